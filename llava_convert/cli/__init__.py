@@ -1,0 +1,41 @@
+"""The command line. Nothing heavy is imported before a command runs: `--help` must be instant."""
+
+from __future__ import annotations
+
+import typer
+
+from llava_convert.cli import convert_command, inspect_command, layouts_command, verify_command
+
+app = typer.Typer(
+    name="llava-convert",
+    help="Convert LLaVA checkpoints between every layout in use, exactly.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+convert_command.add_to(app)
+inspect_command.add_to(app)
+verify_command.add_to(app)
+layouts_command.add_to(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from llava_convert import __version__
+
+        typer.echo(f"llava-convert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the `llava-convert` command."""
+    app()

@@ -1,0 +1,88 @@
+"""Every layout there is, and which one a path holds.
+
+A layout is one module here and one table in `mappings/layouts`; the engine asks this registry and knows none by name.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import cast
+
+from llava_convert.checkpoint import Checkpoint
+from llava_convert.errors import InputError, UnsupportedError
+from llava_convert.layouts.base import Found, Layout, OpenOptions
+from llava_convert.storage.jsonfile import read_json
+
+SOURCES = ("pth", "xtuner", "official", "hf")
+TARGETS = ("xtuner", "official", "hf")
+
+
+def layout(name: str) -> Layout:
+    return cast(Layout, import_module(f"llava_convert.layouts.{name}"))
+
+
+def locate(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or what a training work_dir's `last_checkpoint` names."""
+    path = path.expanduser()
+    if not path.exists():
+        raise InputError(f"{path} does not exist", hint="a Hub id is not a source yet: give a file or a folder")
+    pointer = path / "last_checkpoint"
+    if not path.is_dir() or not pointer.is_file():
+        return path
+    named = Path(pointer.read_text(encoding="utf-8").strip())
+    for candidate in (path / named.name, named, path / named):
+        if candidate.exists():
+            return candidate
+    raise InputError(f"{pointer} names {named.name}, which is not there", hint="give the checkpoint itself")
+
+
+def look(path: Path) -> Found:
+    """What every layout judges by. Raises InputError for a broken config.json."""
+    if path.is_dir():
+        names = frozenset(p.name for p in path.iterdir())
+        config = read_json(path / "config.json") if "config.json" in names else None
+        return Found(path, config if isinstance(config, dict) else None, names)
+    return Found(path, None, frozenset())
+
+
+def detect(path: Path) -> dict[str, str]:
+    """Layouts that claim a path, with their reasons."""
+    found = look(path)
+    return {name: why for name in SOURCES if (why := layout(name).detect(found)) is not None}
+
+
+def open_checkpoint(path: Path, name: str | None = None, options: OpenOptions | None = None) -> tuple[Checkpoint, str]:
+    """Open a source of layout `name`, or of the one it is found to be; also returns why it was taken for that.
+
+    Raises UnsupportedError (exit 4) when it is of no known layout, of several, or of another than `name`.
+    """
+    path = locate(path)
+    claims = detect(path)
+    if name is not None and name not in claims and claims:
+        other, why = next(iter(claims.items()))
+        raise UnsupportedError(
+            f"{path} is not of the {name} layout but {other}: {why}",
+            hint=f"use `llava-convert {other} {path.name}`, or `convert`, which detects it",
+        )
+    if name is None and len(claims) > 1:
+        raise UnsupportedError(
+            f"{path} could be of more than one layout: " + "; ".join(f"{n} ({why})" for n, why in claims.items()),
+            hint="say which: llava-convert " + "|".join(claims),
+        )
+    if not claims:
+        raise UnsupportedError(f"{path} is no LLaVA that this tool knows{_what_else(path)}")
+    chosen = name or next(iter(claims))
+    return layout(chosen).open(path, options or OpenOptions()), claims[chosen]
+
+
+def _what_else(path: Path) -> str:
+    """What a path is instead, where that is easily said."""
+    found = look(path)
+    if found.path.suffix == ".gguf" or any(n.endswith(".gguf") for n in found.names):
+        return ": GGUF is not a source yet"
+    if found.config is not None:
+        return f": its config.json is that of a {found.config.get('model_type')}"
+    if path.is_dir() and not found.names:
+        return ": the folder is empty"
+    return ""

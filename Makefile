@@ -1,0 +1,66 @@
+# One folder, .venv, holds everything. `make` alone lists the verbs.
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+STAMP := .venv/.installed
+
+# Options for pip when it fetches torch alone, for instance an --index-url with the build of your choice.
+TORCH_PIP_ARGS ?=
+# More arguments for pytest: make test ARGS="-k wheel"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench peers test-peers clean
+
+help:  ## list these verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## create .venv with every package pinned, and this project in it
+
+demo: $(STAMP)  ## convert a tiny model to three layouts and let transformers describe a picture with it
+	@$(PY) fixtures/demo.py
+
+test: $(STAMP)  ## run the tests
+	$(PY) -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff (rules and format) and mypy, as .ci/run does
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(STAMP)  ## let ruff mend what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(STAMP)  ## time against cp and against the peers, side by side
+	$(PY) -m benchmarks $(ARGS)
+
+peers: $(STAMP)  ## build the environments of the real converters and of older transformers, under .venvs
+	$(PY) tests/peers/build.py all
+
+test-peers: peers  ## run the tests that need them
+	$(PY) -m pytest -m peers $(ARGS)
+
+clean:  ## remove everything that make made, .venv and .venvs included
+	rm -rf .venv .venvs build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A shim may be on the PATH and not run, so each candidate is asked. A venv that is made half is removed again.
+$(PY):
+	@for python in python3.11 python3.12 python3.13 python3 python; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	        echo "creating .venv with $$($$python --version)"; \
+	        $$python -m venv .venv && exit 0; \
+	        rm -rf .venv; \
+	        echo "$$python cannot create a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; \
+	        exit 1; \
+	    fi; \
+	done; \
+	echo "llava-convert needs Python 3.11 or later; none of python3.11, 3.12, 3.13, python3, python is one" >&2; \
+	exit 1
+
+# torch goes first and alone: asked together with its dependants, pip may weigh other builds of it, gigabytes each.
+$(STAMP): pyproject.toml constraints.txt | $(PY)
+	$(PIP) $(TORCH_PIP_ARGS) torch
+	$(PIP) hatchling
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,164 @@
+"""What stands beside the weights: tokenizer, chat template, stop ids, processor, and the ids of the base models.
+
+Half of all "garbage output" comes from these files, so each is made here once, the same for every layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from llava_convert.bases import cached_id, is_hub_id
+from llava_convert.checkpoint import LLM, PART_NAMES, PART_WORDS, VISION
+from llava_convert.configs import without_stale
+from llava_convert.errors import InputError
+from llava_convert.layouts.base import TargetOptions
+from llava_convert.model import Model
+from llava_convert.plan import to_json
+from llava_convert.processor import preprocessor_config
+from llava_convert.prompts import ChatTemplates, hf_templates, stop_ids
+from llava_convert.storage.jsonfile import read_json
+from llava_convert.tokens import AddedToken, Tokenizer, open_tokenizer, plain_files, without_tokens
+
+# The tower of LLaVA-1.5 and of all of xtuner's LLaVA recipes.
+CLIP_L_336 = "openai/clip-vit-large-patch14-336"
+_CLIP_L_336_SHAPE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "image_size": 336,
+    "patch_size": 14,
+}
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    """The files beside the weights of one model, for one set of options."""
+
+    model: Model
+    options: TargetOptions
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The language model's tokenizer, or None when its folder is not known or holds none."""
+        folder = self.model.folder(LLM)
+        if folder is None:
+            return None
+        try:
+            return open_tokenizer(folder)
+        except InputError:
+            if self.model.checkpoint.layout == "pth":
+                raise
+            return None
+
+    @property
+    def template_name(self) -> str | None:
+        """The prompt template: as asked for, else as trained with."""
+        name = self.options.prompt_template or self.model.checkpoint.settings.prompt_template
+        return name if isinstance(name, str) else None
+
+    @cached_property
+    def templates(self) -> ChatTemplates:
+        """The chat templates, for string and list content; empty when nothing says what they are."""
+        if self.tokenizer is None:
+            return ChatTemplates(None, None)
+        return hf_templates(self.tokenizer, self.template_name)
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The tokenizer as the language model's own, with a chat template.
+
+        Where an earlier conversion recorded the tokens that it added, they are taken off and all is as before.
+        """
+        if self.tokenizer is None:
+            return {}
+        added = self.model.added
+        if added is not None:
+            tokens = [AddedToken.of(token) for token in added["tokens"]]
+            return without_tokens(self.tokenizer, tokens, added["tokenizer"])
+        return plain_files(self.tokenizer, self.templates.tokenizer)
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """The base's generation_config with every stop id: its own, the tokenizer's, the template's."""
+        folder = self.model.folder(LLM)
+        config = self.model.configs[LLM]
+        base: dict[str, Any] = {}
+        if folder is not None and (folder / "generation_config.json").is_file():
+            base = read_json(folder / "generation_config.json")
+        found = {k: v for k, v in base.items() if k not in ("transformers_version", "_from_model_config")}
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if found.get(key) is None and config.get(key) is not None:
+                found[key] = config[key]
+        if self.tokenizer is not None:
+            stops = stop_ids(self.tokenizer, found, self.template_name)
+            if stops:
+                found["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+        return dict(sorted(found.items()))
+
+    def preprocessor_config(self, *, for_hf: bool) -> dict[str, Any] | None:
+        """How pictures are prepared, or None when the tower is not known."""
+        config = self.model.configs.get(VISION)
+        if config is None:
+            return None
+        base: dict[str, Any] | None = None
+        folders = [self.model.folder(VISION), self.model.checkpoint.root]
+        for folder in folders:
+            for name in ("preprocessor_config.json", "processor_config.json"):
+                if base is None and folder is not None and (folder / name).is_file():
+                    base = read_json(folder / name)
+        return preprocessor_config(base, config, kind=self.options.image_processor, for_hf=for_hf)
+
+    def id_of(self, part: str) -> tuple[str, str | None]:
+        """The hub id to write for a part's base model, and a warning when it is a mere guess.
+
+        No local path ever reaches an output.
+        """
+        model = self.model
+        asked = self.options.ids.get(part)
+        if asked:
+            return asked, None
+        base, config = model.bases.get(part), model.configs.get(part, {})
+        if base is not None and base.id is not None:
+            return base.id, None
+        named = [config.get("_name_or_path"), model.checkpoint.parts[part].base]
+        for name in named:
+            if isinstance(name, str) and is_hub_id(name) and not _is_local(name, base):
+                return name, None
+        folder = model.folder(part)
+        if folder is not None and (found := cached_id(folder)) is not None:
+            return found, None
+        if part == VISION and all(config.get(key) == value for key, value in _CLIP_L_336_SHAPE.items()):
+            return CLIP_L_336, None
+        last = [str(n).rstrip("/").rpartition("/")[2] for n in (base.asked if base else None, *named) if n]
+        name = last[0] if last else (folder.name if folder is not None else PART_WORDS[part])
+        return name, (
+            f"the hub id of the {PART_NAMES[part]} is not known: its folder's name {name!r} is written; "
+            f"--{PART_WORDS[part]}-id gives it"
+        )
+
+    def text_config(self, dtype: str, *, rows: int | None = None) -> dict[str, Any]:
+        """The language model's config as its own class reads it, with the dtype and vocabulary of the output."""
+        config = without_stale(self.model.configs[LLM])
+        config["torch_dtype"] = dtype
+        if rows is not None:
+            config["vocab_size"] = rows
+        config["_name_or_path"] = self.id_of(LLM)[0]
+        return config
+
+    def vision_config(self, dtype: str) -> dict[str, Any]:
+        config = without_stale(self.model.configs[VISION])
+        config["torch_dtype"] = dtype
+        config["_name_or_path"] = self.id_of(VISION)[0]
+        return config
+
+    def warnings(self, *parts: str) -> tuple[str, ...]:
+        return tuple(w for part in parts if (w := self.id_of(part)[1]) is not None)
+
+    def generation_file(self) -> dict[str, bytes]:
+        return {"generation_config.json": to_json(self.generation_config)}
+
+
+def _is_local(name: str, base: Any) -> bool:
+    """Whether a name that looks like `org/name` is really the folder that it was found as."""
+    return base is not None and str(base.folder).endswith(name)

@@ -1,0 +1,176 @@
+"""Base models: where the weights and configs come from that a partial checkpoint lacks.
+
+A base is named by a folder or a hub id. Folders that a source names are looked for under the current folder,
+then under the source's parents, since training configs name them relative to where training ran.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llava_convert.checkpoint import LLM, PART_NAMES, PART_WORDS, Dropped
+from llava_convert.configs import named_config, old_flavour
+from llava_convert.errors import InputError, UnsupportedError
+from llava_convert.mapping import layout_table, lookup_errors
+from llava_convert.spec import StoredTensor
+from llava_convert.storage.jsonfile import read_json
+from llava_convert.storage.weights import Weights, open_weights
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_CACHED = re.compile(r"models--([^/]+?)--([^/]+)")
+# What a base is for: weights, config, tokenizer, image processor. No code, no other frameworks' weights.
+_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+_OLD_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+
+
+def is_hub_id(text: str) -> bool:
+    return _ID.fullmatch(text) is not None
+
+
+def cached_id(folder: Path) -> str | None:
+    """The repo id of a folder that lies in a Hub cache (`models--org--name/snapshots/<revision>`)."""
+    for parent in (folder, *folder.parents):
+        found = _CACHED.fullmatch(parent.name)
+        if found:
+            return f"{found[1]}/{found[2]}"
+    return None
+
+
+@dataclass(frozen=True)
+class Base:
+    """One base model on disk. `asked` is how it was named: an id, or a path (which never reaches an output)."""
+
+    part: str
+    folder: Path
+    asked: str
+
+    @property
+    def id(self) -> str | None:
+        """The hub id, when the name or the folder gives one for certain."""
+        if is_hub_id(self.asked) and self.folder != Path(self.asked):
+            return self.asked
+        return cached_id(self.folder)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The part's own config, in the old flavour, complete (a CLIPModel's vision half for the tower)."""
+        raw = read_json(self.folder / "config.json")
+        if not isinstance(raw, dict):
+            raise InputError(f"{self.folder / 'config.json'}: expected an object")
+        config = old_flavour(raw)
+        if self.part != LLM and isinstance(config.get("vision_config"), dict):
+            nested = old_flavour(config["vision_config"])
+            kind = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(str(config.get("model_type")))
+            if kind is not None:
+                nested["model_type"] = kind
+            config = {**nested, "torch_dtype": nested.get("torch_dtype") or config.get("torch_dtype")}
+            config.setdefault("_name_or_path", raw.get("_name_or_path"))
+        if "quantization_config" in raw:
+            method = raw["quantization_config"].get("quant_method", "unknown")
+            raise UnsupportedError(
+                f"the base {PART_NAMES[self.part]} {self.folder.name} is stored quantised ({method})",
+                hint=f"give the full-precision model by --{PART_WORDS[self.part]}",
+            )
+        return named_config(config, self.part, where=str(self.folder / "config.json"))
+
+    @cached_property
+    def weights(self) -> Weights:
+        return open_weights(self.folder)
+
+    @cached_property
+    def _mapped(self) -> tuple[dict[str, StoredTensor], tuple[Dropped, ...]]:
+        table = layout_table("parts")
+        found: dict[str, StoredTensor] = {}
+        dropped: list[Dropped] = []
+        unknown: dict[str, str] = {}
+        for name, tensor in self.weights.tensors.items():
+            disk = f"{PART_WORDS[self.part]}/{name}"
+            reason = table.dropped(disk)
+            if reason is not None:
+                dropped.append(Dropped(name, reason))
+                continue
+            meaning = table.read(disk)
+            if meaning is None:
+                unknown[disk] = name
+            elif meaning.canonical in found:
+                raise InputError(f"{self.folder}: two tensors mean {meaning.canonical}")
+            else:
+                found[meaning.canonical] = tensor
+        if unknown:
+            raise UnsupportedError(f"base {PART_NAMES[self.part]} {self.folder}: {lookup_errors(unknown, table)}")
+        return found, tuple(dropped)
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Canonical name → tensor."""
+        return self._mapped[0]
+
+    @property
+    def dropped(self) -> tuple[Dropped, ...]:
+        return self._mapped[1]
+
+
+def find_base(part: str, asked: str, source: Path, *, explicit: bool, weights: bool = True) -> Base:
+    """The base named `asked`: a folder, or a hub id (the cache first, then the Hub).
+
+    `explicit` says that the user named it, so that only the current folder counts. Raises InputError
+    (exit 3) naming it and the option which mends it.
+    """
+    option = f"--{PART_WORDS[part]}"
+    folder = _local(asked, source, explicit=explicit)
+    if folder is not None:
+        if not (folder / "config.json").exists():
+            raise InputError(
+                f"{folder} is not a model folder: it has no config.json",
+                hint=f"give the base {PART_NAMES[part]} by {option}",
+            )
+        return Base(part, folder, asked)
+    if not is_hub_id(asked):
+        raise InputError(
+            f"the base {PART_NAMES[part]} {asked!r} is not here"
+            + ("" if explicit else ", neither under the current folder nor beside the source"),
+            hint=f"give its folder or hub id by {option}",
+        )
+    return Base(part, _from_hub(part, asked, option, weights=weights), asked)
+
+
+def _local(asked: str, source: Path, *, explicit: bool) -> Path | None:
+    path = Path(asked).expanduser()
+    if path.is_dir():
+        return path
+    if explicit or path.is_absolute():
+        return None
+    parents = source.absolute().parents
+    return next((parent / path for parent in parents if (parent / path).is_dir()), None)
+
+
+def _from_hub(part: str, name: str, option: str, *, weights: bool) -> Path:
+    # Imported late: most conversions never ask the Hub, and the import costs 0.2 s.
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    json_only = [pattern for pattern in _WANTED if not pattern.endswith(".safetensors")]
+    wanted = _WANTED if weights else json_only
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True, allow_patterns=wanted))
+        if not weights or any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
+            return folder
+    except (LocalEntryNotFoundError, HFValidationError):
+        pass
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+        if weights and not any(folder.glob("*.safetensors")):
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=_WANTED + _OLD_WEIGHTS))
+        return folder
+    except (LocalEntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, HFValidationError, OSError) as problem:
+        why = str(problem).strip().splitlines()[0]
+        raise InputError(
+            f"the base {PART_NAMES[part]} {name!r} is neither a folder nor in the Hub cache, "
+            f"and the Hub did not give it ({why})",
+            hint=f"give its folder by {option}",
+        ) from problem

@@ -1,0 +1,130 @@
+"""The README.md of an output: what it is, how to use it, and how it came to be."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from llava_convert import __version__
+from llava_convert.bases import is_hub_id
+from llava_convert.checkpoint import LLM, VISION
+from llava_convert.model import Model
+from llava_convert.ops import MergeLora
+from llava_convert.plan import Plan, Target
+from llava_convert.spec import TORCH_NAMES
+
+_WHAT = {
+    "xtuner": "an xtuner LLaVA (LLM, projector, and what was trained of the vision tower)",
+    "official": "a LLaVA in the official layout (haotian-liu/LLaVA)",
+    "hf": "a LLaVA for transformers (`LlavaForConditionalGeneration`)",
+}
+
+
+def card(plan: Plan, target: Target, model: Model, name: str, *, verified: str) -> str:
+    """Markdown with the hub's front matter. Holds no path and no time."""
+    front = ["---", "pipeline_tag: image-text-to-text", f"library_name: {_library(plan.layout)}"]
+    bases = sorted({i for part in (LLM, VISION) if (i := _base_id(model, plan, part)) is not None})
+    if bases:
+        front += ["base_model:", *(f"- {base}" for base in bases)]
+    front += ["tags:", "- llava", "---"]
+    body = [f"# {name}", "", f"This is {_WHAT[plan.layout]}.", "", *_use(plan, name), "## How it was made", ""]
+    body += _made(plan, model, verified)
+    body += [*_remarks(plan, target, model)]
+    return "\n".join([*front, "", *body]) + "\n"
+
+
+def _library(layout: str) -> str:
+    return {"hf": "transformers", "xtuner": "xtuner"}.get(layout, "llava")
+
+
+def _base_id(model: Model, plan: Plan, part: str) -> str | None:
+    """The id that config files name for a part; only ids, never folder names."""
+    for file in ("config.json", "visual_encoder/config.json"):
+        if file not in plan.files:
+            continue
+        config: dict[str, Any] = json.loads(plan.files[file])
+        nested = config.get("text_config" if part == LLM else "vision_config")
+        found = [
+            (nested or {}).get("_name_or_path"),
+            config.get("mm_vision_tower") if part == VISION else None,
+            config.get("_name_or_path") if part == LLM and not nested else None,
+        ]
+        for name in found:
+            if isinstance(name, str) and is_hub_id(name):
+                return name
+    return None
+
+
+def _use(plan: Plan, name: str) -> list[str]:
+    if plan.layout == "hf" and "processor_config.json" in plan.files:
+        return [
+            "```python",
+            "from PIL import Image",
+            "from transformers import AutoProcessor, LlavaForConditionalGeneration",
+            "",
+            f'processor = AutoProcessor.from_pretrained("{name}")',
+            f'model = LlavaForConditionalGeneration.from_pretrained("{name}", torch_dtype="auto")',
+            'messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]',
+            "prompt = processor.apply_chat_template(messages, add_generation_prompt=True)",
+            'inputs = processor(images=Image.open("picture.jpg"), text=prompt, return_tensors="pt")',
+            "inputs = inputs.to(model.device, model.dtype)",
+            "print(processor.decode(model.generate(**inputs, max_new_tokens=128)[0]))",
+            "```",
+            "",
+        ]
+    if plan.layout == "official" and "config.json" in plan.files:
+        return [
+            "The loader of the `llava` package picks its class by the folder's name, which must contain `llava`:",
+            "",
+            "```python",
+            "from llava.model.builder import load_pretrained_model",
+            "",
+            f'load_pretrained_model("{name}", None, "llava_{name}")',
+            "```",
+            "",
+        ]
+    if plan.layout == "xtuner":
+        return [
+            "```shell",
+            f"xtuner chat {name} --visual-encoder VISUAL_ENCODER --llava {name} \\",
+            "  --prompt-template TEMPLATE --image FILE",
+            "```",
+            "",
+        ]
+    return []
+
+
+def _made(plan: Plan, model: Model, verified: str) -> list[str]:
+    dtypes = sorted({TORCH_NAMES.get(t.dtype, t.dtype) for t in plan.tensors})
+    merged = sum(any(isinstance(op, MergeLora) for op in t.ops) for t in plan.tensors)
+    copied = sum(not t.ops for t in plan.tensors)
+    how = {"quick": "headers and files", "full": "every byte, recomputed from the source", "off": "not at all"}
+    rows = [
+        ("made by", f"llava-convert {__version__}"),
+        ("from", f"the {model.checkpoint.layout} layout"),
+        ("tensors", f"{len(plan.tensors)}: {copied} copied byte for byte, {merged} with LoRA merged in"),
+        ("dtype", ", ".join(dtypes)),
+        ("checked", how[verified]),
+    ]
+    table = ["| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows), ""]
+    return [*table, "`conversion.json` tells for each tensor where its bytes come from.", ""]
+
+
+def _remarks(plan: Plan, target: Target, model: Model) -> list[str]:
+    said: list[str] = []
+    added = target.added_rows
+    if added is not None and added["rows"]["to"] > added["rows"]["from"]:
+        said.append(
+            f"Rows {added['rows']['from']} to {added['rows']['to'] - 1} of the vocabulary were added for "
+            "`<image>`, `<pad>` and padding: each is the mean of the old rows, and means nothing."
+        )
+    processor = plan.files.get("preprocessor_config.json")
+    if plan.layout == "hf" and processor is not None and b'"CLIPImageProcessor"' in processor:
+        said.append(
+            "Training padded pictures to squares. The image processor here crops their middle, since that loads "
+            "in every transformers version; on pictures that are not square the model sees other pixels. "
+            "`--image-processor llava` pads."
+        )
+    said += [note[0].upper() + note[1:] + "." for note in (*model.checkpoint.notes, *model.notes)]
+    said += [warning[0].upper() + warning[1:] + "." for warning in model.warnings if "/" not in warning]
+    return [line for text in said for line in (f"- {text}",)]

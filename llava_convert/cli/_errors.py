@@ -1,0 +1,53 @@
+"""Exceptions become one sentence and an exit code here, so that commands hold no try."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from llava_convert.cli._output import Output
+from llava_convert.errors import ConvertError
+
+INTERRUPTED = 130
+OUR_BUG = 1
+
+
+def run(action: Callable[[], None], output: Output) -> int:
+    """Do what a command does; returns the exit code."""
+    try:
+        action()
+        sys.stdout.flush()
+    except ConvertError as problem:
+        if output.verbose:
+            _traceback()
+        output.error(problem.message, problem.hint)
+        return problem.exit_code
+    except KeyboardInterrupt:
+        output.error("interrupted; nothing was left behind", None)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone: not an error of ours. Nothing more may be written to it.
+        _silence_stdout()
+    except Exception as problem:  # the one place where a bug of ours becomes a sentence
+        if output.verbose:
+            _traceback()
+        output.error(
+            f"this is a bug in llava-convert: {type(problem).__name__}: {problem}",
+            "run it again with --verbose and report what it prints",
+        )
+        return OUR_BUG
+    finally:
+        output.stop()
+    return 0
+
+
+def _traceback() -> None:
+    import traceback
+
+    traceback.print_exc()
+
+
+def _silence_stdout() -> None:
+    import os
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

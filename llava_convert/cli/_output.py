@@ -1,0 +1,113 @@
+"""The one place that prints. stdout is data, stderr is talk; progress is shown on a terminal only."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+
+@dataclass
+class Output:
+    """How this run speaks: for people, as JSON, quietly, or with every detail."""
+
+    as_json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    _progress: Progress | None = field(default=None, repr=False)
+    _console: Console | None = field(default=None, repr=False)
+
+    @property
+    def console(self) -> Console:
+        """stdout as rich draws on it; plain text when it is no terminal."""
+        if self._console is None:
+            from rich.console import Console
+
+            # Tables in a pipe should not be cut at 80 columns.
+            self._console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        return self._console
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            self._talk(text)
+
+    def warn(self, text: str) -> None:
+        self._talk(f"warning: {text}", style="yellow")
+
+    def error(self, message: str, hint: str | None) -> None:
+        self.stop()
+        self._talk(f"error: {message}", style="bold red")
+        if hint:
+            self._talk(f"  → {hint}")
+
+    def result(self, value: Mapping[str, Any]) -> None:
+        """The run's data, when it was asked for as JSON."""
+        if self.as_json:
+            print(json.dumps(value, indent=2, ensure_ascii=False))
+
+    def line(self, text: str) -> None:
+        """A line of the result, for people."""
+        if not self.as_json and not self.quiet:
+            print(text)
+
+    def start(self, what: str, total: int) -> Callable[[int], None]:
+        """A bar for `total` bytes with rate and time left; returns what advances it."""
+        if self.quiet or self.as_json or not sys.stderr.isatty():
+            return lambda done: None
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        if self._progress is None:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._progress.start()
+        progress, task = self._progress, self._progress.add_task(what, total=total)
+        return lambda done: progress.advance(task, done)
+
+    def stop(self) -> None:
+        """Take the bar away, before anything else is said."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _talk(self, text: str, style: str | None = None) -> None:
+        # A closed pipe must not hide what the command did.
+        with suppress(BrokenPipeError):
+            if style is not None and sys.stderr.isatty():
+                from rich.console import Console
+                from rich.text import Text
+
+                Console(stderr=True, highlight=False).print(Text(text, style=style), soft_wrap=True)
+            else:
+                encoding = sys.stderr.encoding or "utf-8"
+                print(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr)
+
+
+def human_bytes(count: int) -> str:
+    """`16.1 GB`: decimal, as disks and hubs count."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError("unreachable")

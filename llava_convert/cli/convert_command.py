@@ -1,0 +1,272 @@
+"""`llava-convert pth|xtuner|official|hf SOURCE --to LAYOUT`, and `convert`, which detects the source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llava_convert.cli import _options as opt
+from llava_convert.cli._errors import run
+from llava_convert.cli._output import Output, human_bytes
+
+if TYPE_CHECKING:
+    from llava_convert.convert import Options, Report
+
+# Kept here as words, so that `--help` need not import the layouts.
+SOURCES = {
+    "pth": "An mmengine .pth of xtuner's training.",
+    "xtuner": "The xtuner layout: LLM, projector/, visual_encoder_adapter/.",
+    "official": "Official LLaVA (haotian-liu).",
+    "hf": "transformers' LlavaForConditionalGeneration.",
+}
+TARGETS = ("xtuner", "official", "hf")
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+def add_to(app: typer.Typer) -> None:
+    for name, about in SOURCES.items():
+        app.command(name, help=f"{about} Convert it to another layout.", rich_help_panel="Convert")(_command(name))
+    app.command("convert", help="Convert any of these; the layout is detected.", rich_help_panel="Convert")(
+        _command(None)
+    )
+
+
+def _choice(*values: str) -> str:
+    return "|".join(values)
+
+
+def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads the signature of what is returned
+    def command(
+        source: opt.Source,
+        to: Annotated[str, typer.Option("--to", metavar=_choice(*TARGETS), help="Layout to convert to.")],
+        out: Annotated[
+            Path | None,
+            typer.Option(
+                "-o",
+                "--out",
+                metavar="OUT",
+                help="Output folder. Default: ./<source's stem>_<layout>.",
+                rich_help_panel=opt.OUTPUT_PANEL,
+            ),
+        ] = None,
+        name: Annotated[
+            str | None,
+            typer.Option(
+                "--name", help="Name in the card. Default: OUT's last part.", rich_help_panel=opt.OUTPUT_PANEL
+            ),
+        ] = None,
+        llm: opt.Llm = None,
+        visual_encoder: opt.VisualEncoder = None,
+        pretrained_pth: opt.PretrainedPth = None,
+        config: opt.Config = None,
+        lora_alpha: opt.LoraAlpha = None,
+        llm_id: Annotated[
+            str | None,
+            typer.Option(
+                "--llm-id",
+                metavar="ID",
+                help="Hub id of the LLM to write into configs.",
+                rich_help_panel=opt.OUTPUT_PANEL,
+            ),
+        ] = None,
+        visual_encoder_id: Annotated[
+            str | None,
+            typer.Option(
+                "--visual-encoder-id",
+                metavar="ID",
+                help="Hub id of the tower, likewise.",
+                rich_help_panel=opt.OUTPUT_PANEL,
+            ),
+        ] = None,
+        dtype: Annotated[
+            str,
+            typer.Option(
+                "--dtype",
+                metavar=_choice(*DTYPES),
+                help="auto: float16 for a .pth or the xtuner layout, else the source's.",
+                rich_help_panel=opt.OUTPUT_PANEL,
+            ),
+        ] = "auto",
+        max_shard_size: Annotated[
+            str | None,
+            typer.Option(
+                "--max-shard-size",
+                metavar="keep|5GB|…",
+                help="Default: shards follow the source's; 2GB (5GB for hf) for a .pth.",
+                rich_help_panel=opt.OUTPUT_PANEL,
+            ),
+        ] = None,
+        part: opt.PartOption = "all",
+        prompt_template: Annotated[
+            str | None,
+            typer.Option(
+                "--prompt-template",
+                metavar="NAME",
+                help="Chat template, by xtuner's name for it. Default: the one trained with.",
+                rich_help_panel=opt.OUTPUT_PANEL,
+            ),
+        ] = None,
+        image_processor: Annotated[
+            str,
+            typer.Option(
+                "--image-processor",
+                metavar="clip|llava",
+                help="clip crops pictures to squares and loads everywhere; llava pads them, as training did.",
+                rich_help_panel=opt.OUTPUT_PANEL,
+            ),
+        ] = "clip",
+        verify: Annotated[
+            str,
+            typer.Option(
+                "--verify",
+                metavar="quick|full|off",
+                help="quick: headers and files; full: every byte recomputed.",
+                rich_help_panel=opt.CHECK_PANEL,
+            ),
+        ] = "quick",
+        digest: Annotated[
+            bool,
+            typer.Option("--digest", help="Record an xxh3-128 digest of each tensor.", rich_help_panel=opt.CHECK_PANEL),
+        ] = False,
+        dry_run: Annotated[
+            bool,
+            typer.Option("--dry-run", help="Print the plan; write nothing.", rich_help_panel=opt.CHECK_PANEL),
+        ] = False,
+        force: Annotated[
+            bool,
+            typer.Option(
+                "--force", help="Replace OUT; the old one survives any failure.", rich_help_panel=opt.CHECK_PANEL
+            ),
+        ] = False,
+        resume: Annotated[
+            bool,
+            typer.Option(
+                "--resume",
+                help="Keep the finished shards of a killed run of the same plan.",
+                rich_help_panel=opt.CHECK_PANEL,
+            ),
+        ] = False,
+        threads: Annotated[
+            int,
+            typer.Option(
+                "--threads",
+                metavar="N",
+                help="Threads; 0: one a core, at most 4. Changes no byte.",
+                rich_help_panel=opt.CHECK_PANEL,
+            ),
+        ] = 0,
+        as_json: opt.Json = False,
+        quiet: opt.Quiet = False,
+        verbose: opt.Verbose = False,
+    ) -> None:
+        output = Output(as_json, quiet, verbose)
+
+        def action() -> None:
+            from llava_convert.convert import Options, convert, prepare, report
+            from llava_convert.layouts.base import TargetOptions
+            from llava_convert.model import Bases
+            from llava_convert.storage.staging import interrupt_on_sigterm
+
+            _one_of("--to", to, TARGETS)
+            _one_of("--dtype", dtype, DTYPES)
+            _one_of("--image-processor", image_processor, ("clip", "llava"))
+            _one_of("--verify", verify, ("quick", "full", "off"))
+            options = Options(
+                to=to,
+                out=out,
+                name=name,
+                source_layout=layout,
+                config=config,
+                pretrained_pth=pretrained_pth,
+                bases=Bases(llm, visual_encoder, llm_id, visual_encoder_id, parse_alpha(lora_alpha)),
+                target=TargetOptions(
+                    dtype=None if dtype == "auto" else dtype,
+                    max_shard_size=max_shard_size,
+                    part=part,
+                    prompt_template=prompt_template,
+                    image_processor=image_processor,
+                ),
+                verify=verify,
+                digest=digest,
+                force=force,
+                resume=resume,
+                threads=threads,
+            )
+            if dry_run:
+                ready = prepare(source, options)
+                found = report(ready, options)
+                _print_plan(found, output)
+            else:
+                with interrupt_on_sigterm():
+                    found = convert(source, options, output)
+                output.stop()
+                _print_done(found, options, output)
+            output.result(found.as_json())
+
+        raise typer.Exit(run(action, output))
+
+    return command
+
+
+def parse_alpha(text: str | None) -> dict[str, float]:
+    """`16`, or `llm=256,visual-encoder=16`. Raises UsageError."""
+    from llava_convert.errors import UsageError
+
+    if text is None:
+        return {}
+    try:
+        if "=" not in text:
+            return dict.fromkeys(("llm", "visual-encoder"), float(text))
+        found = {key.strip(): float(value) for key, value in (pair.split("=") for pair in text.split(","))}
+    except ValueError:
+        found = {"": 0.0}
+    if not set(found) <= {"llm", "visual-encoder"} or not all(0 < value < 1e9 for value in found.values()):
+        raise UsageError(f"--lora-alpha {text!r}", hint="write 16, or llm=256,visual-encoder=16")
+    return found
+
+
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    from llava_convert.errors import UsageError
+
+    if value not in known:
+        raise UsageError(f"{option} {value}: it is one of {', '.join(known)}")
+
+
+def _print_plan(found: Report, output: Output) -> None:
+    plan = found.plan
+    output.line(f"{found.source}: {found.layouts[0]} ({found.why})")
+    output.line(f"→ {found.out}: {found.layouts[1]}, {found.dtype}")
+    for part, story in found.parts.items():
+        output.line(f"  {part:<15} {story}")
+    output.line(f"  {len(plan.tensors)} tensors, {human_bytes(plan.bytes_read)} to read")
+    for shard in plan.shards:
+        output.line(f"  {shard.name:<40} {len(shard.tensors):>5} tensors  {human_bytes(shard.size):>9}")
+    for name in sorted((*plan.files, *plan.indexes)):
+        output.line(f"  {name}")
+    output.line(f"disk {human_bytes(plan.bytes_written)}, memory about {human_bytes(found.memory)}")
+    if output.verbose:
+        for tensor in plan.tensors:
+            ops = " → ".join(op.name for op in tensor.ops) or "copy"
+            output.line(f"  {tensor.name}  {tensor.dtype} {list(tensor.shape)}  {ops}  from {tensor.origin}")
+    for text in found.notes:
+        output.note(text)
+    for text in found.warnings:
+        output.warn(text)
+    output.note("nothing was written (--dry-run)")
+
+
+def _print_done(found: Report, options: Options, output: Output) -> None:
+    plan = found.plan
+    checked = {"quick": "headers and files checked", "full": "every byte checked", "off": "not checked"}
+    output.line(
+        f"{found.out}: {found.layouts[1]}, {len(plan.tensors)} tensors, {found.dtype}, "
+        f"{human_bytes(plan.bytes_written)}, {checked[found.verified]}"
+    )
+    for part, story in found.parts.items():
+        output.line(f"  {part:<15} {story}")
+    if found.layouts[1] == "hf" and options.target.part == "all":
+        output.note(f"next: AutoModelForImageTextToText.from_pretrained({str(found.out)!r}), or vllm serve {found.out}")
+    else:
+        output.note(f"next: llava-convert verify {found.source} {found.out}")

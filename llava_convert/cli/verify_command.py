@@ -1,0 +1,66 @@
+"""`llava-convert verify SOURCE OUT`: are the weights the same?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llava_convert.cli import _options as opt
+from llava_convert.cli._errors import run
+from llava_convert.cli._output import Output
+from llava_convert.cli.convert_command import parse_alpha
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(
+        "verify",
+        help="Compare OUT with SOURCE, tensor by tensor, whoever converted it.",
+        rich_help_panel="Look and check",
+    )(_verify)
+
+
+def _verify(
+    source: opt.Source,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A checkpoint of any layout, from any converter.")],
+    llm: opt.Llm = None,
+    visual_encoder: opt.VisualEncoder = None,
+    pretrained_pth: opt.PretrainedPth = None,
+    config: opt.Config = None,
+    lora_alpha: opt.LoraAlpha = None,
+    part: opt.PartOption = "all",
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    output = Output(as_json, quiet, verbose)
+
+    def action() -> None:
+        from llava_convert.convert import Options, verify
+        from llava_convert.layouts.base import TargetOptions
+        from llava_convert.model import Bases
+
+        options = Options(
+            to="",
+            config=config,
+            pretrained_pth=pretrained_pth,
+            bases=Bases(llm, visual_encoder, lora_alpha=parse_alpha(lora_alpha)),
+            target=TargetOptions(part=part),
+        )
+        verdict = verify(source, out, options, output)
+        output.stop()
+        output.result(verdict.as_json())
+        for note in verdict.notes:
+            output.warn(note)
+        if verbose:
+            for name, gap in sorted(verdict.different.items()):
+                output.line(f"  differs: {name} in {gap.elements} elements, by at most {gap.largest:.3g}")
+        verdict.refuse()
+        rows = sum(verdict.added_rows.values())
+        output.line(
+            f"the same: {verdict.equal} tensors equal bit for bit"
+            + (f"; {rows} rows that the source does not have are not compared" if rows else "")
+        )
+
+    raise typer.Exit(run(action, output))

@@ -1,0 +1,372 @@
+"""The whole way: open, map, plan, execute, verify, commit. What the command line and Python callers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from llava_convert.card import card
+from llava_convert.checkpoint import LLM, PART_WORDS, PARTS, VISION, Checkpoint
+from llava_convert.errors import ConvertError, UnsupportedError, UsageError
+from llava_convert.execute import Outcome, execute
+from llava_convert.layouts import TARGETS, layout, open_checkpoint
+from llava_convert.layouts.base import ALL, OpenOptions, TargetOptions
+from llava_convert.model import Bases, Model, assemble, without_added
+from llava_convert.numerics import CastLoss
+from llava_convert.ops import MergeLora
+from llava_convert.plan import Plan, Target, make_plan
+from llava_convert.provenance import RECORD, dropped_texts, dump, record, stored_of
+from llava_convert.spec import TORCH_NAMES
+from llava_convert.storage.identity import Snapshot
+from llava_convert.storage.ranges import FilePool
+from llava_convert.storage.staging import Staging
+from llava_convert.verify import FULL, OFF, QUICK, Verdict, check_full, check_quick, compare_checkpoints
+
+
+class Say(Protocol):
+    """Where a conversion talks to: lines, and progress in bytes. The default is silence."""
+
+    def note(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+    def start(self, what: str, total: int) -> Callable[[int], None]: ...
+
+
+class Silence:
+    """Says nothing."""
+
+    def note(self, text: str) -> None:
+        pass
+
+    def warn(self, text: str) -> None:
+        pass
+
+    def start(self, what: str, total: int) -> Callable[[int], None]:
+        return lambda done: None
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that a conversion can be told. None means the default, which depends on source and target."""
+
+    to: str
+    out: Path | None = None
+    name: str | None = None
+    source_layout: str | None = None
+    config: Path | None = None
+    pretrained_pth: Path | None = None
+    bases: Bases = field(default_factory=Bases)
+    target: TargetOptions = field(default_factory=TargetOptions)
+    verify: str = QUICK
+    digest: bool = False
+    force: bool = False
+    resume: bool = False
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did, or would do."""
+
+    source: Path
+    out: Path
+    layouts: tuple[str, str]
+    why: str
+    plan: Plan
+    dtype: str
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    verified: str
+    done: bool
+    flushed: int = 0
+    memory: int = 0
+    parts: Mapping[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        plan = self.plan
+        ops: dict[str, int] = {}
+        for tensor in plan.tensors:
+            for name in [op.name for op in tensor.ops] or ["copy"]:
+                ops[name] = ops.get(name, 0) + 1
+        return {
+            "source": str(self.source),
+            "out": str(self.out),
+            "from": self.layouts[0],
+            "to": self.layouts[1],
+            "done": self.done,
+            "dtype": self.dtype,
+            "parts": dict(self.parts),
+            "tensors": len(plan.tensors),
+            "ops": dict(sorted(ops.items())),
+            "bytes_read": plan.bytes_read,
+            "bytes_written": plan.bytes_written,
+            "peak_memory": self.memory,
+            "shards": [{"name": s.name, "size": s.size, "tensors": len(s.tensors)} for s in plan.shards],
+            "files": sorted(n for n in (*plan.files, *plan.indexes)),
+            "verified": self.verified,
+            "flushed_to_zero": self.flushed,
+            "notes": list(self.notes),
+            "warnings": list(self.warnings),
+            "plan": plan.hash,
+        }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion that is planned and not yet run."""
+
+    checkpoint: Checkpoint
+    why: str
+    model: Model
+    target: Target
+    plan: Plan
+    out: Path
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def convert(source: str | Path, options: Options, say: Say | None = None) -> Report:
+    """Convert a checkpoint; returns what was done.
+
+    OUT appears whole or not at all. Raises ConvertError, whose `exit_code` says which kind.
+    """
+    say = say or Silence()
+    ready = prepare(Path(source), options)
+    for text in ready.notes:
+        say.note(text)
+    for text in ready.warnings:
+        say.warn(text)
+    reads = sorted({extent.path for t in ready.plan.tensors for s in stored_of(t) for extent in s.extents})
+    snapshot = Snapshot.take(reads)
+    warnings = list(ready.warnings)
+    with (
+        FilePool() as pool,
+        Staging(
+            ready.out,
+            ready.plan.hash,
+            force=options.force,
+            resume=options.resume,
+            needed_bytes=ready.plan.bytes_written,
+            reads=[
+                ready.checkpoint.root if ready.checkpoint.path.is_dir() else ready.checkpoint.path,
+                *(b.folder for b in ready.model.bases.values()),
+            ],
+            say=say.note,
+        ) as stage,
+    ):
+        total = sum(t.nbytes for t in ready.plan.tensors)
+        outcome = execute(
+            ready.plan,
+            stage,
+            pool,
+            threads=options.threads,
+            digest=options.digest,
+            progress=say.start("converting", total),
+        )
+        snapshot.recheck()
+        if options.verify != OFF:
+            written = check_quick(ready.plan, stage.path)
+            if options.verify == FULL:
+                bad = check_full(ready.plan, written, pool, progress=say.start("verifying", total))
+                outcome = _with_nonfinite(outcome, bad)
+        extra = _nonfinite_warning(outcome)
+        if extra:
+            say.warn(extra)
+            warnings.append(extra)
+        if outcome.flushed:
+            say.note(f"{outcome.flushed:,} nonzero values became zero in the cast")
+        kept = _recorded_options(options, ready)
+        stage.write_bytes(RECORD, dump(record(ready.plan, ready.target, ready.model, outcome, options=kept)))
+        stage.write_bytes(
+            "README.md",
+            card(
+                ready.plan,
+                ready.target,
+                ready.model,
+                ready.out.name if options.name is None else options.name,
+                verified=options.verify,
+            ).encode(),
+        )
+        stage.commit()
+    return replace(report(ready, options), done=True, flushed=outcome.flushed, warnings=tuple(warnings))
+
+
+def prepare(source: Path, options: Options) -> Prepared:
+    """Open the source and plan the conversion; writes nothing, reads headers only."""
+    if options.to not in TARGETS:
+        raise UsageError(f"--to {options.to}: this version writes {', '.join(TARGETS)}")
+    checkpoint, why = open_checkpoint(source, options.source_layout, OpenOptions(options.config))
+    target_layout = layout(options.to)
+    if checkpoint.layout == options.to and _nothing_asked(options):
+        raise UnsupportedError(
+            f"{checkpoint.path} is already {options.to} layout",
+            hint="give --dtype, --max-shard-size or --part to change it within its layout",
+        )
+    part = _part(options.target.part)
+    target_options = replace(
+        options.target,
+        part=part,
+        ids={p: i for p in (LLM, VISION) if (i := options.bases.asked_id(p)) is not None},
+        lora_alpha=options.bases.lora_alpha,
+    )
+    pretrained, told = _pretrained(checkpoint, options)
+    need = target_layout.needs(checkpoint, part)
+    model = assemble(
+        checkpoint,
+        options.bases,
+        weights=need.weights,
+        configs=need.configs,
+        optional_configs=need.optional_configs,
+        pretrained=pretrained,
+    )
+    if checkpoint.layout != options.to:
+        model = without_added(model)
+    target = target_layout.lower(model, target_options)
+    plan = make_plan(target, tags={"from": checkpoint.layout, "to": options.to, "digest": options.digest})
+    located = checkpoint.path
+    out = options.out or Path(f"{_stem(located)}_{options.to}")
+    return Prepared(
+        checkpoint,
+        why,
+        model,
+        target,
+        plan,
+        out,
+        notes=(*checkpoint.notes, *model.notes, *target.notes, *dropped_texts(checkpoint, model.dropped)),
+        warnings=(*checkpoint.warnings, *told, *model.warnings, *target.warnings),
+    )
+
+
+def report(ready: Prepared, options: Options) -> Report:
+    """The report of a plan that is not (yet) run."""
+    plan, model = ready.plan, ready.model
+    dtypes = {t.dtype for t in plan.tensors if t.canonical.startswith(LLM)} or {t.dtype for t in plan.tensors}
+    return Report(
+        source=ready.checkpoint.path,
+        out=ready.out,
+        layouts=(ready.checkpoint.layout, options.to),
+        why=ready.why,
+        plan=plan,
+        dtype=", ".join(sorted(TORCH_NAMES.get(d, d) for d in dtypes)),
+        notes=ready.notes,
+        warnings=ready.warnings,
+        verified=options.verify,
+        done=False,
+        memory=peak_memory(plan),
+        parts={PART_WORDS[part]: _part_story(model, plan, part) for part in PARTS},
+    )
+
+
+def peak_memory(plan: Plan) -> int:
+    """An estimate of the most anonymous memory that the plan takes: interpreter, torch if merging, buffers."""
+    merging = any(isinstance(op, MergeLora) for t in plan.tensors for op in t.ops)
+    operands = max((sum(i.numel * 4 for i in op.inputs()) for t in plan.tensors for op in t.ops), default=0)
+    whole = max((t.source.nbytes for t in plan.tensors if t.source.strides is not None), default=0)
+    return (250 if merging else 60) * 10**6 + 4 * operands + 4 * whole
+
+
+def _part_story(model: Model, plan: Plan, part: str) -> str:
+    """Where a part of the output comes from, in a few words."""
+    mine = [t for t in plan.tensors if t.canonical.startswith(f"{part}.")]
+    if not mine:
+        return "not in the output"
+    merged = sum(any(isinstance(op, MergeLora) for op in t.ops) for t in mine)
+    origins = sorted({t.origin for t in mine})
+    if any(".lora_" in t.canonical for t in mine):
+        return "LoRA adapter"
+    said = " and ".join(origins)
+    return f"{said}, LoRA merged into {merged} tensors" if merged else said
+
+
+def _pretrained(checkpoint: Checkpoint, options: Options) -> tuple[Checkpoint | None, list[str]]:
+    """The stage-1 checkpoint that the training started from, when something of it is needed and it can be read."""
+    named = options.pretrained_pth
+    asked = str(named) if named else (checkpoint.training.pretrained_pth if checkpoint.training else None)
+    if asked is None or all(checkpoint.parts[p].state == "full" for p in PARTS):
+        return None, []
+    path = Path(asked)
+    candidates = [
+        path,
+        *(() if path.is_absolute() or named else (p / path for p in checkpoint.path.absolute().parents)),
+    ]
+    found = next((c for c in candidates if c.exists()), None)
+    if found is None:
+        if named:
+            raise UsageError(f"--pretrained-pth {named} does not exist")
+        return None, [
+            f"the stage-1 checkpoint {path.name} that training started from is not here: what it trained and this "
+            "one does not hold come from the base model (--pretrained-pth gives it)"
+        ]
+    try:
+        return open_checkpoint(found, "pth")[0], []
+    except ConvertError as problem:
+        if named:
+            raise
+        return None, [f"the stage-1 checkpoint {path.name} cannot be read ({problem.message})"]
+
+
+def _part(word: str) -> str:
+    if word == ALL:
+        return ALL
+    for part, name in PART_WORDS.items():
+        if word in (name, part):
+            return part
+    raise UsageError(f"--part {word}: it is all, {', '.join(PART_WORDS.values())}")
+
+
+def _nothing_asked(options: Options) -> bool:
+    return options.target == TargetOptions()
+
+
+def _stem(path: Path) -> str:
+    name = path.name or path.absolute().name
+    return name.removesuffix(path.suffix) if path.suffix in (".pth", ".pt", ".bin", ".safetensors") else name
+
+
+def _recorded_options(options: Options, ready: Prepared) -> dict[str, Any]:
+    """The options that shape the output, for conversion.json. Paths stay out."""
+    target = options.target
+    return {
+        "dtype": target.dtype or "auto",
+        "max_shard_size": target.max_shard_size or "auto",
+        "part": target.part,
+        "prompt_template": target.prompt_template,
+        "image_processor": target.image_processor,
+    }
+
+
+def _with_nonfinite(outcome: Outcome, found: Mapping[str, int]) -> Outcome:
+    for name, count in found.items():
+        if name not in outcome.losses:
+            outcome.losses[name] = CastLoss(nonfinite=count)
+    return outcome
+
+
+def _nonfinite_warning(outcome: Outcome) -> str | None:
+    bad = outcome.nonfinite
+    if not bad:
+        return None
+    name = max(bad, key=lambda n: bad[n])
+    return f"{sum(bad.values()):,} NaN or infinite values in {len(bad)} tensors, kept as they are (most in {name})"
+
+
+def verify(source: str | Path, out: str | Path, options: Options, say: Say | None = None) -> Verdict:
+    """Compare OUT with SOURCE, tensor by tensor; the caller decides what a difference means."""
+    say = say or Silence()
+    checkpoint, _ = open_checkpoint(Path(source), options.source_layout, OpenOptions(options.config))
+    pretrained, told = _pretrained(checkpoint, options)
+    for text in told:
+        say.warn(text)
+    total = Path(out).stat().st_size if Path(out).is_file() else sum(p.stat().st_size for p in Path(out).rglob("*"))
+    target = replace(options.target, part=_part(options.target.part), lora_alpha=options.bases.lora_alpha)
+    return compare_checkpoints(
+        checkpoint,
+        Path(out),
+        bases=options.bases,
+        options=target,
+        pretrained=pretrained,
+        progress=say.start("comparing", total),
+    )

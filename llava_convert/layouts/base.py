@@ -1,0 +1,66 @@
+"""What every layout module offers, and the options they take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from llava_convert.checkpoint import Checkpoint
+from llava_convert.model import Model
+from llava_convert.plan import Target
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """How to read a source: `config` is the training config to read instead of the one it carries."""
+
+    config: Path | None = None
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """What the user wants of the output. None means the default of the layout."""
+
+    dtype: str | None = None
+    max_shard_size: str | None = None
+    part: str = ALL
+    prompt_template: str | None = None
+    image_processor: str = "clip"
+    ids: Mapping[str, str] = field(default_factory=dict)
+    lora_alpha: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a target needs of the model: parts whose weights, whose configs, and whose configs if to be had."""
+
+    weights: tuple[str, ...]
+    configs: tuple[str, ...] = ()
+    optional_configs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """A path looked at once, for all layouts to judge: its config.json, and the names in it."""
+
+    path: Path
+    config: Mapping[str, Any] | None
+    names: frozenset[str]
+
+
+class Layout(Protocol):
+    """A layout module. `detect` says why a path is of this layout, or None when it is not."""
+
+    NAME: str
+
+    def detect(self, found: Found) -> str | None: ...
+
+    def open(self, path: Path, options: OpenOptions) -> Checkpoint: ...
+
+    def needs(self, checkpoint: Checkpoint, part: str) -> Needs: ...
+
+    def lower(self, model: Model, options: TargetOptions) -> Target: ...

@@ -1,0 +1,164 @@
+"""What every reader asks of a file before it trusts it: a regular file, inside its folder, and not a stand-in for one.
+
+Also how names that come from a file are printed: a tensor's name may hold a newline, and a message is one line.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from llava_convert.errors import InputError, UnsafeError
+
+# 255 bytes is the longest path part of common file systems; the longest tensor name seen in a real model is 107.
+_SHOWN_CHARACTERS = 120
+_LISTED = 8
+_READ_BYTES = 256 << 10
+
+_LFS_STARTS = (b"version https://git-lfs.github.com/", b"version https://hawser.github.com/")
+_PAGE_STARTS = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
+
+
+def shown(name: object) -> str:
+    """`name` fit for a message: control characters escaped, cut when long."""
+    text = str(name)
+    if len(text) > _SHOWN_CHARACTERS:
+        text = f"{text[:_SHOWN_CHARACTERS]}… ({len(text)} characters)"
+    # A character that str.isprintable refuses (NUL, newline, right-to-left marks, lone surrogates) is escaped.
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def listed(names: Iterable[object], limit: int = _LISTED) -> str:
+    """The first `limit` names, and how many more there are."""
+    every = list(names)
+    head = ", ".join(shown(name) for name in every[:limit])
+    return head if len(every) <= limit else f"{head} and {len(every) - limit:,} more"
+
+
+def os_reason(error: OSError | ValueError) -> str:
+    """What the system said, without the path (which the message has already)."""
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens `path` to read bytes, unbuffered, and never waits for another process.
+
+    Raises InputError when it is missing, not readable, or no regular file (fault row 32). It is looked at before it
+    is opened, since opening a device can act on it; and again afterwards, since it may have been exchanged. A FIFO
+    opened for reading waits for a writer unless O_NONBLOCK is given (POSIX open(2)); on a regular file that flag does
+    nothing.
+    """
+    # All three flags are absent on some system.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        _check_regular(path, path.stat().st_mode)
+        descriptor = os.open(path, flags)
+        stream = open(descriptor, "rb", buffering=0)  # noqa: SIM115, PTH123 (handed to the caller; of a descriptor)
+        try:
+            _check_regular(path, os.fstat(descriptor).st_mode)
+        except BaseException:
+            stream.close()
+            raise
+    except FileNotFoundError:
+        link = " (a link to a file that is not there)" if path.is_symlink() else ""
+        raise InputError(f"{shown(path)}: no such file{link}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise InputError(f"{shown(path)}: cannot be read: {os_reason(error)}") from error
+    return stream
+
+
+def require_regular(path: Path) -> os.stat_result:
+    """What the system knows of `path`. Raises InputError as `open_regular` does."""
+    with open_regular(path) as stream:
+        return os.fstat(stream.fileno())
+
+
+def read_fully(stream: BinaryIO, count: int, path: Path) -> bytes:
+    """`count` bytes from where `stream` stands, fewer at its end. Raises InputError where the disk fails.
+
+    In pieces, so that a `count` which is only a limit allocates nothing; a raw stream may also return less than was
+    asked (read(2)).
+    """
+    parts = bytearray()
+    try:
+        while len(parts) < count:
+            part = stream.read(min(count - len(parts), _READ_BYTES))
+            if not part:
+                break
+            parts += part
+    except OSError as error:
+        raise InputError(f"{shown(path)}: cannot be read: {os_reason(error)}") from error
+    return bytes(parts)
+
+
+def reject_stand_in(path: Path, head: bytes) -> None:
+    """Raises InputError when `head`, the first bytes of `path`, is what one gets in place of a file.
+
+    That is: nothing at all, the pointer which Git LFS keeps in a checkout (git-lfs docs/spec.md), or the page that a
+    server sent with its error (fault rows 1, 19, 20).
+    """
+    if not head:
+        raise InputError(f"{shown(path)}: empty file", hint="copy or download it again")
+    if head.startswith(_LFS_STARTS):
+        raise InputError(
+            f"{shown(path)}: this is a Git LFS pointer, not the file itself",
+            hint="run `git lfs pull` in the repository it was cloned from",
+        )
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_PAGE_STARTS):
+        raise InputError(
+            f"{shown(path)}: looks like a web page, not the file itself",
+            hint="download it again; a page in place of a file often means that a login or a token was missing",
+        )
+
+
+def require_inside(root: Path, name: str) -> Path:
+    """`root / name`, for a relative `name` which stays in the folder `root` even through links.
+
+    Raises UnsafeError for a link that leads elsewhere. One way out is allowed: a snapshot in a Hugging Face cache is
+    made of links into the `blobs` folder of the same repository (huggingface_hub, "Understand caching"):
+    `models--org--name/snapshots/<revision>/file -> ../../blobs/<hash>`. Whether the file exists is not asked.
+    """
+    path = root / name
+    try:
+        home = root.resolve()
+        target = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise InputError(f"{shown(path)}: cannot be followed: {shown(error)}") from error
+    if target.is_relative_to(home) or target.parent == _blobs(home):
+        return path
+    raise UnsafeError(
+        f"{shown(path)}: is a link that leaves its folder, to {shown(target)}",
+        hint="copy the file into the folder, or name the file itself as the source",
+    )
+
+
+def relative_name(name: str) -> str | None:
+    """`name` as a plain relative POSIX path, or None when it could mean a place outside the folder that names it.
+
+    Refused on every system alike, so that a checkpoint does not turn dangerous when it is moved: absolute paths,
+    `..`, backslashes (which make UNC paths and separators on Windows), drive letters, control characters, nothing.
+    """
+    pure = PurePosixPath(name)
+    drive = len(name) > 1 and name[1] == ":" and name[0].isalpha()
+    if drive or "\\" in name or not name.isprintable() or pure.is_absolute() or ".." in pure.parts or not pure.parts:
+        return None
+    return str(pure)
+
+
+def _check_regular(path: Path, mode: int) -> None:
+    if stat.S_ISREG(mode):
+        return
+    kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
+    raise InputError(f"{shown(path)}: is {kind} where a file is expected")
+
+
+def _blobs(home: Path) -> Path | None:
+    """The `blobs` folder next to the `snapshots` which the resolved folder `home` lies in."""
+    for revision in (home, *home.parents):
+        repository = revision.parent.parent
+        if revision.parent.name == "snapshots" and repository.name.startswith("models--"):
+            return repository / "blobs"
+    return None

@@ -1,0 +1,99 @@
+"""Which files a source was: small fingerprints for `conversion.json`, and whether they stayed the same while read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from llava_convert.errors import InputError
+from llava_convert.storage.files import open_regular, read_fully, require_regular, shown
+from llava_convert.storage.safetensors import MAX_HEADER_BYTES
+from llava_convert.storage.weights import SAFETENSORS_SUFFIX
+
+# A torch zip ends with its directory, which has the CRC of every tensor and about 100 bytes for each; a GGUF file
+# begins with its metadata. Either is below this for most models, and hashing both ends needs no parsing.
+END_BYTES = 1 << 20
+
+
+def identity(files: Iterable[Path]) -> list[dict[str, str | int]]:
+    """For each file its last name, its size and a sha256, without reading the weights.
+
+    The sha256 is `of` the "header" of a safetensors file (its length field included), of the "ends" of any other file:
+    the first and the last MiB, or the whole file where it is smaller than both. Two files of equal identity may differ
+    in their weights; `--digest` is there for those. Raises InputError for a file that cannot be read.
+    """
+    found: list[dict[str, str | int]] = []
+    for path in files:
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            header = path.suffix.lower() == SAFETENSORS_SUFFIX
+            digest = _header_digest(stream, path) if header else _ends_digest(stream, path, size)
+        found.append({"file": path.name, "size": size, "sha256": digest, "of": "header" if header else "ends"})
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What `files` were when it was taken: take it when a source is opened, recheck it when all has been read."""
+
+    states: dict[Path, _State]
+    identity: list[dict[str, str | int]]
+
+    @classmethod
+    def take(cls, files: Iterable[Path]) -> Snapshot:
+        """Raises InputError for a file that cannot be read, or that changes meanwhile."""
+        states = {path: _state(path) for path in files}
+        snapshot = cls(states, identity(states))
+        snapshot.recheck_states()
+        return snapshot
+
+    def recheck_states(self) -> None:
+        """Raises InputError naming the first file whose size, time of change or inode is another (fault row 72)."""
+        for path, before in self.states.items():
+            now = _state(path)
+            if now != before:
+                what = "its size changed" if now.size != before.size else "it was written or exchanged"
+                raise _changed(path, what)
+
+    def recheck(self) -> None:
+        """As `recheck_states`, and the headers too: a file system may keep times too coarse to tell."""
+        self.recheck_states()
+        for path, before, now in zip(self.states, self.identity, identity(self.states), strict=True):
+            if before != now:
+                raise _changed(path, "its header changed")
+
+
+def _changed(path: Path, what: str) -> InputError:
+    return InputError(
+        f"{shown(path)}: changed while it was read: {what}",
+        hint="wait until whatever writes it has finished, then run again",
+    )
+
+
+def _state(path: Path) -> _State:
+    info = require_regular(path)
+    return _State(info.st_size, info.st_mtime_ns, info.st_ino)
+
+
+def _header_digest(stream: BinaryIO, path: Path) -> str:
+    field = read_fully(stream, 8, path)
+    length = min(int.from_bytes(field, "little"), MAX_HEADER_BYTES)
+    return hashlib.sha256(field + read_fully(stream, length, path)).hexdigest()
+
+
+def _ends_digest(stream: BinaryIO, path: Path, size: int) -> str:
+    digest = hashlib.sha256(read_fully(stream, END_BYTES, path))
+    stream.seek(max(END_BYTES, size - END_BYTES))
+    digest.update(read_fully(stream, END_BYTES, path))
+    return digest.hexdigest()

@@ -1,0 +1,538 @@
+"""An output that appears whole or not at all.
+
+It is built in `.<OUT>.partial` beside OUT, made durable, and put in OUT's place by one rename. Both lie in one folder,
+so the rename cannot cross devices (an overlay or a mount point at OUT can still refuse it: exit 6, the old OUT kept).
+A lock beside them, `.<OUT>.partial.lock`, keeps a second process away: inside, it would vanish with a discarded
+leftover while another process waits on it. Every way out but SIGKILL and power loss removes both.
+
+A symbolic link at OUT is an output that exists; `force` replaces the link and never touches what it points to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+import stat
+import sys
+import threading
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from types import FrameType, TracebackType
+from typing import Literal
+
+from llava_convert.errors import OutputError, UsageError
+from llava_convert.storage.ranges import write_all
+
+RECORD = ".llava-convert-plan"  # in staging: the plan's hash, then a line for each finished file
+UNFINISHED = ".unfinished"
+_RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"}
+_RESERVED |= {device + digit for device in ("COM", "LPT") for digit in "0123456789¹²³"}
+_HINTS = {
+    "ENOSPC": "free some space or choose another place with -o",
+    "EDQUOT": "your quota is used up: free some space or choose another place with -o",
+    "EFBIG": "the file system or `ulimit -f` allows no file of that size: lower --max-shard-size or raise the limit",
+    "EROFS": "the file system is read-only: choose another place with -o",
+    "EACCES": "choose a place you may write to with -o",
+    "EPERM": "choose a place you may write to with -o",
+    "EBUSY": "it is a mount point or in use: choose another place with -o",
+    "EXDEV": "OUT lies on another device than its folder: remove it yourself or choose another place with -o",
+    "ENAMETOOLONG": "choose a shorter name with -o",
+    "ENOTDIR": "a part of the path is a file: choose another place with -o",
+}  # fmt: skip
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM (or the loss of the terminal) asked the process to end; handled like Ctrl-C, exit 130."""
+
+
+@contextlib.contextmanager
+def interrupt_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM, SIGHUP and SIGBREAK into `Terminated` while the block runs; does nothing off the main thread."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated(signal.Signals(number).name)
+
+    # An ignored SIGHUP is nohup's wish, hence kept.
+    with _handling(terminate, "SIGTERM", "SIGHUP", "SIGBREAK"):
+        yield
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold signals back until the block is done, so that nothing stops between two steps which belong together."""
+    caught: list[int] = []
+    with _handling(lambda number, frame: caught.append(number), "SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        yield
+    if caught:
+        signal.raise_signal(caught[0])
+
+
+@contextlib.contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None], *names: str) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
+        yield
+        return
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {n: h for n in numbers if (h := signal.getsignal(n)) not in (None, signal.SIG_IGN)}
+    try:
+        for number in before:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def as_output_error(exc: OSError, path: Path) -> OutputError:
+    """The OutputError for a system call that failed while writing `path`."""
+    reason = exc.strerror or str(exc)
+    return OutputError(f"{path} cannot be written: {reason}", hint=_HINTS.get(errno.errorcode.get(exc.errno or 0, "")))
+
+
+def check_name(name: str) -> None:
+    """Raise OutputError unless `name` can be one part of a path on every system: outputs travel to other machines."""
+    if name.split(".")[0].rstrip(" ").upper() in _RESERVED or name.endswith((".", " ")):
+        raise OutputError(f"{name!r} cannot be a name on Windows", hint="choose another name")
+    if sys.platform == "win32" and any(c in '<>:"|?*\\' for c in name):
+        raise OutputError(f"{name!r} holds a character that Windows forbids", hint="choose another name")
+    if len(os.fsencode(name)) > 255:
+        raise OutputError(f"the name {name[:40]!r}… has {len(os.fsencode(name))} bytes; at most 255 are possible")
+
+
+def _place(out: Path) -> Path:
+    """OUT as an absolute path whose folder is resolved; the last part stays as given (it may be a link)."""
+    if "\0" in str(out):
+        raise UsageError("the output's name holds a NUL character")
+    if out.name in ("", ".", ".."):
+        raise UsageError(f"{str(out)!r} does not name an output", hint="name a new folder with -o")
+    check_name(out.name)
+    if (size := len(os.fsencode(f".{out.name}.partial.lock"))) > 255:
+        message = f"the output's name is {size - 255} bytes too long: {out.name[:40]!r}…"
+        raise OutputError(message, hint=_HINTS["ENAMETOOLONG"])
+    return _real(out.parent) / out.name
+
+
+def _refuse_overlap(places: list[Path], reads: Iterable[Path]) -> None:
+    """Raise UsageError where writing to `places` could change one of `reads`: compared by name and by inode."""
+    outs = {key for place in places for key in _keys(place)}
+    around = {key for place in places for parent in _above(place) for key in _keys(parent)}
+    mend = "name another place with -o"
+    for read in reads:
+        for part in (read.absolute(), _real(read)):
+            if any(key in outs for folder in (part, *part.parents) for key in _keys(folder)):
+                raise UsageError(f"the output {places[0]} is, or holds, the source {read}", hint=mend)
+        if any(key in around for key in _keys(read)):
+            raise UsageError(f"the output {places[0]} is inside the source {read}", hint=mend)
+    here = Path.cwd()
+    if any(key in outs for folder in (here, *here.parents) for key in _keys(folder)):
+        raise UsageError(f"the output {places[0]} holds the current folder", hint=mend)
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # unlike Path.resolve it takes a loop of links as it finds it
+
+
+def _above(path: Path) -> set[Path]:
+    return {*path.absolute().parents, *_real(path).parents}
+
+
+def _keys(path: Path) -> Iterator[object]:
+    yield path.absolute()
+    yield _real(path)
+    with contextlib.suppress(OSError):
+        info = path.stat()
+        if info.st_ino:
+            yield (info.st_dev, info.st_ino)
+
+
+class _Lock:
+    """A file locked for as long as the process lives; its lines: the holder's id, and `aside` while OUT is aside.
+
+    The file is removed by its holder only, and whoever gets a lock checks that the name still leads to the file it
+    locked: so two processes can never hold "the" lock through two inodes.
+    """
+
+    def __init__(self, path: Path, out: Path, say: Callable[[str], None]) -> None:
+        self.path = path
+        while True:
+            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+            try:
+                if not _lock(self.fd):
+                    holder = os.read(self.fd, 64).split(b"\n")[0].decode("ascii", "replace")
+                    message = f"{out} is in use by process {holder or 'unknown'}"
+                    raise OutputError(message, hint="wait for it, or end it")
+            except OSError as exc:  # some network file systems have no locks
+                say(f"{path.parent} does not support locks ({exc.strerror}): do not start two conversions into {out}")
+            except BaseException:
+                os.close(self.fd)
+                raise
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self.fd), path.stat()):
+                    break
+            os.close(self.fd)
+        self.aside = b"\naside\n" in os.read(self.fd, 64)
+        try:
+            self.record(aside=self.aside)
+        except BaseException:
+            self.release(keep=self.aside)
+            raise
+
+    def record(self, *, aside: bool) -> None:
+        os.ftruncate(self.fd, 0)
+        write_all(self.fd, 0, b"%d\n%s" % (os.getpid(), b"aside\n" if aside else b""))
+        if aside:
+            os.fsync(self.fd)
+
+    def release(self, *, keep: bool = False) -> None:
+        if keep:
+            os.close(self.fd)
+        elif sys.platform == "win32":
+            os.close(self.fd)  # an open file cannot be removed there, and one that another process opened neither
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+        else:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            os.close(self.fd)
+
+
+def _lock(fd: int) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(fd, 1 << 20, os.SEEK_SET)  # such locks forbid reading: lock a byte far from the text
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            os.lseek(fd, 0, os.SEEK_SET)
+        else:
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        if exc.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            os.lseek(fd, 0, os.SEEK_SET)
+            return False
+        raise
+    return True
+
+
+class Staging:
+    """An output under construction; a context manager.
+
+    `commit` puts it in OUT's place; leaving the block without it removes every trace. `plan_hash` says what is being
+    built, so that `resume` can keep what a killed run of the same plan had finished. `reads` are the sources.
+    A `kind="file"` output is the one staged file which carries OUT's name. Missing parents of OUT are created, and
+    removed again on failure.
+
+    Raises UsageError (OUT is no usable name, or overlaps a source) and OutputError (OUT exists, is in use, cannot be
+    created, or has less than `needed_bytes` of room) on entering; nothing has been written then.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        plan_hash: str,
+        *,
+        force: bool,
+        resume: bool,
+        needed_bytes: int,
+        reads: Iterable[Path] = (),
+        say: Callable[[str], None],
+        kind: Literal["folder", "file"] = "folder",
+    ) -> None:
+        self.out = _place(out)
+        self.path = self.out.with_name(f".{self.out.name}.partial")
+        self._aside = self.out.with_name(f".{self.out.name}.old")
+        self._plan_hash, self._force, self._resume, self._kind = plan_hash, force, resume, kind
+        self._needed, self._reads, self._say = needed_bytes, tuple(reads), say
+        self._mutex = threading.Lock()
+        self._finished: dict[str, int] = {}
+        self._names: dict[str, str] = {}  # as a case-insensitive file system sees them -> as given
+        self._loose: set[Path] = set()  # small files, whose fsync waits for commit
+        self._open: set[int] = set()
+        self._record = -1
+        self._lock: _Lock | None = None
+        self._made: list[Path] = []
+        self._owned = self._committed = self._lost = False
+
+    def __enter__(self) -> Staging:
+        _refuse_overlap([self.out, self.path, self._aside], self._reads)
+        try:
+            self._refuse_existing()
+            for folder in reversed([p for p in self.out.parents if not p.exists()]):
+                folder.mkdir()
+                self._made.append(folder)
+            with _uninterrupted():  # a lock taken but not yet ours to release would stay
+                self._lock = _Lock(self.path.with_name(self.path.name + ".lock"), self.out, self._say)
+            self._recover(self._lock)
+            self._refuse_existing()  # again, now that nobody else can make it
+            self._take_leftover()
+            free, needed = shutil.disk_usage(self.out.parent).free, self._needed - sum(self._finished.values())
+            if free < needed:
+                message = f"{self.out} needs {needed:,} bytes, {self.out.parent} has {free:,} free"
+                raise OutputError(message, hint=_HINTS["ENOSPC"])
+            self._start()
+        except OSError as exc:
+            self._clean()
+            raise as_output_error(exc, self.out) from exc
+        except BaseException:
+            self._clean()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with _uninterrupted():
+            self._clean()
+
+    def finished(self, name: str) -> bool:
+        """Whether `name` is whole and durable: written by this run, or kept from a killed one of the same plan."""
+        return name in self._finished
+
+    @contextlib.contextmanager
+    def new_file(self, name: str, size: int | None = None) -> Iterator[int]:
+        """A descriptor for writing `name` (folders by "/"), durable and `finished` when the block ends well.
+
+        Threads may share it for `pwrite`; they must be done with it when the block ends well. When the block fails it
+        stays open until the staging ends, so that a thread still writing cannot hit another file under a reused number.
+        Raises OutputError when the file cannot be written.
+        """
+        target = self._claim(name)
+        unfinished = target.with_name(target.name + UNFINISHED)
+        with self._writing(name):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+            fd = os.open(unfinished, flags, 0o666)
+            self._open.add(fd)
+            if size is not None:
+                os.ftruncate(fd, size)
+            yield fd
+            length = os.fstat(fd).st_size
+            if size is not None and length != size:
+                raise RuntimeError(f"{name} was planned with {size} bytes and has {length}")
+            os.fsync(fd)
+            self._open.discard(fd)
+            os.close(fd)
+            unfinished.replace(target)
+            with self._mutex:  # after the fsync: a line that survives a power loss vouches for its file
+                os.write(self._record, json.dumps([name, length]).encode() + b"\n")
+                self._finished[name] = length
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a small file; `commit` makes it durable, hence a resumed run writes it again. Raises OutputError."""
+        target = self._claim(name)
+        with self._writing(name):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = target.with_name(target.name + UNFINISHED)
+            unfinished.write_bytes(data)
+            unfinished.replace(target)
+            self._loose.add(target)
+
+    def commit(self) -> None:
+        """Make everything durable and put it in OUT's place. Raises OutputError; what was at OUT is then still there.
+
+        The caller writes index files and config.json after the shards.
+        """
+        if self._open:
+            raise RuntimeError("commit with unfinished files")
+        with self._writing(""):
+            with ThreadPoolExecutor(8) as pool:  # together they share the file system's journal commits
+                list(pool.map(_sync, self._loose))
+            self._close_record()
+            (self.path / RECORD).unlink()
+            for folder, _, _ in os.walk(self.path):
+                _sync(Path(folder))
+            with _uninterrupted():
+                self._put_in_place(self.path / self.out.name if self._kind == "file" else self.path)
+
+    def _refuse_existing(self) -> None:
+        try:
+            mode = os.lstat(self.out).st_mode
+        except FileNotFoundError:
+            return
+        if not self._force:
+            what = "a link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "a file"
+            mend = "replace it with --force, or name another place with -o"
+            raise OutputError(f"{self.out} exists ({what})", hint=mend)
+
+    def _recover(self, lock: _Lock) -> None:
+        """Undo what a crash between the two renames of `_put_in_place` left; without its mark `.old` is not ours."""
+        if lock.aside and os.path.lexists(self._aside):
+            if os.path.lexists(self.out):
+                _remove(self._aside)
+            else:
+                self._aside.rename(self.out)
+                self._say(f"{self.out} restored: a run was killed while it replaced it")
+        lock.record(aside=False)
+
+    def _take_leftover(self) -> None:
+        if not os.path.lexists(self.path):
+            return
+        kept = self._read_record() if self._resume and not self.path.is_symlink() else None
+        if kept is None:
+            why = "it belongs to another plan" if self._resume else "--resume would keep its finished files"
+            self._say(f"discarding {self.path}, left by a killed run ({why})")
+            _remove(self.path)
+            return
+        self._finished = kept
+        self._say(f"resuming: {len(kept)} finished files kept, {sum(kept.values()):,} bytes")
+
+    def _read_record(self) -> dict[str, int] | None:
+        try:
+            lines = (self.path / RECORD).read_bytes().split(b"\n")[:-1]  # the last is empty, or a torn line
+        except OSError:
+            return None
+        if not lines or lines[0] != self._plan_hash.encode():
+            return None
+        kept: dict[str, int] = {}
+        for line in lines[1:]:
+            with contextlib.suppress(ValueError, OSError):
+                name, length = json.loads(line)
+                info = os.lstat(self.path / name)
+                if stat.S_ISREG(info.st_mode) and info.st_size == length:
+                    kept[name] = length
+        return kept
+
+    def _start(self) -> None:
+        self._owned = True
+        self.path.mkdir(exist_ok=True)
+        for folder, _, files in os.walk(self.path):
+            for file in (Path(folder, f) for f in files):
+                if file.relative_to(self.path).as_posix() not in self._finished:
+                    file.unlink()
+        self._record = os.open(self.path / RECORD, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        lines = [self._plan_hash, *(json.dumps([name, length]) for name, length in self._finished.items())]
+        os.write(self._record, "".join(f"{line}\n" for line in lines).encode())
+        if hasattr(signal, "SIGXFSZ") and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does at start: the write fails with EFBIG instead
+
+    def _claim(self, name: str) -> Path:
+        pure = PurePosixPath(name)
+        if str(pure) != name or pure.is_absolute() or not pure.name or {"..", RECORD} & {*pure.parts} or "\0" in name:
+            raise ValueError(f"{name!r} is no name for a file inside an output")
+        for part in pure.parts:
+            check_name(part)
+        with self._mutex:
+            other = self._names.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+            self._finished.pop(name, None)
+        if other != name:
+            raise OutputError(f"{other!r} and {name!r} are one file where case does not count")
+        return self.path / name
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """Turn the OSError of a write into OutputError; one that names a file outside of staging is somebody else's."""
+        try:
+            yield
+        except OSError as exc:
+            if exc.filename is None or Path(os.fsdecode(exc.filename)).is_relative_to(self.out.parent):
+                raise as_output_error(exc, self.out / name) from exc
+            raise
+
+    def _put_in_place(self, new: Path) -> None:
+        assert self._lock is not None
+        self._refuse_existing()
+        replaces = os.path.lexists(self.out)
+        if replaces and self.out.is_symlink():
+            self._say(f"{self.out} is a link to {self.out.readlink()}: the link is replaced, its target left as it is")
+        exchanged = _rename(new, self.out, exchange=replaces)
+        if not exchanged and replaces:
+            if os.path.lexists(self._aside):
+                raise OutputError(f"{self._aside} is in the way", hint="move it away")
+            self._lock.record(aside=True)
+            self.out.rename(self._aside)
+            self._lost = True
+            try:
+                new.rename(self.out)
+            except BaseException:
+                self._aside.rename(self.out)
+                self._lost = False
+                raise
+            self._lost = False
+        try:
+            _sync(self.out.parent)
+        except OSError:
+            if exchanged and replaces:
+                _rename(new, self.out, exchange=True)
+            else:
+                self.out.rename(new)
+                if replaces:
+                    self._aside.rename(self.out)
+            raise
+        self._committed = True
+        if replaces and not exchanged:
+            self._remove_or_say(self._aside)
+
+    def _clean(self) -> None:
+        while self._open:
+            os.close(self._open.pop())
+        self._close_record()
+        if self._owned:  # after an exchange the old output is here
+            self._remove_or_say(self.path)
+            self._owned = False
+        if self._lost:
+            self._say(f"the old {self.out} is at {self._aside}; the next run moves it back")
+        if self._lock is not None:
+            self._lock.release(keep=self._lost)
+            self._lock = None
+        while self._made and not self._committed:
+            with contextlib.suppress(OSError):
+                self._made.pop().rmdir()
+
+    def _close_record(self) -> None:
+        if self._record >= 0:
+            os.close(self._record)
+            self._record = -1
+
+    def _remove_or_say(self, path: Path) -> None:
+        try:
+            _remove(path)
+        except OSError as exc:
+            self._say(f"{path} could not be removed: {exc.strerror or exc}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's names, durable; folders where the system can."""
+    folder = path.is_dir()
+    if folder and sys.platform == "win32":
+        return
+    fd = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    try:
+        os.fsync(fd)
+    except OSError as exc:
+        if not folder or exc.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(fd)
+
+
+def _rename(new: Path, out: Path, *, exchange: bool) -> bool:
+    """Exchange the two, or rename where nothing is at `out`, atomically; False where there is no such exchange."""
+    if sys.platform == "linux":
+        import ctypes
+
+        call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        flag = 2 if exchange else 1  # RENAME_EXCHANGE, RENAME_NOREPLACE; -100 is AT_FDCWD
+        if call is not None:
+            if call(-100, os.fsencode(new), -100, os.fsencode(out), flag) == 0:
+                return True
+            code = ctypes.get_errno()
+            if code not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+                raise OSError(code, os.strerror(code))
+    if not exchange:
+        new.rename(out)
+    return not exchange

@@ -1,0 +1,32 @@
+"""What every test shares: no network, and where the inputs lie."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Set before anything imports transformers, which reads them at import. Without the first, a local folder that lacks an
+# optional file makes transformers ask the hub, with retries.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """The committed inputs: `llm/`, `vit/`, `picture.png`, and `iter_2.pth`, which names its bases from `fixtures`."""
+    return CHECKOUT / "fixtures" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Checkpoints which the real tools trained and converted. They lie beside the checkout and are not part of it."""
+    folder = CHECKOUT.parent / "shared" / "golden"
+    if not folder.is_dir():
+        pytest.skip(
+            "the outputs of the real converters are not here: they lie beside the checkout, in ../shared/golden"
+        )
+    return folder

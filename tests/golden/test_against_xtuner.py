@@ -1,0 +1,126 @@
+"""Our conversions against those of the real xtuner 0.1.23, tensor by tensor, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava_convert.convert import Options, convert, verify
+from tests.golden.oracle import assert_same_weights, load
+
+CASES = ("a_full_vitlora", "b_llmlora_vitlora", "c_pretrain", "d_full_fullvit")
+# The real converter crashes on `hf` with a frozen tower.
+THEIRS = {"xtuner": "xtuner", "official": "official", "hf": "huggingface"}
+LLM_ROWS = 512
+
+
+@pytest.fixture(scope="module")
+def converted(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("converted")
+    for case in CASES:
+        for layout in THEIRS:
+            convert(golden / "cases" / case / "pth" / "iter_2.pth", Options(to=layout, out=out / case / layout))
+    return out
+
+
+@pytest.mark.parametrize("layout", THEIRS)
+@pytest.mark.parametrize("case", CASES)
+def test_tensors_equal(converted: Path, golden: Path, case: str, layout: str) -> None:
+    theirs = golden / "cases" / case / THEIRS[layout]
+    if not theirs.is_dir():
+        assert (case, layout) == ("c_pretrain", "hf"), "the only case where the real converter crashes"
+        return
+    assert_same_weights(load(converted / case / layout), load(theirs), rows=LLM_ROWS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_dtype_in_official_and_hf(converted: Path, case: str) -> None:
+    for layout in ("official", "hf"):
+        assert {t.dtype for t in load(converted / case / layout).values()} == {torch.float16}
+
+
+def test_xtuner_layout_keeps_float32_beside_the_llm(converted: Path) -> None:
+    tensors = load(converted / "b_llmlora_vitlora" / "xtuner")
+    dtypes = {name.split("/")[0]: tensor.dtype for name, tensor in tensors.items()}
+    assert dtypes == {"llm_adapter": torch.float16, "projector": torch.float32, "visual_encoder_adapter": torch.float32}
+
+
+def test_pretrain_to_hf_is_the_bases_and_the_projector(converted: Path, golden: Path) -> None:
+    """What the real converter cannot do: every tensor is that of a base or of the projector, in float16."""
+    ours = load(converted / "c_pretrain" / "hf")
+    llm = load_file(golden / "parts" / "plain" / "llm" / "model.safetensors")
+    vit = load_file(golden / "parts" / "plain" / "vit" / "model.safetensors")
+    projector = load_file(golden / "cases" / "c_pretrain" / "xtuner" / "projector" / "model.safetensors")
+    wanted = {f"language_model.{k}": v for k, v in llm.items()} | {f"vision_tower.{k}": v for k, v in vit.items()}
+    for index, name in (("0", "linear_1"), ("2", "linear_2")):
+        for kind in ("weight", "bias"):
+            wanted[f"multi_modal_projector.{name}.{kind}"] = projector[f"model.{index}.{kind}"]
+    assert_same_weights(ours, wanted, rows=LLM_ROWS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_added_rows_are_the_mean_of_the_old(converted: Path, case: str) -> None:
+    tensors = load(converted / case / "hf")
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        rows = tensors[name]
+        assert rows.shape[0] == 576
+        assert (rows[LLM_ROWS:] == rows[LLM_ROWS]).all()
+        mean = rows[:LLM_ROWS].double().mean(0)
+        # The mean is taken before the cast to float16, here after it.
+        assert torch.allclose(rows[LLM_ROWS].double(), mean, atol=2e-5)
+
+
+@pytest.mark.parametrize("layout", THEIRS)
+@pytest.mark.parametrize("case", CASES)
+def test_verify_accepts_theirs_and_finds_one_changed_bit(
+    golden: Path, tmp_path: Path, case: str, layout: str
+) -> None:
+    source, theirs = golden / "cases" / case / "pth" / "iter_2.pth", golden / "cases" / case / THEIRS[layout]
+    if not theirs.is_dir():
+        assert (case, layout) == ("c_pretrain", "hf")
+        return
+    assert verify(source, theirs, Options(to="")).same
+    changed = tmp_path / "changed"
+    for file in theirs.rglob("*"):
+        target = changed / file.relative_to(theirs)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_file():
+            target.write_bytes(file.read_bytes())
+    weights = next(changed.rglob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    verdict = verify(source, changed, Options(to=""))
+    assert len(verdict.different) == 1 and next(iter(verdict.different.values())).elements == 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_configs_say_what_theirs_say(converted: Path, golden: Path, case: str) -> None:
+    """Every key that the real converter writes, with its value, but for what FORMATS lists as its defects."""
+    for layout, theirs in THEIRS.items():
+        for file in ("config.json", "projector/config.json", "visual_encoder/config.json"):
+            path = golden / "cases" / case / theirs / file
+            if not path.is_file():
+                continue
+            ours = json.loads((converted / case / layout / file).read_text())
+            for key, value in json.loads(path.read_text()).items():
+                if key in ("transformers_version", "_name_or_path", "mm_vision_tower", "torch_dtype"):
+                    continue
+                if key in ("text_config", "vision_config"):
+                    stale = ("torch_dtype", "_name_or_path")
+                    value = {k: v for k, v in value.items() if k not in stale}
+                    assert value == {k: ours[key][k] for k in value}, (layout, file, key)
+                elif value is not None:
+                    assert ours.get(key) == value, (layout, file, key)
+
+
+def test_no_local_path_in_any_output(converted: Path, golden: Path) -> None:
+    for file in converted.rglob("*"):
+        if file.is_file() and file.suffix != ".safetensors":
+            text = file.read_bytes()
+            assert str(golden).encode() not in text and str(converted).encode() not in text, file
+            assert b"parts/plain" not in text, file

@@ -1,0 +1,222 @@
+"""Build the environments of the real tools that tests compare with: `python tests/peers/build.py xtuner llava ...`.
+
+Each peer gets `.venvs/<name>` in the checkout. All of them see one torch, installed once in `.venvs/torch` and put on
+their path by a `.pth` file, since torch is most of every environment's weight. A second run does nothing: a stamp in
+each environment holds a hash of the recipe it was made from. Only the standard library is used here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+VENVS = CHECKOUT / ".venvs"
+STAMP = "recipe.sha256"
+TORCH_PATH_FILE = "shared_torch.pth"
+
+# torchvision has no build for this torch on a CPU. The peers only import it: transformers' image_utils wants the
+# interpolation names as soon as a package of that name is found, and xtuner.dataset imports transforms at module level.
+TORCHVISION_STAND_IN = {
+    "torchvision/__init__.py": '__version__ = "0.0.0"\nfrom . import transforms\n',
+    "torchvision/transforms/__init__.py": (
+        "from enum import Enum\n\n\n"
+        "class InterpolationMode(Enum):\n"
+        '    NEAREST = "nearest"\n    NEAREST_EXACT = "nearest-exact"\n    BILINEAR = "bilinear"\n'
+        '    BICUBIC = "bicubic"\n    BOX = "box"\n    HAMMING = "hamming"\n    LANCZOS = "lanczos"\n\n\n'
+        "def __getattr__(name):\n"
+        '    if name.startswith("__"):\n        raise AttributeError(name)\n\n'
+        "    def missing(*args, **kwargs):\n"
+        '        raise NotImplementedError(f"torchvision is only a stand-in here: {name}")\n\n'
+        "    return missing\n"
+    ),
+    "torchvision/transforms/functional.py": "from . import InterpolationMode\n",
+}
+
+
+@dataclass(frozen=True)
+class Install:
+    """One `pip install`: what, with which flags, under which extra environment variables."""
+
+    packages: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An environment: installs in order, stand-ins (path in site-packages, text), and modules that must import."""
+
+    installs: tuple[Install, ...]
+    stand_ins: tuple[tuple[str, str], ...] = ()
+    imports: tuple[str, ...] = ()
+
+
+# Before anything that depends on torch, which would otherwise bring a CUDA build of several gigabytes. Where pip's
+# default is not the CPU build, point it at one (PIP_INDEX_URL, PIP_FIND_LINKS): pip reads these here as everywhere.
+TORCH = Recipe((Install(("torch==2.13.0",)),))
+
+
+def _transformers(version: str, *more: str, numpy: str = "numpy") -> Recipe:
+    packages = (
+        f"transformers=={version}",
+        "tokenizers",
+        "safetensors",
+        "pillow",
+        "sentencepiece",
+        "protobuf",
+        numpy,
+        *more,
+    )
+    return Recipe((Install(packages),), imports=("transformers.models.llava.modeling_llava",))
+
+
+RECIPES: dict[str, Recipe] = {
+    "xtuner": Recipe(
+        (
+            # The metadata of 0.1.23 asks for Python < 3.11 and for packages that conversion never imports.
+            Install(("xtuner==0.1.23",), ("--no-deps", "--ignore-requires-python")),
+            Install(
+                (
+                    "transformers==4.43.4",
+                    "peft==0.12.0",
+                    "accelerate==0.33.0",
+                    "numpy<2",
+                    "mmengine==0.10.7",
+                    "einops",
+                    "scipy",
+                    "sentencepiece",
+                    "tiktoken",
+                    "datasets==2.21.0",
+                    "pyarrow==17.0.0",
+                    "pillow",
+                    "requests",
+                    "psutil",
+                    "safetensors",
+                    "addict",
+                    "scikit-image==0.24.0",
+                    "openpyxl",
+                )
+            ),
+            Install(("numpy<2", "opencv-python-headless==4.10.0.84")),
+            # mmengine imports pkg_resources, which newer setuptools no longer has.
+            Install(("setuptools<81", "wheel", "ninja", "py-cpuinfo", "hjson", "pydantic", "msgpack")),
+            # xtuner.utils imports deepspeed unconditionally; its compiled operators are never called.
+            Install(("deepspeed==0.14.4",), ("--no-build-isolation", "--no-deps"), (("DS_BUILD_OPS", "0"),)),
+            Install(("llava-torch==1.2.2.post1",), ("--no-deps",)),
+        ),
+        stand_ins=tuple(TORCHVISION_STAND_IN.items()),
+        imports=("xtuner.model", "xtuner.dataset", "xtuner.tools.train"),
+    ),
+    "transformers-4.37": _transformers("4.37.2", "accelerate==0.27.2", numpy="numpy<2"),
+    "transformers-4.46": _transformers("4.46.3", "accelerate==1.1.1"),
+    "transformers-4.57": _transformers("4.57.6", "accelerate"),
+    "llava": Recipe(
+        (
+            Install(
+                (
+                    "transformers==4.37.2",
+                    "tokenizers==0.15.1",
+                    "accelerate==0.27.2",
+                    "peft==0.10.0",
+                    "safetensors",
+                    "sentencepiece",
+                    "protobuf",
+                    "einops",
+                    "pillow",
+                    "requests",
+                    "numpy<2",
+                )
+            ),
+            # Its own requirements pin torch 2.1.2 and a web server.
+            Install(("llava-torch==1.2.2.post1",), ("--no-deps",)),
+        ),
+        imports=("llava.model.builder", "llava.mm_utils"),
+    ),
+}
+
+
+def _digest(recipe: Recipe) -> str:
+    """Identity of an environment: its recipe, the torch below it, and the interpreter."""
+    content = [[asdict(part) for part in each.installs] + [each.stand_ins] for each in (TORCH, recipe)]
+    text = json.dumps([*content, sys.version_info[:3]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _python(venv: Path) -> Path:
+    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def _site_packages(venv: Path) -> Path:
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return Path(subprocess.run([_python(venv), "-c", code], check=True, capture_output=True, text=True).stdout.strip())
+
+
+def _install(venv: Path, step: Install) -> None:
+    command = [
+        str(_python(venv)),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        *step.flags,
+        *step.packages,
+    ]
+    subprocess.run(command, check=True, env={**os.environ, **dict(step.variables)})
+
+
+def build(name: str, recipe: Recipe, *, below: Path | None) -> bool:
+    """Make `.venvs/<name>` unless its stamp matches; True when it was made.
+
+    `below` is an environment whose packages are seen after the new one's own. A stamp is written last, so an
+    interrupted build is started again from nothing.
+    """
+    venv = VENVS / name
+    stamp = venv / STAMP
+    digest = _digest(recipe)
+    if stamp.is_file() and stamp.read_text() == digest:
+        return False
+    shutil.rmtree(venv, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    site = _site_packages(venv)
+    if below is not None:
+        (site / TORCH_PATH_FILE).write_text(f"{_site_packages(below)}\n")
+    for step in recipe.installs:
+        _install(venv, step)
+    for path, text in recipe.stand_ins:
+        target = site / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+    for module in recipe.imports:
+        subprocess.run([_python(venv), "-c", f"import {module}"], check=True, stdout=subprocess.DEVNULL)
+    stamp.write_text(digest)
+    return True
+
+
+def main() -> None:
+    """Build the named environments, torch first."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "names", nargs="+", choices=[*RECIPES, "all"], metavar="NAME", help=", ".join([*RECIPES, "all"])
+    )
+    names = parser.parse_args().names
+    VENVS.mkdir(exist_ok=True)
+    torch = VENVS / "torch"
+    build("torch", TORCH, below=None)
+    for name in RECIPES if "all" in names else names:
+        started = time.monotonic()
+        made = build(name, RECIPES[name], below=torch)
+        print(f"{name}: {'built' if made else 'up to date'} in {time.monotonic() - started:.0f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
