@@ -21,6 +21,7 @@ from llava_convert.spec import DTYPE_BITS, Extent, StoredTensor
 from llava_convert.storage.files import open_regular, read_fully, reject_stand_in, shown
 from llava_convert.storage.jsonfile import parse_json
 
+SUFFIX = ".safetensors"
 MAX_HEADER_BYTES = 100_000_000  # of safetensors itself: MAX_HEADER_SIZE
 MAX_NAME_BYTES = 1024
 FORMAT_PT: Mapping[str, str] = MappingProxyType({"format": "pt"})

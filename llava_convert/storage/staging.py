@@ -432,9 +432,11 @@ class Staging:
         try:
             yield
         except OSError as exc:
-            if exc.filename is None or Path(os.fsdecode(exc.filename)).is_relative_to(self.out.parent):
-                raise as_output_error(exc, self.out / name) from exc
-            raise
+            path = None if exc.filename is None else Path(os.fsdecode(exc.filename))
+            ours = {None, self.out, self._aside, self.out.parent}
+            if path is not None and path not in ours and not path.is_relative_to(self.path):
+                raise
+            raise as_output_error(exc, self.out / name) from exc
 
     def _put_in_place(self, new: Path) -> None:
         assert self._lock is not None

@@ -226,11 +226,8 @@ def _read_zip(path: Path, stream: BinaryIO, size: int) -> TorchFile:
         found = "no data.pkl" if not roots else f"{len(roots)} files named data.pkl"
         raise InputError(f"{path}: a zip file with {found}: torch.save did not write it, or not to its end")
     (root,) = roots
-    if f"{root}/constants.pkl" in records or any(name.startswith(f"{root}/code/") for name in records):
-        raise UnsupportedError(
-            f"{path}: is a TorchScript program, not a state dict",
-            hint="Save the weights alone: torch.save(module.state_dict(), FILE)",
-        )
+    if f"{root}/constants.pkl" in records:
+        raise _torchscript(path)
     order = records.get(f"{root}/byteorder")
     if order is not None and _read_at(path, stream, order.offset, min(order.length, 16)) != b"little":
         raise UnsupportedError(
@@ -365,12 +362,19 @@ def _check_record(path: Path, name: str, flags: int, method: int, packed: int, u
     if method:
         if unpacked > 100 * packed + 4096:
             raise UnsafeError(f"{path}: record {shown(name)} would expand {packed:,} bytes to {unpacked:,}")
+        if parts[1:2] == ["code"]:  # the only records that torch compresses
+            raise _torchscript(path)
         raise InputError(
             f"{path}: record {shown(name)} is compressed; torch.save stores its records as they are",
             hint="The file was packed anew. Unpack it and pack it without compression (zip -0), or copy the original.",
         )
     if packed != unpacked:
         raise InputError(f"{path}: record {shown(name)} has two sizes, {packed:,} and {unpacked:,}")
+
+
+def _torchscript(path: Path) -> UnsupportedError:
+    hint = "Save the weights alone: torch.save(module.state_dict(), FILE)"
+    return UnsupportedError(f"{path}: is a TorchScript program, not a state dict", hint=hint)
 
 
 def _data_offset(path: Path, stream: BinaryIO, header: int, name: bytes) -> int:
@@ -419,9 +423,9 @@ def _read_legacy(path: Path, stream: BinaryIO, size: int) -> TorchFile:
 def _parse_legacy(path: Path, stream: BinaryIO, size: int, data: bytes) -> TorchFile:
     try:
         magic = unpickle.load(data, path=path)
-    except PickleEnds:
-        raise
-    except InputError:
+    except InputError as error:
+        if isinstance(error, PickleEnds) and data.startswith(b"\x80"):
+            raise
         magic = None
     if magic is None or magic.root != _LEGACY_MAGIC:
         raise InputError(f"{path}: is no file of torch.save: neither a zip file nor the older form")

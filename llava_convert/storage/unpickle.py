@@ -29,6 +29,7 @@ MAX_TEXT = 1 << 20  # a longer string (a HistoryBuffer's array) is replaced by `
 MAX_TEXT_TOTAL = 64 << 20
 MAX_COPIED = 4_000_000  # items copied by list(x), set(x) and the like, which repeat without new opcodes
 MAX_SETS = 100_000  # a set is the largest object (216 bytes) that one opcode makes
+MAX_BUILT = 300_000  # tensors, each of which costs up to 64 dimensions of arithmetic
 MAX_TUPLE_KEYS = 20_000  # hashes of tuples of ints are not salted, so collisions can be made: bound their cost
 MAX_INT_BYTES = 1024
 MAX_NAME = 512
@@ -167,6 +168,9 @@ def _is_config_dict(name: str) -> bool:
     return name.startswith(("mmengine.", "mmcv.")) and name.endswith(".ConfigDict")
 
 
+_WALKED = frozenset({dict, list, tuple, set, frozenset, Inert})
+
+
 def check_tree(root: Any) -> None:
     """Raise Malformed unless dicts, lists, tuples and sets are acyclic, shallow and of bounded unshared size.
 
@@ -205,9 +209,11 @@ def check_tree(root: Any) -> None:
         elif key in active:
             raise Malformed("its pickle holds a container that holds itself")
         elif key not in sizes:
+            if len(active) >= MAX_DEPTH:
+                raise Malformed(f"its pickle nests containers more than {MAX_DEPTH} deep")
             active.add(key)
             work.append((node, True))
-            work += [(child, False) for child in children]
+            work += [(child, False) for child in children if type(child) in _WALKED]
 
 
 class _Machine:
@@ -231,7 +237,7 @@ class _Machine:
         self.stubs: set[str] = set()
         self.getattr = Inert(_GETATTR)
         self.loose_getattrs = 0  # pushed and not (yet) called with HistoryBuffer
-        self.text_total = self.copied = self.sets = self.tuple_keys = 0
+        self.text_total = self.copied = self.built = self.sets = self.tuple_keys = 0
 
     def run(self, start: int) -> Any:
         data, handlers = self.data, _HANDLERS
@@ -347,6 +353,9 @@ class _Machine:
             return self.make_container(function.name, args)
         builder = self.builders.get(function.name)
         if builder is not None:
+            self.built += 1
+            if self.built > MAX_BUILT:
+                raise self.unsafe(f"makes more than {MAX_BUILT:,} tensors")
             return builder(args)
         if _is_config_dict(function.name) and len(args) <= 1 and all(type(arg) is dict for arg in args):
             return args[0] if args else {}  # its pickle is ConfigDict(plain dict)

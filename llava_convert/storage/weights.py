@@ -16,9 +16,9 @@ from llava_convert.errors import InputError, UnsafeError, UnsupportedError
 from llava_convert.spec import StoredTensor
 from llava_convert.storage.files import listed, os_reason, relative_name, require_inside, require_regular, shown
 from llava_convert.storage.jsonfile import read_json
+from llava_convert.storage.safetensors import SUFFIX as SAFETENSORS_SUFFIX
 from llava_convert.storage.safetensors import read_header
 
-SAFETENSORS_SUFFIX = ".safetensors"
 TORCH_SUFFIXES = (".bin", ".pth", ".pt")
 INDEX_SUFFIX = ".index.json"
 # The largest index of a real model (DeepSeek-V3, 92,000 tensors) has 9 MB.
@@ -131,9 +131,7 @@ def _reject_lost_index(root: Path, names: set[str], stems: Sequence[str], suffix
 
 def _open_found(root: Path, found: list[str], warnings: tuple[str, ...]) -> Weights:
     """Opens the one file or index that `found` leaves no doubt about."""
-    maps = {
-        name: _read_index(require_inside(root, name)) for name in found if name.endswith(INDEX_SUFFIX)
-    }
+    maps = {name: _read_index(require_inside(root, name)) for name in found if name.endswith(INDEX_SUFFIX)}
     # An index which names only the single file beside it says nothing else than that file does.
     idle = {name for name, index in maps.items() if set(index["weight_map"].values()) == {name[: -len(INDEX_SUFFIX)]}}
     left = [name for name in found if name + INDEX_SUFFIX not in idle]

@@ -504,7 +504,7 @@ def test_row_68_resume_keeps_finished_files_of_the_same_plan(tmp_path: Path) -> 
         assert staged.finished("a.safetensors")
         assert not staged.finished("config.json")
         assert not staged.finished("sub/b.safetensors")
-        assert list(tree(staged.path)) == [staging.RECORD, "a.safetensors"] or len(tree(staged.path)) == 2
+        assert set(tree(staged.path)) == {staging.RECORD, "a.safetensors"}
         fill(staged)
         staged.commit()
     assert (out / "a.safetensors").stat().st_ino == inode
@@ -660,7 +660,7 @@ def test_row_69_errors_while_writing(code: str, tmp_path: Path) -> None:
 
 def test_row_69_an_error_about_another_file_is_not_the_outputs(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), stage(tmp_path / "out") as staged, staged.new_file("a.bin"):
-        Path(os.devnull, "absent").parent.with_name("absent").read_bytes()
+        (tmp_path / "absent source").read_bytes()
 
 
 # Row 70: two converters
