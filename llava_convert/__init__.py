@@ -1,3 +1,29 @@
-"""Convert LLaVA checkpoints between every layout in use, exactly."""
+"""Convert LLaVA checkpoints between every layout in use, exactly.
+
+    import llava_convert
+
+    report = llava_convert.convert("iter_39620.pth", to="official")
+    llava_convert.inspect("iter_39620.pth").targets
+    llava_convert.verify("iter_39620.pth", "iter_39620_official").same
+
+Errors are `llava_convert.errors.ConvertError`, one class per exit code of the command line.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = ["convert", "inspect", "verify"]
+
+if TYPE_CHECKING:
+    from llava_convert.api import convert, inspect, verify
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that `import llava_convert` and `--help` cost nothing.
+    if name in __all__:
+        from llava_convert import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

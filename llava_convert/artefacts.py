@@ -20,16 +20,7 @@ from llava_convert.processor import preprocessor_config
 from llava_convert.prompts import ChatTemplates, hf_templates, stop_ids
 from llava_convert.storage.jsonfile import read_json
 from llava_convert.tokens import AddedToken, Tokenizer, open_tokenizer, plain_files, without_tokens
-
-# The tower of LLaVA-1.5 and of all of xtuner's LLaVA recipes.
-CLIP_L_336 = "openai/clip-vit-large-patch14-336"
-_CLIP_L_336_SHAPE = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "image_size": 336,
-    "patch_size": 14,
-}
+from llava_convert.towers import id_by_shape
 
 
 @dataclass(frozen=True)
@@ -128,8 +119,8 @@ class Artefacts:
         folder = model.folder(part)
         if folder is not None and (found := cached_id(folder)) is not None:
             return found, None
-        if part == VISION and all(config.get(key) == value for key, value in _CLIP_L_336_SHAPE.items()):
-            return CLIP_L_336, None
+        if part == VISION and (published := id_by_shape(config)) is not None:
+            return published, None
         last = [str(n).rstrip("/").rpartition("/")[2] for n in (base.asked if base else None, *named) if n]
         name = last[0] if last else (folder.name if folder is not None else PART_WORDS[part])
         return name, (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.checkpoint import LLM, PART_WORDS, PARTS, Checkpoint
-from llava_convert.convert import Options, prepare
+from llava_convert.conversion import Options, prepare
 from llava_convert.errors import ConvertError
 from llava_convert.layouts import TARGETS, open_checkpoint
 from llava_convert.layouts.base import OpenOptions

@@ -23,6 +23,7 @@ from llava_convert.ops import Op, TakeRows
 from llava_convert.spec import StoredTensor
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import same_bytes
+from llava_convert.towers import tower_config
 
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 
@@ -189,6 +190,12 @@ def _add_part(
     if own.config is not None:
         configs[part] = named_config(own.config, part, where=str(checkpoint.path))
         return
+    if part == VISION and own.state == "full" and asked.asked(part) is None:
+        # The official layout holds the tower's weights without its config.
+        known = tower_config(own.weights, (checkpoint.record or {}).get("vision_config"))
+        if known is not None:
+            configs[part] = named_config({"_name_or_path": own.base, **known}, part, where=str(checkpoint.path))
+            return
     base = _base(checkpoint, part, asked, weights=False)
     if base is None:
         raise InputError(

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert import __version__
-from llava_convert.checkpoint import PART_WORDS, Checkpoint, Dropped
+from llava_convert.checkpoint import PART_WORDS, VISION, Checkpoint, Dropped
+from llava_convert.configs import without_stale
 from llava_convert.errors import InputError
 from llava_convert.execute import Outcome
 from llava_convert.model import Model
@@ -86,11 +87,24 @@ def record(
         "tool": {"name": "llava-convert", "version": __version__, "tables": TABLES},
         "layout": {"from": model.checkpoint.layout, "to": plan.layout},
         "options": dict(options),
-        "sources": [{"role": role, "files": identity(files)} for role, _, files in places],
+        "sources": [
+            {
+                "role": role,
+                "files": [
+                    {**found, "file": names[path][1]} for path, found in zip(files, identity(files), strict=True)
+                ],
+            }
+            for role, _, files in places
+        ],
         "dropped": [{"name": d.name, "reason": d.reason} for d in (*model.checkpoint.dropped, *model.dropped)],
         "notes": [*model.checkpoint.notes, *model.notes],
         "tensors": tensors,
     }
+    if VISION in model.configs:
+        # The official layout has no place for it, and the way back needs it.
+        config = without_stale(model.configs[VISION])
+        config.pop("_name_or_path", None)  # can be a path of this machine
+        found["vision_config"] = config
     if target.added_rows is not None:
         found["added"] = dict(target.added_rows)
     return found

@@ -12,7 +12,7 @@ from llava_convert.cli._errors import run
 from llava_convert.cli._output import Output, human_bytes
 
 if TYPE_CHECKING:
-    from llava_convert.convert import Options, Report
+    from llava_convert.conversion import Options, Report
 
 # Kept here as words, so that `--help` need not import the layouts.
 SOURCES = {
@@ -164,7 +164,7 @@ def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads
         output = Output(as_json, quiet, verbose)
 
         def action() -> None:
-            from llava_convert.convert import Options, convert, prepare, report
+            from llava_convert.conversion import Options, convert, prepare, report
             from llava_convert.layouts.base import TargetOptions
             from llava_convert.model import Bases
             from llava_convert.storage.staging import interrupt_on_sigterm

@@ -32,7 +32,7 @@ def _inspect(
 
     def action() -> None:
         from llava_convert.cli.convert_command import parse_alpha
-        from llava_convert.convert import Options
+        from llava_convert.conversion import Options
         from llava_convert.inspection import inspect
         from llava_convert.model import Bases
 

@@ -23,6 +23,7 @@ from llava_convert.lora import settings_from_json
 from llava_convert.mapping import layout_table
 from llava_convert.model import Model, projector_config
 from llava_convert.plan import FileSet, Target, to_json
+from llava_convert.provenance import read_record
 from llava_convert.spec import TORCH_NAMES, StoredTensor
 from llava_convert.storage.jsonfile import read_json
 from llava_convert.storage.weights import open_weights
@@ -97,6 +98,7 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         image_newline=sorted_.image_newline,
         dropped=tuple(dropped),
         warnings=warnings,
+        record=read_record(folder),
         shard_of=shard_of,
     )
 

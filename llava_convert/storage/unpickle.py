@@ -280,7 +280,12 @@ class _Machine:
         return chunk
 
     def number(self, size: int) -> int:
-        return int.from_bytes(self.take(size), "little")
+        end = self.pos + size
+        if end > len(self.data):
+            raise self.ends()
+        value = int.from_bytes(self.data[self.pos : end], "little")
+        self.pos = end
+        return value
 
     def line(self, limit: int = MAX_NAME) -> bytes:
         end = self.data.find(b"\n", self.pos, self.pos + limit + 1)

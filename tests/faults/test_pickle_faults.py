@@ -186,7 +186,8 @@ def test_fault_35_the_attacks_are_real(canary: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     ["functools partial", "operator attrgetter", "operator methodcaller", "types FunctionType", "numpy ndarray",
-     "numpy.random._pickle __bit_generator_ctor", "__main__ Config", "webbrowser open_new", "torch load", "builtins map"],
+     "numpy.random._pickle __bit_generator_ctor", "__main__ Config", "webbrowser open_new", "torch load",
+     "builtins map"],
 )  # fmt: skip
 def test_fault_35_every_other_global_is_inert_and_listed(tmp_path: Path, name: str) -> None:
     module, attribute = name.split(" ")

@@ -36,6 +36,9 @@ TENSORS = st.lists(
     st.tuples(NAMES, st.sampled_from(sorted(DTYPE_BITS)), SHAPES), min_size=1, max_size=12, unique_by=lambda t: t[0]
 )
 
+# No deadline: the machines that run this are shared. One folder serves all examples of a test.
+RANDOM = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
 
 def data_of(tensors: Tensors) -> dict[str, bytes]:
     """Data of the right length which differ between tensors."""
@@ -81,6 +84,7 @@ def entry(dtype: str, shape: list[int], begin: int, end: int, **more: object) ->
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end], **more}
 
 
+@RANDOM
 @given(tensors=TENSORS, metadata=st.sampled_from([None, {"format": "pt"}, {}]))
 @example(tensors=[(dtype.lower(), dtype, (3,)) for dtype in sorted(DTYPE_BITS)], metadata={"format": "pt"})
 @example(tensors=[("\uffff", "F32", (1,)), ("\U0001f600", "F32", (1,)), ('a"\\/é', "F32", ())], metadata=None)
@@ -91,8 +95,8 @@ def test_header_is_that_of_the_library(tensors: Tensors, metadata: dict[str, str
     assert header.size == len(content)
 
 
+@RANDOM
 @given(tensors=TENSORS)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_reads_what_the_library_writes(tensors: Tensors, tmp_path: Path) -> None:
     content = library_file(tensors, {"format": "pt"})
     path = tmp_path / "model.safetensors"
@@ -110,6 +114,7 @@ def test_reads_what_the_library_writes(tensors: Tensors, tmp_path: Path) -> None
         assert content[extent.offset : extent.offset + extent.length] == data[name]
 
 
+@RANDOM
 @given(tensors=TENSORS, words=st.integers(0, PAGE // 8 - 1))
 def test_data_start_where_it_is_asked_for(tensors: Tensors, words: int) -> None:
     header = encode_header(tensors, data_start_mod=words * 8)

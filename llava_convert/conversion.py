@@ -22,7 +22,7 @@ from llava_convert.spec import TORCH_NAMES
 from llava_convert.storage.identity import Snapshot
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.staging import Staging
-from llava_convert.verify import FULL, OFF, QUICK, Verdict, check_full, check_quick, compare_checkpoints
+from llava_convert.verification import FULL, OFF, QUICK, Verdict, check_full, check_quick, compare_checkpoints
 
 
 class Say(Protocol):

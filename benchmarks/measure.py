@@ -1,0 +1,106 @@
+"""Time whole processes and watch their memory; `cp` is the yardstick."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PERIOD = 0.005  # between two looks at a process's memory; one look costs 0.03 ms
+CLI = (sys.executable, "-c", "from llava_convert.cli import main; main()")
+MB = 10**6
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: seconds of wall and of processor time, peak anonymous memory and peak resident size in bytes."""
+
+    seconds: float
+    cpu: float = 0.0
+    anonymous: int = 0
+    resident: int = 0
+
+
+class RunError(Exception):
+    """A program under measurement failed; its last lines say why."""
+
+
+def _sizes(pid: int) -> dict[str, int]:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in lines if line.startswith(("RssAnon", "VmHWM")))
+    return {name: int(value.split()[0]) * 1024 for name, value in pairs}
+
+
+def run(command: Sequence[str | Path], *, cwd: Path | None = None, extra: dict[str, str] | None = None) -> Run:
+    """Run a program to its end. Memory is 0 where there is no /proc. Raises RunError."""
+    anonymous = resident = 0
+    over = threading.Event()
+    before = os.times()
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        list(map(str, command)),
+        cwd=cwd,
+        env={**os.environ, **(extra or {})},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def watch() -> None:
+        nonlocal anonymous, resident
+        while not over.wait(PERIOD):
+            found = _sizes(process.pid)
+            anonymous = max(anonymous, found.get("RssAnon", 0))
+            resident = max(resident, found.get("VmHWM", 0))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    _, errors = process.communicate()
+    seconds = time.perf_counter() - start
+    over.set()
+    watcher.join()
+    after = os.times()
+    if process.returncode:
+        raise RunError(f"{' '.join(map(str, command[:4]))} … exited {process.returncode}:\n{errors[-2000:]}")
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return Run(seconds, cpu, anonymous, resident)
+
+
+def copy(files: Sequence[Path], target: Path) -> Run:
+    """What the budgets call `cp`: each file copied without reflink, then made durable."""
+    target.mkdir()
+    start = time.perf_counter()
+    for number, file in enumerate(files):
+        place = target / f"{number}-{file.name}"
+        reflink = ["--reflink=never"] if sys.platform == "linux" else []
+        subprocess.run(["cp", *reflink, str(file), str(place)], check=True)
+        subprocess.run(["sync", str(place)], check=True)
+    return Run(time.perf_counter() - start)
+
+
+def warm(files: Sequence[Path]) -> None:
+    """Bring files into the page cache."""
+    buffer = bytearray(1 << 20)
+    for file in files:
+        with file.open("rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass
+
+
+def quiesce() -> None:
+    """Wait until everything written so far is on the disk, so that one run does not pay for another's."""
+    if hasattr(os, "sync"):
+        os.sync()
+
+
+def discard(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

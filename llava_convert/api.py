@@ -1,0 +1,123 @@
+"""The Python API: the command line's verbs with its options as keywords."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from llava_convert import conversion as engine
+from llava_convert.conversion import Options, Report, Say
+from llava_convert.inspection import Inspection
+from llava_convert.inspection import inspect as look
+from llava_convert.layouts.base import ALL, TargetOptions
+from llava_convert.model import Bases
+from llava_convert.verification import QUICK, Verdict
+
+PathLike = str | Path
+
+
+def convert(
+    source: PathLike,
+    *,
+    to: str,
+    out: PathLike | None = None,
+    name: str | None = None,
+    llm: str | None = None,
+    visual_encoder: str | None = None,
+    llm_id: str | None = None,
+    visual_encoder_id: str | None = None,
+    pretrained_pth: PathLike | None = None,
+    config: PathLike | None = None,
+    lora_alpha: float | Mapping[str, float] | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | None = None,
+    part: str = ALL,
+    prompt_template: str | None = None,
+    image_processor: str = "clip",
+    verify: str = QUICK,
+    digest: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    resume: bool = False,
+    threads: int = 0,
+    say: Say | None = None,
+) -> Report:
+    """Convert a checkpoint to another layout; with `dry_run` only plan it.
+
+    The options are those of the command line, where `llava-convert convert --help` explains them. Raises
+    `llava_convert.errors.ConvertError`.
+    """
+    options = Options(
+        to=to,
+        out=_path(out),
+        name=name,
+        config=_path(config),
+        pretrained_pth=_path(pretrained_pth),
+        bases=Bases(llm, visual_encoder, llm_id, visual_encoder_id, _alpha(lora_alpha)),
+        target=TargetOptions(
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            part=part,
+            prompt_template=prompt_template,
+            image_processor=image_processor,
+        ),
+        verify=verify,
+        digest=digest,
+        force=force,
+        resume=resume,
+        threads=threads,
+    )
+    if dry_run:
+        return engine.report(engine.prepare(Path(source), options), options)
+    return engine.convert(source, options, say)
+
+
+def inspect(
+    source: PathLike,
+    *,
+    llm: str | None = None,
+    visual_encoder: str | None = None,
+    pretrained_pth: PathLike | None = None,
+    config: PathLike | None = None,
+) -> Inspection:
+    """What a checkpoint is, what it lacks and what it can become; reads headers only."""
+    return look(source, _source_options(llm, visual_encoder, pretrained_pth, config))
+
+
+def verify(
+    source: PathLike,
+    out: PathLike,
+    *,
+    llm: str | None = None,
+    visual_encoder: str | None = None,
+    pretrained_pth: PathLike | None = None,
+    config: PathLike | None = None,
+    lora_alpha: float | Mapping[str, float] | None = None,
+) -> Verdict:
+    """Whether OUT holds the weights of SOURCE, tensor by tensor, whoever converted it. `Verdict.same` says so."""
+    return engine.verify(source, out, _source_options(llm, visual_encoder, pretrained_pth, config, lora_alpha))
+
+
+def _source_options(
+    llm: str | None,
+    visual_encoder: str | None,
+    pretrained_pth: PathLike | None,
+    config: PathLike | None,
+    lora_alpha: float | Mapping[str, float] | None = None,
+) -> Options:
+    return Options(
+        to="",
+        config=_path(config),
+        pretrained_pth=_path(pretrained_pth),
+        bases=Bases(llm, visual_encoder, lora_alpha=_alpha(lora_alpha)),
+    )
+
+
+def _alpha(value: float | Mapping[str, float] | None) -> dict[str, float]:
+    if value is None:
+        return {}
+    return dict(value) if isinstance(value, Mapping) else dict.fromkeys(("llm", "visual-encoder"), float(value))
+
+
+def _path(value: PathLike | None) -> Path | None:
+    return None if value is None else Path(value)
