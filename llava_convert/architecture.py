@@ -115,7 +115,10 @@ class Architecture:
 
 
 def _formula(formula: str, config: Config) -> int | None:
-    """`a / b ** 2 + c`: strictly left to right over config keys and numbers. None when a key is absent."""
+    """`a // b ** 2 + c`: strictly left to right over config keys and numbers; `/` must divide evenly.
+
+    None when a key is absent.
+    """
     words = formula.split()
     value: int | None = None
     for op, word in zip(["+", *words[1::2]], words[::2], strict=True):
@@ -133,7 +136,7 @@ def _formula(formula: str, config: Config) -> int | None:
         elif op == "**":
             value = int(value**operand)
         else:
-            if operand == 0 or value % operand:
+            if operand == 0 or (op == "/" and value % operand):
                 raise InputError(f"config: {formula} does not divide evenly ({value} / {operand})")
             value //= operand
     return value

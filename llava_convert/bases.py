@@ -48,13 +48,12 @@ class Base:
     part: str
     folder: Path
     asked: str
+    from_hub: bool
 
     @property
     def id(self) -> str | None:
         """The hub id, when the name or the folder gives one for certain."""
-        if is_hub_id(self.asked) and self.folder != Path(self.asked):
-            return self.asked
-        return cached_id(self.folder)
+        return self.asked if self.from_hub else cached_id(self.folder)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -129,14 +128,14 @@ def find_base(part: str, asked: str, source: Path, *, explicit: bool, weights: b
                 f"{folder} is not a model folder: it has no config.json",
                 hint=f"give the base {PART_NAMES[part]} by {option}",
             )
-        return Base(part, folder, asked)
+        return Base(part, folder, asked, from_hub=False)
     if not is_hub_id(asked):
         raise InputError(
             f"the base {PART_NAMES[part]} {asked!r} is not here"
             + ("" if explicit else ", neither under the current folder nor beside the source"),
             hint=f"give its folder or hub id by {option}",
         )
-    return Base(part, _from_hub(part, asked, option, weights=weights), asked)
+    return Base(part, _from_hub(part, asked, option, weights=weights), asked, from_hub=True)
 
 
 def _local(asked: str, source: Path, *, explicit: bool) -> Path | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -28,6 +29,7 @@ FORMAT_PT: Mapping[str, str] = MappingProxyType({"format": "pt"})
 PAGE = 4096
 
 _METADATA = "__metadata__"
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _LENGTH_BYTES = 8
 _COUNT_LIMIT = 2**64  # counts and offsets are u64 in the format
 # The library sorts by its enum of dtypes, which rises with the alignment but also decides between equals (measured).
@@ -88,7 +90,7 @@ def read_header(path: Path) -> SafetensorsFile:
     if not header:
         raise InputError(f"{where}: holds no tensors")
     data_start = _LENGTH_BYTES + length
-    tensors = {name: _tensor(path, data_start, name, entry) for name, entry in header.items()}
+    tensors = {name: _tensor(path, where, data_start, name, entry) for name, entry in header.items()}
     _check_coverage(where, list(tensors.values()), data_start, size)
     return SafetensorsFile(path, size, data_start, metadata, tensors)
 
@@ -103,8 +105,7 @@ def check_name(where: str, name: str) -> None:
         length = len(name.encode("utf-8"))
     except UnicodeEncodeError:
         raise InputError(f"{where}: tensor name {shown(name)} is not Unicode text") from None
-    control = any(c < " " or "\x7f" <= c <= "\x9f" for c in name)
-    if control or ".." in name or not 0 < length <= MAX_NAME_BYTES:
+    if _CONTROL.search(name) or ".." in name or not 0 < length <= MAX_NAME_BYTES:
         raise InputError(f"{where}: bad tensor name: '{shown(name)}'", hint="no model names a tensor so; get it again")
 
 
@@ -190,9 +191,8 @@ def _metadata(where: str, found: Any) -> dict[str, str]:
     return found
 
 
-def _tensor(path: Path, data_start: int, name: str, entry: Any) -> StoredTensor:
+def _tensor(path: Path, where: str, data_start: int, name: str, entry: Any) -> StoredTensor:
     """One entry of the header. Keys other than the three are ignored, as the library does."""
-    where = shown(path)
     check_name(where, name)
     if not isinstance(entry, dict):
         raise InputError(f"{where}: tensor {shown(name)}: not an object")
@@ -242,12 +242,12 @@ def _check_coverage(where: str, tensors: list[StoredTensor], data_start: int, si
     for tensor in sorted(tensors, key=lambda t: (t.extents[0].offset, t.extents[0].length)):
         extent = tensor.extents[0]
         if extent.offset < reached:
-            raise InputError(f"{where}: tensors {previous} and {shown(tensor.name)} overlap")
+            raise InputError(f"{where}: tensors {shown(previous)} and {shown(tensor.name)} overlap")
         if extent.offset > reached:
-            gap, name = extent.offset - reached, shown(tensor.name)
-            raise InputError(f"{where}: hole of {gap:,} bytes between {previous} and {name}")
+            gap, names = extent.offset - reached, f"{shown(previous)} and {shown(tensor.name)}"
+            raise InputError(f"{where}: hole of {gap:,} bytes between {names}")
         reached += extent.length
-        previous = shown(tensor.name)
+        previous = tensor.name
     if size < reached:
         raise InputError(
             f"{where}: truncated: incomplete download? {size:,} of {reached:,} bytes are there",

@@ -95,7 +95,9 @@ def test_fault_22_weight_map_leaves_the_folder(tmp_path: Path, value: str, by_na
     assert f"{index}: weight_map puts a into '" in error.message
 
 
-@pytest.mark.parametrize("value", ["a.safetensors", "sub/a.safetensors", "a..b.safetensors", "é x.bin", "...bin", "a:b"])
+@pytest.mark.parametrize(
+    "value", ["a.safetensors", "sub/a.safetensors", "a..b.safetensors", "é x.bin", "...bin", "ab:c"]
+)
 def test_fault_22_plain_names_pass(value: str) -> None:
     assert relative_name(value) == value
 
@@ -180,7 +182,7 @@ def test_fault_23_hub_cache_snapshot(tmp_path: Path) -> None:
     sub = snapshot / "sub"
     sub.mkdir()
     for name in (ONE, TWO, INDEX):
-        (sub / name).symlink_to(f"../../../blobs/{os.readlink(snapshot / name).rpartition('/')[2]}")  # noqa: PTH115
+        (sub / name).symlink_to(f"../../../blobs/{(snapshot / name).readlink().name}")
     assert set(open_weights(sub).tensors) == {"a", "b", "c"}
 
 
@@ -332,9 +334,7 @@ def test_fault_28_total_size_is_wrong(tmp_path: Path, claimed: object) -> None:
     weights = open_weights(tmp_path)
     assert set(weights.tensors) == {"a", "b", "c"}
     assert weights.total_bytes == 3
-    assert weights.warnings == (
-        f"{tmp_path / INDEX}: total_size says {claimed}, the tensors have 3 bytes; ignored",
-    )
+    assert weights.warnings == (f"{tmp_path / INDEX}: total_size says {claimed}, the tensors have 3 bytes; ignored",)
 
 
 @pytest.mark.parametrize("metadata", [{"total_size": 3}, {"total_size": 3.0}, {}, None, [], "x"])

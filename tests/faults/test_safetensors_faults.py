@@ -22,7 +22,6 @@ import pytest
 
 from llava_convert.errors import ConvertError, InputError, UnsupportedError
 from llava_convert.spec import StoredTensor
-from llava_convert.storage import files
 from llava_convert.storage.files import open_regular, require_regular, shown
 from llava_convert.storage.jsonfile import MAX_JSON_VALUES, read_json
 from llava_convert.storage.safetensors import read_header
@@ -173,7 +172,9 @@ def test_fault_09_hole(tmp_path: Path) -> None:
     assert "hole of 4 bytes between the header and first" in refused(tmp_path, packed(header, bytes(12))).message
 
 
-@pytest.mark.parametrize(("dtype", "shape", "end"), [("F32", [3], 8), ("F16", [2, 2], 16), ("U8", [], 0), ("I64", [0], 8)])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "end"), [("F32", [3], 8), ("F16", [2, 2], 16), ("U8", [], 0), ("I64", [0], 8)]
+)
 def test_fault_10_shape_and_span_differ(tmp_path: Path, dtype: str, shape: list[int], end: int) -> None:
     error = refused(tmp_path, packed({"model.norm.weight": entry(dtype, shape, 0, end)}, bytes(end)))
     assert "tensor model.norm.weight" in error.message
@@ -204,7 +205,9 @@ def test_fault_11_impossible_shape(tmp_path: Path, shape: object, fragment: str)
     assert fragment in error.message
 
 
-@pytest.mark.parametrize("ends", [[8, 0], [-8, 0], [0.0, 8], [0, True], [0], [0, 4, 8], None, "08", {"0": 8}, [0, 2**64]])
+@pytest.mark.parametrize(
+    "ends", [[8, 0], [-8, 0], [0.0, 8], [0, True], [0], [0, 4, 8], None, "08", {"0": 8}, [0, 2**64]]
+)
 def test_fault_11_impossible_offsets(tmp_path: Path, ends: object) -> None:
     header = {"a.weight": {"dtype": "F32", "shape": [2], "data_offsets": ends}}
     assert "tensor a.weight: data_offsets" in refused(tmp_path, packed(header, bytes(8))).message
@@ -404,7 +407,7 @@ def test_fault_32_exchanged_for_a_fifo_before_it_is_opened(tmp_path: Path, monke
         os.mkfifo(path)
         return real_open(name, flags)
 
-    monkeypatch.setattr(files.os, "open", exchange)
+    monkeypatch.setattr(os, "open", exchange)
     with within(5), pytest.raises(InputError, match="is a pipe"):
         read_header(path)
 
@@ -419,7 +422,7 @@ def test_fault_32_not_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         raise PermissionError(13, "Permission denied")
 
     if os.access(path, os.R_OK):  # root reads everything
-        monkeypatch.setattr(files.os, "open", denied)
+        monkeypatch.setattr(os, "open", denied)
     with pytest.raises(InputError, match="cannot be read: Permission denied"):
         read(path)
 

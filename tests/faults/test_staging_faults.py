@@ -263,9 +263,7 @@ def test_row_65_a_file_of_the_users_called_old_is_left_alone(tmp_path: Path, mon
 
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("kind", [*KINDS, "absent"])
-def test_row_65_single_file_outputs(
-    kind: str, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_row_65_single_file_outputs(kind: str, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchange:
         no_exchange(monkeypatch)
     out = tmp_path / "out"

@@ -76,9 +76,7 @@ def test_added_rows_are_the_mean_of_the_old(converted: Path, case: str) -> None:
 
 @pytest.mark.parametrize("layout", THEIRS)
 @pytest.mark.parametrize("case", CASES)
-def test_verify_accepts_theirs_and_finds_one_changed_bit(
-    golden: Path, tmp_path: Path, case: str, layout: str
-) -> None:
+def test_verify_accepts_theirs_and_finds_one_changed_bit(golden: Path, tmp_path: Path, case: str, layout: str) -> None:
     source, theirs = golden / "cases" / case / "pth" / "iter_2.pth", golden / "cases" / case / THEIRS[layout]
     if not theirs.is_dir():
         assert (case, layout) == ("c_pretrain", "hf")
