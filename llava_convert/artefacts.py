@@ -5,6 +5,7 @@ Half of all "garbage output" comes from these files, so each is made here once, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,7 @@ from llava_convert.plan import to_json
 from llava_convert.processor import preprocessor_config
 from llava_convert.prompts import ChatTemplates, hf_templates, stop_ids
 from llava_convert.storage.jsonfile import read_json
-from llava_convert.tokens import AddedToken, Tokenizer, open_tokenizer, plain_files, without_tokens
+from llava_convert.tokens import AddedToken, Tokenizer, has_tokenizer, open_tokenizer, plain_files, without_tokens
 from llava_convert.towers import id_by_shape
 
 
@@ -32,22 +33,26 @@ class Artefacts:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The language model's tokenizer, or None when its folder is not known or holds none."""
-        folder = self.model.folder(LLM)
-        if folder is None:
-            return None
-        try:
-            return open_tokenizer(folder)
-        except InputError:
-            if self.model.checkpoint.layout == "pth":
-                raise
-            return None
+        """The language model's tokenizer: the source's own, else the base's; None where neither has one."""
+        base = self.model.bases.get(LLM)
+        for folder in (self.model.checkpoint.parts[LLM].folder, base.folder if base else None):
+            if folder is not None and has_tokenizer(folder):
+                return open_tokenizer(folder)
+        return None
+
+    def required_tokenizer(self) -> Tokenizer:
+        """Raises InputError (exit 3) where there is none."""
+        if self.tokenizer is None:
+            raise InputError(
+                "neither the source nor the base language model holds a tokenizer (tokenizer.json or tokenizer.model)",
+                hint="put the tokenizer's files into the folder of the language model",
+            )
+        return self.tokenizer
 
     @property
-    def template_name(self) -> str | None:
-        """The prompt template: as asked for, else as trained with."""
-        name = self.options.prompt_template or self.model.checkpoint.settings.prompt_template
-        return name if isinstance(name, str) else None
+    def template_name(self) -> str | Mapping[str, Any] | None:
+        """The prompt template: as asked for, else as trained with (by name, or spelled out)."""
+        return self.options.prompt_template or self.model.checkpoint.settings.prompt_template
 
     @cached_property
     def templates(self) -> ChatTemplates:
@@ -144,7 +149,10 @@ class Artefacts:
         return config
 
     def warnings(self, *parts: str) -> tuple[str, ...]:
-        return tuple(w for part in parts if (w := self.id_of(part)[1]) is not None)
+        said = [w for part in parts if (w := self.id_of(part)[1]) is not None]
+        if LLM in parts and self.tokenizer is None:
+            said.append("there is no tokenizer beside the language model: the output has none either")
+        return tuple(said)
 
     def generation_file(self) -> dict[str, bytes]:
         return {"generation_config.json": to_json(self.generation_config)}

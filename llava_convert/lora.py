@@ -174,10 +174,20 @@ def _safe_regex(key: str) -> re.Pattern[str]:
         raise InputError(f"rank_pattern or alpha_pattern key {key!r} is no regular expression: {problem}") from problem
 
 
-def settings_from_json(raw: Mapping[str, Any], path: Path) -> LoraSettings:
-    """What an adapter_config.json says. Raises InputError when r is missing or no count."""
+def settings_from_json(raw: Any, path: Path) -> LoraSettings:
+    """What an adapter_config.json says.
+
+    Raises InputError when r is missing or no count, UnsupportedError for other kinds of adapter and for r = 0.
+    """
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected an object")
+    kind = str(raw.get("peft_type") or "LORA")
+    if kind.upper() != "LORA":  # before r, which other kinds may not have
+        raise UnsupportedError(f"{path}: an adapter of type {kind} cannot be merged, only LORA")
     rank = raw.get("r")
-    if not isinstance(rank, int) or rank < 1:
+    if rank == 0 and rank is not False:
+        raise UnsupportedError(f"{path}: r = 0 adapts nothing", hint="use the base model as it is")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise InputError(f"{path}: r should be a count, found {rank!r}")
     alpha = raw.get("lora_alpha")
     return LoraSettings(
@@ -186,15 +196,22 @@ def settings_from_json(raw: Mapping[str, Any], path: Path) -> LoraSettings:
         use_rslora=bool(raw.get("use_rslora")),
         use_dora=bool(raw.get("use_dora")),
         bias=str(raw.get("bias") or "none"),
-        rank_pattern=dict(raw.get("rank_pattern") or {}),
-        alpha_pattern=dict(raw.get("alpha_pattern") or {}),
+        rank_pattern=_pattern(raw, "rank_pattern", path),
+        alpha_pattern=_pattern(raw, "alpha_pattern", path),
         target_modules=_names(raw.get("target_modules")),
         modules_to_save=_names(raw.get("modules_to_save")),  # type: ignore[arg-type]
         task_type=raw.get("task_type"),
         fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
         init_lora_weights=raw.get("init_lora_weights", True),
-        peft_type=str(raw.get("peft_type") or "LORA"),
+        peft_type=kind,
     )
+
+
+def _pattern(raw: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+    found = raw.get(key) or {}
+    if not isinstance(found, dict) or not all(type(value) in (int, float) for value in found.values()):
+        raise InputError(f"{path}: {key} should give a number to each name, found {str(found)[:60]!r}")
+    return found
 
 
 def _names(value: Any) -> tuple[str, ...] | str | None:

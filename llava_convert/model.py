@@ -7,6 +7,7 @@ except that tied weights which are stored twice are compared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -175,6 +176,12 @@ def without_added(model: Model) -> Model:
         return model
     rows = added["rows"]
     recipes, configs = dict(model.recipes), dict(model.configs)
+    if recipes[EMBEDDING].shape[0] != rows["to"]:
+        raise InputError(
+            f"{model.checkpoint.root}: conversion.json records an embedding of {rows['to']} rows, "
+            f"it has {recipes[EMBEDDING].shape[0]}",
+            hint="delete conversion.json, which is of another model: the weights do not need it",
+        )
     if rows["from"] < rows["to"]:
         for name in (EMBEDDING, HEAD):
             recipes[name] = recipes[name].then(TakeRows(rows["from"]))
@@ -189,6 +196,8 @@ def _add_part(
     own = checkpoint.parts[part]
     if own.config is not None:
         configs[part] = named_config(own.config, part, where=str(checkpoint.path))
+        if asked.asked(part) is not None and (base := _base(checkpoint, part, asked, weights=False)) is not None:
+            bases[part] = base  # for the files that the source lacks, a tokenizer say
         return
     if part == VISION and own.state == "full" and asked.asked(part) is None:
         # The official layout holds the tower's weights without its config.
@@ -204,6 +213,19 @@ def _add_part(
         )
     bases[part] = base
     configs[part] = base.config
+    if part == LLM and checkpoint.settings.max_position_embeddings is not None:
+        _lengthen(configs[part], checkpoint.settings.max_position_embeddings)
+
+
+def _lengthen(config: dict[str, Any], positions: int) -> None:
+    """Training on longer texts than the base's: xtuner scales rope linearly by a whole factor, and so must the output.
+
+    Fact from xtuner 0.1.23's LLaVAModel._prepare_for_long_context_training.
+    """
+    before = config.get("max_position_embeddings")
+    factor = (config.get("rope_scaling") or {}).get("factor", 1)
+    if isinstance(before, int) and isinstance(factor, int | float) and positions > before * factor:
+        config["rope_scaling"] = {"type": "linear", "factor": float(math.ceil(positions / (before * factor)))}
 
 
 def _base(checkpoint: Checkpoint, part: str, asked: Bases, *, weights: bool) -> Base | None:

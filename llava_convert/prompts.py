@@ -18,7 +18,7 @@ from functools import cache
 from string import Formatter
 from typing import Any
 
-from llava_convert.errors import UsageError
+from llava_convert.errors import UnsupportedError, UsageError
 from llava_convert.resources import data_dir
 from llava_convert.tokens import IMAGE_TOKEN, Tokenizer
 
@@ -72,8 +72,13 @@ def prompt_templates() -> Mapping[str, PromptTemplate]:
     }
 
 
-def prompt_template(name: str) -> PromptTemplate:
-    """Raises UsageError for a name that xtuner does not know."""
+def prompt_template(name: str | Mapping[str, Any]) -> PromptTemplate:
+    """A template by xtuner's name for it, or as a training config spells one out (SYSTEM, INSTRUCTION, ...).
+
+    Raises UsageError for a name that xtuner does not know, UnsupportedError for one spelled out without {input}.
+    """
+    if not isinstance(name, str):
+        return _spelled_out(name)
     known = prompt_templates()
     if name not in known:
         raise UsageError(
@@ -82,7 +87,26 @@ def prompt_template(name: str) -> PromptTemplate:
     return known[name]
 
 
-def chat_template(name: str, *, bos_token: str | None, first_bos: bool = True) -> str:
+def _spelled_out(keys: Mapping[str, Any]) -> PromptTemplate:
+    """xtuner's own keys. Its INSTRUCTION ends with what stands before the answer, which then closes the user's text."""
+    user, words = keys.get("INSTRUCTION"), keys.get("STOP_WORDS") or ()
+    if not isinstance(user, str) or "{input}" not in user or "{bot_name}" in user:
+        raise UnsupportedError(
+            "the training config spells out a prompt template that cannot be made a chat template",
+            hint="give one by --prompt-template",
+        )
+    return PromptTemplate(
+        name="of the training config",
+        user=user,
+        system=keys.get("SYSTEM"),
+        suffix=str(keys.get("SUFFIX") or ""),
+        suffix_is_eos=bool(keys.get("SUFFIX_AS_EOS")),
+        sep=str(keys.get("SEP") or ""),
+        stop_words=tuple(map(str, words)),
+    )
+
+
+def chat_template(name: str | Mapping[str, Any], *, bos_token: str | None, first_bos: bool = True) -> str:
     """The Jinja template that renders a conversation as xtuner's `name` encodes it for training.
 
     `bos_token` is the token that training put in front, None where it put none; with `first_bos` false the very first
@@ -90,6 +114,7 @@ def chat_template(name: str, *, bos_token: str | None, first_bos: bool = True) -
     sandbox lacks; its `raise_exception` is called for what the template cannot say.
     """
     row = prompt_template(name)
+    name = row.name
     ends = "" if row.suffix_is_eos else "{{- eos_token -}}"
     begins = f"{{%- if turn.bos -%}}{{{{- {_quote(bos_token)} -}}}}{{%- set turn.bos = false -%}}{{%- endif -%}}"
     if row.system is None:
@@ -140,7 +165,7 @@ def wrap_chat_template(existing: str, *, writes_bos: bool = True) -> str:
     return head + existing
 
 
-def hf_templates(tokenizer: Tokenizer, name: str | None) -> ChatTemplates:
+def hf_templates(tokenizer: Tokenizer, name: str | Mapping[str, Any] | None) -> ChatTemplates:
     """The templates for the transformers layout: of the prompt template `name`, else of the base tokenizer's own."""
     first_bos = not tokenizer.adds_bos
     if name is not None:
@@ -155,7 +180,9 @@ def hf_templates(tokenizer: Tokenizer, name: str | None) -> ChatTemplates:
     return ChatTemplates(wrap_chat_template(existing), wrap_chat_template(existing, writes_bos=first_bos))
 
 
-def stop_ids(tokenizer: Tokenizer, generation_config: Mapping[str, Any], template: str | None) -> list[int]:
+def stop_ids(
+    tokenizer: Tokenizer, generation_config: Mapping[str, Any], template: str | Mapping[str, Any] | None
+) -> list[int]:
     """Where generation ends: generation_config's ids, the tokenizer's EOS, the template's stop words of one token.
 
     In this order, each once. Llama-3-Instruct needs it: its config has 128001 alone, its turns end with 128009.

@@ -32,9 +32,34 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     found = read_json(file)
-    if not isinstance(found, dict):
-        raise InputError(f"{file}: expected an object", hint="delete it: the weights do not need it")
+    if not isinstance(found, dict) or not _sound(found.get("added")):
+        raise InputError(f"{file}: not what a conversion writes", hint="delete it: the weights do not need it")
     return found
+
+
+def _sound(added: Any) -> bool:
+    """Whether the record of added rows and tokens has the form that the way back relies on."""
+    if added is None:
+        return True
+    if not isinstance(added, dict):
+        return False
+    rows, tokens, tokenizer = added.get("rows"), added.get("tokens"), added.get("tokenizer")
+    return (
+        isinstance(rows, dict)
+        and all(type(rows.get(end)) is int and 0 < rows[end] < 2**32 for end in ("from", "to"))
+        and isinstance(tokens, list)
+        and all(isinstance(t, dict) and type(t.get("id")) is int and isinstance(t.get("content"), str) for t in tokens)
+        and isinstance(tokenizer, dict)
+        and all(change is None or _undoes(change) for change in tokenizer.values())
+    )
+
+
+def _undoes(change: Any) -> bool:
+    if not isinstance(change, dict):
+        return False
+    return isinstance(change.get("text"), str) or (
+        isinstance(change.get("drop"), list) and isinstance(change.get("set"), dict)
+    )
 
 
 def sources_of(model: Model, plan: Plan) -> list[tuple[str, Path, list[Path]]]:

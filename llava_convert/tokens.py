@@ -164,10 +164,15 @@ class TokenPlan:
     rows_out: int
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `folder` holds a vocabulary."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
 def open_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in `folder`. Raises InputError where there is no vocabulary."""
     files = tuple(name for name in FILES if (folder / name).is_file())
-    if not set(files) & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
+    if not has_tokenizer(folder):
         raise InputError(
             f"{folder}: no tokenizer (looked for tokenizer.json, tokenizer.model, vocab.json)",
             hint="name the base model with --llm, whose tokenizer is taken",

@@ -47,7 +47,7 @@ _CLIP_L_336: dict[str, Any] = {
 def detect(found: Found) -> str | None:
     config = found.config
     if config is None or (
-        "text_config" not in config and "LlavaForConditionalGeneration" not in (config.get("architectures") or ())
+        "text_config" not in config and "LlavaForConditionalGeneration" not in str(config.get("architectures"))
     ):
         return None
     kind = str(config.get("model_type"))
@@ -91,7 +91,10 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    text = old_flavour(config.get("text_config") or {"model_type": "llama"})
+    text = config.get("text_config") or {"model_type": "llama"}
+    if not isinstance(text, dict):
+        raise InputError(f"config.json: text_config should be an object, found {str(text)[:60]!r}")
+    text = old_flavour(text)
     text.setdefault("model_type", "llama")
     if "vocab_size" not in text and "vocab_size" in config:
         text["vocab_size"] = config["vocab_size"]
@@ -133,10 +136,9 @@ def lower(model: Model, options: TargetOptions) -> Target:
     family(LLM, model.configs[LLM])
     tokens, files, record = _tokens(model, made)
     recipes = dict(model.recipes)
-    if tokens is not None:
-        for name in (EMBEDDING, HEAD):
-            if tokens.rows_out > recipes[name].shape[0]:
-                recipes[name] = recipes[name].then(PadRows(tokens.rows_out))
+    for name in (EMBEDDING, HEAD):
+        if tokens.rows_out > recipes[name].shape[0]:
+            recipes[name] = recipes[name].then(PadRows(tokens.rows_out))
     rows = recipes[EMBEDDING].shape[0]
     skip = frozenset({HEAD}) if model.tied else frozenset()
     tensors = outputs(recipes, layout_table(NAME), dtype, skip=skip)
@@ -157,23 +159,17 @@ def lower(model: Model, options: TargetOptions) -> Target:
     )
 
 
-def _tokens(model: Model, made: Artefacts) -> tuple[TokenPlan | None, dict[str, bytes], dict[str, Any]]:
+def _tokens(model: Model, made: Artefacts) -> tuple[TokenPlan, dict[str, bytes], dict[str, Any]]:
     """LLaVA's tokens, the tokenizer's files with them, and what undoes the change."""
-    tokenizer = made.tokenizer
-    if tokenizer is None:
-        return None, {}, {}
+    tokenizer = made.required_tokenizer()
     plan = plan_llava_tokens(tokenizer, model.recipes[EMBEDDING].shape[0])
     templates = made.templates
     files = with_tokens(tokenizer, plan, chat_template=templates.tokenizer, processor_template=templates.processor)
     return plan, files, undo_record(tokenizer, plan, files)
 
 
-def _added(
-    model: Model, recipes: Mapping[str, Recipe], tokens: TokenPlan | None, record: Mapping[str, Any]
-) -> dict[str, Any] | None:
+def _added(model: Model, recipes: Mapping[str, Recipe], tokens: TokenPlan, record: Mapping[str, Any]) -> dict[str, Any]:
     """What conversion.json keeps of the added rows and tokens, so that the way back can take them off."""
-    if tokens is None:
-        return None
     before = model.recipes[EMBEDDING].shape[0]
     return {
         "rows": {"from": before, "to": recipes[EMBEDDING].shape[0]},
@@ -183,20 +179,20 @@ def _added(
     }
 
 
-def _config(model: Model, made: Artefacts, dtype: str, rows: int, tokens: TokenPlan | None) -> dict[str, Any]:
+def _config(model: Model, made: Artefacts, dtype: str, rows: int, tokens: TokenPlan) -> dict[str, Any]:
     text = made.text_config(TORCH_NAMES[dtype], rows=rows)
     vision = made.vision_config(TORCH_NAMES[dtype])
     text["architectures"] = [single.class_of(text)]
     vision["architectures"] = [single.class_of(vision)]
     settings = model.checkpoint.settings
-    side = int(vision["image_size"]) // int(vision["patch_size"])
-    image = tokens.image_id if tokens is not None else settings.image_token
+    # The class token is one of the positions; "default" leaves the first feature out, whatever it is.
+    positions = family(VISION, model.configs[VISION]).symbol("positions", model.configs[VISION])
     config: dict[str, Any] = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "ignore_index": -100,
-        "image_seq_length": side * side,
-        "image_token_index": image,
+        "image_seq_length": positions - (settings.select_strategy == "default"),
+        "image_token_index": tokens.image_id,
         "multimodal_projector_bias": True,
         "projector_hidden_act": "gelu",
         "text_config": ordered(text),
@@ -205,8 +201,7 @@ def _config(model: Model, made: Artefacts, dtype: str, rows: int, tokens: TokenP
         "vision_config": ordered(vision),
         "vision_feature_layer": settings.select_layer,
         "vision_feature_select_strategy": settings.select_strategy,
+        "pad_token_id": tokens.pad_id,
         "vocab_size": rows,
     }
-    if tokens is not None:
-        config["pad_token_id"] = tokens.pad_id
     return ordered(config)

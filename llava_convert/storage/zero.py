@@ -2,15 +2,14 @@
 
 Each rank left its share of the float32 master weights, as flat vectors, in an `*_optim_states.pt`; the shapes and names
 that these are cut by are in `*_model_states.pt`. A tensor of the result is the list of its pieces, wherever they lie.
-What is written: deepspeed 0.14.4, runtime/engine.py `_save_checkpoint`; how it fits: its utils/zero_to_fp32.py.
+How it fits together: deepspeed 0.14.4, utils/zero_to_fp32.py, and runtime/engine.py `_save_checkpoint`.
 """
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -18,43 +17,32 @@ from typing import Any
 
 from llava_convert.errors import InputError, UnsafeError, UnsupportedError
 from llava_convert.spec import DTYPE_BITS, TORCH_NAMES, Extent, StoredTensor
-from llava_convert.storage.files import (
-    listed,
-    open_regular,
-    os_reason,
-    read_fully,
-    relative_name,
-    require_inside,
-    shown,
-)
+from llava_convert.storage.files import listed, shown
 from llava_convert.storage.torch_file import OddTensor
+from llava_convert.storage.zero_folder import check_one_save, recognise, state_files, state_folder
 from llava_convert.storage.zero_states import (
-    TWO_SAVES,
+    MEND,
     ModelState,
     OptimState,
     Shape,
+    plain,
     read_model_state,
     read_optim_state,
+    two_saves,
 )
 
-LATEST = "latest"
-# A 70B model of 1,000 parameters on 1,024 ranks has a million pieces; an Extent takes about 200 bytes.
-MAX_PIECES = 2_000_000
+__all__ = ["ZeroCheckpoint", "read_zero", "recognise"]
 
-# engine.py `_get_ckpt_name` and `_get_rank_zero_ckpt_name`; the second "_" is optional for old files (its
-# `_get_all_zero_checkpoint_names`). "mp" counts model parallel ranks, "pp" data parallel ones, for history's sake.
-_FILE = re.compile(r"(?:(\w*zero_pp_rank_)(\d{1,6})_)?mp_rank_(\d{2,4})_?(model|optim)_states\.pt")
-# Of pipelines and of mixtures of experts (`_get_expert_ckpt_name`, pipe/module.py `ckpt_layer_path`).
-_OTHER = re.compile(r"(layer|expert|expp_rank)_.*_states\.pt")
-_MEND = "copy or download every file of this checkpoint again, from one save"
+# A 70B model of 1,000 parameters on 1,024 ranks has a million pieces, of about 200 bytes each in memory.
+MAX_PIECES = 2_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class ZeroCheckpoint:
     """A folder's weights by name, in the order of the module; a tensor has as many extents as ranks hold some of it.
 
-    `meta` is what mmengine saved beside them. `stage` is 0 where DeepSpeed ran without ZeRO, `ranks` 1 where weights
-    are not partitioned. `notes` and `warnings` are for the user; `stubs` as in TorchFile.
+    `meta` is what mmengine saved beside them. `stage` is 0 where DeepSpeed ran without ZeRO; `ranks` is how many
+    share the masters, 1 where there are none. `notes` and `warnings` are for the user; `stubs` as in TorchFile.
     """
 
     tensors: dict[str, StoredTensor]
@@ -67,182 +55,56 @@ class ZeroCheckpoint:
     stubs: tuple[str, ...]
 
 
-def recognise(names: Iterable[str]) -> str | None:
-    """Why a folder of these files is one of DeepSpeed's, None when it is not."""
-    every = set(names)
-    states = sorted(name for name in every if _FILE.fullmatch(name) or _OTHER.fullmatch(name))
-    if states:
-        return f"a DeepSpeed directory ({listed(states, 2)})"
-    # The folder that DeepSpeed's own save_checkpoint is given; with a config.json it is transformers' instead.
-    return "a DeepSpeed directory (latest)" if LATEST in every and "config.json" not in every else None
-
-
 def read_zero(folder: Path) -> ZeroCheckpoint:
-    """The weights of the ZeRO-1, 2 or 3 checkpoint in `folder`, float32 masters wherever they were saved.
+    """The weights of the ZeRO-1, 2 or 3 checkpoint in `folder`: float32 masters wherever these were saved.
 
-    Without `*_optim_states.pt` the 16-bit weights of `module` are taken, and a warning says so. Raises InputError where
-    a file is missing, files are of different saves, or hold less than their shapes say (fault row 44); UnsupportedError
-    for model parallel saves and mixtures of experts; UnsafeError as `read_torch` does.
+    `folder` holds the files themselves, or `latest` and the folder that it names. Without `*_optim_states.pt` the
+    16-bit weights of `module` are taken, and a warning says so.
+
+    Raises InputError where a file is missing, files are of different saves, or one holds less than the shapes say
+    (fault row 44); UnsupportedError for models split in other ways too; UnsafeError as `read_torch` does.
     """
-    root = _state_folder(folder)
-    model_files, optim_files = _state_files(root)
+    root = state_folder(folder)
+    model_files, optim_files = state_files(root)
     models = [read_model_state(path) for path in model_files]
     shares = [read_optim_state(path) for path in optim_files]
+    check_one_save(models, shares)
     head = models[0]
-    partitioned = head.path.name.startswith("zero_pp_rank_")
-    stage = shares[0].stage if shares else 3 if partitioned else (2 if head.shapes is not None else 0)
-    if partitioned != (stage == 3):
-        raise InputError(f"{shown(head.path)}: not of the ZeRO-{stage} save beside it: {TWO_SAVES}", hint=_MEND)
-    _check_ranks(models, shares, partitioned)
-    _check_steps(models)
-    _check_steps(shares)
-
-    found = _frozen(models, partitioned)
     notes: list[str] = []
     warnings: list[str] = []
+    found = _frozen(models)
     if shares:
-        shapes = _shapes(head)
-        _check_pieces(sum(map(len, shapes)), len(shares))
-        masters = _cut_scattered(shapes, shares, head) if partitioned else _cut_contiguous(shapes, shares, head)
+        if head.shapes is None:
+            raise InputError(f"{shown(head.path)}: has no param_shapes to cut the optimizer states by", hint=MEND)
+        _check_pieces(root, sum(map(len, head.shapes)), len(shares))
+        cut = _cut_scattered if shares[0].stage == 3 else _cut_contiguous
+        masters = cut(head.shapes, shares, head)
         found |= masters
-        kinds = listed(sorted({TORCH_NAMES[tensor.dtype] for tensor in masters.values()}))
         plural = "s" if len(shares) > 1 else ""
-        notes.append(f"{kinds} masters of {len(shares)} rank{plural}, ZeRO-{stage}")
+        notes.append(f"{_kinds(masters)} masters of {len(shares)} rank{plural}, ZeRO-{shares[0].stage}")
         warnings += _steps_apart(head, shares[0])
     tensors = _in_module_order(head, found, complete=bool(shares))
     if not shares:
-        kinds = listed(sorted({TORCH_NAMES.get(t.dtype, t.dtype) for t in tensors.values()}))
         warnings.append(
-            f"{shown(root.name)} has no optimizer states (*_optim_states.pt), so no float32 masters: the weights are "
-            f"the copies that training computed with ({kinds})"
+            f"{shown(root.name)} has no optimizer states (*_optim_states.pt) and so no float32 masters: the weights "
+            f"are the copies that training computed with ({_kinds(tensors)})"
         )
-    stubs = sorted({stub for state in (*models, *shares) for stub in state.stubs})
-    files = (*model_files, *optim_files)
-    ranks = len(shares) or len(models)
-    return ZeroCheckpoint(tensors, files, head.meta, stage, ranks, tuple(notes), tuple(warnings), tuple(stubs))
+    return ZeroCheckpoint(
+        tensors=tensors,
+        files=(*model_files, *optim_files),
+        meta=head.meta,
+        stage=shares[0].stage if shares else head.stage,
+        ranks=len(shares) or 1,
+        notes=tuple(notes),
+        warnings=tuple(warnings),
+        stubs=tuple(
+            sorted({stub for stubs in [s.stubs for s in models] + [s.stubs for s in shares] for stub in stubs})
+        ),
+    )
 
 
-# -- files ---------------------------------------------------------------------------------------------------------
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in folder.iterdir())
-    except OSError as error:
-        raise InputError(f"{shown(folder)}: cannot be listed: {os_reason(error)}") from error
-
-
-def _state_folder(folder: Path) -> Path:
-    """`folder`, or the one of the save that its `latest` names (engine.py `save_checkpoint`)."""
-    names = _names(folder)
-    if any(_FILE.fullmatch(name) or _OTHER.fullmatch(name) for name in names):
-        return folder
-    if LATEST not in names:
-        raise InputError(f"{shown(folder)}: no file of a DeepSpeed checkpoint (*_model_states.pt) in it")
-    pointer = folder / LATEST
-    with open_regular(pointer) as stream:
-        tag = read_fully(stream, 4096, pointer).decode("utf-8", "replace").strip()
-    plain = relative_name(tag)
-    if plain is None:
-        raise UnsafeError(f"{shown(pointer)}: names '{shown(tag)}', which is no folder beside it")
-    target = require_inside(folder, plain)
-    if not target.is_dir():
-        saves = [name for name in names if (folder / name).is_dir()]
-        there = f"; there are {listed(saves)}" if saves else ""
-        raise InputError(
-            f"{shown(pointer)}: names {shown(plain)}, which is not there{there}", hint="give the folder of one save"
-        )
-    if not any(_FILE.fullmatch(name) for name in _names(target)):
-        raise InputError(f"{shown(target)}: no file of a DeepSpeed checkpoint (*_model_states.pt) in it", hint=_MEND)
-    return target
-
-
-def _state_files(root: Path) -> tuple[list[Path], list[Path]]:
-    """Model states and optimizer states by rank; the first are one file, except in ZeRO-3."""
-    series: dict[str, dict[str, dict[int, str]]] = {"model": {}, "optim": {}}
-    for name in _names(root):
-        match = _FILE.fullmatch(name)
-        if _OTHER.fullmatch(name) or (match and int(match[3])):
-            raise UnsupportedError(
-                f"{shown(root / name)}: of a model that was split by layers, experts or within tensors, which is not read"
-            )
-        if match is None or (match[4] == "optim" and not match[1]):
-            continue
-        ranks = series[match[4]].setdefault(match[1] or "", {})
-        if ranks.setdefault(int(match[2] or 0), name) != name:
-            raise InputError(
-                f"{shown(root / name)}: {TWO_SAVES}: {ranks[int(match[2])]} is of the same rank", hint=_MEND
-            )
-    paths: dict[str, list[Path]] = {}
-    for what, found in series.items():
-        if len(found) > 1:
-            names = [next(iter(ranks.values())) for ranks in found.values()]
-            raise InputError(f"{shown(root)}: {TWO_SAVES}: {listed(names)}", hint=_MEND)
-        paths[what] = []
-        for prefix, ranks in found.items():
-            count = max(ranks) + 1
-            missing = [
-                _file_name(prefix, rank, what) for rank in range(min(count, len(ranks) + 8)) if rank not in ranks
-            ]
-            if missing:
-                raise InputError(f"{shown(root)}: files of some ranks are missing: {listed(missing)}", hint=_MEND)
-            paths[what] = [require_inside(root, ranks[rank]) for rank in range(count)]
-    if not paths["model"]:
-        raise InputError(
-            f"{shown(root)}: no model states: mp_rank_00_model_states.pt is missing (in ZeRO-3, "
-            "zero_pp_rank_0_mp_rank_00_model_states.pt), which has the names of the weights",
-            hint=_MEND,
-        )
-    return paths["model"], paths["optim"]
-
-
-def _file_name(prefix: str, rank: int, what: str) -> str:
-    return f"{prefix}{rank}_mp_rank_00_{what}_states.pt" if prefix else f"mp_rank_00_{what}_states.pt"
-
-
-# -- do the files belong together? ---------------------------------------------------------------------------------
-
-
-def _check_ranks(models: Sequence[ModelState], shares: Sequence[OptimState], partitioned: bool) -> None:
-    """As many files as ranks trained, and every file of the same opinion."""
-    first: ModelState | OptimState = shares[0] if shares else models[0]
-    ranks = first.ranks
-    for state in (*shares, *(models if partitioned or shares else ())):
-        if state.ranks is not None and ranks is not None and state.ranks != ranks:
-            raise InputError(
-                f"{shown(state.path)}: was saved by {state.ranks} ranks, {first.path.name} by {ranks}: {TWO_SAVES}",
-                hint=_MEND,
-            )
-    for share in shares:
-        if share.stage != shares[0].stage:
-            raise InputError(
-                f"{shown(share.path)}: is of ZeRO-{share.stage}, {first.path.name} of ZeRO-{shares[0].stage}: {TWO_SAVES}",
-                hint=_MEND,
-            )
-    for files in (shares, models if partitioned else ()):
-        if files and ranks is not None and len(files) != ranks:
-            _refuse_count(files, ranks)
-
-
-def _refuse_count(files: Sequence[ModelState] | Sequence[OptimState], ranks: int) -> None:
-    path = files[0].path
-    if len(files) > ranks:
-        raise InputError(f"{shown(path)}: was saved by {ranks} ranks, of which {len(files)} have files", hint=_MEND)
-    last = files[-1].path.name
-    missing = re.sub(r"(zero_pp_rank_)\d+", rf"\g<1>{len(files)}", last)
-    more = ranks - len(files) - 1
-    tail = f" and those of {more} more ranks" if more else ""
-    raise InputError(f"{shown(path.parent)}: {missing}{tail} missing: {ranks} ranks saved it", hint=_MEND)
-
-
-def _check_steps(states: Sequence[ModelState] | Sequence[OptimState]) -> None:
-    for state in states:
-        if None not in (state.step, states[0].step) and state.step != states[0].step:
-            raise InputError(
-                f"{shown(state.path)}: was saved at step {state.step}, {states[0].path.name} at step "
-                f"{states[0].step}: {TWO_SAVES}",
-                hint=_MEND,
-            )
+def _kinds(tensors: Mapping[str, StoredTensor]) -> str:
+    return listed(sorted({TORCH_NAMES.get(tensor.dtype, tensor.dtype) for tensor in tensors.values()}))
 
 
 def _steps_apart(model: ModelState, share: OptimState) -> list[str]:
@@ -250,14 +112,9 @@ def _steps_apart(model: ModelState, share: OptimState) -> list[str]:
     if model.step is None or share.step is None or model.step == share.step:
         return []
     return [
-        f"{model.path.name} is of step {model.step}, the optimizer states of step {share.step}: "
-        "the files may be of two saves; the weights are those of the optimizer states"
+        f"{model.path.name} is of step {model.step}, the optimizer states are of step {share.step}: they may be of two "
+        "saves; the weights are those of the optimizer states"
     ]
-
-
-def _check_pieces(tensors: int, ranks: int) -> None:
-    if tensors * ranks > MAX_PIECES:
-        raise UnsafeError(f"{tensors:,} tensors on {ranks:,} ranks make more pieces than any model ({MAX_PIECES:,})")
 
 
 # -- cutting -------------------------------------------------------------------------------------------------------
@@ -276,29 +133,11 @@ class _Flat:
         index = bisect_right(self.ends, first)
         while count:
             vector, end = self.vectors[index], self.ends[index]
-            item = DTYPE_BITS[vector.dtype] // 8
             take = min(count, end - first)
             if take:
-                skipped = first - (end - vector.numel)
-                yield Extent(vector.extents[0].path, vector.extents[0].offset + skipped * item, take * item)
+                item, extent = DTYPE_BITS[vector.dtype] // 8, vector.extents[0]
+                yield Extent(extent.path, extent.offset + (first - end + vector.numel) * item, take * item)
             first, count, index = first + take, count - take, index + 1
-
-
-def _shapes(head: ModelState) -> tuple[dict[str, Shape], ...]:
-    if head.shapes is None:
-        raise InputError(
-            f"{shown(head.path)}: has no param_shapes, although optimizer states lie beside it", hint=_MEND
-        )
-    return head.shapes
-
-
-def _dtype(vectors: Iterable[tuple[Path, StoredTensor]]) -> str:
-    dtypes: dict[str, Path] = {}
-    for path, vector in vectors:
-        dtypes.setdefault(vector.dtype, path)
-    if len(dtypes) > 1:
-        raise InputError(f"{shown(list(dtypes.values())[-1])}: masters of {listed(dtypes)}: {TWO_SAVES}", hint=_MEND)
-    return next(iter(dtypes), "F32")
 
 
 def _cut_contiguous(
@@ -306,33 +145,26 @@ def _cut_contiguous(
 ) -> dict[str, StoredTensor]:
     """ZeRO-1 and 2: a group's partitions in a row are its parameters in a row, with padding at the end only.
 
-    All partitions of a group are of one size; the last is saved without its padding (stage_1_and_2.py
-    `_get_groups_without_padding`), or with it (bf16_optimizer.py). The padding makes a multiple of twice the ranks.
+    The padding makes the group a multiple of twice the ranks (`nccl_start_alignment_factor`), so that all partitions
+    are of one size; the last is saved without padding (stage_1_and_2.py `_get_groups_without_padding`), or with it
+    (bf16_optimizer.py). What `group_paddings` says is not needed: nothing but padding follows the parameters.
     """
-    ranks, found = len(shares), {}
+    ranks = len(shares)
+    found: dict[str, StoredTensor] = {}
     for share in shares:
         if len(share.vectors) != len(shapes):
-            raise InputError(
-                f"{shown(share.path)}: has {len(share.vectors)} groups of parameters, {head.path.name} has "
-                f"{len(shapes)}: {TWO_SAVES}",
-                hint=_MEND,
+            raise two_saves(
+                share.path, f"has {len(share.vectors)} groups of parameters where {head.path.name} has {len(shapes)}"
             )
     for index, group in enumerate(shapes):
         vectors = [share.vectors[index] for share in shares]
-        size, wanted = max(vector.numel for vector in vectors), sum(map(prod, group.values()))
-        size = max(size, -(-wanted // ranks))
+        wanted = sum(map(prod, group.values()))
+        size = max(-(-wanted // ranks), *(vector.numel for vector in vectors))
         for rank, (share, vector) in enumerate(zip(shares, vectors, strict=True)):
-            least = min(size, max(0, wanted - rank * size))
-            if vector.numel < least:
-                raise _short(share, vector.numel, least, head)
+            _check_count(share, vector.numel, min(size, max(0, wanted - rank * size)), head)
         if size * ranks > -(-wanted // (2 * ranks)) * 2 * ranks:
-            raise InputError(
-                f"{shown(head.path)}: its shapes need {wanted:,} elements, the {ranks} ranks' partitions are "
-                f"{size * ranks:,}: {TWO_SAVES}",
-                hint=_MEND,
-            )
-        flat, at = _Flat(vectors), 0
-        dtype = _dtype(zip((share.path for share in shares), vectors, strict=True))
+            raise two_saves(head.path, f"its shapes need {wanted:,} elements, {ranks} ranks hold {size * ranks:,}")
+        dtype, flat, at = _dtype(shares, vectors), _Flat(vectors), 0
         for name, shape in group.items():
             _check_shape(head, name, shape)
             found[name] = StoredTensor(name, dtype, shape, tuple(flat.cut(at, prod(shape))))
@@ -343,76 +175,90 @@ def _cut_contiguous(
 def _cut_scattered(
     shapes: Sequence[dict[str, Shape]], shares: Sequence[OptimState], head: ModelState
 ) -> dict[str, StoredTensor]:
-    """ZeRO-3: every rank holds an equal share of each parameter, rounded up, one after another (`_partition_param`).
+    """ZeRO-3: every rank holds an equal part of each parameter, rounded up (partition_parameters.py `_aligned_size`).
 
-    The vectors of a rank (one for each of `sub_group_size` elements or less) are one vector in pieces.
+    The vectors of a rank, one for each `sub_group_size` elements, are one vector in pieces.
     """
-    ranks = len(shares)
     every = {name: shape for group in shapes for name, shape in group.items()}
-    wanted = sum(-(-prod(shape) // ranks) for shape in every.values())
+    wanted = sum(_part(shape, len(shares)) for shape in every.values())
     flats = [_Flat(share.vectors) for share in shares]
     for share, flat in zip(shares, flats, strict=True):
-        if flat.count < wanted:
-            raise _short(share, flat.count, wanted, head)
+        _check_count(share, flat.count, wanted, head)
         if flat.count > wanted:
-            raise InputError(
-                f"{shown(share.path)}: has {flat.count:,} elements where the shapes in {head.path.name} need "
-                f"{wanted:,}: {TWO_SAVES}",
-                hint=_MEND,
-            )
-    dtype = _dtype((share.path, vector) for share in shares for vector in share.vectors)
-    found, at = {}, 0
+            raise two_saves(share.path, f"has {flat.count:,} elements, the shapes in {head.path.name} need {wanted:,}")
+    dtype = _dtype(shares, [_Flat(share.vectors).vectors[0] for share in shares]) if wanted else "F32"
+    found: dict[str, StoredTensor] = {}
+    at = 0
     for name, shape in every.items():
         _check_shape(head, name, shape)
-        part = -(-prod(shape) // ranks)
-        extents = tuple(
-            extent
-            for rank, flat in enumerate(flats)
-            for extent in flat.cut(at, min(part, max(0, prod(shape) - rank * part)))
-        )
-        found[name] = StoredTensor(name, dtype, shape, extents)
-        at += part
+        found[name] = StoredTensor(name, dtype, shape, _parts(flats, at, shape))
+        at += _part(shape, len(shares))
     return found
 
 
-def _short(share: OptimState, count: int, wanted: int, head: ModelState) -> InputError:
-    return InputError(
-        f"{shown(share.path)}: its partition has {count:,} elements where the shapes in {head.path.name} need {wanted:,}",
-        hint=_MEND,
+def _part(shape: Shape, ranks: int) -> int:
+    return -(-prod(shape) // ranks)
+
+
+def _parts(flats: Sequence[_Flat], at: int, shape: Shape) -> tuple[Extent, ...]:
+    """The pieces of a tensor whose part of each rank begins at element `at`; the last parts may be cut short."""
+    part, numel = _part(shape, len(flats)), prod(shape)
+    return tuple(
+        extent for rank, flat in enumerate(flats) for extent in flat.cut(at, min(part, max(0, numel - rank * part)))
     )
+
+
+def _frozen(models: Sequence[ModelState]) -> dict[str, StoredTensor]:
+    """Frozen parameters as they were saved: whole in the one file, in ZeRO-3 an equal part in that of each rank."""
+    head = models[0]
+    _check_pieces(head.path, len(head.frozen), len(models))
+    found: dict[str, StoredTensor] = {}
+    for name, shape in head.frozen.items():
+        part = _part(shape, len(models))
+        fragments = [plain(state.path, state.fragments.get(name), name) for state in models]
+        for state, fragment in zip(models, fragments, strict=True):
+            if fragment.numel != part:
+                raise two_saves(
+                    state.path, f"has {fragment.numel:,} elements of the frozen {shown(name)}, {part:,} are its part"
+                )
+        dtype = _dtype(models, fragments)
+        found[name] = StoredTensor(name, dtype, shape, _parts([_Flat([f]) for f in fragments], 0, shape))
+    return found
+
+
+# -- checks --------------------------------------------------------------------------------------------------------
+
+
+def _check_count(share: OptimState, count: int, wanted: int, head: ModelState) -> None:
+    if count < wanted:
+        raise InputError(
+            f"{shown(share.path)}: holds {count:,} elements where the shapes in {head.path.name} need {wanted:,}",
+            hint=MEND,
+        )
 
 
 def _check_shape(head: ModelState, name: str, shape: Shape) -> None:
     entry = head.module.get(name)
     if isinstance(entry, StoredTensor) and not _is_placeholder(entry) and entry.shape != shape:
         raise InputError(
-            f"{shown(head.path)}: {shown(name)} is {list(entry.shape)} in its module, {list(shape)} in its param_shapes"
+            f"{shown(head.path)}: {shown(name)} is {list(entry.shape)} in its module and {list(shape)} in its "
+            "param_shapes"
         )
 
 
-def _frozen(models: Sequence[ModelState], partitioned: bool) -> dict[str, StoredTensor]:
-    """Frozen parameters, in the dtype that they were trained beside: whole in rank 0's file, in ZeRO-3 a part a rank."""
-    head = models[0]
-    _check_pieces(len(head.frozen), len(models))
-    found: dict[str, StoredTensor] = {}
-    for name, shape in head.frozen.items():
-        part = -(-prod(shape) // len(models)) if partitioned else prod(shape)
-        extents: list[Extent] = []
-        dtypes = set()
-        for rank, state in enumerate(models if partitioned else models[:1]):
-            fragment = state.fragments.get(name)
-            if fragment is None or fragment.numel < part:
-                count = 0 if fragment is None else fragment.numel
-                raise InputError(
-                    f"{shown(state.path)}: has {count:,} elements of the frozen {shown(name)} where {part:,} are needed",
-                    hint=_MEND,
-                )
-            dtypes.add(fragment.dtype)
-            extents += _Flat([fragment]).cut(0, min(part, max(0, prod(shape) - rank * part)))
-        if len(dtypes) > 1 or not dtypes <= TORCH_NAMES.keys():
-            raise UnsupportedError(f"{shown(head.path)}: the frozen {shown(name)} is of {listed(sorted(dtypes))}")
-        found[name] = StoredTensor(name, dtypes.pop(), shape, tuple(extents))
-    return found
+def _check_pieces(path: Path, tensors: int, ranks: int) -> None:
+    if tensors * ranks > MAX_PIECES:
+        raise UnsafeError(
+            f"{shown(path)}: {tensors:,} tensors in pieces on {ranks:,} ranks are more than any model has"
+        )
+
+
+def _dtype(states: Sequence[ModelState] | Sequence[OptimState], vectors: Sequence[StoredTensor]) -> str:
+    """The one dtype of `vectors`, each of the state at its place."""
+    for state, vector in zip(states, vectors, strict=True):
+        if vector.dtype != vectors[0].dtype:
+            raise two_saves(state.path, f"holds {vector.dtype} where {states[0].path.name} holds {vectors[0].dtype}")
+    return vectors[0].dtype
 
 
 # -- putting together ----------------------------------------------------------------------------------------------
@@ -424,39 +270,40 @@ def _is_placeholder(tensor: StoredTensor) -> bool:
 
 
 def _in_module_order(head: ModelState, found: Mapping[str, StoredTensor], *, complete: bool) -> dict[str, StoredTensor]:
-    """Every weight once, tied ones under both names: masters and frozen ones as `found`, the rest from `module`."""
+    """Every weight, tied ones under both names: masters and frozen ones from `found`, the rest from `module`."""
     tensors: dict[str, StoredTensor] = {}
     empty: list[str] = []
     trained = [name for group in head.shapes or () for name in group]
     for name in dict.fromkeys([*head.module, *trained, *head.frozen, *head.shared]):
         entry = head.module.get(name)
-        source = head.shared.get(name, "")
-        tied = found.get(source) or (None if entry is not None else head.module.get(source))
-        tensor = found.get(name)
-        if tensor is None and isinstance(tied, StoredTensor) and _may_be(entry, tied):
-            tensor = tied.renamed(name)
+        tensor = found.get(name) or _tied(head, found, name)
         if tensor is not None:
             tensors[name] = tensor
         elif isinstance(entry, OddTensor):
             raise UnsupportedError(f"{shown(head.path)}: {shown(name)} is of a kind that is not read: {entry.kind}")
-        elif entry is not None and not (_is_placeholder(entry) and name not in head.buffers):
+        elif entry is not None and (not _is_placeholder(entry) or name in head.buffers):
             tensors[name] = entry
-        elif entry is not None or name not in head.shared:  # tied to something frozen, both are left out
+        elif entry is not None or name not in head.shared:  # a name tied to a frozen one that was left out goes too
             empty.append(name)
-    if empty and not complete:
-        prefix = ("bf16_" if head.bf16 else "") + "zero_pp_rank_0"
-        raise InputError(
-            f"{shown(head.path.parent)}: {prefix}_mp_rank_00_optim_states.pt is missing, and the files of the other "
-            f"ranks: {head.path.name} names {len(empty):,} weights but does not hold them: {listed(empty, 3)}",
-            hint="get the *_optim_states.pt of all ranks; without them nothing of these weights is left",
-        )
-    if empty:
-        raise InputError(
-            f"{shown(head.path)}: no file holds {len(empty):,} of its weights: {listed(empty, 3)}", hint=_MEND
-        )
-    return tensors
+    if not empty:
+        return tensors
+    names = f"{head.path.name} names {len(empty):,} weights that no file holds: {listed(empty, 3)}"
+    if complete:
+        raise InputError(f"{shown(head.path.parent)}: {names}", hint=MEND)
+    missing = ("bf16_" if head.bf16 else "") + "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    raise InputError(
+        f"{shown(head.path.parent)}: {missing} and those of the other ranks are missing; {names}",
+        hint="get the *_optim_states.pt of every rank: after ZeRO-3 the weights are nowhere else",
+    )
 
 
-def _may_be(entry: StoredTensor | OddTensor | None, tied: StoredTensor) -> bool:
-    """Whether a module's entry can be the tied tensor: `_get_shared_params` goes by address, which views share too."""
-    return not isinstance(entry, StoredTensor) or _is_placeholder(entry) or entry.shape == tied.shape
+def _tied(head: ModelState, found: Mapping[str, StoredTensor], name: str) -> StoredTensor | None:
+    """The tensor that a name is tied to, if it is one: `_get_shared_params` goes by address, which views share too."""
+    entry, source = head.module.get(name), head.shared.get(name, "")
+    tensor = found.get(source)
+    if tensor is None and entry is None:
+        other = head.module.get(source)
+        tensor = other if isinstance(other, StoredTensor) and not _is_placeholder(other) else None
+    if tensor is None or (isinstance(entry, StoredTensor) and entry.shape not in (tensor.shape, (0,))):
+        return None
+    return replace(tensor, name=name)

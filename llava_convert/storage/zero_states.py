@@ -1,7 +1,7 @@
 """What one file of a ZeRO checkpoint says: the model states of a rank, or its optimizer states.
 
-Keys: deepspeed 0.14.4, checkpoint/constants.py, and the `state_dict` methods of runtime/zero/stage_1_and_2.py, stage3.py
-and runtime/bf16_optimizer.py.
+Keys: deepspeed 0.14.4, checkpoint/constants.py, and `state_dict` in runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py
+(there `_rigid_state_dict`) and runtime/bf16_optimizer.py.
 """
 
 from __future__ import annotations
@@ -19,28 +19,35 @@ from llava_convert.storage.torch_file import OddTensor, TorchFile, read_torch
 from llava_convert.storage.unpickle import Inert
 
 Shape = tuple[int, ...]
+Entries = Mapping[str, StoredTensor | OddTensor]
 
-TWO_SAVES = "the folder mixes two saves"
+MEND = "copy or download every file of this checkpoint again, all of one save"
 _STEP_FORMATS = {"F32": "<f", "F64": "<d", "I64": "<q", "I32": "<i"}
+
+
+def two_saves(path: Path, what: str) -> InputError:
+    return InputError(f"{shown(path)}: {what}: the folder mixes two saves", hint=MEND)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelState:
     """A `*_model_states.pt`.
 
-    `shapes` has one dict for each group of parameters, in the order of the flat vectors; None without ZeRO. `shared`
-    takes the names of tied parameters to those which hold them. `step` counts updates of the weights.
+    `shapes` has one dict for each group of parameters, in the order of the flat vectors; None without ZeRO. `frozen`
+    are the shapes of `fragments`. `shared` takes the names of tied parameters to those which hold them. `step` counts
+    updates of the weights.
     """
 
     path: Path
-    module: Mapping[str, StoredTensor | OddTensor]
+    module: Entries
     shapes: tuple[dict[str, Shape], ...] | None
     frozen: Mapping[str, Shape]
-    fragments: Mapping[str, StoredTensor]
+    fragments: Entries
     shared: Mapping[str, str]
     buffers: frozenset[str]
     ranks: int | None
     step: int | None
+    stage: int
     bf16: bool
     meta: Mapping[Any, Any]
     stubs: tuple[str, ...]
@@ -52,7 +59,7 @@ class OptimState:
 
     path: Path
     stage: int
-    ranks: int
+    ranks: int | None
     vectors: tuple[StoredTensor, ...]
     step: int | None
     stubs: tuple[str, ...]
@@ -61,38 +68,29 @@ class OptimState:
 def read_model_state(path: Path) -> ModelState:
     """Raises what `read_torch` does, and InputError where the file is none of model states."""
     file, root = _read(path)
-    module = root.get("module")
-    if not isinstance(module, dict) or "buffer_names" not in root:
-        raise InputError(f"{shown(path)}: holds no model states of DeepSpeed (module and buffer_names)")
+    if not isinstance(root.get("module"), dict) or "buffer_names" not in root:
+        raise InputError(f"{shown(path)}: holds no model states of DeepSpeed (module, buffer_names)")
     groups = root.get("param_shapes")
-    groups = [groups] if isinstance(groups, dict) else groups  # a plain dict until DeepSpeed had groups
+    groups = [groups] if isinstance(groups, dict) else groups  # a plain dict until DeepSpeed kept groups apart
     if groups is not None and not isinstance(groups, list):
         raise InputError(f"{shown(path)}: its param_shapes are no list of shapes")
     shapes = None if groups is None else tuple(_shapes(path, group) for group in groups)
     if shapes is not None and len({name for group in shapes for name in group}) < sum(map(len, shapes)):
         raise InputError(f"{shown(path)}: its param_shapes name a parameter twice")
-    fragments = _dict(root.get("frozen_param_fragments"))
-    shared = _dict(root.get("shared_params"))
-    buffers = root.get("buffer_names")
-    steps, skipped = root.get("global_steps"), root.get("skipped_steps")
-    ranks = root.get("dp_world_size")
+    buffers, shared = root["buffer_names"], _dict(root.get("shared_params"))
+    steps, skipped, ranks = (_count(root.get(key)) for key in ("global_steps", "skipped_steps", "dp_world_size"))
     config = _dict(root.get("ds_config"))
     return ModelState(
         path=path,
-        module={
-            name: value
-            for name, value in module.items()
-            if isinstance(name, str) and isinstance(value, StoredTensor | OddTensor)
-        },
+        module=_tensors(root["module"]),
         shapes=shapes,
         frozen=_shapes(path, root.get("frozen_param_shapes") or {}),
-        fragments={k: _plain(path, v, k) for k, v in fragments.items() if isinstance(k, str)},
-        shared={k: v for k, v in shared.items() if isinstance(k, str) and isinstance(v, str)},
-        buffers=frozenset(name for name in buffers if isinstance(name, str))
-        if isinstance(buffers, list)
-        else frozenset(),
-        ranks=ranks if type(ranks) is int else None,
-        step=steps - (skipped if type(skipped) is int else 0) if type(steps) is int else None,
+        fragments=_tensors(root.get("frozen_param_fragments")),
+        shared={name: of for name, of in shared.items() if isinstance(name, str) and isinstance(of, str)},
+        buffers=frozenset(n for n in (buffers if isinstance(buffers, list) else ()) if isinstance(n, str)),
+        ranks=ranks,
+        step=None if steps is None else steps - (skipped or 0),
+        stage=_count(_dict(config.get("zero_optimization")).get("stage")) or 0,
         bf16=_dict(config.get("bf16")).get("enabled") is True,
         meta=_dict(root.get("meta")),
         stubs=file.stubs,
@@ -111,19 +109,30 @@ def read_optim_state(path: Path) -> OptimState:
     if isinstance(stage, Inert) and stage.args:  # ZeroStageEnum(2)
         stage = stage.args[0]
     if type(stage) is not int or stage not in (1, 2, 3) or (stage == 3) != scattered:
-        raise InputError(f"{shown(path)}: tells no ZeRO stage that fits what it holds")
+        raise InputError(f"{shown(path)}: tells no ZeRO stage that fits the weights it holds")
     counts = state.get("partition_count")
-    every = set(counts) if isinstance(counts, list) else {counts}
-    if len(every) != 1 or not all(type(count) is int and count > 0 for count in every):
+    every = counts if isinstance(counts, list) and counts else [counts]
+    if not all(type(count) is int and count > 0 and count == every[0] for count in every):
         raise InputError(f"{shown(path)}: its partition_count is not one number of ranks")
     return OptimState(
         path=path,
         stage=stage,
-        ranks=every.pop(),
-        vectors=tuple(_plain(path, vector, "master weights") for vector in vectors),
+        ranks=every[0],
+        vectors=tuple(plain(path, vector, "master weights") for vector in vectors),
         step=_step(state),
         stubs=file.stubs,
     )
+
+
+def plain(path: Path, value: Any, what: str) -> StoredTensor:
+    """A tensor whose elements lie in a row; `what` and `path` are for messages."""
+    if isinstance(value, OddTensor):
+        raise UnsupportedError(f"{shown(path)}: {shown(what)}: of a kind that is not read: {value.kind}")
+    if not isinstance(value, StoredTensor) or value.strides is not None:
+        raise InputError(f"{shown(path)}: {shown(what)}: not a plain tensor")
+    if value.dtype not in TORCH_NAMES:
+        raise UnsupportedError(f"{shown(path)}: {shown(what)}: of dtype {value.dtype}, of which nothing can be made")
+    return value
 
 
 def _read(path: Path) -> tuple[TorchFile, dict[Any, Any]]:
@@ -135,6 +144,15 @@ def _read(path: Path) -> tuple[TorchFile, dict[Any, Any]]:
 
 def _dict(value: Any) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and value >= 0 else None
+
+
+def _tensors(value: Any) -> Entries:
+    entries = _dict(value).items()
+    return {name: t for name, t in entries if isinstance(name, str) and isinstance(t, StoredTensor | OddTensor)}
 
 
 def _shapes(path: Path, value: Any) -> dict[str, Shape]:
@@ -149,24 +167,12 @@ def _shapes(path: Path, value: Any) -> dict[str, Shape]:
     return shapes
 
 
-def _plain(path: Path, value: Any, what: str) -> StoredTensor:
-    """A tensor whose elements lie in a row."""
-    if isinstance(value, OddTensor):
-        raise UnsupportedError(f"{shown(path)}: {shown(what)}: a tensor of a kind that is not read: {value.kind}")
-    if not isinstance(value, StoredTensor) or value.strides is not None:
-        raise InputError(f"{shown(path)}: {shown(what)}: not a plain tensor")
-    if value.dtype not in TORCH_NAMES:
-        raise UnsupportedError(f"{shown(path)}: {shown(what)}: of dtype {value.dtype}, which is not read")
-    return value
-
-
 def _step(state: Mapping[Any, Any]) -> int | None:
     """How many updates the optimizer made: torch keeps it with each vector, DeepSpeed's FusedAdam with each group."""
     base = _dict(state.get("base_optimizer_state", state.get("optimizer_state_dict")))
     groups = base.get("param_groups")
-    places = [*_dict(base.get("state")).values(), *(groups if isinstance(groups, list) else ())]
-    for place in places:
-        step = _dict(place).get("step")
+    for place in (*_dict(base.get("state")).values(), *(groups if isinstance(groups, list) else ())):
+        step: Any = _dict(place).get("step")
         if isinstance(step, StoredTensor) and step.numel == 1 and step.dtype in _STEP_FORMATS:
             form, extent = _STEP_FORMATS[step.dtype], step.extents[0]
             with open_regular(extent.path) as stream:
