@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from llava_convert.bases import cached_id, is_hub_id
+from llava_convert.bases import cached_id
 from llava_convert.checkpoint import LLM, PART_NAMES, PART_WORDS, VISION
 from llava_convert.configs import without_stale
 from llava_convert.errors import InputError
+from llava_convert.hub import is_id, published_id
 from llava_convert.layouts.base import TargetOptions
 from llava_convert.model import Model
 from llava_convert.plan import to_json
@@ -119,8 +120,8 @@ class Artefacts:
             return base.id, None
         named = [config.get("_name_or_path"), model.checkpoint.parts[part].base]
         for name in named:
-            if isinstance(name, str) and is_hub_id(name) and not _is_local(name, base):
-                return name, None
+            if isinstance(name, str) and is_id(name) and not _is_local(name, base):
+                return published_id(name), None
         folder = model.folder(part)
         if folder is not None and (found := cached_id(folder)) is not None:
             return found, None

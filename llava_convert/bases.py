@@ -15,21 +15,14 @@ from typing import Any
 
 from llava_convert.checkpoint import LLM, PART_NAMES, PART_WORDS, Dropped
 from llava_convert.configs import named_config, old_flavour
-from llava_convert.errors import InputError, UnsupportedError
+from llava_convert.errors import HubError, InputError, UnsupportedError
+from llava_convert.hub import fetch, is_id, published_id
 from llava_convert.mapping import layout_table, lookup_errors
 from llava_convert.spec import StoredTensor
 from llava_convert.storage.jsonfile import read_json
 from llava_convert.storage.weights import Weights, open_weights
 
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)")
-# What a base is for: weights, config, tokenizer, image processor. No code, no other frameworks' weights.
-_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
-_OLD_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-
-
-def is_hub_id(text: str) -> bool:
-    return _ID.fullmatch(text) is not None
 
 
 def cached_id(folder: Path) -> str | None:
@@ -53,7 +46,7 @@ class Base:
     @property
     def id(self) -> str | None:
         """The hub id, when the name or the folder gives one for certain."""
-        return self.asked if self.from_hub else cached_id(self.folder)
+        return published_id(self.asked) if self.from_hub else cached_id(self.folder)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -129,7 +122,7 @@ def find_base(part: str, asked: str, source: Path, *, explicit: bool, weights: b
                 hint=f"give the base {PART_NAMES[part]} by {option}",
             )
         return Base(part, folder, asked, from_hub=False)
-    if not is_hub_id(asked):
+    if not is_id(asked):
         raise InputError(
             f"the base {PART_NAMES[part]} {asked!r} is not here"
             + ("" if explicit else ", neither under the current folder nor beside the source"),
@@ -149,27 +142,11 @@ def _local(asked: str, source: Path, *, explicit: bool) -> Path | None:
 
 
 def _from_hub(part: str, name: str, option: str, *, weights: bool) -> Path:
-    # Imported late: most conversions never ask the Hub, and the import costs 0.2 s.
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    json_only = [pattern for pattern in _WANTED if not pattern.endswith(".safetensors")]
-    wanted = _WANTED if weights else json_only
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True, allow_patterns=wanted))
-        if not weights or any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
-            return folder
-    except (LocalEntryNotFoundError, HFValidationError):
-        pass
-    try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
-        if weights and not any(folder.glob("*.safetensors")):
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=_WANTED + _OLD_WEIGHTS))
-        return folder
-    except (LocalEntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, HFValidationError, OSError) as problem:
-        why = str(problem).strip().splitlines()[0]
+        return fetch(name, weights=weights)
+    except HubError as problem:
         raise InputError(
-            f"the base {PART_NAMES[part]} {name!r} is neither a folder nor in the Hub cache, "
-            f"and the Hub did not give it ({why})",
+            f"the base {PART_NAMES[part]} {name!r} is neither a folder nor in the hub's cache, "
+            f"and the hub did not give it ({problem.message})",
             hint=f"give its folder by {option}",
         ) from problem

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from llava_convert import __version__
-from llava_convert.bases import is_hub_id
 from llava_convert.checkpoint import LLM, VISION
+from llava_convert.hub import is_id
 from llava_convert.model import Model
 from llava_convert.ops import MergeLora
 from llava_convert.plan import Plan, Target
@@ -50,7 +50,7 @@ def _base_id(model: Model, plan: Plan, part: str) -> str | None:
             config.get("_name_or_path") if part == LLM and not nested else None,
         ]
         for name in found:
-            if isinstance(name, str) and is_hub_id(name):
+            if isinstance(name, str) and is_id(name):
                 return name
     return None
 

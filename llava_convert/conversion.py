@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from llava_convert.layouts.base import ALL, OpenOptions, TargetOptions
 from llava_convert.model import Bases, Model, assemble, without_added
 from llava_convert.numerics import CastLoss
 from llava_convert.ops import MergeLora
-from llava_convert.plan import Plan, Target, make_plan
+from llava_convert.plan import KEEP, Plan, Target, make_plan, parse_size
 from llava_convert.provenance import RECORD, dropped_texts, dump, record, stored_of
 from llava_convert.spec import TORCH_NAMES
 from llava_convert.storage.identity import Snapshot
@@ -148,7 +149,8 @@ def convert(source: str | Path, options: Options, say: Say | None = None) -> Rep
             ready.out,
             ready.plan.hash,
             force=options.force,
-            resume=options.resume,
+            # A digest is taken while a shard is written: kept ones would have none.
+            resume=options.resume and not options.digest,
             needed_bytes=ready.plan.bytes_written,
             reads=[
                 ready.checkpoint.root if ready.checkpoint.path.is_dir() else ready.checkpoint.path,
@@ -198,6 +200,7 @@ def prepare(source: Path, options: Options) -> Prepared:
     """Open the source and plan the conversion; writes nothing, reads headers only."""
     if options.to not in TARGETS:
         raise UsageError(f"--to {options.to}: this version writes {', '.join(TARGETS)}")
+    _check_options(options)
     checkpoint, why = open_checkpoint(source, options.source_layout, OpenOptions(options.config))
     target_layout = layout(options.to)
     if checkpoint.layout == options.to and _nothing_asked(options):
@@ -224,6 +227,7 @@ def prepare(source: Path, options: Options) -> Prepared:
     )
     if checkpoint.layout != options.to:
         model = without_added(model)
+    model = replace(model, warnings=(*told, *model.warnings))
     target = target_layout.lower(model, target_options)
     plan = make_plan(target, tags={"from": checkpoint.layout, "to": options.to, "digest": options.digest})
     located = checkpoint.path
@@ -236,8 +240,18 @@ def prepare(source: Path, options: Options) -> Prepared:
         plan,
         out,
         notes=(*checkpoint.notes, *model.notes, *target.notes, *dropped_texts(checkpoint, model.dropped)),
-        warnings=(*checkpoint.warnings, *told, *model.warnings, *target.warnings),
+        warnings=(*checkpoint.warnings, *model.warnings, *target.warnings),
     )
+
+
+def _check_options(options: Options) -> None:
+    """Refuse what no source or target could make right, whichever of them would look at it."""
+    if options.target.max_shard_size not in (None, KEEP):
+        parse_size(options.target.max_shard_size)
+    if options.threads < 0:
+        raise UsageError(f"--threads {options.threads}: a count, or 0 for one a core")
+    if options.digest and find_spec("xxhash") is None:
+        raise UsageError("--digest needs xxhash, which is not installed", hint="pip install 'llava-convert[digest]'")
 
 
 def report(ready: Prepared, options: Options) -> Report:

@@ -99,7 +99,7 @@ def parse_adapter(
             dropped[name] = reason
             continue
         meaning = table.read(name)
-        canonical = name if meaning is None else meaning.canonical
+        canonical = _unwrapped(name if meaning is None else meaning.canonical)
         tail = next((t for t in _TAILS if canonical.endswith(t)), None)
         if tail is not None:
             sides.setdefault(canonical.removesuffix(tail), {})[tail] = tensor
@@ -118,6 +118,14 @@ def parse_adapter(
             raise InputError(f"{where}: LoRA of {module}: A is {list(a.shape)} and B is {list(b.shape)}")
         modules[module] = LoraModule(a, b, tensors.get(".lora_magnitude_vector"))
     return Adapter(settings, modules, overrides, saved), dropped
+
+
+def _unwrapped(name: str) -> str:
+    """The name less a second `base_model.model.`, which peft leaves of a model that it wrapped twice."""
+    part, _, rest = name.partition(".")
+    while rest.startswith("base_model.model."):
+        rest = rest.removeprefix("base_model.model.")
+    return f"{part}.{rest}"
 
 
 def _check_kind(settings: LoraSettings | None, where: str) -> None:

@@ -22,6 +22,8 @@ from llava_convert.lora import disputed
 from llava_convert.mapping import grouped, printable
 from llava_convert.ops import Op, TakeRows
 from llava_convert.spec import StoredTensor
+from llava_convert.storage.identity import identity
+from llava_convert.storage.jsonfile import read_json
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import same_bytes
 from llava_convert.towers import tower_config
@@ -137,6 +139,8 @@ def assemble(
         if part not in wanted:
             continue
         expected = _expected(checkpoint, part, found_configs, pretrained)
+        if part in found_configs:
+            _check_heads(part, found_configs[part])
         _refuse_unknown(checkpoint, part, set(expected))
         stored = _trained(checkpoint, part, pretrained)
         if any(name not in stored and want.tied not in stored for name, want in expected.items()):
@@ -153,6 +157,8 @@ def assemble(
         recipes.update(part_recipes)
         if part in bases and any(r.origin == "base" for r in part_recipes.values()):
             dropped += bases[part].dropped
+            if checkpoint.parts[part].adapter is not None:
+                _refuse_second_merge(checkpoint, part, bases[part])
     if PROJECTOR in wanted:
         _check_joints(recipes, found_configs)
     if checkpoint.image_newline is not None and set(wanted) >= {LLM, PROJECTOR}:
@@ -359,6 +365,20 @@ def _merge(checkpoint: Checkpoint, part: str, recipes: dict[str, Recipe], alpha:
     return len(adapter.modules)
 
 
+def _refuse_second_merge(checkpoint: Checkpoint, part: str, base: Base) -> None:
+    """A base that was itself made by merging this very adapter is told by its conversion.json."""
+    file = base.folder / "conversion.json"
+    record = read_json(file) if file.is_file() else None
+    if not isinstance(record, dict) or "merge_lora" not in str(record.get("tensors")):
+        return
+    sources = str(record.get("sources"))
+    if any(str(found["sha256"]) in sources for found in identity(checkpoint.files)):
+        raise UnsupportedError(
+            f"the base {PART_NAMES[part]} {base.folder} has the LoRA of {checkpoint.path.name} merged in already",
+            hint=f"give the base model that it was trained on by --{PART_WORDS[part]}",
+        )
+
+
 def _tie(recipes: dict[str, Recipe], config: dict[str, Any], warnings: list[str]) -> bool:
     """Whether the head really equals the embedding; a different one is kept and the config told so."""
     head, embedding = recipes[HEAD], recipes[EMBEDDING]
@@ -373,6 +393,18 @@ def _tie(recipes: dict[str, Recipe], config: dict[str, Any], warnings: list[str]
     warnings.append("lm_head differs from embed_tokens although the config ties them: both are kept, untied")
     config["tie_word_embeddings"] = False
     return False
+
+
+def _check_heads(part: str, config: Mapping[str, Any]) -> None:
+    """Tensors do not show how they are split into heads: a config that splits them wrongly fits every shape."""
+    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    whole, share = ("num_attention_heads", "num_key_value_heads")
+    if groups is None:
+        if config.get("head_dim") is not None:
+            return
+        heads, groups, whole, share = config.get("hidden_size"), heads, "hidden_size", "num_attention_heads"
+    if not isinstance(heads, int) or not isinstance(groups, int) or groups < 1 or heads % groups:
+        raise InputError(f"config of the {PART_NAMES[part]}: {whole} {heads} does not divide by {share} {groups}")
 
 
 def _check_joints(recipes: Mapping[str, Recipe], configs: Mapping[str, dict[str, Any]]) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from io import TextIOWrapper
+from pathlib import Path
+
 import typer
 
 from llava_convert.cli import convert_command, inspect_command, layouts_command, verify_command
@@ -38,4 +43,15 @@ def _main(
 
 def main() -> None:
     """Entry point of the `llava-convert` command."""
+    _forgiving_streams()
     app()
+
+
+def _forgiving_streams() -> None:
+    """Print anywhere: what the terminal's encoding lacks is escaped, what goes to a closed stream is lost."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller (`>&-`)
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  # it stays open as long as the process
+        elif isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -16,7 +16,6 @@ def run(action: Callable[[], None], output: Output) -> int:
     """Do what a command does; returns the exit code."""
     try:
         action()
-        sys.stdout.flush()
     except ConvertError as problem:
         if output.verbose:
             _traceback()

@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from llava_convert.errors import OutputError
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -50,12 +52,12 @@ class Output:
     def result(self, value: Mapping[str, Any]) -> None:
         """The run's data, when it was asked for as JSON."""
         if self.as_json:
-            print(json.dumps(value, indent=2, ensure_ascii=False))
+            _print(json.dumps(value, indent=2, ensure_ascii=False))
 
     def line(self, text: str) -> None:
         """A line of the result, for people."""
         if not self.as_json and not self.quiet:
-            print(text)
+            _print(text)
 
     def start(self, what: str, total: int) -> Callable[[int], None]:
         """A bar for `total` bytes with rate and time left; returns what advances it."""
@@ -99,8 +101,16 @@ class Output:
 
                 Console(stderr=True, highlight=False).print(Text(text, style=style), soft_wrap=True)
             else:
-                encoding = sys.stderr.encoding or "utf-8"
-                print(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr)
+                print(text, file=sys.stderr)
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)  # now, so that a closed pipe or a full disk is noticed while it can be told
+    except BrokenPipeError:
+        raise
+    except OSError as problem:
+        raise OutputError(f"the result cannot be printed: {problem.strerror or problem}") from problem
 
 
 def human_bytes(count: int) -> str:

@@ -57,7 +57,7 @@ def _verify(
             for name, gap in sorted(verdict.different.items()):
                 output.line(f"  differs: {name} in {gap.elements} elements, by at most {gap.largest:.3g}")
         verdict.refuse()
-        rows = sum(verdict.added_rows.values())
+        rows = max(verdict.added_rows.values(), default=0)
         output.line(
             f"the same: {verdict.equal} tensors equal bit for bit"
             + (f"; {rows} rows that the source does not have are not compared" if rows else "")

@@ -6,12 +6,13 @@ A layout is one module here and one table in `mappings/layouts`; the engine asks
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import cast
 
 from llava_convert.checkpoint import Checkpoint
 from llava_convert.errors import InputError, UnsupportedError
 from llava_convert.layouts.base import Found, Layout, OpenOptions
+from llava_convert.storage.files import open_regular, read_fully, shown
 from llava_convert.storage.jsonfile import read_json
 
 SOURCES = ("pth", "xtuner", "official", "hf")
@@ -30,11 +31,17 @@ def locate(path: Path) -> Path:
     pointer = path / "last_checkpoint"
     if not path.is_dir() or not pointer.is_file():
         return path
-    named = Path(pointer.read_text(encoding="utf-8").strip())
-    for candidate in (path / named.name, named, path / named):
-        if candidate.exists():
-            return candidate
-    raise InputError(f"{pointer} names {named.name}, which is not there", hint="give the checkpoint itself")
+    with open_regular(pointer) as stream:
+        text = read_fully(stream, 4096, pointer).decode("utf-8", "replace").strip()
+    # It is a path on the machine that trained: the file itself moved along with the folder, and keeps its last name.
+    name = PureWindowsPath(text).name
+    try:
+        for candidate in (path / name, Path(text), path / text):
+            if name and candidate.exists():
+                return candidate
+    except (OSError, ValueError):
+        pass  # no name of a file on this system, so none that is there
+    raise InputError(f"{pointer} names '{shown(name)}', which is not there", hint="give the checkpoint itself")
 
 
 def look(path: Path) -> Found:

@@ -1,19 +1,24 @@
 """The mmengine `.pth` that xtuner's training leaves. A source only.
 
-It is usually partial: what was frozen is absent and comes from the base models that the training config names. The
-config travels in `meta.cfg`.
+It is one file, or with DeepSpeed a folder of that name. It is usually partial: what was frozen is absent and comes from
+the base models that the training config names. The config travels in `meta.cfg`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llava_convert.checkpoint import LLM, PARTS, VISION, Checkpoint, Part, Settings
-from llava_convert.errors import InputError, UnsupportedError
+from llava_convert.errors import InputError
 from llava_convert.layouts.base import Found, OpenOptions
 from llava_convert.layouts.naming import sort_tensors
 from llava_convert.mapping import layout_table
-from llava_convert.storage.torch_file import TorchFile, read_torch, state_dict
+from llava_convert.spec import StoredTensor
+from llava_convert.storage.torch_file import StateDict, TorchFile, read_torch, state_dict
+from llava_convert.storage.zero import read_zero, recognise
 from llava_convert.training_config import LoraSettings, TrainingConfig, load_training_config, parse_training_config
 
 NAME = "pth"
@@ -22,9 +27,7 @@ _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
 def detect(found: Found) -> str | None:
     if found.path.is_dir():
-        if any(name.endswith("_optim_states.pt") for name in found.names):
-            return "a DeepSpeed directory (*_optim_states.pt)"
-        return None
+        return recognise(found.names)
     if found.path.suffix not in _TORCH_SUFFIXES:
         return None
     names = state_dict(read_torch(found.path)).tensors
@@ -33,27 +36,49 @@ def detect(found: Found) -> str | None:
     return f"a torch file with xtuner's names ({hits} of {len(names)})" if hits else None
 
 
-def open(path: Path, options: OpenOptions) -> Checkpoint:
-    """Open a `.pth` by its pickled index; no weight is read and nothing is called.
+@dataclass(frozen=True)
+class _Weights:
+    """What a file or a folder holds, in the same words."""
 
-    Raises what `read_torch` raises; UnsupportedError for DeepSpeed directories and for names that xtuner's LLaVA
-    does not have; InputError when the config says that a part was trained which the file lacks.
-    """
+    tensors: Mapping[str, StoredTensor]
+    meta: Mapping[Any, Any]
+    files: tuple[Path, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    stubs: tuple[str, ...]
+
+
+def _read(path: Path) -> _Weights:
     if path.is_dir():
-        raise UnsupportedError(
-            f"{path} is a DeepSpeed directory, which cannot be read yet",
-            hint="merge it with the zero_to_fp32.py beside it, then convert the file that it writes",
-        )
+        zero = read_zero(path)
+        state = state_dict(TorchFile(path, zero.tensors, zero.stubs, "little"))
+        notes = (*zero.notes, *_unwrapped(state))
+        return _Weights(state.tensors, zero.meta, zero.files, notes, zero.warnings, zero.stubs)
     file = read_torch(path)
     state = state_dict(file)
-    sorted_ = sort_tensors(state.tensors, layout_table(NAME), path)
-    training, warnings = _training(file, path, options)
+    meta = file.root.get("meta") if isinstance(file.root, dict) else None
+    return _Weights(state.tensors, meta if isinstance(meta, dict) else {}, (path,), _unwrapped(state), (), file.stubs)
+
+
+def _unwrapped(state: StateDict) -> tuple[str, ...]:
+    return tuple(f"unwrapped {how}" for how in state.unwrapped)
+
+
+def open(path: Path, options: OpenOptions) -> Checkpoint:
+    """Open a `.pth`, a file or a DeepSpeed folder, by its pickled indexes; no weight is read and nothing is called.
+
+    Raises what `read_torch` and `read_zero` raise; UnsupportedError for names that xtuner's LLaVA does not have;
+    InputError when the config says that a part was trained which the file lacks.
+    """
+    read = _read(path)
+    sorted_ = sort_tensors(read.tensors, layout_table(NAME), path)
+    training, warnings = _training(read.meta, path, options)
     parts: dict[str, Part] = {}
     dropped = list(sorted_.dropped)
     for name in PARTS:
         parts[name], left = sorted_.part(name, _lora(training, name), str(path))
         dropped += left
-    notes = [f"unwrapped {how}" for how in state.unwrapped]
+    notes = list(read.notes)
     if training is not None:
         _refuse_incomplete(training, parts, path)
         parts = {name: _with_base(part, name, training) for name, part in parts.items()}
@@ -63,23 +88,21 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         layout=NAME,
         path=path,
         root=path.parent,
-        files=(path,),
+        files=read.files,
         parts=parts,
         settings=_settings(training),
         dropped=tuple(dropped),
         notes=tuple(notes),
-        warnings=tuple(warnings),
+        warnings=(*read.warnings, *warnings),
         training=training,
-        stubs=file.stubs,
+        stubs=read.stubs,
     )
 
 
-def _training(file: TorchFile, path: Path, options: OpenOptions) -> tuple[TrainingConfig | None, list[str]]:
+def _training(meta: Mapping[Any, Any], path: Path, options: OpenOptions) -> tuple[TrainingConfig | None, list[str]]:
     if options.config is not None:
         return load_training_config(options.config), []
-    root = file.root if isinstance(file.root, dict) else {}
-    meta = root.get("meta")
-    text = meta.get("cfg") if isinstance(meta, dict) else None
+    text = meta.get("cfg")
     if not isinstance(text, str):
         return None, ["the checkpoint carries no training config (meta.cfg): --config gives it"]
     try:

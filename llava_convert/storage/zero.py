@@ -8,7 +8,7 @@ How it fits together: deepspeed 0.14.4, utils/zero_to_fp32.py, and runtime/engin
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
@@ -164,7 +164,8 @@ def _cut_contiguous(
             _check_count(share, vector.numel, min(size, max(0, wanted - rank * size)), head)
         if size * ranks > -(-wanted // (2 * ranks)) * 2 * ranks:
             raise two_saves(head.path, f"its shapes need {wanted:,} elements, {ranks} ranks hold {size * ranks:,}")
-        dtype, flat, at = _dtype(shares, vectors), _Flat(vectors), 0
+        dtype = _dtype((share.path, share.vectors[index]) for share in shares)
+        flat, at = _Flat(vectors), 0
         for name, shape in group.items():
             _check_shape(head, name, shape)
             found[name] = StoredTensor(name, dtype, shape, tuple(flat.cut(at, prod(shape))))
@@ -186,7 +187,7 @@ def _cut_scattered(
         _check_count(share, flat.count, wanted, head)
         if flat.count > wanted:
             raise two_saves(share.path, f"has {flat.count:,} elements, the shapes in {head.path.name} need {wanted:,}")
-    dtype = _dtype(shares, [_Flat(share.vectors).vectors[0] for share in shares]) if wanted else "F32"
+    dtype = _dtype((share.path, vector) for share in shares for vector in share.vectors)
     found: dict[str, StoredTensor] = {}
     at = 0
     for name, shape in every.items():
@@ -214,15 +215,18 @@ def _frozen(models: Sequence[ModelState]) -> dict[str, StoredTensor]:
     _check_pieces(head.path, len(head.frozen), len(models))
     found: dict[str, StoredTensor] = {}
     for name, shape in head.frozen.items():
+        whole = head.fragments.get(name)
+        if len(models) == 1 and isinstance(whole, StoredTensor) and whole.shape == shape:
+            found[name] = replace(whole, name=name)
+            continue
         part = _part(shape, len(models))
-        fragments = [plain(state.path, state.fragments.get(name), name) for state in models]
-        for state, fragment in zip(models, fragments, strict=True):
+        fragments = [(state.path, plain(state.path, state.fragments.get(name), name)) for state in models]
+        for path, fragment in fragments:
             if fragment.numel != part:
-                raise two_saves(
-                    state.path, f"has {fragment.numel:,} elements of the frozen {shown(name)}, {part:,} are its part"
-                )
-        dtype = _dtype(models, fragments)
-        found[name] = StoredTensor(name, dtype, shape, _parts([_Flat([f]) for f in fragments], 0, shape))
+                told = f"has {fragment.numel:,} elements of the frozen {shown(name)}, {part:,} are its part"
+                raise two_saves(path, told)
+        dtype = _dtype(fragments)
+        found[name] = StoredTensor(name, dtype, shape, _parts([_Flat([f]) for _, f in fragments], 0, shape))
     return found
 
 
@@ -248,17 +252,17 @@ def _check_shape(head: ModelState, name: str, shape: Shape) -> None:
 
 def _check_pieces(path: Path, tensors: int, ranks: int) -> None:
     if tensors * ranks > MAX_PIECES:
-        raise UnsafeError(
-            f"{shown(path)}: {tensors:,} tensors in pieces on {ranks:,} ranks are more than any model has"
-        )
+        raise UnsafeError(f"{shown(path)}: {tensors:,} tensors on {ranks:,} ranks are in more pieces than any model")
 
 
-def _dtype(states: Sequence[ModelState] | Sequence[OptimState], vectors: Sequence[StoredTensor]) -> str:
-    """The one dtype of `vectors`, each of the state at its place."""
-    for state, vector in zip(states, vectors, strict=True):
-        if vector.dtype != vectors[0].dtype:
-            raise two_saves(state.path, f"holds {vector.dtype} where {states[0].path.name} holds {vectors[0].dtype}")
-    return vectors[0].dtype
+def _dtype(vectors: Iterable[tuple[Path, StoredTensor]]) -> str:
+    """The one dtype of vectors, each of the file that holds it."""
+    first: tuple[Path, StoredTensor] | None = None
+    for path, vector in vectors:
+        first = first or (path, vector)
+        if vector.dtype != first[1].dtype:
+            raise two_saves(path, f"holds {vector.dtype} where {first[0].name} holds {first[1].dtype}")
+    return first[1].dtype if first else "F32"
 
 
 # -- putting together ----------------------------------------------------------------------------------------------

@@ -33,11 +33,16 @@ _OTHER = re.compile(r"(layer|expert|expp_rank)_.*_states\.pt")
 def recognise(names: Iterable[str]) -> str | None:
     """Why a folder of these files is one of DeepSpeed's, None when it is not."""
     every = set(names)
-    states = sorted(name for name in every if _FILE.fullmatch(name) or _OTHER.fullmatch(name))
-    if states:
-        return f"a DeepSpeed directory ({listed(states, 2)})"
+    states = list(filter(_is_state, every))
+    kinds = [kind for kind in ("model", "optim") if any(name.endswith(f"{kind}_states.pt") for name in states)]
+    if kinds:
+        return f"a DeepSpeed directory ({', '.join(f'*_{kind}_states.pt' for kind in kinds)})"
     # What DeepSpeed's own save_checkpoint makes; beside a config.json it belongs to a checkpoint of transformers.
     return "a DeepSpeed directory (latest)" if LATEST in every and "config.json" not in every else None
+
+
+def _is_state(name: str) -> bool:
+    return (_FILE.fullmatch(name) or _OTHER.fullmatch(name)) is not None
 
 
 def state_folder(folder: Path) -> Path:
@@ -46,7 +51,7 @@ def state_folder(folder: Path) -> Path:
     Raises InputError where there is neither, UnsafeError where `latest` leads out of the folder.
     """
     names = _names(folder)
-    if any(_FILE.fullmatch(name) or _OTHER.fullmatch(name) for name in names):
+    if any(map(_is_state, names)):
         return folder
     if LATEST not in names:
         raise InputError(f"{shown(folder)}: no file of a DeepSpeed checkpoint (*_model_states.pt) in it", hint=MEND)

@@ -1,7 +1,7 @@
 """What one file of a ZeRO checkpoint says: the model states of a rank, or its optimizer states.
 
-Keys: deepspeed 0.14.4, checkpoint/constants.py, and `state_dict` in runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py
-(there `_rigid_state_dict`) and runtime/bf16_optimizer.py.
+Keys: deepspeed 0.14.4, checkpoint/constants.py, and the `state_dict` of runtime/zero/stage_1_and_2.py, of
+runtime/zero/stage3.py (there `_rigid_state_dict`) and of runtime/bf16_optimizer.py.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def read_optim_state(path: Path) -> OptimState:
     if type(stage) is not int or stage not in (1, 2, 3) or (stage == 3) != scattered:
         raise InputError(f"{shown(path)}: tells no ZeRO stage that fits the weights it holds")
     counts = state.get("partition_count")
-    every = counts if isinstance(counts, list) and counts else [counts]
+    every: list[Any] = counts if isinstance(counts, list) and counts else [counts]
     if not all(type(count) is int and count > 0 and count == every[0] for count in every):
         raise InputError(f"{shown(path)}: its partition_count is not one number of ranks")
     return OptimState(

@@ -1,0 +1,106 @@
+"""Checkpoints by name, their conversions, and the environments of the programs that have to read them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llava_convert
+from tests.conftest import CHECKOUT
+
+PEERS = CHECKOUT / ".venvs"
+SCRIPTS = CHECKOUT / "tests" / "peers"
+GOLDEN = ("a_full_vitlora", "b_llmlora_vitlora", "c_pretrain", "d_full_fullvit")
+QUESTION = "What is in this picture?"
+# Llama-3's prompt as xtuner trains it; the BOS token goes in front.
+PROMPT = (
+    f"<|start_header_id|>user<|end_header_id|>\n\n<image>\n{QUESTION}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, and the folder that holds its base models as `llm/` and `vit/`."""
+
+    pth: Path
+    bases: Path
+
+
+@pytest.fixture(scope="session")
+def cases() -> Path:
+    """Checkpoints that the real xtuner trained and converted here."""
+    folder = PEERS / "cases"
+    if not (folder / "cases.json").is_file():
+        pytest.skip("no cases: `make peers`, then `.venvs/xtuner/bin/python tests/peers/xtuner_cases.py` makes them")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def source(tiny: Path, request: pytest.FixtureRequest) -> Callable[[str], Source]:
+    """A checkpoint by name: `tiny`, a golden case, or one of the cases that the real xtuner made here."""
+
+    def find(name: str) -> Source:
+        if name == "tiny":
+            return Source(tiny / "iter_2.pth", tiny)
+        root: Path = request.getfixturevalue("golden" if name in GOLDEN else "cases")
+        base = Path(json.loads((root / "cases.json").read_text())[name]["llm"]).parts[1]
+        return Source(root / "cases" / name / "pth" / "iter_2.pth", root / "parts" / base)
+
+    return find
+
+
+@dataclass
+class Converter:
+    """Conversions of named checkpoints, each made once."""
+
+    source: Callable[[str], Source]
+    folder: Path
+    made: dict[tuple[object, ...], Path] = field(default_factory=dict)
+
+    def __call__(self, name: str, to: str, **options: str) -> Path:
+        key = (name, to, *sorted(options.items()))
+        if key not in self.made:
+            words = "-".join(value.replace("/", "_") for value in options.values())
+            out = self.folder / name / f"{to}-{words}".rstrip("-")
+            llava_convert.convert(self.source(name).pth, to=to, out=out, **options)  # type: ignore[arg-type]
+            self.made[key] = out
+        return self.made[key]
+
+
+@pytest.fixture(scope="session")
+def converted(source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFactory) -> Converter:
+    return Converter(source, tmp_path_factory.mktemp("converted"))
+
+
+@pytest.fixture(scope="session")
+def pixels() -> torch.Tensor:
+    """One picture as pixel values of a tower of 56 x 56, the same for every program: (1, 3, 56, 56)."""
+    return torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(7))
+
+
+def in_peer(environment: str, script: str, job: dict[str, Any], cwd: Path) -> dict[str, Any]:
+    """Run a script of tests/peers with the Python of an environment: a job as JSON in, a JSON result out."""
+    python = PEERS / environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.is_file():
+        pytest.skip(f"no environment {environment}: `make peers` builds it")
+    result = cwd / f"{environment}-{script}.json"
+    done = subprocess.run(
+        [python, SCRIPTS / script, result],
+        input=json.dumps(job),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_MODULES_CACHE": str(cwd / "modules"), "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"},
+    )
+    assert done.returncode == 0, f"{environment} {script}:\n{done.stdout[-1500:]}\n{done.stderr[-4000:]}"
+    loaded: dict[str, Any] = json.loads(result.read_text())
+    return loaded
