@@ -181,6 +181,10 @@ def make_official(folder: Path, nbytes: int, dtype: str) -> None:
     """An official LLaVA of one 16-bit dtype with its tower, in about four shards."""
     shape = shape_for(nbytes, 2, 2)
     write_official(folder, shape, dtype, nbytes // 4, Values(dtype))
+    # Official LLaVA names its tower and carries no config of it; here nothing is fetched.
+    (folder / "tower").mkdir()
+    write_json(folder / "tower" / "config.json", shape.tower_config())
+    write_json(folder / "tower" / "preprocessor_config.json", PREPROCESSOR)
 
 
 def make_header_only(folder: Path) -> None:

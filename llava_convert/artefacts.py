@@ -16,12 +16,20 @@ from llava_convert.configs import without_stale
 from llava_convert.errors import InputError
 from llava_convert.hub import is_id, published_id
 from llava_convert.layouts.base import TargetOptions
-from llava_convert.model import Model
+from llava_convert.model import EMBEDDING, Model
 from llava_convert.plan import to_json
 from llava_convert.processor import preprocessor_config
 from llava_convert.prompts import ChatTemplates, hf_templates, stop_ids
 from llava_convert.storage.jsonfile import read_json
-from llava_convert.tokens import AddedToken, Tokenizer, has_tokenizer, open_tokenizer, plain_files, without_tokens
+from llava_convert.tokens import (
+    AddedToken,
+    Tokenizer,
+    has_tokenizer,
+    open_tokenizer,
+    plain_files,
+    require_rows,
+    without_tokens,
+)
 from llava_convert.towers import id_by_shape
 
 
@@ -73,6 +81,7 @@ class Artefacts:
         if added is not None:
             tokens = [AddedToken.of(token) for token in added["tokens"]]
             return without_tokens(self.tokenizer, tokens, added["tokenizer"])
+        require_rows(self.tokenizer, self.model.recipes[EMBEDDING].shape[0])
         return plain_files(self.tokenizer, self.templates.tokenizer)
 
     @cached_property

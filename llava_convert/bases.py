@@ -62,8 +62,8 @@ class Base:
                 nested["model_type"] = kind
             config = {**nested, "torch_dtype": nested.get("torch_dtype") or config.get("torch_dtype")}
             config.setdefault("_name_or_path", raw.get("_name_or_path"))
-        if "quantization_config" in raw:
-            method = raw["quantization_config"].get("quant_method", "unknown")
+        if quantized := raw.get("quantization_config"):
+            method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
             raise UnsupportedError(
                 f"the base {PART_NAMES[self.part]} {self.folder.name} is stored quantised ({method})",
                 hint=f"give the full-precision model by --{PART_WORDS[self.part]}",
@@ -132,13 +132,15 @@ def find_base(part: str, asked: str, source: Path, *, explicit: bool, weights: b
 
 
 def _local(asked: str, source: Path, *, explicit: bool) -> Path | None:
-    path = Path(asked).expanduser()
-    if path.is_dir():
-        return path
-    if explicit or path.is_absolute():
+    try:
+        path = Path(asked).expanduser()
+        if path.is_dir():
+            return path
+        if explicit or path.is_absolute():
+            return None
+        return next((parent / path for parent in source.absolute().parents if (parent / path).is_dir()), None)
+    except (OSError, RuntimeError):  # a name that is too long; a user who is unknown
         return None
-    parents = source.absolute().parents
-    return next((parent / path for parent in parents if (parent / path).is_dir()), None)
 
 
 def _from_hub(part: str, name: str, option: str, *, weights: bool) -> Path:

@@ -203,7 +203,7 @@ def prepare(source: Path, options: Options) -> Prepared:
     _check_options(options)
     checkpoint, why = open_checkpoint(source, options.source_layout, OpenOptions(options.config))
     target_layout = layout(options.to)
-    if checkpoint.layout == options.to and _nothing_asked(options):
+    if checkpoint.layout == options.to and _nothing_to_do(checkpoint, options):
         raise UnsupportedError(
             f"{checkpoint.path} is already {options.to} layout",
             hint="give --dtype, --max-shard-size or --part to change it within its layout",
@@ -306,7 +306,10 @@ def _pretrained(checkpoint: Checkpoint, options: Options) -> tuple[Checkpoint | 
         path,
         *(() if path.is_absolute() or named else (p / path for p in checkpoint.path.absolute().parents)),
     ]
-    found = next((c for c in candidates if c.exists()), None)
+    try:
+        found = next((c for c in candidates if c.exists()), None)
+    except OSError:  # a name that is too long
+        found = None
     if found is None:
         if named:
             raise UsageError(f"--pretrained-pth {named} does not exist")
@@ -331,8 +334,10 @@ def _part(word: str) -> str:
     raise UsageError(f"--part {word}: it is all, {', '.join(PART_WORDS.values())}")
 
 
-def _nothing_asked(options: Options) -> bool:
-    return options.target == TargetOptions()
+def _nothing_to_do(checkpoint: Checkpoint, options: Options) -> bool:
+    """Whether a checkpoint is already what is asked for; one that is an adapter or a projector alone is not."""
+    partial = checkpoint.layout != "xtuner" and checkpoint.parts[LLM].state != "full"
+    return options.target == TargetOptions() and not partial
 
 
 def _stem(path: Path) -> str:

@@ -13,6 +13,8 @@ class ConvertError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
+        # Names from files stand in messages, and a terminal obeys escape sequences (tests/fuzz found several such).
+        message = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
         super().__init__(message)
         self.message = message
         self.hint = hint

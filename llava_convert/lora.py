@@ -93,6 +93,7 @@ def parse_adapter(
     overrides: dict[str, StoredTensor] = {}
     saved: dict[str, StoredTensor] = {}
     dropped: dict[str, str] = {}
+    meant: dict[str, str] = {}
     for name, tensor in named.items():
         reason = table.dropped(name)
         if reason is not None:
@@ -103,11 +104,16 @@ def parse_adapter(
         tail = next((t for t in _TAILS if canonical.endswith(t)), None)
         if tail is not None:
             sides.setdefault(canonical.removesuffix(tail), {})[tail] = tensor
+            whole = canonical
         elif ".lora_" in canonical:
             raise UnsupportedError(f"{where}: {grouped([name])} is a kind of adapter that cannot be merged")
         else:
             canonical = canonical.replace(".modules_to_save.", ".")
-            overrides[canonical.replace(".base_layer.", ".")] = tensor
+            whole = canonical.replace(".base_layer.", ".")
+            overrides[whole] = tensor
+        if whole in meant:
+            raise InputError(f"{where}: {meant[whole]} and {name} are both {whole}")
+        meant[whole] = name
         saved[canonical] = tensor
     modules = {}
     for module, tensors in sides.items():
@@ -116,6 +122,8 @@ def parse_adapter(
         a, b = tensors[".lora_A.weight"], tensors[".lora_B.weight"]
         if not a.shape or len(b.shape) < 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
             raise InputError(f"{where}: LoRA of {module}: A is {list(a.shape)} and B is {list(b.shape)}")
+        if settings is not None and settings.use_dora and ".lora_magnitude_vector" not in tensors:
+            raise InputError(f"{where}: the LoRA of {module} is DoRA by its config, but its magnitude is missing")
         modules[module] = LoraModule(a, b, tensors.get(".lora_magnitude_vector"))
     return Adapter(settings, modules, overrides, saved), dropped
 

@@ -9,6 +9,7 @@ order the target's modules come.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 from llava_convert.resources import data_dir
 
 Bindings = dict[str, str]
+_SEGMENT = re.compile(r"[^{}*]+|\{\w+\*?\}")
 
 
 class TableError(Exception):
@@ -38,7 +40,9 @@ class Pattern:
         segments = tuple(text.replace("...}", "*}").split("."))
         rests = [s for s in segments if s.endswith("*}")]
         names = [s.strip("{}*") for s in segments if s.startswith("{")]
-        if len(rests) > 1 or len(set(names)) != len(names) or not all(segments):
+        # A brace inside a segment would be taken for a literal, and match nothing.
+        whole = all(_SEGMENT.fullmatch(s) for s in segments)
+        if len(rests) > 1 or len(set(names)) != len(names) or not whole:
             raise TableError(f"bad pattern {text!r}")
         return cls(text, segments)
 
@@ -176,6 +180,8 @@ def parse_layout_table(text: str, path: Path) -> LayoutTable:
         line = next((n for n, content in enumerate(lines, 1) if quoted in content), 0)
         rows.append(Row(disk, canonical, entry.get("dialect", raw["writes"]), line))
     drops = tuple(Drop(Pattern.parse(entry["disk"]), entry["reason"]) for entry in raw.get("drop", ()))
+    if raw["writes"] not in {row.dialect for row in rows}:
+        raise TableError(f"{path.name}: no row is of the dialect {raw['writes']!r} that it writes")
     _refuse_overlaps(path.name, [row.disk for row in rows] + [drop.disk for drop in drops])
     for dialect in {row.dialect for row in rows}:
         _refuse_overlaps(f"{path.name} ({dialect})", [row.canonical for row in rows if row.dialect == dialect])
@@ -205,7 +211,7 @@ def grouped(names: Iterable[str], *, limit: int = 12) -> str:
     groups: dict[tuple[str, ...], list[int]] = {}
     for name in names:
         parts = name.split(".")
-        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+        numbers = [i for i, part in enumerate(parts) if part.isdecimal() and len(part) < 20]
         if numbers:
             at = numbers[0]
             key = (*parts[:at], "", *parts[at + 1 :])
@@ -224,7 +230,7 @@ def _group_text(key: tuple[str, ...], numbers: list[int]) -> str:
     numbers = sorted(set(numbers))
     if len(numbers) == 1:
         text = str(numbers[0])
-    elif numbers == list(range(numbers[0], numbers[-1] + 1)):
+    elif len(numbers) == numbers[-1] - numbers[0] + 1:
         text = f"{{{numbers[0]}…{numbers[-1]}}}"
     else:
         text = "{" + ",".join(map(str, numbers[:8])) + (",…" if len(numbers) > 8 else "") + "}"

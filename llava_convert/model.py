@@ -18,6 +18,7 @@ from llava_convert.bases import Base, find_base
 from llava_convert.checkpoint import IMAGE_NEWLINE, LLM, PART_NAMES, PART_WORDS, PROJECTOR, VISION, Checkpoint, Dropped
 from llava_convert.configs import family, named_config
 from llava_convert.errors import InputError, UnsupportedError
+from llava_convert.hub import is_id, published_id
 from llava_convert.lora import disputed
 from llava_convert.mapping import grouped, printable
 from llava_convert.ops import Op, TakeRows
@@ -141,7 +142,7 @@ def assemble(
         expected = _expected(checkpoint, part, found_configs, pretrained)
         if part in found_configs:
             _check_heads(part, found_configs[part])
-        _refuse_unknown(checkpoint, part, set(expected))
+        _refuse_unknown(checkpoint, part, expected)
         stored = _trained(checkpoint, part, pretrained)
         if any(name not in stored and want.tied not in stored for name, want in expected.items()):
             # Only now: a fully trained part needs its base's config alone, not gigabytes of its weights.
@@ -150,15 +151,14 @@ def assemble(
                 bases[part] = base
                 stored = {name: (tensor, "base") for name, tensor in base.tensors.items()} | stored
         part_recipes, part_tied = _recipes(part, expected, stored, bases.get(part))
+        if any(recipe.origin == "base" for recipe in part_recipes.values()):
+            _check_base(checkpoint, part, bases[part], expected, found_configs[part], warnings)
+            dropped += bases[part].dropped
         _check_shapes(part, expected, part_recipes)
         merged += _merge(checkpoint, part, part_recipes, asked.lora_alpha.get(PART_WORDS[part]))
         if part == LLM and part_tied:
             tied = _tie(part_recipes, found_configs[LLM], warnings)
         recipes.update(part_recipes)
-        if part in bases and any(r.origin == "base" for r in part_recipes.values()):
-            dropped += bases[part].dropped
-            if checkpoint.parts[part].adapter is not None:
-                _refuse_second_merge(checkpoint, part, bases[part])
     if PROJECTOR in wanted:
         _check_joints(recipes, found_configs)
     if checkpoint.image_newline is not None and set(wanted) >= {LLM, PROJECTOR}:
@@ -284,13 +284,20 @@ def _trained(checkpoint: Checkpoint, part: str, pretrained: Checkpoint | None) -
     return found
 
 
-def _refuse_unknown(checkpoint: Checkpoint, part: str, known: set[str]) -> None:
+def _refuse_unknown(checkpoint: Checkpoint, part: str, known: Mapping[str, Expected]) -> None:
     own = checkpoint.parts[part]
     named = set(own.weights) | set(own.adapter.overrides if own.adapter else ())
-    unknown = sorted(named - known)
+    unknown = sorted(named - known.keys())
     if unknown:
         from difflib import get_close_matches
 
+        lacking = [name for name, want in known.items() if name not in named and not want.tied]
+        if own.state == "full" and lacking:
+            raise InputError(
+                f"the config and the tensors of the {PART_NAMES[part]} are of different families: the config wants "
+                f"{grouped(lacking, limit=4)}, which are not there; there are {grouped(unknown, limit=4)} instead",
+                hint=f"get config and weights of one model, or give the base by --{PART_WORDS[part]}",
+            )
         close = get_close_matches(unknown[0], known, n=1, cutoff=0.0)
         raise UnsupportedError(
             f"the {PART_NAMES[part]} has {len(unknown)} tensors that its family does not know: {grouped(unknown)}"
@@ -363,6 +370,30 @@ def _merge(checkpoint: Checkpoint, part: str, recipes: dict[str, Recipe], alpha:
         if op is not None:
             recipes[f"{module}.weight"] = recipe.then(op)
     return len(adapter.modules)
+
+
+def _check_base(
+    checkpoint: Checkpoint,
+    part: str,
+    base: Base,
+    expected: Mapping[str, Expected],
+    config: Mapping[str, Any],
+    warnings: list[str],
+) -> None:
+    """Whether a base whose weights are used is whole and the one that the checkpoint was trained on, as far as told."""
+    kin = family(part, config)
+    strange = [name for name in base.tensors if name not in expected and kin.dropped(name) is None]
+    if strange:
+        raise UnsupportedError(
+            f"the base {PART_NAMES[part]} {base.folder} has {len(strange)} tensors that its family does not know: "
+            f"{grouped(strange)}",
+            hint=f"give the full-precision model by --{PART_WORDS[part]}",
+        )
+    own = checkpoint.parts[part]
+    if own.adapter is not None:
+        _refuse_second_merge(checkpoint, part, base)
+    if own.base is not None and base.id is not None and is_id(own.base) and published_id(own.base) != base.id:
+        warnings.append(f"the {PART_NAMES[part]} was trained on {own.base}, the base given is {base.id}")
 
 
 def _refuse_second_merge(checkpoint: Checkpoint, part: str, base: Base) -> None:

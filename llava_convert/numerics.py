@@ -1,11 +1,12 @@
-"""Casts between the float dtypes on flat NumPy arrays: each rounds to nearest even, once.
+"""Casts between the float dtypes on NumPy arrays: each rounds to nearest even, once.
 
 NumPy has no bfloat16, so a BF16 array is its bits as uint16 here. torch is not needed: casts must not cost
-its import (1.3 s, 143 MB).
+its import (1.3 s, 143 MB). Where a job imports it anyway, `use_torch` lets it round: the bits are the same.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Bits32 = NDArray[np.uint32]
+Bits16 = NDArray[np.uint16]
 
 # How each dtype's elements are held in NumPy.
 NUMPY_TYPES: dict[str, np.dtype[Any]] = {
@@ -23,6 +26,37 @@ NUMPY_TYPES: dict[str, np.dtype[Any]] = {
 }
 
 FLOATS = frozenset(NUMPY_TYPES)
+
+# Elements cast at a time. Two threads, GB of float32 a second: 1.7 with 16 Ki, 2.6 with 32 Ki, 3.7 with 64 Ki (each
+# NumPy call hands the interpreter's lock over); beyond, the two scratch arrays leave the cache.
+CHUNK = 64 * 1024
+
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+_EXPONENT = np.uint32(0x7F800000)
+_ONE, _HALF, _SIGN16 = np.uint32(1), np.uint32(0x7FFF), np.uint32(0x8000)
+_HALF16 = np.uint16(0x7FFF)
+_SHIFT16, _SHIFT13 = np.uint32(16), np.uint32(13)
+_LEAST_EXPONENT = np.uint32(113 << 23)  # 2^-14: below it float16 has one spacing
+_ANCHOR = np.uint32((13 << 23) + 0x0800)
+# The smallest float32 magnitudes that round to infinity.
+_INFINITY = {"F16": 0x7C00, "BF16": 0x7F80}
+_TOO_LARGE = {"F16": 0x477FF000, "BF16": 0x7F7F8000}
+_F16_PLACES = np.array(0x8FFFE000, np.uint32).view(np.int32)[()]
+_F16_BIAS = np.float32(2.0**112)
+_SUBNORMAL = np.array([1], np.uint32).view(np.float32)
+_scratch = threading.local()
+_torch: Any = None
+
+
+def use_torch() -> None:
+    """Round by torch from now on: its one call a chunk runs ten times as fast as NumPy's eleven.
+
+    Infinities, NaNs and overflows still go NumPy's way, so that results do not depend on who rounds.
+    """
+    global _torch
+    import torch
+
+    _torch = torch
 
 
 @dataclass(slots=True)
@@ -47,40 +81,147 @@ def raw(values: Array) -> memoryview:
 def widen(values: Array, dtype: str) -> NDArray[np.float32]:
     """F16, BF16 or F32 as float32, exactly; F64 is rounded."""
     if dtype == "BF16":
-        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        bits = values.astype(np.uint32)
+        return np.left_shift(bits, _SHIFT16, out=bits).view(np.float32)
+    if dtype == "F16" and values.size and not nonfinite_mask(values, dtype).any() and not _flushes_subnormals():
+        return _widen_f16(values)
     with np.errstate(over="ignore"):
         return values.astype(np.float32, copy=False)
+
+
+def _widen_f16(values: Array) -> NDArray[np.float32]:
+    """Finite float16 as float32: the bits in their new places, then the exponent's bias by an exact product.
+
+    Four passes run five times as fast as `astype` (0.46 G elements a second).
+    """
+    bits = values.view(np.int16).astype(np.int32)
+    np.left_shift(bits, 13, out=bits)
+    np.bitwise_and(bits, _F16_PLACES, out=bits)  # the sign was extended over the three places above the exponent
+    wide = bits.view(np.float32)
+    return np.multiply(wide, _F16_BIAS, out=wide)
+
+
+def _flushes_subnormals() -> bool:
+    """Whether this thread reads subnormals as zero: a library built with -ffast-math can switch that on at its load."""
+    return not (_SUBNORMAL * _F16_BIAS).any()
 
 
 def cast(values: Array, dtype: str, to: str, loss: CastLoss | None = None) -> Array:
     """`values` of `dtype` as `to`, rounded once to nearest even; what is lost is added to `loss`."""
     if dtype == to:
         return values
-    if to == "BF16":
-        out: Array = _to_bf16(_odd(values) if dtype == "F64" else widen(values, dtype))
-    elif dtype == "BF16":
-        with np.errstate(over="ignore"):
-            out = widen(values, dtype).astype(NUMPY_TYPES[to])
-    else:
-        with np.errstate(over="ignore"):
-            out = values.astype(NUMPY_TYPES[to])
-    if loss is not None:
-        loss.add(_lost(values, dtype, out, to))
-    return out
+    flat, out = values.reshape(-1), np.empty(values.size, NUMPY_TYPES[to])
+    for start in range(0, flat.size, CHUNK):
+        part = slice(start, start + CHUNK)
+        lost = _cast(flat[part], dtype, to, out[part])
+        if loss is not None:
+            loss.add(lost)
+    return out.reshape(values.shape)
 
 
-def _to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+def _cast(values: Array, dtype: str, to: str, out: Array) -> CastLoss:
+    if dtype != "F64" and to in _TOO_LARGE:
+        wide = widen(values, dtype)
+        if _torch is not None and wide.flags.writeable:
+            flushed = _by_torch(wide, to, out.view(np.uint16))
+        elif to == "F16":
+            flushed = _to_f16(wide, out.view(np.uint16))
+        else:
+            flushed = _to_bf16(wide, out.view(np.uint16))
+        if flushed is not None:
+            return CastLoss(flushed=flushed)
+    elif dtype in _TOO_LARGE:  # to a wider one: nothing can be lost
+        out[:] = widen(values, dtype)
+        return CastLoss(nonfinite=count_nonfinite(values, dtype))
+    with np.errstate(over="ignore"):
+        if to == "BF16":
+            out[:] = _bf16_with_nan(_odd(values) if dtype == "F64" else widen(values, dtype))
+        else:
+            out[:] = widen(values, dtype) if dtype == "BF16" else values
+    return _lost(values, dtype, out, to)
+
+
+def _to_f16(values: NDArray[np.float32], out: Bits16) -> int | None:
+    """Round into float16's bits and count nonzero values that became zero; None, with nothing done, where a value
+    is too large or not finite.
+
+    Adding 2^(e+13), e being the value's exponent (at least float16's least, -14), makes the adder round to float16's
+    spacing: the sum's lowest bits then count its units in the last place. Eleven passes within the cache run 2.5 times
+    as fast as `astype`, which NumPy does value by value (1.5 GB/s).
+    """
     bits = values.view(np.uint32)
-    # Adding half a unit, less one when the kept last bit is even, rounds to nearest even by carry.
-    rounded = (bits >> np.uint32(16)) & np.uint32(1)
+    magnitude, anchor = _two_scratch(bits.size)
+    np.bitwise_and(bits, _MAGNITUDE, out=magnitude)
+    if magnitude.max(initial=0) >= _TOO_LARGE["F16"]:
+        return None
+    np.maximum(magnitude, _LEAST_EXPONENT, out=anchor)
+    np.bitwise_and(anchor, _EXPONENT, out=anchor)
+    # 0x0800, in units, turns the exponent's bias of 126 into float16's: -(126 << 10) modulo 2^16.
+    np.add(anchor, _ANCHOR, out=anchor)
+    total = magnitude.view(np.float32)
+    np.add(total, anchor.view(np.float32), out=total)
+    np.right_shift(anchor, _SHIFT13, out=anchor)
+    np.add(magnitude, anchor, out=magnitude)
+    np.copyto(out, magnitude, casting="unsafe")
+    nonzero = np.count_nonzero(out)
+    np.right_shift(bits, _SHIFT16, out=anchor)
+    np.bitwise_and(anchor, _SIGN16, out=anchor)
+    np.bitwise_or(magnitude, anchor, out=magnitude)
+    np.copyto(out, magnitude, casting="unsafe")
+    return _flushed(bits, int(nonzero))
+
+
+def _to_bf16(values: NDArray[np.float32], out: Bits16) -> int | None:
+    """As `_to_f16`, to bfloat16: adding half a unit, less one when the kept last bit is even, rounds by carry."""
+    bits = values.view(np.uint32)
+    rounded, last = _two_scratch(bits.size)
+    np.bitwise_and(bits, _MAGNITUDE, out=rounded)
+    if rounded.max(initial=0) >= _TOO_LARGE["BF16"]:
+        return None
+    np.right_shift(bits, _SHIFT16, out=last)
+    np.bitwise_and(last, _ONE, out=last)
+    np.add(last, bits, out=rounded)
+    np.add(rounded, _HALF, out=rounded)
+    np.right_shift(rounded, _SHIFT16, out=rounded)
+    np.copyto(out, rounded, casting="unsafe")
+    np.bitwise_and(rounded, _HALF, out=rounded)
+    return _flushed(bits, int(np.count_nonzero(rounded)))
+
+
+def _by_torch(values: NDArray[np.float32], to: str, out: Bits16) -> int | None:
+    """As `_to_f16`, by torch."""
+    target = _torch.from_numpy(out.view(np.int16)).view(_torch.float16 if to == "F16" else _torch.bfloat16)
+    target.copy_(_torch.from_numpy(values))
+    magnitude = out & _HALF16
+    if magnitude.max(initial=0) >= _INFINITY[to]:
+        return None
+    return _flushed(values.view(np.uint32), int(np.count_nonzero(magnitude)))
+
+
+def _two_scratch(size: int) -> tuple[Bits32, Bits32]:
+    """Two arrays of this thread's own, used again and again: fresh ones cost a page fault every 4 KiB."""
+    both: NDArray[np.uint32] | None = getattr(_scratch, "both", None)
+    if both is None:
+        both = _scratch.both = np.empty((2, CHUNK), np.uint32)
+    return both[0, :size], both[1, :size]
+
+
+def _flushed(bits: Bits32, nonzero: int) -> int:
+    if nonzero == bits.size:
+        return 0
+    return int(np.count_nonzero(bits & _MAGNITUDE)) - nonzero
+
+
+def _bf16_with_nan(values: NDArray[np.float32]) -> Bits16:
+    bits = values.view(np.uint32)
+    rounded = (bits >> _SHIFT16) & _ONE
     rounded += bits
-    rounded += np.uint32(0x7FFF)
-    rounded >>= np.uint32(16)
-    out: NDArray[np.uint16] = rounded.astype(np.uint16)
+    rounded += _HALF
+    rounded >>= _SHIFT16
+    out: Bits16 = rounded.astype(np.uint16)
     nan = np.isnan(values)
-    if nan.any():
-        # The carry could turn a NaN into an infinity: keep its sign and set the quiet bit.
-        out[nan] = (bits[nan] >> np.uint32(16)).astype(np.uint16) | np.uint16(0x0040)
+    # The carry could turn a NaN into an infinity: keep its sign and set the quiet bit.
+    out[nan] = (bits[nan] >> _SHIFT16).astype(np.uint16) | np.uint16(0x0040)
     return out
 
 

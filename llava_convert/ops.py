@@ -166,7 +166,7 @@ class PadRows:
     def stream(self, blocks: Blocks, dtype: str, shape: tuple[int, ...], context: Context) -> Blocks:
         total = np.zeros(prod(shape[1:]), np.float64)
         for block in blocks:
-            total += widen(block, dtype).sum(axis=0, dtype=np.float64)
+            total += (block if dtype == "F64" else widen(block, dtype)).sum(axis=0, dtype=np.float64)
             yield block
         mean = cast_values((total / shape[0]).reshape(1, -1), "F64", dtype)
         yield np.ascontiguousarray(np.broadcast_to(mean, (self.rows - shape[0], mean.shape[1])))

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import cached_property
 from typing import Any
 
@@ -29,7 +30,7 @@ def parse_size(text: str) -> int:
     """`5GB` (10^9, as transformers counts), `500 MiB` or plain bytes. Raises UsageError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(found[2].upper()) if found else None
-    size = int(float(found[1]) * unit) if found and unit else 0
+    size = int(Decimal(found[1]) * unit) if found and unit else 0
     if size < 1:
         raise UsageError(f"{text!r} is not a size", hint="write 5GB, 500MiB or keep")
     return size
@@ -154,7 +155,7 @@ class Plan:
             digest.update(f"{shard.name}\0{shard.size}\0".encode() + shard.header)
             for t in shard.tensors:
                 stored = [t.source, *(i for op in t.ops for i in op.inputs())]
-                places = [[str(e.path), e.offset, e.length] for s in stored for e in s.extents]
+                places = [[s.dtype, s.shape, *([str(e.path), e.offset, e.length] for e in s.extents)] for s in stored]
                 digest.update(json.dumps([t.describe(), places, t.source.strides]).encode())
         for name, data in sorted({**self.files, **self.indexes}.items()):
             digest.update(name.encode() + b"\0" + hashlib.sha256(data).digest())

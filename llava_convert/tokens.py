@@ -188,12 +188,8 @@ def plan_llava_tokens(tokenizer: Tokenizer, rows: int) -> TokenPlan:
     has none; the real one compares the pad id with the rows wrongly and can leave the last id without a row.
     Raises InputError where there are fewer rows than tokens.
     """
+    require_rows(tokenizer, rows)
     size = tokenizer.size
-    if rows < size:
-        raise InputError(
-            f"{tokenizer.folder}: the tokenizer has {size} tokens, but the embedding only {rows} rows",
-            hint="give the base model that the checkpoint was trained from with --llm",
-        )
     ids = {entry["content"]: i for i, entry in tokenizer.added.items()}
     added: list[AddedToken] = []
     wanted = [IMAGE_TOKEN, PAD_TOKEN]
@@ -209,6 +205,15 @@ def plan_llava_tokens(tokenizer: Tokenizer, rows: int) -> TokenPlan:
             added.append(AddedToken(ids[token], token))
     rows_out = rows if size <= rows else -(-size // ROW_MULTIPLE) * ROW_MULTIPLE
     return TokenPlan(ids[IMAGE_TOKEN], ids[PAD_TOKEN], tuple(added), rows_out)
+
+
+def require_rows(tokenizer: Tokenizer, rows: int) -> None:
+    """Raise InputError unless each token has a row of the embedding."""
+    if rows < tokenizer.size:
+        raise InputError(
+            f"{tokenizer.folder}: the tokenizer has {tokenizer.size} tokens, but the embedding only {rows} rows",
+            hint="give the base model that the checkpoint was trained from with --llm",
+        )
 
 
 def with_tokens(

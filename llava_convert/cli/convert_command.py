@@ -218,7 +218,7 @@ def parse_alpha(text: str | None) -> dict[str, float]:
         return {}
     try:
         if "=" not in text:
-            return dict.fromkeys(("llm", "visual-encoder"), float(text))
+            text = f"llm={text},visual-encoder={text}"
         found = {key.strip(): float(value) for key, value in (pair.split("=") for pair in text.split(","))}
     except ValueError:
         found = {"": 0.0}

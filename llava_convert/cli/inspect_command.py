@@ -46,7 +46,7 @@ def _inspect(
             ),
         )
         output.result(found.as_json())
-        output.line(f"{found.path}: {found.layout}, because it is {found.why}")
+        output.line(f"{found.path}: {found.layout} ({found.why})")
         for part in found.parts:
             size = human_bytes(part.bytes) if part.tensors else ""
             dtypes = ", ".join(part.dtypes)

@@ -51,7 +51,7 @@ def detect(found: Found) -> str | None:
     ):
         return None
     kind = str(config.get("model_type"))
-    return f"config.json of a transformers {kind}" if kind.startswith("llava") else None
+    return f"its config.json is that of a transformers {kind}" if kind.startswith("llava") else None
 
 
 def open(path: Path, options: OpenOptions) -> Checkpoint:

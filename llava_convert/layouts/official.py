@@ -49,13 +49,13 @@ _NEITHER = ("mm_vision_tower", "mm_hidden_size", "mm_projector_type")
 
 def detect(found: Found) -> str | None:
     if found.path.is_file():
-        return "LLaVA's projector alone" if found.path.name == PROJECTOR_FILE else None
+        return "it is LLaVA's projector alone" if found.path.name == PROJECTOR_FILE else None
     if "non_lora_trainables.bin" in found.names:
-        return "official LLaVA's LoRA form (non_lora_trainables.bin)"
+        return "it is official LLaVA's LoRA form (non_lora_trainables.bin)"
     if found.config is not None and any(key in found.config for key in _NEITHER):
-        return f"config.json of a {found.config.get('model_type')} with mm_vision_tower"
+        return f"its config.json is that of a {found.config.get('model_type')} with mm_vision_tower"
     if PROJECTOR_FILE in found.names:
-        return f"LLaVA's projector alone ({PROJECTOR_FILE})"
+        return f"it is LLaVA's projector alone ({PROJECTOR_FILE})"
     return None
 
 

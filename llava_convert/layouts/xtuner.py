@@ -40,7 +40,7 @@ _FIXED = "F32"
 
 def detect(found: Found) -> str | None:
     have = [name for name in _FOLDERS if name in found.names and (found.path / name).is_dir()]
-    return f"the folder holds {', '.join(f'{name}/' for name in have)}" if have else None
+    return f"it holds {', '.join(f'{name}/' for name in have)}" if have else None
 
 
 def open(path: Path, options: OpenOptions) -> Checkpoint:

@@ -36,6 +36,19 @@ def rows_per_block(tensor: StoredTensor) -> int:
     return max(least, BLOCK // row_bytes)
 
 
+def cuts(tensor: StoredTensor, first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
+    """Rows `first` to `last` in pieces of `step`; a remainder of a matrix below LEAST_ROWS stays with its neighbour.
+
+    Measured with torch 2.13 and MKL, ranks 8 to 512: 64 rows and more, on any number of threads, equal the same rows of
+    the whole product bit for bit; one to three rows do not.
+    """
+    least = LEAST_ROWS if len(tensor.shape) > 1 else 1
+    while first < last:
+        end = last if last - first - step < least else first + step
+        yield first, end
+        first = end
+
+
 def read_bytes(pool: FilePool, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
     """Fill `buffer` with the tensor's stored bytes from `start` on, over its extents."""
     done = 0
@@ -67,13 +80,13 @@ def blocks(pool: FilePool, tensor: StoredTensor, first: int, last: int) -> Itera
     columns, step = columns_of(tensor.shape), rows_per_block(tensor)
     if tensor.strides is not None:
         whole = read_whole(pool, tensor).reshape(-1, columns)
-        for row in range(first, last, step):
-            yield whole[row : min(row + step, last)]
+        for row, end in cuts(tensor, first, last, step):
+            yield whole[row:end]
         return
     row_bytes = columns * DTYPE_BITS[tensor.dtype] // 8
-    buffer = bytearray(step * row_bytes)
-    for row in range(first, last, step):
-        view = memoryview(buffer)[: (min(row + step, last) - row) * row_bytes]
+    buffer = bytearray(max(step, min(last - first, step + LEAST_ROWS)) * row_bytes)
+    for row, end in cuts(tensor, first, last, step):
+        view = memoryview(buffer)[: (end - row) * row_bytes]
         read_bytes(pool, tensor, row * row_bytes, view)
         yield as_array(view, tensor.dtype, columns)
 

@@ -62,7 +62,11 @@ def state_folder(folder: Path) -> Path:
     if plain is None:
         raise UnsafeError(f"{shown(pointer)}: names '{shown(tag)}', which is no folder beside it")
     target = require_inside(folder, plain)
-    if not target.is_dir():
+    try:
+        there_is = target.is_dir()
+    except OSError:  # no name of a file on this system
+        there_is = False
+    if not there_is:
         saves = [name for name in names if (folder / name).is_dir()]
         there = f"; there are {listed(saves)}" if saves else ""
         raise InputError(

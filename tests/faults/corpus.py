@@ -138,10 +138,10 @@ def assert_refused(ran: Ran, code: int, *fragments: str, mend: str | None = None
 
 def refused(folder: Path, code: int, *fragments: str, args: tuple[str | Path, ...], mend: str | None = None) -> Ran:
     """Run the command line on sources in `folder`: it must refuse, and leave the folder as it was."""
-    before = tree(folder)
+    before = tree(folder), tree(TINY)
     ran = run(*args)
     assert_refused(ran, code, *fragments, mend=mend)
-    assert tree(folder) == before
+    assert (tree(folder), tree(TINY)) == before
     return ran
 
 

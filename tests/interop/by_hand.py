@@ -72,6 +72,13 @@ def _plain(name: str) -> str:
     return name.removeprefix("base_model.model.").removeprefix("vision_model.")
 
 
+def pieces(bases: Path, prompt: str) -> list[list[int]]:
+    """Token ids before and after each `<image>`, by the base model's own tokenizer, with one BOS in front."""
+    tokenizer = AutoTokenizer.from_pretrained(bases / "llm")
+    first, *rest = (tokenizer.encode(piece, add_special_tokens=False) for piece in prompt.split(IMAGE))
+    return [[tokenizer.bos_token_id, *first], *rest]
+
+
 @dataclass
 class ByHand:
     """The three parts in float32, rounded to `dtype` first where that is asked for."""
@@ -79,13 +86,8 @@ class ByHand:
     llm: LlamaForCausalLM
     tower: CLIPVisionModel
     projector: nn.Sequential
-    tokenizer: Any
+    bases: Path
     select_layer: int = -2
-
-    def pieces(self, prompt: str) -> list[list[int]]:
-        """Token ids before and after each `<image>`, by the base model's own tokenizer, with one BOS in front."""
-        first, *rest = (self.tokenizer.encode(piece, add_special_tokens=False) for piece in prompt.split(IMAGE))
-        return [[self.tokenizer.bos_token_id, *first], *rest]
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """What the projector makes of the output of a layer of the tower, its class token left out."""
@@ -99,7 +101,7 @@ class ByHand:
     @torch.inference_mode()
     def logits(self, prompt: str, pixels: torch.Tensor) -> torch.Tensor:
         """Logits at every position of a prompt with one picture: (length with features, vocabulary)."""
-        before, after = self.pieces(prompt)
+        before, after = pieces(self.bases, prompt)
         embed = self.llm.get_input_embeddings()
         rows = [embed(torch.tensor(before)), self.features(pixels)[0], embed(torch.tensor(after))]
         return self.llm(inputs_embeds=torch.cat(rows)[None]).logits[0]
@@ -117,11 +119,13 @@ def assemble(pth: Path, bases: Path, *, select_layer: int = -2, dtype: torch.dty
     _apply(llm, trained, "llm.")
     _apply(tower, trained, "visual_encoder.")
     weights = {key.removeprefix("projector.model."): v for key, v in trained.items() if key.startswith("projector.")}
-    hidden, features = weights["0.weight"].shape
-    projector = nn.Sequential(nn.Linear(features, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+    layers: list[nn.Module] = []
+    for key in sorted(key for key in weights if key.endswith(".weight")):
+        layers += [nn.GELU(), nn.Linear(*reversed(weights[key].shape))]
+    projector = nn.Sequential(*layers[1:])
     projector.load_state_dict({key: value.float() for key, value in weights.items()})
     for part in (llm, tower, projector):
         part.eval()
         for parameter in part.parameters():  # and not the buffers: files hold no inv_freq
             parameter.data = parameter.data.to(dtype).float()
-    return ByHand(llm, tower, projector, AutoTokenizer.from_pretrained(bases / "llm"), select_layer)
+    return ByHand(llm, tower, projector, bases, select_layer)

@@ -20,7 +20,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from tests.interop.by_hand import ByHand, assemble, read_pth
+from tests.interop.by_hand import ByHand, assemble, pieces, read_pth
 from tests.interop.conftest import GOLDEN, PROMPT, QUESTION, Converter, Source
 
 NAMES = ("tiny", *GOLDEN)
@@ -40,16 +40,16 @@ def load_hf(folder: Path) -> LlavaForConditionalGeneration:
     return model.eval()
 
 
-def image_ids(model: LlavaForConditionalGeneration, hand: ByHand) -> torch.Tensor:
+def image_ids(model: LlavaForConditionalGeneration, bases: Path) -> torch.Tensor:
     """The prompt as ids, with the features' places filled by the id that the config names."""
-    before, after = hand.pieces(PROMPT)
+    before, after = pieces(bases, PROMPT)
     return torch.tensor([[*before, *[model.config.image_token_index] * IMAGE_TOKENS, *after]])
 
 
 @torch.inference_mode()
 def logits(model: LlavaForConditionalGeneration, hand: ByHand, pixels: torch.Tensor) -> torch.Tensor:
     """Logits of the prompt over the rows that were there before tokens were added."""
-    found = model(input_ids=image_ids(model, hand), pixel_values=pixels).logits[0]
+    found = model(input_ids=image_ids(model, hand.bases), pixel_values=pixels).logits[0]
     return found[:, : hand.llm.config.vocab_size]
 
 
@@ -103,14 +103,13 @@ def test_processor_writes_the_prompt_that_was_trained(
     folder = converted(name, "hf")
     processor = AutoProcessor.from_pretrained(folder)
     model = load_hf(folder)
-    found = source(name)
     picture = Image.open(tiny / "picture.png").convert("RGB")
     in_one = processor.apply_chat_template(
         _messages(picture), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     text = processor.apply_chat_template(_messages(picture), add_generation_prompt=True)
     in_two = processor(text=text, images=picture, return_tensors="pt")
-    wanted = image_ids(model, assemble(found.pth, found.bases))
+    wanted = image_ids(model, source(name).bases)
     for inputs in (in_one, in_two):
         assert inputs["input_ids"].tolist() == wanted.tolist()
         assert int((inputs["input_ids"] == model.config.image_token_index).sum()) == IMAGE_TOKENS
@@ -148,7 +147,7 @@ def test_golden_models_generate_what_the_parts_do(
     found = source(name)
     hand = assemble(found.pth, found.bases)
     model = load_hf(converted(name, "hf", dtype="float32"))
-    ids = image_ids(model, hand)
+    ids = image_ids(model, hand.bases)
     given = {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
     written = model.generate(**given, do_sample=False, max_new_tokens=4)[0, ids.shape[1] :]
     assert written[0] == hand.logits(PROMPT, pixels)[-1].argmax()
@@ -212,7 +211,7 @@ def test_part_llm_is_a_text_model(converted: Converter, source: Find, name: str)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     found = source(name)
     hand = assemble(found.pth, found.bases)
-    ids = torch.tensor([hand.pieces("no picture here")[0]])
+    ids = torch.tensor([pieces(hand.bases, "no picture here")[0]])
     with torch.inference_mode():
         assert gap(model(ids).logits, hand.llm(ids).logits) <= TOLERANCE
 
@@ -259,6 +258,20 @@ def test_tower_adapter_merges_by_peft_to_our_tower(converted: Converter, source:
     merged = model.merge_and_unload().state_dict()
     ours = load_file(converted(name, "hf", dtype="float32") / "model.safetensors")
     _same_weights(merged, {k.removeprefix("vision_tower."): v for k, v in ours.items() if k.startswith("vision_t")})
+
+
+@pytest.mark.parametrize("name", ["tiny", "a_full_vitlora", "b_llmlora_vitlora"])
+def test_tower_adapter_loads_by_transformers_itself(
+    converted: Converter, source: Find, pixels: torch.Tensor, name: str
+) -> None:
+    found = source(name)
+    tower = CLIPVisionModel.from_pretrained(found.bases / "vit", dtype=torch.float32)
+    report = tower.load_adapter(converted(name, "xtuner") / "visual_encoder_adapter")
+    assert not report.missing_keys and not report.unexpected_keys
+    hand = assemble(found.pth, found.bases)
+    with torch.inference_mode():
+        ours, theirs = (each(pixel_values=pixels).last_hidden_state for each in (tower, hand.tower))
+    assert gap(ours, theirs) <= TOLERANCE
 
 
 def test_llm_adapter_merges_by_peft_to_our_llm(converted: Converter, source: Find) -> None:

@@ -1,0 +1,42 @@
+"""`make bench`: time conversions against `cp` and the real xtuner. Figures depend on the machine and on its load."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.jobs import planned
+from benchmarks.report import as_json, show
+
+ROOT = Path(__file__).resolve().parent.parent
+JOBS = ("help", "inspect", "rename", "pth32", "pth16", "xtuner")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
+    parser.add_argument(
+        "--jobs", nargs="+", choices=JOBS, default=[j for j in JOBS if j != "xtuner"], help="what to run"
+    )
+    parser.add_argument("--sizes", nargs="+", type=float, default=[0.5, 1, 2, 4], help="bytes read, in GB")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of runs a job")
+    parser.add_argument("--cache", type=Path, default=ROOT / ".bench", help="where the models are made and kept")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every run here too")
+    chosen = parser.parse_args()
+    cache = chosen.cache.absolute()
+    cache.mkdir(parents=True, exist_ok=True)
+    console = Console(width=None if Console().is_terminal else 160)
+    rows = []
+    xtuner = ROOT / ".venvs" / "xtuner" / "bin" / "python"
+    for name, step in planned(chosen.jobs, chosen.sizes, chosen.repeats, cache, xtuner):
+        console.print(f"{name} …")
+        rows += step()
+    show(rows, console)
+    if chosen.json is not None:
+        chosen.json.write_text(json.dumps(as_json(rows), indent=2))
+
+
+if __name__ == "__main__":
+    main()

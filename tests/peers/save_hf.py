@@ -1,0 +1,35 @@
+"""Save a LLaVA with this environment's transformers: `save_hf.py RESULT`, with `folder` and `out` as JSON on stdin.
+
+Makes `out/saved` by save_pretrained, and `out/state_dict` as a trainer does which dumps the model's state dict.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+from transformers import LlavaForConditionalGeneration
+
+
+def main() -> None:
+    """Run the job."""
+    job = json.load(sys.stdin)
+    folder, out = Path(job["folder"]), Path(job["out"])
+    model = LlavaForConditionalGeneration.from_pretrained(folder, torch_dtype="auto")
+    model.save_pretrained(out / "saved")
+    dumped = out / "state_dict"
+    dumped.mkdir()
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    save_file(weights, dumped / "model.safetensors", {"format": "pt"})
+    model.config.save_pretrained(dumped)
+    for target in (out / "saved", dumped):
+        for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json"):
+            shutil.copy(folder / file, target)
+    Path(sys.argv[1]).write_text(json.dumps(sorted(weights)))
+
+
+if __name__ == "__main__":
+    main()

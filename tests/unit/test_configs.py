@@ -1,0 +1,76 @@
+"""Configs of every flavour are read, and the old one is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llava_convert.configs import family, named_config, old_flavour, ordered, without_stale
+from llava_convert.errors import InputError, UnsupportedError
+
+LLM = "language_model"
+SIZES: dict[str, Any] = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4}
+
+
+def test_new_flavour_becomes_old() -> None:
+    new = {
+        "dtype": "bfloat16",
+        "rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0},
+        "hidden_size": 8,
+    }
+    assert old_flavour(new) == {
+        "torch_dtype": "bfloat16",
+        "rope_theta": 5e5,
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+        "hidden_size": 8,
+    }
+    assert new["dtype"] == "bfloat16", "the caller's config is left alone"
+
+
+def test_default_rope_is_no_scaling() -> None:
+    found = old_flavour({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}})
+    assert found == {"rope_theta": 1e4, "rope_scaling": None}
+
+
+def test_old_flavour_stays() -> None:
+    old = {"torch_dtype": "float16", "rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert old_flavour(old) == old
+    assert old_flavour({**old, "dtype": "float32"})["torch_dtype"] == "float16"
+
+
+def test_old_flavour_against_transformers() -> None:
+    """What 5.x makes of our old flavour is what it meant by the new one."""
+    from transformers.models.llama import LlamaConfig
+
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 8192
+    new = LlamaConfig(**SIZES, rope_parameters={"rope_theta": 5e5, **scaling})
+    old = old_flavour(new.to_dict())
+    assert "rope_parameters" not in old and "dtype" not in old
+    assert LlamaConfig(**old).rope_parameters == new.rope_parameters
+
+
+def test_defaults_are_filled_and_what_is_stated_wins() -> None:
+    found = named_config({"model_type": "llama", "rms_norm_eps": 1e-5}, LLM, where="x")
+    assert (found["rms_norm_eps"], found["hidden_size"], found["rope_theta"]) == (1e-5, 4096, 10000.0)
+
+
+def test_stale_keys_and_order() -> None:
+    assert without_stale({"transformers_version": "5", "auto_map": {}, "b": 1}) == {"b": 1}
+    assert list(ordered({"b": 1, "a": 2})) == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", [None, 3, ["llama"], True])
+def test_no_model_type(kind: Any) -> None:
+    with pytest.raises(InputError, match="model_type is missing"):
+        named_config({"model_type": kind}, LLM, where="x/config.json")
+
+
+def test_unknown_family_names_the_known_ones() -> None:
+    with pytest.raises(UnsupportedError, match="'gpt2' is not a known language model family") as caught:
+        named_config({"model_type": "gpt2"}, LLM, where="x")
+    assert caught.value.hint is not None and "llama, mistral, phi3, qwen2" in caught.value.hint
+    with pytest.raises(UnsupportedError):
+        family("vision_tower", {"model_type": "llama"})
+    assert family(LLM, {"model_type": "mistral"}).name == "llama"
