@@ -7,9 +7,11 @@ STAMP := .venv/.installed
 TORCH_PIP_ARGS ?=
 # More arguments for pytest: make test ARGS="-k wheel"
 ARGS ?=
+# How long `make fuzz` spends on each reader. ARGS="safetensors zero" picks some of them.
+SECONDS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench peers test-peers clean
+.PHONY: help install demo test lint format bench peers test-peers fuzz clean
 
 help:  ## list these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +41,11 @@ peers: $(STAMP)  ## build the environments of the real converters and of older t
 
 test-peers: peers  ## run the tests that need them
 	$(PY) -m pytest -m peers $(ARGS)
+
+# atheris has wheels for Linux alone, so it is none of the dev dependencies.
+fuzz: $(STAMP)  ## fuzz each reader for SECONDS=20 with atheris, which this installs; findings stay in .venv/fuzz
+	@$(PY) -c 'import atheris' 2>/dev/null || $(PIP) atheris==3.0.0
+	$(PY) -m tests.fuzz --seconds $(SECONDS) $(ARGS)
 
 clean:  ## remove everything that make made, .venv and .venvs included
 	rm -rf .venv .venvs build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

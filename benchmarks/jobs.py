@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.make import make_header_only, make_official, make_pth, made
+from benchmarks.make import made, make_header_only, make_official, make_pth
 from benchmarks.measure import CLI, MB, Run, copy, discard, quiesce, run, warm
 
 GB = 10**9
@@ -125,7 +125,7 @@ def peer(size: float, repeats: int, cache: Path, python: Path) -> list[Row]:
         warm([*folder.rglob("*.safetensors"), folder / "iter_1.pth"])
         for _ in range(repeats):
             quiesce()
-            command = [python, f"{where}/pth_to_hf.py", "config.py", "iter_1.pth", work / "theirs"]
+            command: list[str | Path] = [python, f"{where}/pth_to_hf.py", "config.py", "iter_1.pth", work / "theirs"]
             command += ["--save-format", theirs_to, "--safe-serialization"]
             # torch >= 2.6 refuses mmengine's pickles otherwise (FORMATS, quirk Q1).
             theirs.append(run(command, cwd=folder, extra={"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}))

@@ -102,7 +102,7 @@ def write_safetensors(path: Path, shapes: Shapes, dtype: str, values: Values | N
             file.truncate(len(header) + size)
             return
         for name in sorted(shapes):
-            file.write(values.tensor(shapes[name]).view(-1).view(torch.uint8).numpy())
+            file.write(values.tensor(shapes[name]).view(-1).view(torch.uint8).numpy().data)
 
 
 def write_shards(folder: Path, shapes: Shapes, dtype: str, limit: int, values: Values | None) -> None:
@@ -163,7 +163,13 @@ def write_tokenizer(folder: Path, tokens: int) -> None:
         "vocab": {text: i for i, text in enumerate(vocab)},
         "merges": merges,
     }
-    content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
+    content: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+    }
     content |= {"pre_tokenizer": level, "post_processor": level, "decoder": level, "model": model}
     write_json(folder / "tokenizer.json", content)
     config = {

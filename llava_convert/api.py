@@ -55,7 +55,7 @@ def convert(
         pretrained_pth=_path(pretrained_pth),
         bases=Bases(llm, visual_encoder, llm_id, visual_encoder_id, _alpha(lora_alpha)),
         target=TargetOptions(
-            dtype=dtype,
+            dtype=None if dtype == "auto" else dtype,
             max_shard_size=max_shard_size,
             part=part,
             prompt_template=prompt_template,

@@ -127,7 +127,8 @@ class Artefacts:
         base, config = model.bases.get(part), model.configs.get(part, {})
         if base is not None and base.id is not None:
             return base.id, None
-        named = [config.get("_name_or_path"), model.checkpoint.parts[part].base]
+        # What the source names is not what is written where the user named another.
+        named = [config.get("_name_or_path"), model.checkpoint.parts[part].base if base is None else None]
         for name in named:
             if isinstance(name, str) and is_id(name) and not _is_local(name, base):
                 return published_id(name), None

@@ -17,9 +17,9 @@ from llava_convert.layouts.base import ALL, OpenOptions, TargetOptions
 from llava_convert.model import Bases, Model, assemble, without_added
 from llava_convert.numerics import CastLoss
 from llava_convert.ops import MergeLora
-from llava_convert.plan import KEEP, Plan, Target, make_plan, parse_size
+from llava_convert.plan import KEEP, Plan, Target, make_plan, parse_size, utf8
 from llava_convert.provenance import RECORD, dropped_texts, dump, record, stored_of
-from llava_convert.spec import TORCH_NAMES
+from llava_convert.spec import FROM_TORCH_NAMES, TORCH_NAMES
 from llava_convert.storage.identity import Snapshot
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.staging import Staging
@@ -184,13 +184,15 @@ def convert(source: str | Path, options: Options, say: Say | None = None) -> Rep
         stage.write_bytes(RECORD, dump(record(ready.plan, ready.target, ready.model, outcome, options=kept)))
         stage.write_bytes(
             "README.md",
-            card(
-                ready.plan,
-                ready.target,
-                ready.model,
-                ready.out.name if options.name is None else options.name,
-                verified=options.verify,
-            ).encode(),
+            utf8(
+                card(
+                    ready.plan,
+                    ready.target,
+                    ready.model,
+                    ready.out.name if options.name is None else options.name,
+                    verified=options.verify,
+                )
+            ),
         )
         stage.commit()
     return replace(report(ready, options), done=True, flushed=outcome.flushed, warnings=tuple(warnings))
@@ -248,6 +250,10 @@ def _check_options(options: Options) -> None:
     """Refuse what no source or target could make right, whichever of them would look at it."""
     if options.target.max_shard_size not in (None, KEEP):
         parse_size(options.target.max_shard_size)
+    if options.target.dtype not in (None, *FROM_TORCH_NAMES):
+        raise UsageError(f"--dtype {options.target.dtype}: it is one of auto, {', '.join(FROM_TORCH_NAMES)}")
+    if options.verify not in (QUICK, FULL, OFF):
+        raise UsageError(f"--verify {options.verify}: it is one of {QUICK}, {FULL}, {OFF}")
     if options.threads < 0:
         raise UsageError(f"--threads {options.threads}: a count, or 0 for one a core")
     if options.digest and find_spec("xxhash") is None:

@@ -253,7 +253,7 @@ def execute(
             if stage.finished(shard.name):
                 progress(sum(t.nbytes for t in shard.tensors))
             elif shard.container == "torch":
-                stage.write_bytes(shard.name, _torch_file(shard, pool, outcome))
+                stage.write_bytes(shard.name, _torch_file(shard, pool, outcome, digest=digest))
             else:
                 with stage.new_file(shard.name, shard.size) as fd:
                     write_all(fd, 0, memoryview(shard.header))
@@ -341,13 +341,13 @@ def torch_beside(*, needed: bool) -> Iterator[Callable[[], None]]:
             torch.set_num_threads(before[0])
 
 
-def _torch_file(shard: Shard, pool: FilePool, outcome: Outcome) -> bytes:
+def _torch_file(shard: Shard, pool: FilePool, outcome: Outcome, *, digest: bool = False) -> bytes:
     """A shard as torch.save writes it: for `mm_projector.bin`, whose reader calls torch.load."""
     import torch
 
     sink = MemorySink({t.name: bytearray(t.nbytes) for t in shard.tensors})
     for task in tasks_of(shard.tensors, whole=True):
-        run_task(task, pool, sink, outcome)
+        run_task(task, pool, sink, outcome, digest=digest)
     state = {}
     for t in shard.tensors:
         dtype = getattr(torch, TORCH_NAMES[t.dtype])

@@ -260,4 +260,9 @@ def _by_source(outputs: Sequence[Output]) -> list[list[Output]]:
 
 def to_json(value: Any) -> bytes:
     """JSON as every config here is written: two spaces, UTF-8, a newline at the end."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return utf8(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def utf8(text: str) -> bytes:
+    """Text with names of files in it, which need not be of the locale's encoding, or of any: then `�` stands there."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()

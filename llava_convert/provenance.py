@@ -16,7 +16,7 @@ from llava_convert.configs import without_stale
 from llava_convert.errors import InputError
 from llava_convert.execute import Outcome
 from llava_convert.model import Model
-from llava_convert.plan import Plan, Target
+from llava_convert.plan import Plan, Target, utf8
 from llava_convert.spec import StoredTensor
 from llava_convert.storage.identity import identity
 from llava_convert.storage.jsonfile import read_json
@@ -155,7 +155,7 @@ def dump(value: Mapping[str, Any]) -> bytes:
     head = {k: v for k, v in value.items() if k != "tensors"}
     text = json.dumps(head, indent=2, ensure_ascii=False)[:-2]
     lines = (f"    {json.dumps(k)}: {json.dumps(v, separators=(', ', ': '))}" for k, v in value["tensors"].items())
-    return (text + ',\n  "tensors": {\n' + ",\n".join(lines) + "\n  }\n}\n").encode()
+    return utf8(text + ',\n  "tensors": {\n' + ",\n".join(lines) + "\n  }\n}\n")
 
 
 def dropped_texts(checkpoint: Checkpoint, more: Iterable[Dropped] = ()) -> list[str]:

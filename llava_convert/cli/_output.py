@@ -52,7 +52,7 @@ class Output:
     def result(self, value: Mapping[str, Any]) -> None:
         """The run's data, when it was asked for as JSON."""
         if self.as_json:
-            _print(json.dumps(value, indent=2, ensure_ascii=False))
+            _print(json.dumps(value, indent=2))  # in ASCII, which is JSON under every encoding
 
     def line(self, text: str) -> None:
         """A line of the result, for people."""

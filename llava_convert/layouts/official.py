@@ -172,7 +172,7 @@ def _layer(value: Any) -> int:
 
 def needs(checkpoint: Checkpoint, part: str) -> Needs:
     if part == PROJECTOR:
-        return Needs((PROJECTOR,), (), (LLM,))
+        return Needs((PROJECTOR,), (), (LLM, VISION))
     if part != ALL:
         return single.needs(part)
     if carries_tower(checkpoint):

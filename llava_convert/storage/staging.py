@@ -15,7 +15,6 @@ import errno
 import json
 import os
 import shutil
-import signal
 import stat
 import sys
 import threading
@@ -23,203 +22,20 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Literal
 
-from llava_convert.errors import OutputError, UsageError
-from llava_convert.storage.ranges import write_all
+from llava_convert.errors import OutputError
+from llava_convert.storage.interrupts import Terminated, fail_beyond_size_limit, interrupt_on_sigterm, uninterrupted
+from llava_convert.storage.locks import Lock
+from llava_convert.storage.output_places import NO_ROOM, as_output_error, check_name, place, refuse_overlap
+
+__all__ = [
+    "RECORD", "UNFINISHED", "Staging", "Terminated", "as_output_error", "check_name", "interrupt_on_sigterm",
+]  # fmt: skip
 
 RECORD = ".llava-convert-plan"  # in staging: the plan's hash, then a line for each finished file
 UNFINISHED = ".unfinished"
-_RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"}
-_RESERVED |= {device + digit for device in ("COM", "LPT") for digit in "0123456789¹²³"}
-_HINTS = {
-    "ENOSPC": "free some space or choose another place with -o",
-    "EDQUOT": "your quota is used up: free some space or choose another place with -o",
-    "EFBIG": "the file system or `ulimit -f` allows no file of that size: lower --max-shard-size or raise the limit",
-    "EROFS": "the file system is read-only: choose another place with -o",
-    "EACCES": "choose a place you may write to with -o",
-    "EPERM": "choose a place you may write to with -o",
-    "EBUSY": "it is a mount point or in use: choose another place with -o",
-    "EXDEV": "OUT lies on another device than its folder: remove it yourself or choose another place with -o",
-    "ENAMETOOLONG": "choose a shorter name with -o",
-    "ENOTDIR": "a part of the path is a file: choose another place with -o",
-}  # fmt: skip
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM (or the loss of the terminal) asked the process to end; handled like Ctrl-C, exit 130."""
-
-
-@contextlib.contextmanager
-def interrupt_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM, SIGHUP and SIGBREAK into `Terminated` while the block runs; does nothing off the main thread."""
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise Terminated(signal.Signals(number).name)
-
-    # An ignored SIGHUP is nohup's wish, hence kept.
-    with _handling(terminate, "SIGTERM", "SIGHUP", "SIGBREAK"):
-        yield
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold signals back until the block is done, so that nothing stops between two steps which belong together."""
-    caught: list[int] = []
-    with _handling(lambda number, frame: caught.append(number), "SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-        yield
-    if caught:
-        signal.raise_signal(caught[0])
-
-
-@contextlib.contextmanager
-def _handling(handler: Callable[[int, FrameType | None], None], *names: str) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
-        yield
-        return
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {n: h for n in numbers if (h := signal.getsignal(n)) not in (None, signal.SIG_IGN)}
-    try:
-        for number in before:
-            signal.signal(number, handler)
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def as_output_error(exc: OSError, path: Path) -> OutputError:
-    """The OutputError for a system call that failed while writing `path`."""
-    reason = exc.strerror or str(exc)
-    return OutputError(f"{path} cannot be written: {reason}", hint=_HINTS.get(errno.errorcode.get(exc.errno or 0, "")))
-
-
-def check_name(name: str) -> None:
-    """Raise OutputError unless `name` can be one part of a path on every system: outputs travel to other machines."""
-    if name.split(".")[0].rstrip(" ").upper() in _RESERVED or name.endswith((".", " ")):
-        raise OutputError(f"{name!r} cannot be a name on Windows", hint="choose another name")
-    if sys.platform == "win32" and any(c in '<>:"|?*\\' for c in name):
-        raise OutputError(f"{name!r} holds a character that Windows forbids", hint="choose another name")
-    if len(os.fsencode(name)) > 255:
-        raise OutputError(f"the name {name[:40]!r}… has {len(os.fsencode(name))} bytes; at most 255 are possible")
-
-
-def _place(out: Path) -> Path:
-    """OUT as an absolute path whose folder is resolved; the last part stays as given (it may be a link)."""
-    if "\0" in str(out):
-        raise UsageError("the output's name holds a NUL character")
-    if out.name in ("", ".", ".."):
-        raise UsageError(f"{str(out)!r} does not name an output", hint="name a new folder with -o")
-    check_name(out.name)
-    if (size := len(os.fsencode(f".{out.name}.partial.lock"))) > 255:
-        message = f"the output's name is {size - 255} bytes too long: {out.name[:40]!r}…"
-        raise OutputError(message, hint=_HINTS["ENAMETOOLONG"])
-    return _real(out.parent) / out.name
-
-
-def _refuse_overlap(places: list[Path], reads: Iterable[Path]) -> None:
-    """Raise UsageError where writing to `places` could change one of `reads`: compared by name and by inode."""
-    outs = {key for place in places for key in _keys(place)}
-    around = {key for place in places for parent in _above(place) for key in _keys(parent)}
-    mend = "name another place with -o"
-    for read in reads:
-        for part in (read.absolute(), _real(read)):
-            if any(key in outs for folder in (part, *part.parents) for key in _keys(folder)):
-                raise UsageError(f"the output {places[0]} is, or holds, the source {read}", hint=mend)
-        if any(key in around for key in _keys(read)):
-            raise UsageError(f"the output {places[0]} is inside the source {read}", hint=mend)
-    here = Path.cwd()
-    if any(key in outs for folder in (here, *here.parents) for key in _keys(folder)):
-        raise UsageError(f"the output {places[0]} holds the current folder", hint=mend)
-
-
-def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # unlike Path.resolve it takes a loop of links as it finds it
-
-
-def _above(path: Path) -> set[Path]:
-    return {*path.absolute().parents, *_real(path).parents}
-
-
-def _keys(path: Path) -> Iterator[object]:
-    yield path.absolute()
-    yield _real(path)
-    with contextlib.suppress(OSError):
-        info = path.stat()
-        if info.st_ino:
-            yield (info.st_dev, info.st_ino)
-
-
-class _Lock:
-    """A file locked for as long as the process lives; its lines: the holder's id, and `aside` while OUT is aside.
-
-    The file is removed by its holder only, and whoever gets a lock checks that the name still leads to the file it
-    locked: so two processes can never hold "the" lock through two inodes.
-    """
-
-    def __init__(self, path: Path, out: Path, say: Callable[[str], None]) -> None:
-        self.path = path
-        while True:
-            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-            try:
-                if not _lock(self.fd):
-                    holder = os.read(self.fd, 64).split(b"\n")[0].decode("ascii", "replace")
-                    message = f"{out} is in use by process {holder or 'unknown'}"
-                    raise OutputError(message, hint="wait for it, or end it")
-            except OSError as exc:  # some network file systems have no locks
-                say(f"{path.parent} does not support locks ({exc.strerror}): do not start two conversions into {out}")
-            except BaseException:
-                os.close(self.fd)
-                raise
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self.fd), path.stat()):
-                    break
-            os.close(self.fd)
-        self.aside = b"\naside\n" in os.read(self.fd, 64)
-        try:
-            self.record(aside=self.aside)
-        except BaseException:
-            self.release(keep=self.aside)
-            raise
-
-    def record(self, *, aside: bool) -> None:
-        os.ftruncate(self.fd, 0)
-        write_all(self.fd, 0, b"%d\n%s" % (os.getpid(), b"aside\n" if aside else b""))
-        if aside:
-            os.fsync(self.fd)
-
-    def release(self, *, keep: bool = False) -> None:
-        if keep:
-            os.close(self.fd)
-        elif sys.platform == "win32":
-            os.close(self.fd)  # an open file cannot be removed there, and one that another process opened neither
-            with contextlib.suppress(OSError):
-                self.path.unlink()
-        else:
-            with contextlib.suppress(OSError):
-                self.path.unlink()
-            os.close(self.fd)
-
-
-def _lock(fd: int) -> bool:
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            os.lseek(fd, 1 << 20, os.SEEK_SET)  # such locks forbid reading: lock a byte far from the text
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-            os.lseek(fd, 0, os.SEEK_SET)
-        else:
-            import fcntl
-
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as exc:
-        if exc.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
-            os.lseek(fd, 0, os.SEEK_SET)
-            return False
-        raise
-    return True
 
 
 class Staging:
@@ -246,7 +62,7 @@ class Staging:
         say: Callable[[str], None],
         kind: Literal["folder", "file"] = "folder",
     ) -> None:
-        self.out = _place(out)
+        self.out = place(out)
         self.path = self.out.with_name(f".{self.out.name}.partial")
         self._aside = self.out.with_name(f".{self.out.name}.old")
         self._plan_hash, self._force, self._resume, self._kind = plan_hash, force, resume, kind
@@ -257,26 +73,26 @@ class Staging:
         self._loose: set[Path] = set()  # small files, whose fsync waits for commit
         self._open: set[int] = set()
         self._record = -1
-        self._lock: _Lock | None = None
+        self._lock: Lock | None = None
         self._made: list[Path] = []
         self._owned = self._committed = self._lost = False
 
     def __enter__(self) -> Staging:
-        _refuse_overlap([self.out, self.path, self._aside], self._reads)
+        refuse_overlap([self.out, self.path, self._aside], self._reads)
         try:
             self._refuse_existing()
             for folder in reversed([p for p in self.out.parents if not p.exists()]):
                 folder.mkdir()
                 self._made.append(folder)
-            with _uninterrupted():  # a lock taken but not yet ours to release would stay
-                self._lock = _Lock(self.path.with_name(self.path.name + ".lock"), self.out, self._say)
+            with uninterrupted():  # a lock taken but not yet ours to release would stay
+                self._lock = Lock(self.path.with_name(self.path.name + ".lock"), self.out, self._say)
             self._recover(self._lock)
             self._refuse_existing()  # again, now that nobody else can make it
             self._take_leftover()
             free, needed = shutil.disk_usage(self.out.parent).free, self._needed - sum(self._finished.values())
             if free < needed:
                 message = f"{self.out} needs {needed:,} bytes, {self.out.parent} has {free:,} free"
-                raise OutputError(message, hint=_HINTS["ENOSPC"])
+                raise OutputError(message, hint=NO_ROOM)
             self._start()
         except OSError as exc:
             self._clean()
@@ -289,7 +105,7 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with _uninterrupted():
+        with uninterrupted():
             self._clean()
 
     def finished(self, name: str) -> bool:
@@ -349,7 +165,7 @@ class Staging:
             (self.path / RECORD).unlink()
             for folder, _, _ in os.walk(self.path):
                 _sync(Path(folder))
-            with _uninterrupted():
+            with uninterrupted():
                 self._put_in_place(self.path / self.out.name if self._kind == "file" else self.path)
 
     def _refuse_existing(self) -> None:
@@ -362,7 +178,7 @@ class Staging:
             mend = "replace it with --force, or name another place with -o"
             raise OutputError(f"{self.out} exists ({what})", hint=mend)
 
-    def _recover(self, lock: _Lock) -> None:
+    def _recover(self, lock: Lock) -> None:
         """Undo what a crash between the two renames of `_put_in_place` left; without its mark `.old` is not ours."""
         if lock.aside and os.path.lexists(self._aside):
             if os.path.lexists(self.out):
@@ -410,8 +226,7 @@ class Staging:
         self._record = os.open(self.path / RECORD, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         lines = [self._plan_hash, *(json.dumps([name, length]) for name, length in self._finished.items())]
         os.write(self._record, "".join(f"{line}\n" for line in lines).encode())
-        if hasattr(signal, "SIGXFSZ") and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does at start: the write fails with EFBIG instead
+        fail_beyond_size_limit()
 
     def _claim(self, name: str) -> Path:
         pure = PurePosixPath(name)

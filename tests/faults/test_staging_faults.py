@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from llava_convert.errors import OutputError, UsageError
-from llava_convert.storage import staging
+from llava_convert.storage import locks, staging
 from llava_convert.storage.ranges import write_all
 from llava_convert.storage.staging import Staging, Terminated, interrupt_on_sigterm
 
@@ -677,7 +677,7 @@ def test_row_70_a_held_lock_is_refused_with_its_holder(tmp_path: Path) -> None:
 def test_row_70_a_lock_that_was_removed_while_we_waited_is_not_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock, tries = staging._lock, []
+    lock, tries = locks._lock, []
 
     def slow(fd: int) -> bool:
         tries.append(fd)
@@ -685,7 +685,7 @@ def test_row_70_a_lock_that_was_removed_while_we_waited_is_not_ours(
             (tmp_path / ".out.partial.lock").unlink()
         return lock(fd)
 
-    monkeypatch.setattr(staging, "_lock", slow)
+    monkeypatch.setattr(locks, "_lock", slow)
     with stage(tmp_path / "out"):
         assert len(tries) == 2
         with pytest.raises(OutputError, match="in use"), stage(tmp_path / "out"):

@@ -23,6 +23,7 @@ HOME = Path(sys.prefix) / "fuzz"
 INPUT_SECONDS = 10
 MEMORY_MB = 1536  # 400 of which are torch, which makes the seeds
 SHARED_MEMORY = Path("/dev/shm")
+_KINDS = ("finding", "crash", "timeout", "oom")
 
 
 def main() -> int:
@@ -57,12 +58,13 @@ def _campaign(name: str, seconds: int) -> int:
         print(log)
     print(f"{name:14} {done[0] if done else f'ended early (exit {ran.returncode})'}; {len(found)} findings", flush=True)
     for path in found:
-        print(f"    python -m tests.fuzz --replay {path} {name}", flush=True)
+        said = next((line for line in log.splitlines() if line.startswith(f"FINDING {path.name}")), path.name)
+        print(f"    {said}\n    python -m tests.fuzz --replay {path} {name}", flush=True)
     return int(bool(found) or not done)
 
 
 def _findings(name: str) -> list[Path]:
-    return sorted(path for kind in ("finding", "crash", "timeout", "oom") for path in (HOME / name).glob(f"{kind}-*"))
+    return sorted(path for kind in _KINDS for path in (HOME / name).glob(f"{kind}-*"))
 
 
 def _fuzz(name: str, seconds: int) -> int:
@@ -90,12 +92,14 @@ def _fuzz(name: str, seconds: int) -> int:
             place = _place(finding)
             if place not in seen:
                 seen.add(place)
-                (home / f"finding-{hashlib.sha1(place.encode()).hexdigest()[:12]}").write_bytes(data)
+                path = home / f"finding-{hashlib.sha1(place.encode()).hexdigest()[:12]}"
+                path.write_bytes(data)
+                print(f"\nFINDING {path.name}: {place}", flush=True)
 
     options = {
         "max_total_time": seconds, "timeout": INPUT_SECONDS, "rss_limit_mb": MEMORY_MB, "max_len": target.limit,
-        "dict": words, "artifact_prefix": f"{home}/", "print_final_stats": 1,
-    }  # fmt: skip
+        "artifact_prefix": f"{home}/",
+    } | ({"dict": words} if target.words else {})  # fmt: skip
     atheris.Setup([sys.argv[0], *(f"-{key}={value}" for key, value in options.items()), str(corpus)], one)
     atheris.Fuzz()
     return 0
@@ -106,8 +110,9 @@ def _place(finding: BaseException) -> str:
     error = finding.__cause__ or finding
     at: TracebackType | None = error.__traceback__
     inner = [frame for frame in traceback.extract_tb(at) if "llava_convert" in frame.filename]
-    where = f"{Path(inner[-1].filename).name}:{inner[-1].lineno}" if inner else str(finding)[:60]
-    return f"{type(error).__name__} {where}"
+    where = f"{Path(inner[-1].filename).name}:{inner[-1].lineno}" if inner else ""
+    # A message may hold parts of the input, so it names the place only where the canary wrote it.
+    return f"{type(error).__name__} {where} {str(error)[:80] if error is finding else ''}".strip()
 
 
 def _replay(name: str, path: Path) -> int:

@@ -1,8 +1,8 @@
 """What every reader must keep to, whatever bytes it gets: refuse by name, stay small and quick, and run nothing.
 
 The canary is an audit hook (PEP 578), which sees what Python code cannot hide: files opened, modules imported, code
-executed, processes started, sockets made. While a reader runs, everything is forbidden but the few events in `_HARMLESS`
-and reading below the one folder that holds its input.
+executed, processes started, sockets made. While a reader runs, everything is forbidden but the few events in
+`_HARMLESS` and reading below the one folder that holds its input.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class FindingError(BaseException):
 
 
 class _Canary:
-    """The hook, which Python never lets go of again, and what it watches: one thread, and only while `folder` is set."""
+    """The hook, which Python never lets go of again. It watches one thread, and only while `folder` is set."""
 
     def __init__(self) -> None:
         self.folder = ""
@@ -95,21 +95,22 @@ def watched(folder: Path) -> Iterator[None]:
 def bounded(seconds: float = SECONDS, peak: int | None = PEAK_BYTES) -> Iterator[None]:
     """Raises FindingError where the block takes longer, or allocates more: None where that is not to be traced.
 
-    (libFuzzer has limits of its own, which also see into C.)
+    The seconds are the process's own, so that a busy machine fails no test. libFuzzer has limits of its own, which also
+    see into C.
     """
 
     def late(*_: object) -> None:
         raise FindingError(f"not done after {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, late)
+    before = signal.signal(signal.SIGVTALRM, late)
     if peak is not None:
         tracemalloc.start()
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
         used = tracemalloc.get_traced_memory()[1]
         if peak is not None:
             tracemalloc.stop()

@@ -5,6 +5,7 @@ What a reader takes is looked at too: a tensor it located must lie within its fi
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -175,24 +176,42 @@ def _architecture(data: bytes, folder: Path) -> Read:
         expected = family(part, whole).tensors(whole)
         assert expected
         assert all(size >= 0 for want in expected.values() for size in want.shape)
+        json.dumps(whole, indent=2)  # as every config is written again
 
     return read
 
 
-_JSON = (b'{"', b'": ', b'":{', b"},", b"null", b"true", b"1e999", b"-1", b"[]", b"{}", b'""', b"\\ud800", b"9" * 20, b"NaN")
+_JSON = (
+    b'{"',
+    b'": ',
+    b'":{',
+    b"},",
+    b"null",
+    b"true",
+    b"1e999",
+    b"-1",
+    b"[]",
+    b"{}",
+    b'""',
+    b"\\ud800",
+    b"9" * 20,
+    b"NaN",
+)
 _PICKLE = (
-    b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nFloatStorage\n", b"ctorch.storage\nUntypedStorage\n", b"\x80\x02",
-    b"ccollections\nOrderedDict\n)R", b"cbuiltins\ngetattr\n", b"cmmengine.logging\nHistoryBuffer\n", b"X\x07\0\0\0storage",
-    b"(lp0\n", b"h\0", b"q\0", b"u.", b"tR", b"Q", b"\x85", b"\x86", b"\x87", b"\x8a\x08" + b"\xff" * 7 + b"\x7f", b"\x93",
-    b"ctorch._utils\n_rebuild_tensor_v3\n", b"ctorch._tensor\n_rebuild_from_type_v2\n", b"ctorch\nSize\n", b"cbuiltins\nset\n",
+    b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch._utils\n_rebuild_tensor_v3\n", b"ctorch\nFloatStorage\n",
+    b"ctorch._tensor\n_rebuild_from_type_v2\n", b"ctorch.storage\nUntypedStorage\n", b"ctorch\nSize\n", b"\x80\x02",
+    b"ccollections\nOrderedDict\n)R", b"cbuiltins\ngetattr\n", b"cbuiltins\nset\n", b"X\x07\0\0\0storage", b"(lp0\n",
+    b"cmmengine.logging\nHistoryBuffer\n", b"\x8a\x08" + b"\xff" * 7 + b"\x7f", b"\x85", b"\x86", b"\x87", b"\x93",
+    b"h\0", b"q\0", b"u.", b"tR", b"Q",
 )  # fmt: skip
 _ZIP = (b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07", b"\x01\0\x10\0", b"\xff\xff\xff\xff")
 _PYTHON = (
-    b"model = ", b"dict(", b"[x for x in ", b"range(9)", b"lambda: 0", b"f'{x!r:>9}'", b"**", b" << ", b"_base_ = ", b".append(",
+    b"model = ", b"dict(", b"[x for x in ", b"range(9)", b"lambda: 0", b"f'{x!r:>9}'", b"**", b" << ", b"_base_ = ",
     b"'a' * 99999", b"del ", b"model['llm']", b"a, *b = ", b"if x:\n    ", b"for x in [1, 2]:\n    ", b"while x:\n    ",
-    b"def f(x):\n    ", b"class A:\n    ", b"try:\n    ", b"with read_base():\n    from .base import *\n", b"{{_base_.x}}",
-    b".format(", b"' % ", b"sorted(", b"copy.deepcopy(", b"import copy\n", b" in ", b" is ", b":=", b"dict(zip(", b"{1: ",
-    b"(yield)", b"await x", b"LoraConfig(", b"1e999", b"-1", b"[::-1]", b".update(", b"global x\n", b"__import__", b"1j", b"...",
+    b"def f(x):\n    ", b"class A:\n    ", b"try:\n    ", b"with read_base():\n    from .base import *\n", b".append(",
+    b".format(", b"' % ", b"sorted(", b"copy.deepcopy(", b"import copy\n", b" in ", b" is ", b":=", b"dict(zip(",
+    b"(yield)", b"await x", b"LoraConfig(", b"1e999", b"-1", b"[::-1]", b".update(", b"global x\n", b"1j",
+    b"__import__", b"{{_base_.x}}", b"{1: ", b"...",
 )  # fmt: skip
 
 TARGETS: dict[str, Target] = {
@@ -204,7 +223,10 @@ TARGETS: dict[str, Target] = {
     "zero": Target(_zero, seeds.zero_seeds, (*_PICKLE, b"param_shapes", b"fp32_flat_groups", b"partition_count")),
     "xtuner_config": Target(_xtuner_config, seeds.config_seeds, _PYTHON),
     "sentencepiece": Target(_sentencepiece, seeds.sentencepiece_seeds),
-    "tokenizer": Target(_tokenizer, seeds.tokenizer_seeds, (*_JSON, b'"content"', b'"added_tokens"', b'"vocab"', b'"id"')),
-    "architecture": Target(_architecture, seeds.architecture_seeds, (*_JSON, b'"num_hidden_layers"', b'"head_dim"', b'"llama"')),
+    "tokenizer": Target(
+        _tokenizer, seeds.tokenizer_seeds, (*_JSON, b'"content"', b'"added_tokens"', b'"vocab"', b'"id"')
+    ),
+    "architecture": Target(
+        _architecture, seeds.architecture_seeds, (*_JSON, b'"num_hidden_layers"', b'"head_dim"', b'"llama"')
+    ),
 }
-

@@ -17,7 +17,7 @@ from tests.fuzz.guard import FindingError, accepts, bounded
 from tests.fuzz.mutations import mutated
 from tests.fuzz.targets import TARGETS
 
-MUTATIONS = 1000
+MUTATIONS = 400  # of each target
 every_target = pytest.mark.parametrize("name", TARGETS)
 
 
@@ -65,7 +65,7 @@ def _importing() -> None:
         lambda: Path("canary").write_bytes(b""),
         lambda: Path("canary").mkdir(),
         lambda: Path("/etc/hostname").read_bytes(),
-        lambda: os.listdir("/"),
+        lambda: list(Path("/").iterdir()),
         _importing,
     ],
     ids=["system", "subprocess", "socket", "exec", "eval", "compile", "write", "mkdir", "read", "listdir", "import"],
@@ -84,7 +84,10 @@ def test_canary_sees(harm: Callable[[], object], tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), RecursionError(), MemoryError(), OutputError("x"), InputError("\x1b[2J")])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("x"), RecursionError(), MemoryError(), OutputError("x"), InputError(""), InputError("x" * 9000)],
+)
 def test_only_refusals_that_can_be_shown_may_escape(error: Exception, tmp_path: Path) -> None:
     def read() -> None:
         raise error

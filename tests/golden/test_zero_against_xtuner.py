@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from llava_convert.conversion import Options, convert, verify
 from safetensors.torch import load_file
 
+from llava_convert.conversion import Options, convert, verify
 from llava_convert.inspection import inspect
 from tests.golden.oracle import assert_same_weights, load
 from tests.golden.zero_oracle import masters

@@ -62,7 +62,7 @@ def _apply(model: nn.Module, trained: dict[str, torch.Tensor], prefix: str) -> N
             if key.endswith(".lora_A.default.weight"):
                 module = key.removesuffix(".lora_A.default.weight")
                 delta = mine[f"{module}.lora_B.default.weight"].float() @ value.float()
-                weights[_plain(module) + ".weight"] += delta * LORA_SCALE
+                weights[_plain(module) + ".weight"].add_(delta * LORA_SCALE)
             elif ".lora_B." not in key:
                 weights[_plain(key)].copy_(value.float())
 
@@ -96,7 +96,8 @@ class ByHand:
         hook = layer.register_forward_hook(lambda module, inputs, output: outputs.append(_first(output)))
         self.tower(pixel_values=pixels)
         hook.remove()
-        return self.projector(outputs[0][:, 1:])
+        features: torch.Tensor = self.projector(outputs[0][:, 1:])
+        return features
 
     @torch.inference_mode()
     def logits(self, prompt: str, pixels: torch.Tensor) -> torch.Tensor:
@@ -104,11 +105,13 @@ class ByHand:
         before, after = pieces(self.bases, prompt)
         embed = self.llm.get_input_embeddings()
         rows = [embed(torch.tensor(before)), self.features(pixels)[0], embed(torch.tensor(after))]
-        return self.llm(inputs_embeds=torch.cat(rows)[None]).logits[0]
+        logits: torch.Tensor = self.llm(inputs_embeds=torch.cat(rows)[None]).logits[0]
+        return logits
 
 
 def _first(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    first: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return first
 
 
 def assemble(pth: Path, bases: Path, *, select_layer: int = -2, dtype: torch.dtype = torch.float32) -> ByHand:
@@ -121,7 +124,8 @@ def assemble(pth: Path, bases: Path, *, select_layer: int = -2, dtype: torch.dty
     weights = {key.removeprefix("projector.model."): v for key, v in trained.items() if key.startswith("projector.")}
     layers: list[nn.Module] = []
     for key in sorted(key for key in weights if key.endswith(".weight")):
-        layers += [nn.GELU(), nn.Linear(*reversed(weights[key].shape))]
+        hidden, features = weights[key].shape
+        layers += [nn.GELU(), nn.Linear(features, hidden)]
     projector = nn.Sequential(*layers[1:])
     projector.load_state_dict({key: value.float() for key, value in weights.items()})
     for part in (llm, tower, projector):

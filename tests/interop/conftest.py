@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import llava_convert
 from tests.conftest import CHECKOUT
@@ -87,7 +89,27 @@ def pixels() -> torch.Tensor:
     return torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(7))
 
 
-def in_peer(environment: str, script: str, job: dict[str, Any], cwd: Path) -> dict[str, Any]:
+@pytest.fixture(scope="session")
+def wide_picture() -> Image.Image:
+    """A picture twice as wide as high."""
+    return Image.fromarray(np.random.default_rng(5).integers(0, 256, (56, 112, 3), dtype=np.uint8))
+
+
+def gap(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference of two sets of logits, relative to the largest logit where that is above one."""
+    assert one.shape == other.shape
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1.0))
+
+
+def padded(picture: Image.Image) -> Image.Image:
+    """A wide picture as xtuner's expand2square makes it: the image processor's mean colour above and below."""
+    width, height = picture.size
+    square = Image.new("RGB", (width, width), (122, 116, 104))
+    square.paste(picture, (0, (width - height) // 2))
+    return square
+
+
+def in_peer(environment: str, script: str, job: Any, cwd: Path) -> dict[str, Any]:
     """Run a script of tests/peers with the Python of an environment: a job as JSON in, a JSON result out."""
     python = PEERS / environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.is_file():

@@ -168,7 +168,7 @@ def _differences(case: str, ours: dict[str, Any], theirs: dict[str, Any]) -> dic
     for key, value in theirs.items():
         if key in (*NOT_COMPARED, *NOT_COMPARED_OF_ADAPTERS):
             continue
-        mine = ours.get(key)
+        mine: Any = ours.get(key)
         if key in ("text_config", "vision_config"):
             found |= {f"{key}.{k}": v for k, v in _differences(case, mine, value).items()}
         elif key == "target_modules":  # a set in random order

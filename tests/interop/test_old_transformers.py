@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration
+from PIL import Image
+from transformers import CLIPImageProcessor, LlavaForConditionalGeneration
 
 from tests.interop.by_hand import assemble, pieces
-from tests.interop.conftest import GOLDEN, PROMPT, QUESTION, Converter, Source, in_peer
+from tests.interop.conftest import GOLDEN, PROMPT, QUESTION, Converter, Source, gap, in_peer, padded
 
 pytestmark = pytest.mark.peers
 
@@ -43,6 +44,12 @@ def features() -> torch.Tensor:
     return torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(3))
 
 
+def _image_processors(converted: Converter, version: str) -> dict[str, str]:
+    """4.37 reads no processor of ours, and LLaVA's own image processor came with 4.52."""
+    kinds = {"4.37": (), "4.46": ("clip",), "4.57": ("clip", "llava")}[version]
+    return {kind: str(converted("tiny", "hf", image_processor=kind)) for kind in kinds}
+
+
 @pytest.fixture(scope="module", params=VERSIONS)
 def seen(
     request: pytest.FixtureRequest,
@@ -51,13 +58,17 @@ def seen(
     pixels: torch.Tensor,
     features: torch.Tensor,
     tiny: Path,
+    wide_picture: Image.Image,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Seen:
     folder = tmp_path_factory.mktemp(f"transformers-{request.param}")
     np.save(folder / "pixels.npy", pixels.numpy())
     np.save(folder / "features.npy", features.numpy())
+    wide_picture.save(folder / "wide.png")
     job = {
         "models": {name: str(converted(name, "hf")) for name in NAMES},
+        "image_processors": _image_processors(converted, request.param),
+        "wide": str(folder / "wide.png"),
         "projectors": {name: str(converted(name, "xtuner") / "projector") for name in GOLDEN},
         "prompts": prompts,
         "pixels": str(folder / "pixels.npy"),
@@ -84,11 +95,8 @@ def test_logits_equal_those_of_this_release(
     before, after = prompts[name]
     ids = torch.tensor([[*before, *[model.config.image_token_index] * 16, *after]])
     with torch.inference_mode():
-        ours = model(input_ids=ids, pixel_values=pixels).logits[0].numpy()
-    theirs = np.load(seen.folder / f"{name}.npy")
-    assert theirs.shape == ours.shape
-    gap = float(np.abs(theirs - ours).max())
-    assert gap <= TOLERANCE
+        ours = model(input_ids=ids, pixel_values=pixels).logits[0]
+    assert gap(torch.from_numpy(np.load(seen.folder / f"{name}.npy")), ours) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -113,6 +121,18 @@ def test_processor_and_generation(seen: Seen, name: str) -> None:
     assert found["input_ids"].count(found["bos"]) == 1
     if name == "tiny":
         assert found["text"] == "a red sun over green hills<|eot_id|>"
+
+
+def test_image_processors_crop_or_pad(seen: Seen, tiny: Path, wide_picture: Image.Image) -> None:
+    wanted = {"clip": wide_picture, "llava": padded(wide_picture)}
+    classes = {"clip": "CLIPImageProcessor", "llava": "LlavaImageProcessor"}
+    base = CLIPImageProcessor.from_pretrained(tiny / "vit")
+    for kind, name in seen.report["image_processors"].items():
+        assert name == classes[kind]
+        pixels = base(wanted[kind], return_tensors="pt")["pixel_values"].numpy()
+        assert float(np.abs(np.load(seen.folder / f"{kind}-wide.npy") - pixels).max()) <= 1e-5
+    found = sorted(seen.report["image_processors"])
+    assert found == {"4.37": [], "4.46": ["clip"], "4.57": ["clip", "llava"]}[seen.report["version"][:4]]
 
 
 @pytest.mark.parametrize("name", GOLDEN)

@@ -79,9 +79,10 @@ def test_state_dict_of_a_trainer(converted: Converter, tmp_path: Path, name: str
 @pytest.mark.peers
 @pytest.mark.parametrize("version", ["4.37", "4.46", "4.57"])
 def test_saved_by_older_releases(converted: Converter, tmp_path: Path, version: str) -> None:
-    for name in ("tiny", "b_llmlora_vitlora"):
-        job = {"folder": str(converted(name, "hf")), "out": str(tmp_path / name)}
-        in_peer(f"transformers-{version}", "save_hf.py", job, tmp_path)
+    names = ("tiny", "b_llmlora_vitlora")
+    job = [{"folder": str(converted(name, "hf")), "out": str(tmp_path / name)} for name in names]
+    in_peer(f"transformers-{version}", "save_hf.py", job, tmp_path)
+    for name in names:
         _check(tmp_path / name / "saved", converted, name, tmp_path / name / "one" / "official", CLASSIC)
         dialect = STATE_DICT_BEFORE_56 if version == "4.57" else CLASSIC
         _check(tmp_path / name / "state_dict", converted, name, tmp_path / name / "two" / "official", dialect)

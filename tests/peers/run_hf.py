@@ -1,8 +1,9 @@
 """Load folders of the `hf` layout with this environment's transformers: `run_hf.py RESULT`, with a job on stdin.
 
-The job has `models` (name -> folder), `projectors` (name -> folder), `prompts` (name -> ids before and after the
-picture), `pixels` (.npy), `picture`, `question`, `folder` for the logits. RESULT gets JSON: what each model missed, its
-dtype, its rope frequencies, what its processor makes of the question, what it generates.
+The job has `models`, `projectors` and `image_processors` (name -> folder; the last run on the picture `wide`),
+`prompts` (name -> ids before and after the picture), `pixels` and `features` (.npy), `picture`, `question`, and
+`folder` for arrays. RESULT gets JSON: what each model missed, its dtype, its rope frequencies, what its processor makes
+of the question, what it generates.
 """
 
 from __future__ import annotations
@@ -90,6 +91,14 @@ def run_projector(name: str, folder: str, job: dict[str, Any]) -> dict[str, Any]
     return {"keys": _keys(report), "class": type(model).__name__}
 
 
+def run_image_processor(name: str, folder: str, job: dict[str, Any]) -> str:
+    """What a processor makes of a picture that is not square; returns its class."""
+    processor = AutoProcessor.from_pretrained(folder).image_processor
+    pixels = processor(Image.open(job["wide"]).convert("RGB"), return_tensors="np")["pixel_values"]
+    np.save(Path(job["folder"], f"{name}-wide.npy"), pixels)
+    return type(processor).__name__
+
+
 def main() -> None:
     """Run the job."""
     transformers.logging.set_verbosity_error()
@@ -97,6 +106,7 @@ def main() -> None:
     result = {
         "version": transformers.__version__,
         "models": {name: run_model(name, folder, job) for name, folder in job["models"].items()},
+        "image_processors": {n: run_image_processor(n, folder, job) for n, folder in job["image_processors"].items()},
         "projectors": {name: run_projector(name, folder, job) for name, folder in job["projectors"].items()},
     }
     Path(sys.argv[1]).write_text(json.dumps(result))

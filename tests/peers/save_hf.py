@@ -1,4 +1,4 @@
-"""Save a LLaVA with this environment's transformers: `save_hf.py RESULT`, with `folder` and `out` as JSON on stdin.
+"""Save a LLaVA with this environment's transformers: `save_hf.py RESULT`, with a JSON list of {folder, out} on stdin.
 
 Makes `out/saved` by save_pretrained, and `out/state_dict` as a trainer does which dumps the model's state dict.
 """
@@ -14,10 +14,8 @@ from safetensors.torch import save_file
 from transformers import LlavaForConditionalGeneration
 
 
-def main() -> None:
-    """Run the job."""
-    job = json.load(sys.stdin)
-    folder, out = Path(job["folder"]), Path(job["out"])
+def save(folder: Path, out: Path) -> list[str]:
+    """Both ways to save one model; returns the names of the state dict."""
     model = LlavaForConditionalGeneration.from_pretrained(folder, torch_dtype="auto")
     model.save_pretrained(out / "saved")
     dumped = out / "state_dict"
@@ -28,7 +26,14 @@ def main() -> None:
     for target in (out / "saved", dumped):
         for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json"):
             shutil.copy(folder / file, target)
-    Path(sys.argv[1]).write_text(json.dumps(sorted(weights)))
+    return sorted(weights)
+
+
+def main() -> None:
+    """Run the job."""
+    job = json.load(sys.stdin)
+    names = {each["out"]: save(Path(each["folder"]), Path(each["out"])) for each in job}
+    Path(sys.argv[1]).write_text(json.dumps(names))
 
 
 if __name__ == "__main__":

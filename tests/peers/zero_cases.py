@@ -1,4 +1,4 @@
-"""Have the real DeepSpeed 0.14.4 write checkpoint folders that the golden ones lack: ZeRO-1, more ranks, padding, groups.
+"""Have the real DeepSpeed 0.14.4 write checkpoint folders that the golden ones lack: ZeRO-1, more ranks, groups, fp16.
 
 Run with the environment's Python: `.venvs/xtuner/bin/python tests/peers/zero_cases.py [OUT]`; OUT is .venvs/cases-zero
 by default. Each case becomes `OUT/<case>/{latest,iter_2.pth/}`, with `masters.pt` beside it: what DeepSpeed's own
@@ -49,10 +49,10 @@ CASES: dict[str, Case] = {
     "zero2_ranks3_groups_frozen": Case(2, 3, frozen=True, groups=True),
     "zero2_ranks5": Case(2, 5),
     "zero2_ranks3_round_robin": Case(2, 3, groups=True, zero=(("round_robin_gradients", True),)),
-    "zero3_ranks1": Case(3, 1, frozen=True),
+    "zero3_ranks1_frozen": Case(3, 1, frozen=True),
     "zero3_ranks3": Case(3, 3),
     "zero3_ranks3_groups_frozen": Case(3, 3, frozen=True, groups=True),
-    "zero3_ranks5_sub_groups": Case(3, 5, frozen=True, groups=True, zero=(("sub_group_size", 100),)),
+    "zero3_ranks5_frozen_sub_groups": Case(3, 5, frozen=True, groups=True, zero=(("sub_group_size", 10),)),
     "zero2_ranks3_fp16": Case(2, 3, groups=True, half="fp16"),
 }
 
@@ -85,7 +85,7 @@ def _config(case: Case) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": case.stage, "overlap_comm": False, **dict(case.zero)},
-        case.half: {"enabled": True},
+        case.half: {"enabled": True, **({"initial_scale_power": 4} if case.half == "fp16" else {})},
         "steps_per_print": 10**9,
     }
 
