@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,13 @@ def open_tokenizer(folder: Path) -> Tokenizer:
             f"{folder}: no tokenizer (looked for tokenizer.json, tokenizer.model, vocab.json)",
             hint="name the base model with --llm, whose tokenizer is taken",
         )
+    stats = [(folder / name).stat() for name in files]
+    return _opened(folder, files, tuple((s.st_size, s.st_mtime_ns, s.st_ino) for s in stats))
+
+
+@lru_cache(maxsize=2)
+def _opened(folder: Path, files: tuple[str, ...], stamps: tuple[tuple[int, int, int], ...]) -> Tokenizer:
+    """One object for one state of the files: `inspect` plans for every target, and a Llama-3 tokenizer has 9 MB."""
     return Tokenizer(folder, files)
 
 
@@ -306,13 +313,16 @@ def without_tokens(
     return files
 
 
-def undo_record(tokenizer: Tokenizer, plan: TokenPlan, files: Mapping[str, bytes]) -> dict[str, Any]:
-    """What `without_tokens` must restore, beside the tokens, to make `tokenizer`'s small files of `files` again."""
+def undo_record(before: Mapping[str, bytes], plan: TokenPlan, files: Mapping[str, bytes]) -> dict[str, Any]:
+    """What `without_tokens` must restore, beside the tokens, to make `before`'s small files of `files` again.
+
+    `before` is what `plain_files` gives: the tokenizer without LLaVA's tokens, with the chat template trained with.
+    """
     gone = frozenset((t.id, t.content) for t in plan.added)
     record: dict[str, Any] = {}
     for name in (CONFIG, SPECIAL_MAP, ADDED, PROCESSOR_TEMPLATE):
-        if name in tokenizer.files:
-            old, now = tokenizer.read_json(name), _stripped(json.loads(files.get(name, b"{}")), gone)
+        if name in before:
+            old, now = json.loads(before[name]), _stripped(json.loads(files.get(name, b"{}")), gone)
             lost = object()
             changed = {key: value for key, value in old.items() if now.get(key, lost) != value}
             drop = [key for key in now if key not in old]
@@ -320,9 +330,9 @@ def undo_record(tokenizer: Tokenizer, plan: TokenPlan, files: Mapping[str, bytes
                 record[name] = {"set": changed, "drop": drop}
         elif name in files:
             record[name] = None
-    if TEMPLATE in tokenizer.files:
-        if files.get(TEMPLATE) != tokenizer.read(TEMPLATE):
-            record[TEMPLATE] = {"text": tokenizer.read(TEMPLATE).decode()}
+    if TEMPLATE in before:
+        if files.get(TEMPLATE) != before[TEMPLATE]:
+            record[TEMPLATE] = {"text": before[TEMPLATE].decode()}
     elif TEMPLATE in files:
         record[TEMPLATE] = None
     return record

@@ -27,7 +27,7 @@ from llava_convert.provenance import read_record
 from llava_convert.spec import TORCH_NAMES
 from llava_convert.storage.jsonfile import read_json
 from llava_convert.storage.weights import open_weights
-from llava_convert.tokens import TokenPlan, plan_llava_tokens, undo_record, with_tokens
+from llava_convert.tokens import TokenPlan, plain_files, plan_llava_tokens, undo_record, with_tokens
 
 NAME = "hf"
 IMAGE_TOKEN = "<image>"
@@ -165,7 +165,7 @@ def _tokens(model: Model, made: Artefacts) -> tuple[TokenPlan, dict[str, bytes],
     plan = plan_llava_tokens(tokenizer, model.recipes[EMBEDDING].shape[0])
     templates = made.templates
     files = with_tokens(tokenizer, plan, chat_template=templates.tokenizer, processor_template=templates.processor)
-    return plan, files, undo_record(tokenizer, plan, files)
+    return plan, files, undo_record(plain_files(tokenizer, templates.tokenizer), plan, files)
 
 
 def _added(model: Model, recipes: Mapping[str, Recipe], tokens: TokenPlan, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -473,7 +473,7 @@ def test_fault_79_code_beside_a_base_is_never_run_nor_copied(tmp_path: Path) -> 
             edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_evil.T", None]})
     for target in ("xtuner", "official", "hf"):
         out = tmp_path / target
-        run_it = run if target == "official" else partial(shell, cwd=tmp_path / "tiny" / "vit")
+        run_it = partial(shell, cwd=tmp_path / "tiny" / "vit") if target == "xtuner" else run
         ran = run_it("pth", source, "--to", target, "-o", out)
         assert ran.code == 0, ran.stderr
         assert not [p for p in out.rglob("*.py") if "evil" in p.name]

@@ -237,14 +237,18 @@ def test_fault_74_the_same_bytes_whatever_the_threads_and_the_hash_seed(corpus: 
     }
     jobs["back"] = ("official", corpus.layouts["official"], "--to", "hf", *VIT)
     trees = []
-    for threads, seed in ((1, "0"), (2, "1"), (4, "4321")):
+    for threads, seed in ((1, "0"), (2, ""), (4, "4321")):
         folder = tmp_path / str(threads)
         lines = [
             [str(a) for a in (*job, "-o", folder / name, "--threads", threads, "--max-shard-size", "150KB", "--digest")]
             for name, job in jobs.items()
         ]
-        ran = shell(json.dumps(lines), code=MANY, environment={"PYTHONHASHSEED": seed})
-        assert ran.code == 0, ran.stderr
+        if threads == 2:  # in this process, whose seed is any
+            for line in lines:
+                accepted(*line)
+        else:
+            ran = shell(json.dumps(lines), code=MANY, environment={"PYTHONHASHSEED": seed})
+            assert ran.code == 0, ran.stderr
         trees.append(tree(folder))
     assert trees[0] == trees[1] == trees[2]
     assert len([name for name in trees[0] if name.endswith(".safetensors")]) > 8

@@ -26,7 +26,8 @@ MAX_MESSAGE = 8000
 
 # What a reader may import when it first needs it: imported here, so that any import while it runs is a finding.
 _CODECS = ("cp437", "raw_unicode_escape", "unicode_escape", "utf_16", "utf_16_be", "utf_16_le", "utf_32", "utf_32_be")
-_LAZY = ("difflib", "encodings.utf_32_le", *(f"encodings.{name}" for name in _CODECS))
+# atheris imports faulthandler to tell of a slow input.
+_LAZY = ("difflib", "faulthandler", "encodings.utf_32_le", *(f"encodings.{name}" for name in _CODECS))
 _HARMLESS = frozenset({"builtins.id", "sys._getframe", "object.__getattr__", "time.sleep"})
 _LISTINGS = frozenset({"os.listdir", "os.scandir"})
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND

@@ -301,7 +301,6 @@ def config_seeds() -> Seeds:
         "code": b"import os\nos.system('touch canary')\nx = eval('1')\nexec('y = 1')\nopen('canary', 'w')\n",
         "loop": b"for i in range(10**9):\n    for j in range(10**9):\n        x = i\n",
         "while": b"while True: pass\ndef f(): return f()\nx = f()\n",
-        "comprehension": b"x = [a for a in range(300) for b in range(300) for c in range(300)]\n",
         "join": b"a = 'x' * 99999\nb = a.join([a] * 9999)\nc = a.replace('x', a)\n",
         "escape": b"model = dict(type='\\x1b[2J\\n\\ud800')\n",
         "nul": b"x = '\0'\n",

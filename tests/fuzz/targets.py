@@ -155,7 +155,7 @@ def _tokenizer(data: bytes, folder: Path) -> Read:
         found = tokens.open_tokenizer(folder)
         plan = tokens.plan_llava_tokens(found, max(64, found.size if found.size < 1 << 20 else 64))
         made = tokens.with_tokens(found, plan, chat_template=None, processor_template="x")
-        undo = tokens.undo_record(found, plan, made)
+        undo = tokens.undo_record(tokens.plain_files(found), plan, made)
         tokens.without_tokens(found, plan.added, undo)
         tokens.plain_files(found, "y")
         assert found.adds_bos in (True, False)

@@ -93,13 +93,9 @@ def test_module_order_against_transformers() -> None:
     assert found == list(real("llama", SIZES))
 
 
-MISTRAL = pytest.param(
-    "mistral",
-    marks=pytest.mark.xfail(reason="llama.toml gives Mistral the defaults of Llama: 11008 wide, 2048 positions"),
+@pytest.mark.parametrize(
+    "model_type", ["llama", "mistral", "qwen2", "phi3", "clip_vision_model", "siglip_vision_model"]
 )
-
-
-@pytest.mark.parametrize("model_type", ["llama", MISTRAL, "qwen2", "phi3", "clip_vision_model", "siglip_vision_model"])
 def test_defaults_against_transformers(model_type: str) -> None:
     """A published config leaves out what equals its class's default: our default must be the same.
 

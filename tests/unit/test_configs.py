@@ -73,4 +73,4 @@ def test_unknown_family_names_the_known_ones() -> None:
     assert caught.value.hint is not None and "llama, mistral, phi3, qwen2" in caught.value.hint
     with pytest.raises(UnsupportedError):
         family("vision_tower", {"model_type": "llama"})
-    assert family(LLM, {"model_type": "mistral"}).name == "llama"
+    assert family(LLM, {"model_type": "mistral"}).part == LLM

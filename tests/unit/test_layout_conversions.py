@@ -142,10 +142,6 @@ def test_hf_to_xtuner_and_back(made: dict[str, Path], convert: Convert) -> None:
         assert one == other, name
 
 
-LOST = "undo_record keeps the template of the base model, so the way back from hf loses the one trained with"
-
-
-@pytest.mark.xfail(reason=LOST)
 @pytest.mark.parametrize("to", ["official", "xtuner"])
 def test_the_trained_template_survives_a_detour(made: dict[str, Path], convert: Convert, to: str) -> None:
     """From hf to another layout the chat template is what it is straight from the `.pth`."""

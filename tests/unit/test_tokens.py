@@ -314,7 +314,7 @@ def round_trip(tmp_path: Path, base: Path, rows: int, prompt: str | None) -> Non
     tokenizer = open_tokenizer(base)
     folder, plan = hf_folder(tmp_path / "hf", base, rows, prompt)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    record = json.loads(json.dumps(undo_record(tokenizer, plan, files)))
+    record = json.loads(json.dumps(undo_record(plain_files(tokenizer), plan, files)))
     recorded = [AddedToken.of(json.loads(json.dumps(token.record()))) for token in plan.added]
     back = without_tokens(open_tokenizer(folder), recorded, record)
     assert set(back) == set(tokenizer.files)

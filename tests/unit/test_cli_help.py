@@ -1,0 +1,205 @@
+"""The command line: all has help and a line of docs; stdout is data, stderr is talk; nothing heavy is imported."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import llava_convert
+from llava_convert.cli import app
+
+ROOT = Path(llava_convert.__file__).resolve().parents[1]
+GROUP: Any = typer.main.get_command(app)
+COMMANDS: Mapping[str, Any] = GROUP.commands
+OPTIONS = sorted({o for c in COMMANDS.values() for p in c.params for o in p.opts if o.startswith("--")})
+HEAVY = ("torch", "transformers", "numpy", "peft", "huggingface_hub", "safetensors", "gguf")
+JSON_KEYS = {
+    "source", "out", "from", "to", "done", "dtype", "parts", "tensors", "ops", "bytes_read", "bytes_written",
+    "peak_memory", "shards", "files", "verified", "flushed_to_zero", "notes", "warnings", "plan",
+}  # fmt: skip
+
+
+def run(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def modules(folder: Path, *arguments: str | Path) -> set[str]:
+    """Which of the heavy modules a command leaves imported, in a process of its own."""
+    code = (
+        "import atexit, sys\n"
+        f"atexit.register(lambda: print(*(m for m in {HEAVY!r} if m in sys.modules), file=open('modules', 'w')))\n"
+        "from llava_convert.cli import main\nmain()"
+    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return set((folder / "modules").read_text().split())
+
+
+def documents() -> str:
+    return "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
+
+
+# --- help and docs
+
+
+def test_the_commands() -> None:
+    assert set(COMMANDS) == {"pth", "xtuner", "official", "hf", "convert", "inspect", "verify", "layouts"}
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_and_option_has_help(command: str) -> None:
+    found = run(command, "--help")
+    assert found.exit_code == 0
+    assert found.stderr == ""
+    assert f"llava-convert {command}" in found.stdout or f"{command} [OPTIONS]" in found.stdout
+    assert COMMANDS[command].help
+    for param in COMMANDS[command].params:
+        assert param.help, f"{command} {param.name}" if param.name != "source" else ""
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_is_documented(command: str) -> None:
+    assert re.search(rf"llava-convert {command}\b", documents()), f"no page shows `llava-convert {command}`"
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_is_documented(option: str) -> None:
+    named = {"--out": "-o", "--help": "--help"}.get(option, option)
+    assert re.search(rf"(?<![\w-]){re.escape(named)}(?![\w-])", documents()), f"no page names {option}"
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_talks_as_asked(command: str) -> None:
+    options = {o for p in COMMANDS[command].params for o in p.opts}
+    assert {"--json", "--quiet", "--verbose"} <= options
+
+
+def test_short_help() -> None:
+    assert run("-h").stdout == run("--help").stdout
+    assert "Convert LLaVA checkpoints" in run().output
+
+
+def test_version() -> None:
+    found = run("--version")
+    assert (found.exit_code, found.stdout, found.stderr) == (0, f"llava-convert {llava_convert.__version__}\n", "")
+
+
+# --- stdout and stderr
+
+
+def test_json_of_a_conversion(tiny: Path, tmp_path: Path) -> None:
+    found = run("pth", tiny / "iter_2.pth", "--to", "hf", "-o", tmp_path / "o", "--json")
+    assert found.exit_code == 0
+    value = json.loads(found.stdout)
+    assert value.keys() == JSON_KEYS
+    assert (value["done"], value["tensors"], value["from"], value["to"]) == (True, 80, "pth", "hf")
+    assert "merged LoRA into 18 modules" in found.stderr
+
+
+def test_json_of_the_others(tiny: Path, tmp_path: Path) -> None:
+    run("pth", tiny / "iter_2.pth", "--to", "official", "-o", tmp_path / "o")
+    looked = json.loads(run("inspect", tmp_path / "o", "--json").stdout)
+    assert looked["layout"] == "official" and looked["targets"]["hf"] == {"possible": True, "missing": None}
+    compared = json.loads(run("verify", tiny / "iter_2.pth", tmp_path / "o", "--json").stdout)
+    assert (compared["same"], compared["equal"], compared["missing"]) == (True, 80, [])
+    known = json.loads(run("layouts", "--json").stdout)
+    assert set(known["sources"]) == {"pth", "xtuner", "official", "hf"}
+    assert known["targets"] == ["xtuner", "official", "hf"]
+    assert known["ops"] == ["copy", "cast", "merge_lora", "pad_rows", "take_rows"]
+    assert known["families"]["clip"] == {"part": "vision_tower", "model_types": ["clip_vision_model"]}
+    assert set(known["sources"]["hf"]) == {"classic", "new", "flat", "newflat", "doubled"}
+
+
+def test_people_get_lines(tiny: Path, tmp_path: Path) -> None:
+    found = run("convert", tiny / "iter_2.pth", "--to", "hf", "-o", tmp_path / "o")
+    assert f"{tmp_path / 'o'}: hf, 80 tensors, float16" in found.stdout
+    assert "base, LoRA merged into 18 tensors" in found.stdout
+    assert "next: " in found.stderr and "next: " not in found.stdout
+    assert "can become:" in run("inspect", tmp_path / "o").stdout
+    assert "the same: 80 tensors equal bit for bit" in run("verify", tiny / "iter_2.pth", tmp_path / "o").stdout
+
+
+def test_quiet_prints_nothing(tiny: Path, tmp_path: Path) -> None:
+    ids = ["--llm-id", "org/llm", "--visual-encoder-id", "org/vit"]
+    found = run("pth", tiny / "iter_2.pth", "--to", "hf", "-o", tmp_path / "o", "--quiet", *ids)
+    assert (found.exit_code, found.output) == (0, "")
+    assert (tmp_path / "o" / "config.json").is_file()
+    for command in (["inspect", tmp_path / "o"], ["verify", tiny / "iter_2.pth", tmp_path / "o"], ["layouts"]):
+        assert run(*command, "-q").stdout == ""
+
+
+def test_quiet_still_warns(tiny: Path, tmp_path: Path) -> None:
+    found = run("pth", tiny / "iter_2.pth", "--to", "hf", "-o", tmp_path / "o", "--quiet")
+    assert found.stdout == ""
+    assert found.stderr and all(line.startswith("warning: ") for line in found.stderr.splitlines())
+
+
+def test_dry_run(tiny: Path, tmp_path: Path) -> None:
+    found = run("pth", tiny / "iter_2.pth", "--to", "hf", "-o", tmp_path / "o", "--dry-run", "--verbose")
+    assert found.exit_code == 0 and list(tmp_path.iterdir()) == []
+    assert "80 tensors" in found.stdout and "model.safetensors" in found.stdout
+    assert "merge_lora → cast" in found.stdout
+    assert "nothing was written (--dry-run)" in found.stderr
+    value = json.loads(run("pth", tiny / "iter_2.pth", "--to", "hf", "--dry-run", "--json").stdout)
+    assert (value["done"], value.keys()) == (False, JSON_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["pth", "{tiny}/iter_2.pth"], 2, "--to"),
+        (["pth", "{tiny}/iter_2.pth", "--to", "pdf"], 2, "--to pdf"),
+        (["pth", "{tiny}/iter_2.pth", "--to", "hf", "--dtype", "int8"], 2, "--dtype int8"),
+        (["pth", "{tiny}/iter_2.pth", "--to", "hf", "--verify", "maybe"], 2, "--verify maybe"),
+        (["pth", "{tiny}/iter_2.pth", "--to", "hf", "--image-processor", "x"], 2, "--image-processor x"),
+        (["pth", "{tiny}/iter_2.pth", "--to", "hf", "--threads", "-1"], 2, "threads"),
+        (["pth", "{tiny}/iter_2.pth", "--to", "hf", "--lora-alpha", "nan"], 2, "--lora-alpha"),
+        (["pth", "{tiny}/absent.pth", "--to", "hf"], 3, "does not exist"),
+        (["hf", "{tiny}/iter_2.pth", "--to", "official"], 4, "is not of the hf layout but pth"),
+        (["inspect", "{tiny}/llm"], 4, "is no LLaVA that this tool knows"),
+    ],
+)
+def test_errors(tiny: Path, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
+    filled = [argument.replace("{tiny}", str(tiny)) for argument in arguments]
+    out = ["-o", tmp_path / "o"] if "--to" in filled else []
+    found = run(*filled, *out)
+    assert (found.exit_code, found.stdout) == (code, "")
+    assert message in found.stderr and "Traceback" not in found.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.xfail(reason="docs/errors.md promises the error as an object on stdout with --json; nothing is printed")
+def test_json_of_an_error(tmp_path: Path) -> None:
+    found = run("inspect", tmp_path / "absent", "--json")
+    assert found.exit_code == 3
+    assert "does not exist" in json.dumps(json.loads(found.stdout))
+
+
+# --- what is imported
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    assert modules(tmp_path, "pth", "--help") == set()
+
+
+def test_looking_and_renaming_never_import_torch(tiny: Path, tmp_path: Path) -> None:
+    """It costs 1.3 s and 143 MB: only merges may."""
+    official = tmp_path / "official"
+    assert "torch" in modules(tmp_path, "pth", tiny / "iter_2.pth", "--to", "official", "-o", official)
+    for command in (
+        ["inspect", tiny / "iter_2.pth"],
+        ["official", official, "--to", "hf", "-o", tmp_path / "hf"],
+        ["hf", tmp_path / "hf", "--to", "official", "-o", tmp_path / "back", "--verify", "full"],
+        ["pth", tiny / "iter_2.pth", "--to", "xtuner", "-o", tmp_path / "xtuner"],
+    ):
+        assert not modules(tmp_path, *command) & {"torch", "transformers", "peft"}, command
