@@ -20,7 +20,7 @@ from llava_convert.model import EMBEDDING, Model
 from llava_convert.plan import to_json
 from llava_convert.processor import preprocessor_config
 from llava_convert.prompts import ChatTemplates, hf_templates, stop_ids
-from llava_convert.storage.jsonfile import read_json
+from llava_convert.storage.jsonfile import read_object
 from llava_convert.tokens import (
     AddedToken,
     Tokenizer,
@@ -91,7 +91,7 @@ class Artefacts:
         config = self.model.configs[LLM]
         base: dict[str, Any] = {}
         if folder is not None and (folder / "generation_config.json").is_file():
-            base = read_json(folder / "generation_config.json")
+            base = read_object(folder / "generation_config.json")
         found = {k: v for k, v in base.items() if k not in ("transformers_version", "_from_model_config")}
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if found.get(key) is None and config.get(key) is not None:
@@ -112,7 +112,7 @@ class Artefacts:
         for folder in folders:
             for name in ("preprocessor_config.json", "processor_config.json"):
                 if base is None and folder is not None and (folder / name).is_file():
-                    base = read_json(folder / name)
+                    base = read_object(folder / name)
         return preprocessor_config(base, config, kind=self.options.image_processor, for_hf=for_hf)
 
     def id_of(self, part: str) -> tuple[str, str | None]:

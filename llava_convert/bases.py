@@ -19,7 +19,7 @@ from llava_convert.errors import HubError, InputError, UnsupportedError
 from llava_convert.hub import fetch, is_id, published_id
 from llava_convert.mapping import layout_table, lookup_errors
 from llava_convert.spec import StoredTensor
-from llava_convert.storage.jsonfile import read_json
+from llava_convert.storage.jsonfile import read_object
 from llava_convert.storage.weights import Weights, open_weights
 
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)")
@@ -51,9 +51,7 @@ class Base:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The part's own config, in the old flavour, complete (a CLIPModel's vision half for the tower)."""
-        raw = read_json(self.folder / "config.json")
-        if not isinstance(raw, dict):
-            raise InputError(f"{self.folder / 'config.json'}: expected an object")
+        raw = read_object(self.folder / "config.json")
         config = old_flavour(raw)
         if self.part != LLM and isinstance(config.get("vision_config"), dict):
             nested = old_flavour(config["vision_config"])

@@ -140,6 +140,8 @@ def convert(source: str | Path, options: Options, say: Say | None = None) -> Rep
         say.note(text)
     for text in ready.warnings:
         say.warn(text)
+    if options.resume and options.digest:
+        say.note("--digest reads every tensor, so that --resume keeps nothing")
     reads = sorted({extent.path for t in ready.plan.tensors for s in stored_of(t) for extent in s.extents})
     snapshot = Snapshot.take(reads)
     warnings = list(ready.warnings)

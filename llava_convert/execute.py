@@ -253,14 +253,16 @@ def execute(
             if stage.finished(shard.name):
                 progress(sum(t.nbytes for t in shard.tensors))
             elif shard.container == "torch":
-                stage.write_bytes(shard.name, _torch_file(shard, pool, outcome, digest=digest))
+                data = _torch_file(shard, pool, outcome, digest=digest)
+                outcome.refuse_overflow()
+                stage.write_bytes(shard.name, data)
             else:
                 with stage.new_file(shard.name, shard.size) as fd:
                     write_all(fd, 0, memoryview(shard.header))
                     sink = FileSink(pool, fd, progress)
                     tasks = tasks_of(shard.tensors, whole=digest)
                     run_all(workers, tasks, pool, sink, outcome, torch_ready, digest=digest)
-            outcome.refuse_overflow()
+                    outcome.refuse_overflow()  # before the file counts as finished, which a resumed run would keep
     for files in (plan.files, plan.indexes):
         for name, data in files.items():
             stage.write_bytes(name, data)

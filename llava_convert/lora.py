@@ -190,13 +190,11 @@ def _safe_regex(key: str) -> re.Pattern[str]:
         raise InputError(f"rank_pattern or alpha_pattern key {key!r} is no regular expression: {problem}") from problem
 
 
-def settings_from_json(raw: Any, path: Path) -> LoraSettings:
+def settings_from_json(raw: Mapping[str, Any], path: Path) -> LoraSettings:
     """What an adapter_config.json says.
 
     Raises InputError when r is missing or no count, UnsupportedError for other kinds of adapter and for r = 0.
     """
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected an object")
     kind = str(raw.get("peft_type") or "LORA")
     if kind.upper() != "LORA":  # before r, which other kinds may not have
         raise UnsupportedError(f"{path}: an adapter of type {kind} cannot be merged, only LORA")

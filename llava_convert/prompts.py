@@ -188,7 +188,7 @@ def stop_ids(
     In this order, each once. Llama-3-Instruct needs it: its config has 128001 alone, its turns end with 128009.
     """
     stated = generation_config.get("eos_token_id")
-    ids = [stated] if isinstance(stated, int) else list(stated or ())
+    ids = [i for i in (stated if isinstance(stated, list) else [stated]) if type(i) is int]
     words = [tokenizer.eos, *(prompt_template(template).stop_words if template else ())]
     ids += [i for word in words if word is not None and (i := tokenizer.id_of(word)) is not None]
     return list(dict.fromkeys(ids))

@@ -25,7 +25,7 @@ from llava_convert.plan import FileSet, Target, to_json
 from llava_convert.processor import processor_config
 from llava_convert.provenance import read_record
 from llava_convert.spec import TORCH_NAMES
-from llava_convert.storage.jsonfile import read_json
+from llava_convert.storage.jsonfile import read_object
 from llava_convert.storage.weights import open_weights
 from llava_convert.tokens import TokenPlan, plain_files, plan_llava_tokens, undo_record, with_tokens
 
@@ -56,9 +56,7 @@ def detect(found: Found) -> str | None:
 
 def open(path: Path, options: OpenOptions) -> Checkpoint:
     """Open a folder. Raises UnsupportedError for LLaVA-NeXT and its kin, and for names of no dialect."""
-    raw = read_json(path / "config.json")
-    if not isinstance(raw, dict):
-        raise InputError(f"{path / 'config.json'}: expected an object")
+    raw = read_object(path / "config.json")
     if raw.get("model_type") != "llava":
         raise UnsupportedError(f"{path}: {raw.get('model_type')} is not supported, only llava")
     config = old_flavour(raw)

@@ -25,7 +25,7 @@ from llava_convert.model import Model, projector_config
 from llava_convert.plan import FileSet, Target, to_json
 from llava_convert.provenance import read_record
 from llava_convert.spec import TORCH_NAMES, StoredTensor
-from llava_convert.storage.jsonfile import read_json
+from llava_convert.storage.jsonfile import read_object
 from llava_convert.storage.weights import open_weights
 
 NAME = "official"
@@ -66,12 +66,11 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
     """
     folder = path if path.is_dir() else path.parent
     config_file = folder / "config.json"
-    raw = read_json(config_file) if config_file.is_file() else None
-    config = old_flavour(raw) if isinstance(raw, dict) else None
+    config = old_flavour(read_object(config_file)) if config_file.is_file() else None
     tensors, files, shard_of, warnings = _weights(path)
     sorted_ = sort_tensors(tensors, layout_table(NAME), path)
     adapter_file = folder / "adapter_config.json"
-    lora = settings_from_json(read_json(adapter_file), adapter_file) if adapter_file.is_file() else None
+    lora = settings_from_json(read_object(adapter_file), adapter_file) if adapter_file.is_file() else None
     parts: dict[str, Part] = {}
     dropped = list(sorted_.dropped)
     for name in (LLM, VISION, PROJECTOR):
@@ -126,7 +125,7 @@ def _weights(path: Path) -> tuple[dict[str, StoredTensor], tuple[Path, ...], dic
 
 
 def _lora_base(adapter_file: Path) -> str | None:
-    base = read_json(adapter_file).get("base_model_name_or_path")
+    base = read_object(adapter_file).get("base_model_name_or_path")
     return str(base) if base else None
 
 

@@ -22,7 +22,7 @@ from llava_convert.mapping import layout_table
 from llava_convert.model import Model, projector_config
 from llava_convert.plan import FileSet, Target, to_json
 from llava_convert.spec import StoredTensor
-from llava_convert.storage.jsonfile import read_json
+from llava_convert.storage.jsonfile import read_object
 from llava_convert.storage.weights import open_weights
 from llava_convert.training_config import LoraSettings, TrainingConfig, load_training_config
 
@@ -71,7 +71,7 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         part, left = sorted_.part(name, settings, str(path))
         dropped += left
         own = folder if part.weights else None
-        config = _config(own) if own is not None and name != PROJECTOR else None
+        config = old_flavour(read_object(own / "config.json")) if own is not None and name != PROJECTOR else None
         parts[name] = Part(part.weights, part.adapter, _base(path, adapter, name, training), config, own)
     return Checkpoint(
         layout=NAME,
@@ -107,26 +107,19 @@ def _settings(training: TrainingConfig | None) -> Settings:
 
 def _settings_of(folder: Path) -> LoraSettings | None:
     file = folder / "adapter_config.json"
-    return settings_from_json(read_json(file), file) if file.is_file() else None
+    return settings_from_json(read_object(file), file) if file.is_file() else None
 
 
 def _base(path: Path, adapter: str | None, part: str, training: TrainingConfig | None) -> str | None:
     """The base model of a part: what its adapter names, else what the training config names."""
     file = path / adapter / "adapter_config.json" if adapter else None
     if file is not None and file.is_file():
-        name = read_json(file).get("base_model_name_or_path")
+        name = read_object(file).get("base_model_name_or_path")
         if name:
             return str(name)
     if training is None:
         return None
     return {LLM: training.llm, VISION: training.visual_encoder}.get(part)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    found = read_json(folder / "config.json")
-    if not isinstance(found, dict):
-        raise InputError(f"{folder / 'config.json'}: expected an object")
-    return old_flavour(found)
 
 
 def needs(checkpoint: Checkpoint, part: str) -> Needs:

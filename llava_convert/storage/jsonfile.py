@@ -34,6 +34,14 @@ def read_json(path: Path, *, limit: int = MAX_JSON_BYTES, unique_keys: bool = Fa
     return parse_json(data, shown(path), unique_keys=unique_keys)
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError as `read_json` does, and where the file holds something else."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
 def parse_json(data: bytes, where: str, *, unique_keys: bool = False) -> Any:
     """The value that `data` is the JSON of; errors as for `read_json`, and they begin with `where`."""
     if data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_JSON_VALUES:
