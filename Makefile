@@ -11,10 +11,10 @@ ARGS ?=
 SECONDS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench peers test-peers fuzz clean
+.PHONY: help install demo test lint format bench bench-8b peers test-peers fuzz clean
 
 help:  ## list these verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## create .venv with every package pinned, and this project in it
 
@@ -35,6 +35,9 @@ format: $(STAMP)  ## let ruff mend what it can
 
 bench: $(STAMP)  ## time against cp and against the peers, side by side
 	$(PY) -m benchmarks $(ARGS)
+
+bench-8b: $(STAMP)  ## convert a LLaVA-Llama-3-8B of its real size, beside cp (up to 55 GB of disk)
+	$(PY) -m benchmarks.eight $(ARGS)
 
 peers: $(STAMP)  ## build the environments of the real converters and of older transformers, under .venvs
 	$(PY) tests/peers/build.py all

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import count, product
 from math import prod
 from pathlib import Path
@@ -26,11 +26,18 @@ STEP = 7_777_777
 
 CONFIG = """
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, CLIPVisionModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
 from xtuner.model import LLaVAModel
 from xtuner.utils import PROMPT_TEMPLATE
 
 prompt_template = PROMPT_TEMPLATE.llama3_chat
+tokenizer = dict(
+    type=AutoTokenizer.from_pretrained,
+    pretrained_model_name_or_path='{llm}',
+    trust_remote_code=True,
+    padding_side='right')
+image_processor = dict(
+    type=CLIPImageProcessor.from_pretrained, pretrained_model_name_or_path='{tower}', trust_remote_code=True)
 model = dict(
     type=LLaVAModel,
     freeze_llm=False,
@@ -64,16 +71,17 @@ class Values:
         self.tile = torch.cat([tile, tile])
         self.at = 0
 
+    def pieces(self, count: int) -> Iterator[torch.Tensor]:
+        """The next `count` values, in flat pieces that are not to be written to."""
+        while count:
+            size = min(TILE, count)
+            yield self.tile[self.at : self.at + size]
+            self.at = (self.at + STEP) % TILE
+            count -= size
+
     def tensor(self, shape: tuple[int, ...]) -> torch.Tensor:
         """A tensor with memory of its own, as a trained one has."""
-        found = torch.empty(shape, dtype=self.tile.dtype)
-        flat, done = found.view(-1), 0
-        while done < flat.numel():
-            size = min(TILE, flat.numel() - done)
-            flat[done : done + size] = self.tile[self.at : self.at + size]
-            self.at = (self.at + STEP) % TILE
-            done += size
-        return found
+        return torch.cat([torch.empty(0, dtype=self.tile.dtype), *self.pieces(prod(shape))]).view(shape)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -228,13 +236,11 @@ def make_tower(folder: Path, shape: Shape) -> None:
     write_json(folder / "preprocessor_config.json", PREPROCESSOR)
 
 
-def make_pth(folder: Path, nbytes: int, dtype: str, *, llm_weights: bool = False) -> None:
-    """`iter_1.pth` with a full LLM of `dtype`, a ViT LoRA and a projector in float32, beside the two bases.
+def make_bases(folder: Path, shape: Shape, *, llm_weights: bool = False) -> str:
+    """`llm` and `vit`, the two bases, and `config.py`, the config of a training that began with them: its text.
 
-    Pickle and base tower together take about `nbytes`. The base LLM is its config and tokenizer only, unless a peer
-    needs its weights too.
+    The base LLM is its config and tokenizer only, unless a peer needs its weights too.
     """
-    shape = shape_for(nbytes, DTYPES[dtype].itemsize, 4)
     make_tower(folder / "vit", shape)
     llm = folder / "llm"
     llm.mkdir()
@@ -243,14 +249,27 @@ def make_pth(folder: Path, nbytes: int, dtype: str, *, llm_weights: bool = False
     write_tokenizer(llm, shape.vocab)
     if llm_weights:
         write_shards(llm, shape.llm(), "BF16", 5 * 10**9, Values("BF16"))
-    values, wide = Values(dtype), Values("F32")
-    lora = {f"visual_encoder.base_model.model.{name}": s for name, s in shape.tower_lora()}
-    state = OrderedDict((name, wide.tensor(s)) for name, s in lora.items())
-    state |= {f"llm.{name}": values.tensor(s) for name, s in shape.llm().items()}
-    state |= {f"projector.model.{name}": wide.tensor(s) for name, s in shape.projector().items()}
     text = CONFIG.format(llm="llm", tower="vit", rank=LORA_RANK, alpha=LORA_ALPHA)
     (folder / "config.py").write_text(text, encoding="utf-8")
-    torch.save({"meta": {"cfg": text, "epoch": 0, "iter": 1}, "state_dict": state}, folder / "iter_1.pth")
+    return text
+
+
+def meta(config: str) -> dict[str, Any]:
+    """What mmengine saves beside the weights, as far as a conversion reads it."""
+    return {"cfg": config, "epoch": 0, "iter": 1}
+
+
+def make_pth(folder: Path, nbytes: int, dtype: str, *, llm_weights: bool = False) -> None:
+    """`iter_1.pth` with a full LLM of `dtype`, a ViT LoRA and a projector in float32, beside the two bases.
+
+    Pickle and base tower together take about `nbytes`.
+    """
+    shape = shape_for(nbytes, DTYPES[dtype].itemsize, 4)
+    config = make_bases(folder, shape, llm_weights=llm_weights)
+    values, wide = Values(dtype), Values("F32")
+    state = OrderedDict((name, wide.tensor(s)) for name, s in shape.adapters().items())
+    state |= {f"llm.{name}": values.tensor(s) for name, s in shape.llm().items()}
+    torch.save({"meta": meta(config), "state_dict": state}, folder / "iter_1.pth")
 
 
 def made(folder: Path, make: Any, *args: Any, **more: Any) -> Path:

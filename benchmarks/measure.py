@@ -19,10 +19,11 @@ MB = 10**6
 
 @dataclass(frozen=True)
 class Run:
-    """One run: seconds of wall and of processor time, peak anonymous memory and peak resident size in bytes."""
+    """One run: seconds of wall time and of processor time, peak anonymous memory and peak resident size in bytes."""
 
     seconds: float
-    cpu: float = 0.0
+    user: float = 0.0
+    system: float = 0.0
     anonymous: int = 0
     resident: int = 0
 
@@ -71,20 +72,28 @@ def run(command: Sequence[str | Path], *, cwd: Path | None = None, extra: dict[s
     after = os.times()
     if process.returncode:
         raise RunError(f"{' '.join(map(str, command[:4]))} … exited {process.returncode}:\n{errors[-2000:]}")
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return Run(seconds, cpu, anonymous, resident)
+    user, system = after.children_user - before.children_user, after.children_system - before.children_system
+    return Run(seconds, user, system, anonymous, resident)
 
 
 def copy(files: Sequence[Path], target: Path) -> Run:
-    """What the budgets call `cp`: each file copied without reflink, then made durable."""
+    """What the budgets call `cp`: each file copied without reflink, then made durable.
+
+    A copy goes before the next one is made, off the clock, so that the disk needs room for the largest only.
+    """
     target.mkdir()
-    start = time.perf_counter()
-    for number, file in enumerate(files):
-        place = target / f"{number}-{file.name}"
+    seconds = 0.0
+    before = os.times()
+    for file in files:
+        place = target / file.name
         reflink = ["--reflink=never"] if sys.platform == "linux" else []
+        start = time.perf_counter()
         subprocess.run(["cp", *reflink, str(file), str(place)], check=True)
         subprocess.run(["sync", str(place)], check=True)
-    return Run(time.perf_counter() - start)
+        seconds += time.perf_counter() - start
+        place.unlink()
+    after = os.times()
+    return Run(seconds, after.children_user - before.children_user, after.children_system - before.children_system)
 
 
 def warm(files: Sequence[Path]) -> None:
@@ -94,6 +103,14 @@ def warm(files: Sequence[Path]) -> None:
         with file.open("rb", buffering=0) as stream:
             while stream.readinto(buffer):
                 pass
+
+
+def cool(files: Sequence[Path]) -> None:
+    """Put files out of the page cache, where the system can. What is not on the disk yet stays."""
+    if hasattr(os, "posix_fadvise"):
+        for file in files:
+            with file.open("rb") as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def quiesce() -> None:

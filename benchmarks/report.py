@@ -61,7 +61,8 @@ def show(rows: list[Row], console: Console) -> None:
         ("job", "left"),
         ("GB", "right"),
         ("ours s", "right"),
-        ("cpu s", "right"),
+        ("user s", "right"),
+        ("sys s", "right"),
         ("theirs s", "right"),
     ):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
@@ -75,7 +76,8 @@ def show(rows: list[Row], console: Console) -> None:
             row.job,
             f"{row.size:g}" if row.size else "",
             f"{median(r.seconds for r in row.ours):.2f}",
-            f"{median(r.cpu for r in row.ours):.2f}",
+            f"{median(r.user for r in row.ours):.2f}",
+            f"{median(r.system for r in row.ours):.2f}",
             f"{median(r.seconds for r in row.theirs):.2f}" if row.theirs else "",
             f"{median(found):.2f} ({min(found):.2f}–{max(found):.2f}){unit}",
             f"{row.budget:g}" if row.budget is not None else "",

@@ -71,6 +71,11 @@ class Shape:
         h, v = self.hidden, _TOWER["hidden_size"]
         return {"0.weight": (h, v), "0.bias": (h,), "2.weight": (h, h), "2.bias": (h,)}
 
+    def adapters(self) -> Shapes:
+        """What is trained beside the LLM, by xtuner's names: the tower's LoRA and the projector."""
+        lora = {f"visual_encoder.base_model.model.{name}": shape for name, shape in self.tower_lora()}
+        return lora | {f"projector.model.{name}": shape for name, shape in self.projector().items()}
+
     def llm_config(self, dtype: str) -> dict[str, Any]:
         return {
             "architectures": ["LlamaForCausalLM"],

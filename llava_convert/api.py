@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from llava_convert import conversion as engine
@@ -79,9 +80,10 @@ def inspect(
     visual_encoder: str | None = None,
     pretrained_pth: PathLike | None = None,
     config: PathLike | None = None,
+    lora_alpha: float | Mapping[str, float] | None = None,
 ) -> Inspection:
     """What a checkpoint is, what it lacks and what it can become; reads headers only."""
-    return look(source, _source_options(llm, visual_encoder, pretrained_pth, config))
+    return look(source, _source_options(llm, visual_encoder, pretrained_pth, config, lora_alpha))
 
 
 def verify(
@@ -93,9 +95,11 @@ def verify(
     pretrained_pth: PathLike | None = None,
     config: PathLike | None = None,
     lora_alpha: float | Mapping[str, float] | None = None,
+    part: str = ALL,
 ) -> Verdict:
     """Whether OUT holds the weights of SOURCE, tensor by tensor, whoever converted it. `Verdict.same` says so."""
-    return engine.verify(source, out, _source_options(llm, visual_encoder, pretrained_pth, config, lora_alpha))
+    options = _source_options(llm, visual_encoder, pretrained_pth, config, lora_alpha)
+    return engine.verify(source, out, replace(options, target=TargetOptions(part=part)))
 
 
 def _source_options(
@@ -103,7 +107,7 @@ def _source_options(
     visual_encoder: str | None,
     pretrained_pth: PathLike | None,
     config: PathLike | None,
-    lora_alpha: float | Mapping[str, float] | None = None,
+    lora_alpha: float | Mapping[str, float] | None,
 ) -> Options:
     return Options(
         to="",

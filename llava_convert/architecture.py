@@ -47,7 +47,6 @@ class Architecture:
     repeat: Mapping[str, Mapping[str, Any]]
     rows: tuple[Mapping[str, Any], ...]
     drops: tuple[tuple[Pattern, str], ...]
-    text: str
 
     def complete(self, config: Config) -> dict[str, Any]:
         """`config` with the family's defaults filled in: published configs keep only what differs."""
@@ -96,9 +95,7 @@ class Architecture:
         name = row["name"] if rows_name is None else row["name"].replace(f"{{{rows_name}}}", str(number))
         shape = tuple(self._dimension(d, config) for d in row["shape"])
         tied = row.get("tied") if config.get("tie_word_embeddings") else None
-        quoted = f'"{row["name"]}"'
-        line = next((n for n, content in enumerate(self.text.splitlines(), 1) if quoted in content), 0)
-        found[f"{self.part}.{name}"] = Expected(shape, f"{self.part}.{tied}" if tied else None, line)
+        found[f"{self.part}.{name}"] = Expected(shape, f"{self.part}.{tied}" if tied else None, row["line"])
 
     def _dimension(self, formula: str | int, config: Config) -> int:
         if isinstance(formula, int):
@@ -144,6 +141,7 @@ def _formula(formula: str, config: Config) -> int | None:
 
 def parse_architecture(text: str, path: Path) -> Architecture:
     raw = tomllib.loads(text)
+    lines = text.splitlines()
     return Architecture(
         name=raw["architecture"],
         part=raw["part"],
@@ -153,10 +151,14 @@ def parse_architecture(text: str, path: Path) -> Architecture:
         defaults=raw.get("defaults", {}),
         symbols={k: tuple(v) for k, v in raw.get("symbols", {}).items()},
         repeat=raw.get("repeat", {}),
-        rows=tuple(raw["tensor"]),
+        rows=tuple({**row, "line": _line_of(row["name"], lines)} for row in raw["tensor"]),
         drops=tuple((Pattern.parse(f"{raw['part']}.{d['name']}"), d["reason"]) for d in raw.get("drop", ())),
-        text=text,
     )
+
+
+def _line_of(name: str, lines: list[str]) -> int:
+    quoted = f'"{name}"'
+    return next((number for number, content in enumerate(lines, 1) if quoted in content), 0)
 
 
 @cache

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from llava_convert import __version__
-from llava_convert.checkpoint import LLM, VISION
+from llava_convert.checkpoint import LLM, PROJECTOR, VISION
 from llava_convert.hub import is_id
 from llava_convert.model import Model
 from llava_convert.ops import MergeLora
@@ -20,38 +20,53 @@ _WHAT = {
 }
 
 
+_PARTS = {
+    LLM: ("the language model of a LLaVA, on its own", "text-generation"),
+    VISION: ("the vision tower of a LLaVA, on its own", "image-feature-extraction"),
+    PROJECTOR: ("the projector of a LLaVA, on its own", "image-text-to-text"),
+}
+
+
 def card(plan: Plan, target: Target, model: Model, name: str, *, verified: str) -> str:
     """Markdown with the hub's front matter. Holds no path and no time."""
-    front = ["---", "pipeline_tag: image-text-to-text", f"library_name: {_library(plan.layout)}"]
-    bases = sorted({i for part in (LLM, VISION) if (i := _base_id(model, plan, part)) is not None})
+    what, tag, library = _what(plan)
+    front = ["---", f"pipeline_tag: {tag}", f"library_name: {library}"]
+    bases = sorted({i for part in (LLM, VISION) if (i := _base_id(plan, part)) is not None})
     if bases:
         front += ["base_model:", *(f"- {base}" for base in bases)]
     front += ["tags:", "- llava", "---"]
-    body = [f"# {name}", "", f"This is {_WHAT[plan.layout]}.", "", *_use(plan, name), "## How it was made", ""]
+    body = [f"# {name}", "", f"This is {what}.", "", *_use(plan, name), "## How it was made", ""]
     body += _made(plan, model, verified)
     body += [*_remarks(plan, target, model)]
     return "\n".join([*front, "", *body]) + "\n"
 
 
-def _library(layout: str) -> str:
-    return {"hf": "transformers", "xtuner": "xtuner"}.get(layout, "llava")
+def _what(plan: Plan) -> tuple[str, str, str]:
+    """What the output is, its pipeline tag, and the library that reads it."""
+    library = {"hf": "transformers", "xtuner": "xtuner"}.get(plan.layout, "llava")
+    parts = {tensor.canonical.partition(".")[0] for tensor in plan.tensors}
+    if len(parts) > 1 or plan.layout == "xtuner":
+        return _WHAT[plan.layout], "image-text-to-text", library
+    part = next(iter(parts))
+    return *_PARTS[part], library if part == PROJECTOR else "transformers"
 
 
-def _base_id(model: Model, plan: Plan, part: str) -> str | None:
-    """The id that config files name for a part; only ids, never folder names."""
-    for file in ("config.json", "visual_encoder/config.json"):
-        if file not in plan.files:
-            continue
-        config: dict[str, Any] = json.loads(plan.files[file])
-        nested = config.get("text_config" if part == LLM else "vision_config")
-        found = [
-            (nested or {}).get("_name_or_path"),
-            config.get("mm_vision_tower") if part == VISION else None,
-            config.get("_name_or_path") if part == LLM and not nested else None,
-        ]
-        for name in found:
-            if isinstance(name, str) and is_id(name):
-                return name
+def _base_id(plan: Plan, part: str) -> str | None:
+    """The id that a written config names for a part's base; only ids, never folder names."""
+    adapter = "llm_adapter" if part == LLM else "visual_encoder_adapter"
+    places = {
+        LLM: [("config.json", "text_config", "_name_or_path"), ("config.json", None, "_name_or_path")],
+        VISION: [
+            ("config.json", "vision_config", "_name_or_path"),
+            ("config.json", None, "mm_vision_tower"),
+            ("visual_encoder/config.json", None, "_name_or_path"),
+        ],
+    }[part]
+    for file, section, key in [*places, (f"{adapter}/adapter_config.json", None, "base_model_name_or_path")]:
+        config: dict[str, Any] = json.loads(plan.files.get(file, b"{}"))
+        name = (config.get(section) or {}).get(key) if section else config.get(key)
+        if isinstance(name, str) and is_id(name):
+            return name
     return None
 
 

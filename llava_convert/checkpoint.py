@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llava_convert.errors import InputError
 from llava_convert.lora import Adapter
 from llava_convert.spec import StoredTensor
 from llava_convert.training_config import TrainingConfig
@@ -30,7 +31,7 @@ class Part:
 
     `weights` are whole tensors; `adapter` is a LoRA on top of a base. What neither gives comes from the base
     model, which the source names by `base` (a folder or a hub id) when it can. `folder` holds the part's
-    config and tokenizer files when the layout has them.
+    config and tokenizer files when the layout has them. `origin` is which checkpoint the weights are of.
     """
 
     weights: Mapping[str, StoredTensor] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Part:
     base: str | None = None
     config: Mapping[str, Any] | None = None
     folder: Path | None = None
+    origin: str = "checkpoint"
 
     @property
     def state(self) -> str:
@@ -59,9 +61,33 @@ class Settings:
     select_strategy: str = "default"
     image_aspect_ratio: str = "pad"
     prompt_template: str | Mapping[str, Any] | None = None
-    image_token: int | None = None
     max_position_embeddings: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wrong = {
+            "feature layer": (type(self.select_layer) is int, self.select_layer),
+            "feature selection": (self.select_strategy in ("default", "full"), self.select_strategy),
+            "image_aspect_ratio": (isinstance(self.image_aspect_ratio, str), self.image_aspect_ratio),
+        }
+        for what, (right, value) in wrong.items():
+            if not right:
+                raise InputError(f"the {what} of the source cannot be {str(value)[:60]!r}")
+
+    def record(self) -> dict[str, Any]:
+        """What conversion.json keeps, since not every layout has a place for it."""
+        return {
+            "select_layer": self.select_layer,
+            "select_strategy": self.select_strategy,
+            "image_aspect_ratio": self.image_aspect_ratio,
+        }
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any] | None) -> Settings:
+        """The settings that a conversion.json tells, else the defaults."""
+        told = (record or {}).get("settings")
+        known = cls().record().keys()
+        return cls(**{k: v for k, v in told.items() if k in known}) if isinstance(told, dict) else cls()
 
 
 @dataclass(frozen=True)

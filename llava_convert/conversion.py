@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -10,7 +12,7 @@ from typing import Any, Protocol
 
 from llava_convert.card import card
 from llava_convert.checkpoint import LLM, PART_WORDS, PARTS, VISION, Checkpoint
-from llava_convert.errors import ConvertError, UnsupportedError, UsageError
+from llava_convert.errors import UnsupportedError, UsageError
 from llava_convert.execute import Outcome, execute
 from llava_convert.layouts import TARGETS, layout, open_checkpoint
 from llava_convert.layouts.base import ALL, OpenOptions, TargetOptions
@@ -20,6 +22,7 @@ from llava_convert.ops import MergeLora
 from llava_convert.plan import KEEP, Plan, Target, make_plan, parse_size, utf8
 from llava_convert.provenance import RECORD, dropped_texts, dump, record, stored_of
 from llava_convert.spec import FROM_TORCH_NAMES, TORCH_NAMES
+from llava_convert.stage_one import with_stage_one
 from llava_convert.storage.identity import Snapshot
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.staging import Staging
@@ -149,7 +152,7 @@ def convert(source: str | Path, options: Options, say: Say | None = None) -> Rep
         FilePool() as pool,
         Staging(
             ready.out,
-            ready.plan.hash,
+            _stamp(ready.plan, snapshot),
             force=options.force,
             # A digest is taken while a shard is written: kept ones would have none.
             resume=options.resume and not options.digest,
@@ -205,7 +208,7 @@ def prepare(source: Path, options: Options) -> Prepared:
     if options.to not in TARGETS:
         raise UsageError(f"--to {options.to}: this version writes {', '.join(TARGETS)}")
     _check_options(options)
-    checkpoint, why = open_checkpoint(source, options.source_layout, OpenOptions(options.config))
+    checkpoint, why, told = _open(source, options)
     target_layout = layout(options.to)
     if checkpoint.layout == options.to and _nothing_to_do(checkpoint, options):
         raise UnsupportedError(
@@ -219,7 +222,6 @@ def prepare(source: Path, options: Options) -> Prepared:
         ids={p: i for p in (LLM, VISION) if (i := options.bases.asked_id(p)) is not None},
         lora_alpha=options.bases.lora_alpha,
     )
-    pretrained, told = _pretrained(checkpoint, options)
     need = target_layout.needs(checkpoint, part)
     model = assemble(
         checkpoint,
@@ -227,7 +229,6 @@ def prepare(source: Path, options: Options) -> Prepared:
         weights=need.weights,
         configs=need.configs,
         optional_configs=need.optional_configs,
-        pretrained=pretrained,
     )
     if checkpoint.layout != options.to:
         model = without_added(model)
@@ -246,6 +247,19 @@ def prepare(source: Path, options: Options) -> Prepared:
         notes=(*checkpoint.notes, *model.notes, *target.notes, *dropped_texts(checkpoint, model.dropped)),
         warnings=(*checkpoint.warnings, *model.warnings, *target.warnings),
     )
+
+
+def _open(source: Path, options: Options) -> tuple[Checkpoint, str, list[str]]:
+    """The source, why it was taken for what it is, and what there is to tell of its stage 1."""
+    checkpoint, why = open_checkpoint(source, options.source_layout, OpenOptions(options.config))
+    checkpoint, told = with_stage_one(checkpoint, options.pretrained_pth)
+    return checkpoint, why, told
+
+
+def _stamp(plan: Plan, snapshot: Snapshot) -> str:
+    """What a resumed run must have in common with the killed one: the plan, and sources that nobody touched since."""
+    states = [[str(path), state.size, state.mtime_ns, state.inode] for path, state in snapshot.states.items()]
+    return hashlib.sha256(json.dumps([plan.hash, states]).encode()).hexdigest()
 
 
 def _check_options(options: Options) -> None:
@@ -303,36 +317,6 @@ def _part_story(model: Model, plan: Plan, part: str) -> str:
     return f"{said}, LoRA merged into {merged} tensors" if merged else said
 
 
-def _pretrained(checkpoint: Checkpoint, options: Options) -> tuple[Checkpoint | None, list[str]]:
-    """The stage-1 checkpoint that the training started from, when something of it is needed and it can be read."""
-    named = options.pretrained_pth
-    asked = str(named) if named else (checkpoint.training.pretrained_pth if checkpoint.training else None)
-    if asked is None or all(checkpoint.parts[p].state == "full" for p in PARTS):
-        return None, []
-    path = Path(asked)
-    candidates = [
-        path,
-        *(() if path.is_absolute() or named else (p / path for p in checkpoint.path.absolute().parents)),
-    ]
-    try:
-        found = next((c for c in candidates if c.exists()), None)
-    except OSError:  # a name that is too long
-        found = None
-    if found is None:
-        if named:
-            raise UsageError(f"--pretrained-pth {named} does not exist")
-        return None, [
-            f"the stage-1 checkpoint {path.name} that training started from is not here: what it trained and this "
-            "one does not hold come from the base model (--pretrained-pth gives it)"
-        ]
-    try:
-        return open_checkpoint(found, "pth")[0], []
-    except ConvertError as problem:
-        if named:
-            raise
-        return None, [f"the stage-1 checkpoint {path.name} cannot be read ({problem.message})"]
-
-
 def _part(word: str) -> str:
     if word == ALL:
         return ALL
@@ -383,8 +367,7 @@ def _nonfinite_warning(outcome: Outcome) -> str | None:
 def verify(source: str | Path, out: str | Path, options: Options, say: Say | None = None) -> Verdict:
     """Compare OUT with SOURCE, tensor by tensor; the caller decides what a difference means."""
     say = say or Silence()
-    checkpoint, _ = open_checkpoint(Path(source), options.source_layout, OpenOptions(options.config))
-    pretrained, told = _pretrained(checkpoint, options)
+    checkpoint, _, told = _open(Path(source), options)
     for text in told:
         say.warn(text)
     total = Path(out).stat().st_size if Path(out).is_file() else sum(p.stat().st_size for p in Path(out).rglob("*"))
@@ -394,6 +377,5 @@ def verify(source: str | Path, out: str | Path, options: Options, say: Say | Non
         Path(out),
         bases=options.bases,
         options=target,
-        pretrained=pretrained,
         progress=say.start("comparing", total),
     )

@@ -1,8 +1,7 @@
 """The whole model that a checkpoint stands for: every tensor with where it comes from and what is merged into it.
 
-A checkpoint is usually partial. Each tensor comes from the checkpoint, else from the stage-1 checkpoint that the
-training started from, else from the base model; LoRA is merged on top. Nothing is read here but headers,
-except that tied weights which are stored twice are compared.
+A checkpoint is usually partial. Each tensor comes from the checkpoint, else from the base model; LoRA is merged on
+top. Nothing is read here but headers, except that tied weights which are stored twice are compared.
 """
 
 from __future__ import annotations
@@ -113,7 +112,6 @@ def assemble(
     weights: Iterable[str],
     configs: Iterable[str],
     optional_configs: Iterable[str] = (),
-    pretrained: Checkpoint | None = None,
 ) -> Model:
     """The model that a target needs: the `weights` of some parts, the `configs` of some.
 
@@ -139,11 +137,11 @@ def assemble(
     for part in (LLM, VISION, PROJECTOR):
         if part not in wanted:
             continue
-        expected = _expected(checkpoint, part, found_configs, pretrained)
+        expected = _expected(checkpoint, part, found_configs)
         if part in found_configs:
             _check_heads(part, found_configs[part])
         _refuse_unknown(checkpoint, part, expected)
-        stored = _trained(checkpoint, part, pretrained)
+        stored = _trained(checkpoint, part)
         if any(name not in stored and want.tied not in stored for name, want in expected.items()):
             # Only now: a fully trained part needs its base's config alone, not gigabytes of its weights.
             base = _base(checkpoint, part, asked, weights=True)
@@ -243,13 +241,10 @@ def _base(checkpoint: Checkpoint, part: str, asked: Bases, *, weights: bool) -> 
     return find_base(part, name, checkpoint.path, explicit=explicit is not None, weights=weights)
 
 
-def _expected(
-    checkpoint: Checkpoint, part: str, configs: Mapping[str, dict[str, Any]], pretrained: Checkpoint | None
-) -> dict[str, Expected]:
+def _expected(checkpoint: Checkpoint, part: str, configs: Mapping[str, dict[str, Any]]) -> dict[str, Expected]:
     if part != PROJECTOR:
         return family(part, configs[part]).tensors(configs[part])
-    weights = checkpoint.parts[PROJECTOR].weights or (pretrained.parts[PROJECTOR].weights if pretrained else {})
-    return architecture_for(PROJECTOR, "projector").tensors(projector_config(weights))
+    return architecture_for(PROJECTOR, "projector").tensors(projector_config(checkpoint.parts[PROJECTOR].weights))
 
 
 def projector_config(weights: Mapping[str, StoredTensor]) -> dict[str, Any]:
@@ -272,15 +267,12 @@ def projector_config(weights: Mapping[str, StoredTensor]) -> dict[str, Any]:
     }
 
 
-def _trained(checkpoint: Checkpoint, part: str, pretrained: Checkpoint | None) -> dict[str, tuple[StoredTensor, str]]:
-    """The whole tensors of a part that training left: the checkpoint's, then those of stage 1."""
+def _trained(checkpoint: Checkpoint, part: str) -> dict[str, tuple[StoredTensor, str]]:
+    """The whole tensors of a part that training left."""
     own = checkpoint.parts[part]
-    found: dict[str, tuple[StoredTensor, str]] = {}
-    if pretrained is not None:
-        found.update({name: (tensor, "stage 1") for name, tensor in pretrained.parts[part].weights.items()})
-    found.update({name: (tensor, "checkpoint") for name, tensor in own.weights.items()})
+    found = {name: (tensor, own.origin) for name, tensor in own.weights.items()}
     if own.adapter is not None:
-        found.update({name: (tensor, "checkpoint") for name, tensor in own.adapter.overrides.items()})
+        found.update({name: (tensor, own.origin) for name, tensor in own.adapter.overrides.items()})
     return found
 
 

@@ -85,7 +85,7 @@ def widen(values: Array, dtype: str) -> NDArray[np.float32]:
         return np.left_shift(bits, _SHIFT16, out=bits).view(np.float32)
     if dtype == "F16" and values.size and not nonfinite_mask(values, dtype).any() and not _flushes_subnormals():
         return _widen_f16(values)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return values.astype(np.float32, copy=False)
 
 
@@ -131,9 +131,10 @@ def _cast(values: Array, dtype: str, to: str, out: Array) -> CastLoss:
         if flushed is not None:
             return CastLoss(flushed=flushed)
     elif dtype in _TOO_LARGE:  # to a wider one: nothing can be lost
-        out[:] = widen(values, dtype)
+        with np.errstate(invalid="ignore"):  # a signalling NaN
+            out[:] = widen(values, dtype)
         return CastLoss(nonfinite=count_nonfinite(values, dtype))
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         if to == "BF16":
             out[:] = _bf16_with_nan(_odd(values) if dtype == "F64" else widen(values, dtype))
         else:
@@ -227,7 +228,7 @@ def _bf16_with_nan(values: NDArray[np.float32]) -> Bits16:
 
 def _odd(values: NDArray[np.float64]) -> NDArray[np.float32]:
     """float64 as float32 rounded to odd, so that a second rounding to bfloat16 acts as the only one."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         near = values.astype(np.float32)
     away = np.abs(near.astype(np.float64)) > np.abs(values)
     bits = near.view(np.uint32)

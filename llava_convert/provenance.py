@@ -125,6 +125,7 @@ def record(
         "notes": [*model.checkpoint.notes, *model.notes],
         "tensors": tensors,
     }
+    found["settings"] = model.checkpoint.settings.record()
     if VISION in model.configs:
         # The official layout has no place for it, and the way back needs it.
         config = without_stale(model.configs[VISION])

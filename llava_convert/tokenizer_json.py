@@ -15,7 +15,9 @@ def edit_added_tokens(
     """tokenizer.json with entries put into, or cut out of, `added_tokens`; all other text stays as it was."""
     old = parsed.get("added_tokens") or []
     order = list(old[0]) if old else ["id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"]
-    entries = [e for e in old if (e["id"], e["content"]) not in gone] + [{k: e[k] for k in order} for e in new]
+    entries = [e for e in old if (e["id"], e["content"]) not in gone] + [
+        {k: e[k] for k in order if k in e} for e in new
+    ]
     wanted = parsed | {"added_tokens": entries}
     # Where the text is not laid out as expected, something cannot be found (ValueError) or the outcome differs.
     with suppress(ValueError):

@@ -15,7 +15,9 @@ from typing import Any
 
 from llava_convert.errors import InputError
 from llava_convert.sentencepiece import read_pieces
+from llava_convert.storage.jsonfile import parse_json
 from llava_convert.tokenizer_json import edit_added_tokens, has_type, starts_with
+from llava_convert.tokenizer_shape import require_shape
 
 IMAGE_TOKEN, PAD_TOKEN, UNK_TOKEN = "<image>", "<pad>", "<unk>"
 ROW_MULTIPLE = 64  # xtuner's pad_shape: rows are padded to it when a token gets a new one
@@ -37,6 +39,12 @@ class Tokenizer:
 
     def read(self, name: str) -> bytes:
         return (self.folder / name).read_bytes()
+
+    def _text(self, name: str) -> str:
+        try:
+            return self.read(name).decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.folder / name}: not UTF-8 text (byte {error.start})") from None
 
     def read_json(self, name: str) -> dict[str, Any]:
         """The object in a JSON file, {} where the file is missing. Raises InputError where it is no JSON object."""
@@ -131,7 +139,7 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The default chat template, from the file that transformers 5.23 prefers."""
         if TEMPLATE in self.files:
-            return self.read(TEMPLATE).decode()
+            return self._text(TEMPLATE)
         found = self.config.get("chat_template")
         if isinstance(found, list):  # named templates
             found = {entry["name"]: entry["template"] for entry in found}.get("default")
@@ -322,7 +330,7 @@ def undo_record(before: Mapping[str, bytes], plan: TokenPlan, files: Mapping[str
     record: dict[str, Any] = {}
     for name in (CONFIG, SPECIAL_MAP, ADDED, PROCESSOR_TEMPLATE):
         if name in before:
-            old, now = json.loads(before[name]), _stripped(json.loads(files.get(name, b"{}")), gone)
+            old, now = _json_object(before[name], Path(name)), _stripped(json.loads(files.get(name, b"{}")), gone)
             lost = object()
             changed = {key: value for key, value in old.items() if now.get(key, lost) != value}
             drop = [key for key in now if key not in old]
@@ -380,10 +388,19 @@ def _dump(value: Mapping[str, Any]) -> bytes:
 
 
 def _json_object(data: bytes, path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(data)
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
+    found = parse_json(data, str(path))
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    # Half a surrogate pair can be written in JSON (\\ud800) and not in the files that are made of it.
+    if b"\\ud" in data.lower() and not _is_text(json.dumps(found, ensure_ascii=False)):
+        raise InputError(f"{path}: holds an escape (\\ud...) that is no character", hint="get the file again")
+    require_shape(path.name, found, path)
     return found
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -141,7 +141,6 @@ def compare_checkpoints(
     *,
     bases: Bases,
     options: TargetOptions,
-    pretrained: Checkpoint | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Verdict:
     """Whether OUT, of any layout and from any converter, holds the weights of the source, tensor by tensor.
@@ -163,7 +162,6 @@ def compare_checkpoints(
         weights=need.weights,
         configs=need.configs,
         optional_configs=need.optional_configs,
-        pretrained=pretrained,
     )
     if source.layout != theirs.layout:
         model = without_added(model)

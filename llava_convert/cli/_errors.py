@@ -20,6 +20,7 @@ def run(action: Callable[[], None], output: Output) -> int:
         if output.verbose:
             _traceback()
         output.error(problem.message, problem.hint)
+        output.result({"error": problem.message, "hint": problem.hint, "exit_code": problem.exit_code})
         return problem.exit_code
     except KeyboardInterrupt:
         output.error("interrupted; nothing was left behind", None)

@@ -48,7 +48,7 @@ LoraAlpha = Annotated[
     typer.Option(
         "--lora-alpha",
         metavar="N",
-        help="LoRA alpha where nothing tells it: one number, or llm=N,visual-encoder=M.",
+        help="LoRA alpha, where nothing tells it or what tells it is wrong: one number, or llm=N,visual-encoder=M.",
         rich_help_panel=SOURCE_PANEL,
     ),
 ]

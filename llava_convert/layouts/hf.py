@@ -66,8 +66,9 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
     configs: dict[str, dict[str, Any] | None] = {LLM: text, VISION: vision, PROJECTOR: None}
     parts = {name: Part(sorted_.weights[name], None, None, configs[name], path) for name in PARTS}
     layer = config.get("vision_feature_layer", -2)
-    if not isinstance(layer, int):
+    if isinstance(layer, list):
         raise UnsupportedError(f"{path}: vision_feature_layer {layer!r}: only one layer can be carried over")
+    record = read_record(path)
     return Checkpoint(
         layout=NAME,
         path=path,
@@ -76,14 +77,14 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         parts=parts,
         settings=Settings(
             select_layer=layer,
-            select_strategy=str(config.get("vision_feature_select_strategy", "default")),
-            image_token=config.get("image_token_index", config.get("image_token_id")),
+            select_strategy=config.get("vision_feature_select_strategy", "default"),
+            image_aspect_ratio=Settings.recorded(record).image_aspect_ratio,
         ),
         image_newline=sorted_.image_newline,
         dropped=sorted_.dropped,
         notes=tuple(f"names are in the {d} dialect" for d in sorted_.dialects if d != "classic"),
         warnings=found.warnings,
-        record=read_record(path),
+        record=record,
         shard_of=found.shard_of,
     )
 

@@ -14,7 +14,7 @@ from llava_convert.architecture import architectures
 from llava_convert.artefacts import Artefacts
 from llava_convert.checkpoint import LLM, PROJECTOR, VISION, Checkpoint, Part, Settings
 from llava_convert.configs import family, old_flavour, ordered
-from llava_convert.errors import InputError, UnsupportedError
+from llava_convert.errors import UnsupportedError
 from llava_convert.layouts import parts as single
 from llava_convert.layouts.base import ALL, Found, Needs, OpenOptions, TargetOptions
 from llava_convert.layouts.naming import outputs, sort_tensors
@@ -156,17 +156,11 @@ def _settings(own: Mapping[str, Any]) -> Settings:
     ratio = own.get("image_aspect_ratio", "square")
     extra = {k: v for k, v in own.items() if k in ("image_grid_pinpoints", "mm_patch_merge_type")}
     return Settings(
-        select_layer=_layer(own.get("mm_vision_select_layer", -2)),
+        select_layer=own.get("mm_vision_select_layer", -2),
         select_strategy="full" if own.get("mm_vision_select_feature") == "cls_patch" else "default",
-        image_aspect_ratio=str(ratio),
+        image_aspect_ratio=ratio,
         extra=extra if merge != "flat" else {},
     )
-
-
-def _layer(value: Any) -> int:
-    if type(value) is not int:
-        raise InputError(f"config.json: mm_vision_select_layer should be a whole number, found {value!r}")
-    return value
 
 
 def needs(checkpoint: Checkpoint, part: str) -> Needs:

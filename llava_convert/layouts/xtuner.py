@@ -6,6 +6,7 @@ or `visual_encoder/`. What was frozen is absent; nothing in the folder names the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from llava_convert.lora import Adapter, settings_from_json
 from llava_convert.mapping import layout_table
 from llava_convert.model import Model, projector_config
 from llava_convert.plan import FileSet, Target, to_json
+from llava_convert.provenance import read_record
 from llava_convert.spec import StoredTensor
 from llava_convert.storage.jsonfile import read_object
 from llava_convert.storage.weights import open_weights
@@ -59,7 +61,7 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         files += found.files
         warnings += found.warnings
     sorted_ = sort_tensors(tensors, layout_table(NAME), path)
-    training = _training(path, options)
+    training, record = _training(path, options), read_record(path)
     dropped: list[Dropped] = list(sorted_.dropped)
     parts: dict[str, Part] = {}
     for name, adapter, folder in (
@@ -79,10 +81,11 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         root=path,
         files=tuple(files),
         parts=parts,
-        settings=_settings(training),
+        settings=_settings(training, record),
         dropped=tuple(dropped),
         warnings=tuple(warnings),
         training=training,
+        record=record,
         shard_of=shard_of,
     )
 
@@ -99,9 +102,10 @@ def _training(path: Path, options: OpenOptions) -> TrainingConfig | None:
     return load_training_config(config) if options.config is not None or config.is_file() else None
 
 
-def _settings(training: TrainingConfig | None) -> Settings:
+def _settings(training: TrainingConfig | None, record: Mapping[str, Any] | None) -> Settings:
+    """How the parts work together: the layout itself does not say."""
     if training is None:
-        return Settings()
+        return Settings.recorded(record)
     return Settings(select_layer=training.visual_select_layer, prompt_template=training.prompt_template)
 
 
@@ -200,10 +204,9 @@ def _adapter_config(made: Artefacts, part: str, adapter: Adapter) -> dict[str, A
     settings = adapter.settings or LoraSettings(r=0, lora_alpha=0)
     modules = sorted({name.rpartition(".")[2] for name in adapter.modules})
     first = next(iter(adapter.modules.values()))
-    alpha = settings.lora_alpha
-    if adapter.settings is None:
-        module = next(iter(adapter.modules))
-        alpha = adapter.scale(module, alpha=made.options.lora_alpha.get(PART_WORDS[part])) * first.rank
+    asked = made.options.lora_alpha.get(PART_WORDS[part])
+    alpha = settings.lora_alpha if asked is None else asked
+    adapter.scale(next(iter(adapter.modules)), alpha=asked)  # refuses an alpha that nobody knows
     config: dict[str, Any] = {
         "alpha_pattern": dict(settings.alpha_pattern),
         "auto_mapping": None,

@@ -15,6 +15,8 @@ MAX_JSON_BYTES = 64 << 20
 # Values cost up to 64 bytes each once parsed, so few bytes of `[],[],` could fill the memory. That tokenizer.json has
 # about 2.5 million; 5 million stay below 400 MB.
 MAX_JSON_VALUES = 5_000_000
+# What is read is gone by with functions that call themselves. A tokenizer.json has 12 levels.
+MAX_JSON_DEPTH = 64
 
 _STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity|NaN', re.DOTALL)
 
@@ -48,7 +50,7 @@ def parse_json(data: bytes, where: str, *, unique_keys: bool = False) -> Any:
         raise InputError(f"{where}: more than {MAX_JSON_VALUES:,} values, more than any file of its kind")
     text = _decoded(data, where)
     try:
-        return json.loads(
+        found = json.loads(
             text,
             parse_constant=_constant,
             object_pairs_hook=_unique if unique_keys else None,
@@ -64,6 +66,23 @@ def parse_json(data: bytes, where: str, *, unique_keys: bool = False) -> Any:
         raise InputError(f"{where}: the key {shown(error)} is there twice") from None
     except ValueError as error:  # an integer of thousands of digits (sys.set_int_max_str_digits)
         raise InputError(f"{where}: not JSON that a model needs: {error}") from None
+    if _deeper(found, MAX_JSON_DEPTH):
+        raise InputError(f"{where}: not JSON that a model needs: nested too deep")
+    return found
+
+
+def _deeper(value: Any, limit: int) -> bool:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(limit):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 class _ConstantError(Exception):

@@ -32,6 +32,7 @@ _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2 na
 _OLD_BUILTINS = {"xrange": "range", "long": "int", "unicode": "str"}
 
 GETATTR = "builtins.getattr"
+_MAX_METHOD = 100  # characters; HistoryBuffer's longest is `register_statistics`
 # Globals so plain that nobody needs to hear of them.
 QUIET_BUILTINS = frozenset(
     f"builtins.{kind.__name__}"
@@ -99,6 +100,6 @@ def history_buffer_method(args: Any) -> Inert | None:
     if type(args) is tuple and len(args) == 2 and type(args[0]) is Inert and type(args[1]) is str:
         owner, method = args
         real = owner.name.startswith("mmengine.") and owner.name.endswith(".HistoryBuffer")
-        if real and owner.args is None and method.isidentifier():
-            return Inert(f"{owner.name}.{method[:100]}")
+        if real and owner.args is None and len(method) <= _MAX_METHOD and method.isidentifier():
+            return Inert(f"{owner.name}.{method}")
     return None

@@ -12,18 +12,25 @@ from typing import Any
 from llava_convert.storage.pickle_globals import Inert
 
 MAX_PICKLE_BYTES = 128 << 20  # a million iterations of HistoryBuffer come to about 100 MiB; anything else to less
-MAX_OPCODES = 4_000_000
+MAX_OPCODES = 1_000_000  # each may make a container, which costs up to 220 bytes until the tree is checked
 MAX_TEXT = 1 << 20  # a longer string (a HistoryBuffer's array) is replaced by `Elided`
 MAX_TEXT_TOTAL = 64 << 20
-MAX_COPIED = 4_000_000  # items copied by list(x), set(x) and the like, which repeat without new opcodes
+MAX_COPIED = 1_000_000  # items copied by list(x), set(x) and the like, which repeat without new opcodes
 MAX_SETS = 100_000  # a set is the largest object (216 bytes) that one opcode makes
-MAX_BUILT = 300_000  # tensors, each of which costs up to 64 dimensions of arithmetic
-MAX_TUPLE_KEYS = 20_000  # hashes of tuples of ints are not salted, so collisions can be made: bound their cost
+MAX_BUILT = 100_000  # tensors, each of which costs up to 64 dimensions of arithmetic
+MAX_KEY = 4096  # characters; equal keys that are not the same object are compared each time that they are set
+# Hashes of numbers, and of tuples of them, are not salted, so collisions can be made: bound their cost.
+MAX_NUMBER_KEYS = 20_000  # an optimizer's state has one for each parameter
+MAX_TUPLE_KEYS = 20_000
+MAX_GLOBALS = 10_000  # distinct ones; real files name about 15
+# Picklers count their memo from 0 upwards; an index far above can be one of many that collide in a dict.
+MEMO_GAP = 1000
+MAX_MEMO_LEAPS = 100
 MAX_INT_BYTES = 1024
 MAX_NAME = 512
 MAX_DEPTH = 200  # well inside the recursion limit of whoever walks the tree
 MAX_TREE = 20_000_000  # nodes of the tree once every shared branch is counted each time that it is reached
-_MAX_KEY_INT = 2**61 - 1  # from here on, hashes of ints collide at will
+_MAX_KEY_INT = 2**61 - 1  # from here on, ints have equal hashes at will
 
 _CONTAINERS = frozenset({dict, list, tuple, set, frozenset})
 _WALKED = _CONTAINERS | {Inert}
@@ -41,7 +48,8 @@ class Costs:
     """What one pickle has cost so far; each method raises Hostile where it gets too much."""
 
     def __init__(self) -> None:
-        self._text = self._copied = self._built = self._sets = self._tuple_keys = 0
+        self._text = self._copied = self._built = self._sets = 0
+        self._tuple_keys = self._number_keys = self._memo_leaps = 0
 
     def text(self, count: int) -> None:
         self._text += count
@@ -63,18 +71,29 @@ class Costs:
         if self._sets > MAX_SETS:
             raise Hostile(f"holds more than {MAX_SETS:,} sets")
 
+    def memo_leap(self) -> None:
+        self._memo_leaps += 1
+        if self._memo_leaps > MAX_MEMO_LEAPS:
+            raise Hostile(f"numbers its memo with more than {MAX_MEMO_LEAPS} leaps")
+
     def keys(self, keys: Iterable[Any]) -> None:
-        """Raise Malformed for keys that no dict or set takes here, Hostile for those that are made to collide."""
+        """Raise Malformed for keys that no dict or set takes here, Hostile for those that are made to be slow."""
         for key in keys:
-            if type(key) is not str:
+            if type(key) is not str or len(key) > MAX_KEY:
                 self._key(key)
 
     def _key(self, key: Any, depth: int = 0) -> None:
         kind = type(key)
-        if kind in (str, bool, float, bytes, Inert) or key is None:
+        if kind in (bool, Inert) or key is None:
             return
-        if kind is int:
-            if abs(key) >= _MAX_KEY_INT:
+        if kind in (str, bytes):
+            if len(key) > MAX_KEY:
+                raise Hostile(f"uses a text of {len(key):,} characters as a key")
+        elif kind in (int, float):
+            self._number_keys += 1
+            if self._number_keys > MAX_NUMBER_KEYS:
+                raise Hostile(f"uses more than {MAX_NUMBER_KEYS:,} numbers as keys")
+            if kind is int and abs(key) >= _MAX_KEY_INT:
                 raise Hostile("uses a huge number as a key")
         elif kind is tuple:
             self._tuple_keys += len(key) + 1

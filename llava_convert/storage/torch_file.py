@@ -6,7 +6,7 @@ Neither torch nor the classes that a file names are imported; no weight is read.
 
 from __future__ import annotations
 
-import stat
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from llava_convert.errors import InputError, UnsupportedError
 from llava_convert.spec import StoredTensor
-from llava_convert.storage.files import shown
+from llava_convert.storage.files import open_regular, os_reason, shown
 from llava_convert.storage.torch_legacy import read_legacy
 from llava_convert.storage.torch_tensors import OddTensor
 from llava_convert.storage.torch_zip import read_zip
@@ -23,6 +23,7 @@ from llava_convert.storage.unpickle import Inert
 __all__ = ["OddTensor", "StateDict", "TorchFile", "read_torch", "state_dict"]
 
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
+_MAX_PREFIXES = 8  # real files have up to two; each costs a pass over all names
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +54,17 @@ def read_torch(path: Path) -> TorchFile:
     Raises InputError (not a regular file, truncated, corrupt, another format), UnsupportedError (TAR, TorchScript,
     big-endian), UnsafeError (code, bombs, names that leave the archive: fault rows 35, 36, 39).
     """
-    try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):
-            kind = "a folder" if stat.S_ISDIR(info.st_mode) else "a pipe or device"
-            raise InputError(f"{path}: is {kind}, not a checkpoint file")
-        with path.open("rb", buffering=0) as stream:
+    with open_regular(path) as stream:
+        try:
+            size = os.fstat(stream.fileno()).st_size
             head = stream.read(512)
             if head.startswith(b"PK"):
-                loaded = read_zip(path, stream, info.st_size)
+                loaded = read_zip(path, stream, size)
             else:
                 _refuse_other_formats(path, head)
-                loaded = read_legacy(path, stream, info.st_size)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+                loaded = read_legacy(path, stream, size)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {os_reason(error)}") from None
     return TorchFile(path, loaded.root, loaded.stubs, "little")
 
 
@@ -108,7 +104,10 @@ def state_dict(file: TorchFile) -> StateDict:
             f"{file.path}: holds no tensor where a state dict is expected; found {_describe(level)}",
             hint="Is it a checkpoint of weights, and was the model saved with it?",
         )
-    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) and key != p for key in tensors)), ""):
+    for _ in range(_MAX_PREFIXES):
+        prefix = next((p for p in _PREFIXES if all(key.startswith(p) and key != p for key in tensors)), "")
+        if not prefix:
+            break
         tensors = {key[len(prefix) :]: tensor.renamed(key[len(prefix) :]) for key, tensor in tensors.items()}
         unwrapped.append(prefix)
     return StateDict(tensors, tuple(unwrapped), tuple(ignored))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llava_convert.errors import InputError, UnsupportedError
+from llava_convert.errors import InputError, UnsafeError, UnsupportedError
 from llava_convert.storage import unpickle
 from llava_convert.storage.files import shown
 from llava_convert.storage.torch_tensors import BUILDERS, Storage, as_ascii, is_quiet, storage_at, storage_id
@@ -19,6 +19,7 @@ from llava_convert.storage.unpickle import Malformed, PickleEnds
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
+_HEADER_OPERATIONS = 1000  # torch writes about 30; these pickles are read anew for each window
 
 
 def read_legacy(path: Path, stream: BinaryIO, size: int) -> unpickle.Loaded:
@@ -29,24 +30,28 @@ def read_legacy(path: Path, stream: BinaryIO, size: int) -> unpickle.Loaded:
         try:
             return _parse(path, stream, size, data)
         except PickleEnds:
-            if len(data) == size or window >= unpickle.MAX_PICKLE_BYTES:
+            if len(data) == size:
                 raise
-            window *= 4
+            if window >= unpickle.MAX_PICKLE_BYTES:
+                most = unpickle.MAX_PICKLE_BYTES
+                raise UnsafeError(f"{path}: its pickles do not end within {most:,} bytes, the most read") from None
+            window = min(window * 4, unpickle.MAX_PICKLE_BYTES)
 
 
 def _parse(path: Path, stream: BinaryIO, size: int, data: bytes) -> unpickle.Loaded:
     try:
-        magic = unpickle.load(data, path=path)
+        magic = unpickle.load(data, path=path, operations=_HEADER_OPERATIONS)
     except InputError as error:
         if isinstance(error, PickleEnds) and data.startswith(b"\x80"):
             raise
         magic = None
     if magic is None or magic.root != _MAGIC:
         raise InputError(f"{path}: is no file of torch.save: neither a zip file nor the older form")
-    protocol = unpickle.load(data, path=path, start=magic.end)
+    protocol = unpickle.load(data, path=path, start=magic.end, operations=_HEADER_OPERATIONS)
     if protocol.root != _PROTOCOL:
-        raise InputError(f"{path}: is no file of torch.save: unknown version {shown(ascii(protocol.root)[:50])}")
-    system = unpickle.load(data, path=path, start=protocol.end)
+        found = shown(protocol.root) if type(protocol.root) is int else "that is no number"
+        raise InputError(f"{path}: is no file of torch.save: unknown version {found}")
+    system = unpickle.load(data, path=path, start=protocol.end, operations=_HEADER_OPERATIONS)
     if isinstance(system.root, dict) and system.root.get("little_endian") is False:
         raise UnsupportedError(f"{path}: was saved on a big-endian machine, which is not read")
 

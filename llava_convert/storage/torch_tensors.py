@@ -14,6 +14,7 @@ from typing import Any
 from llava_convert.errors import UnsafeError
 from llava_convert.spec import DTYPE_BITS, Extent, StoredTensor
 from llava_convert.storage.files import shown
+from llava_convert.storage.pickle_limits import MAX_NAME, Hostile
 from llava_convert.storage.unpickle import Builder, Inert, Malformed
 
 MAX_EXPANDED_BYTES = 64 << 30  # of one tensor that has more elements than its storage (stride 0)
@@ -80,6 +81,8 @@ def storage_id(pid: Any, length: int) -> tuple[str, str, int]:
     """Type name, key and element count of ("storage", type, key, location, count[, view])."""
     if type(pid) is not tuple or len(pid) != length or as_ascii(pid[0]) != "storage":
         raise Malformed("a persistent id that is no storage")
+    if type(pid[2]) in (str, bytes) and len(pid[2]) > MAX_NAME:  # before it is decoded, as one id may be used often
+        raise Hostile(f"names a storage with {len(pid[2]):,} characters")
     storage_type, key, numel = pid[1], as_ascii(pid[2]), pid[4]
     if type(storage_type) is not Inert or storage_type.args is not None or type(key) is not str:
         raise Malformed("a storage without type or key")

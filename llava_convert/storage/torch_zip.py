@@ -53,9 +53,12 @@ def read_zip(path: Path, stream: BinaryIO, size: int) -> unpickle.Loaded:
     if pickled.crc and zlib.crc32(data) != pickled.crc:
         raise InputError(f"{path}: data.pkl is damaged (its CRC-32 does not match)")
 
+    folder = f"{root}/data/"  # up to 64 KiB long: not to be joined with the key anew for each tensor
+    stored = {name.removeprefix(folder): record for name, record in records.items() if name.startswith(folder)}
+
     def persistent(pid: Any) -> Storage:
         type_name, key, numel = storage_id(pid, 5)
-        record = records.get(f"{root}/data/{key}")
+        record = stored.get(key)
         storage = storage_at(path, type_name, numel, 0 if record is None else record.offset)
         if record is None:
             if not storage.nbytes:

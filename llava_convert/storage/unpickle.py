@@ -23,9 +23,11 @@ from llava_convert.storage import pickle_globals as names
 from llava_convert.storage.files import shown
 from llava_convert.storage.pickle_globals import Elided, Inert
 from llava_convert.storage.pickle_limits import (
+    MAX_GLOBALS,
     MAX_NAME,
     MAX_OPCODES,
     MAX_PICKLE_BYTES,
+    MEMO_GAP,
     Costs,
     Hostile,
     Malformed,
@@ -62,8 +64,9 @@ def load(
     persistent: Persistent | None = None,
     builders: Mapping[str, Builder] | None = None,
     quiet: Callable[[str], bool] = lambda name: False,
+    operations: int = MAX_OPCODES,
 ) -> Loaded:
-    """The tree of the pickle at `start` of `data`; `path` is for messages.
+    """The tree of the pickle at `start` of `data`, of at most `operations`; `path` is for messages.
 
     The tree holds dict, list, tuple, set, frozenset, str, bytes, int, float, bool, None, `Elided`, `Inert` and what
     `persistent` (given a persistent id) and `builders` (dotted name -> function of the arguments) return. Those two
@@ -79,7 +82,7 @@ def load(
     operands = Operands(data, start, costs)
     machine = _Machine(operands, costs, persistent, builders or {}, quiet)
     try:
-        root = machine.run()
+        root = machine.run(operations)
         check_tree(root)
     except Hostile as error:
         raise UnsafeError(
@@ -119,9 +122,9 @@ class _Machine:
         self.getattr = Inert(names.GETATTR)
         self.loose_getattrs = 0  # pushed and not (yet) called with HistoryBuffer
 
-    def run(self) -> Any:
+    def run(self, operations: int) -> Any:
         operands, data, handlers = self.operands, self.operands.data, _HANDLERS
-        for _ in range(MAX_OPCODES):
+        for _ in range(operations):
             opcode = data[operands.pos]
             operands.pos += 1
             if opcode == 0x2E:  # STOP
@@ -130,7 +133,7 @@ class _Machine:
                     raise Hostile(_GETATTR_USE)
                 return root
             handlers[opcode](self)
-        raise Hostile(f"has more than {MAX_OPCODES:,} operations")
+        raise Hostile(f"has more than {operations:,} operations")
 
     # -- opcodes: stack and memo -----------------------------------------------------------------------------------
 
@@ -164,11 +167,10 @@ class _Machine:
     def get_line(self) -> None:
         self.push(self.memo[int(self.operands.line())])
 
-    def put(self, size_bytes: int) -> None:
-        self.memo[self.operands.number(size_bytes)] = self.stack[-1]
-
-    def put_line(self) -> None:
-        self.memo[int(self.operands.line())] = self.stack[-1]
+    def put(self, index: int) -> None:
+        if not 0 <= index <= len(self.memo) + MEMO_GAP:
+            self.costs.memo_leap()
+        self.memo[index] = self.stack[-1]
 
     def memoize(self) -> None:
         self.memo[len(self.memo)] = self.stack[-1]
@@ -227,6 +229,8 @@ class _Machine:
             return self.globals[module, name]
         if len(module) + len(name) > MAX_NAME:
             raise Hostile(f"names a global of {len(module) + len(name)} characters")
+        if len(self.globals) >= MAX_GLOBALS:
+            raise Hostile(f"names more than {MAX_GLOBALS:,} globals")
         new_module, new_name = names.modern(module, name)
         full = f"{new_module}.{new_name}"
         if names.forbidden(new_module, new_name):
@@ -344,7 +348,8 @@ _ACTIONS: dict[int, Callable[[_Machine], object]] = {
     0x80: lambda m: m.operands.check_protocol(), 0x95: lambda m: m.operands.check_frame(),
     0x28: _M.mark, 0x30: _M.pop, 0x31: _M.pop_mark, 0x32: _M.dup,
     0x68: lambda m: m.get(1), 0x6A: lambda m: m.get(4), 0x67: _M.get_line,
-    0x71: lambda m: m.put(1), 0x72: lambda m: m.put(4), 0x70: _M.put_line, 0x94: _M.memoize,
+    0x71: lambda m: m.put(m.operands.number(1)), 0x72: lambda m: m.put(m.operands.number(4)),
+    0x70: lambda m: m.put(int(m.operands.line())), 0x94: _M.memoize,
     0x85: lambda m: m.short_tuple(1), 0x86: lambda m: m.short_tuple(2), 0x87: lambda m: m.short_tuple(3),
     0x8F: _M.empty_set, 0x74: _M.tuple_from_mark, 0x6C: _M.list_from_mark, 0x91: _M.frozenset_from_mark,
     0x64: _M.dict_from_mark, 0x73: _M.setitem, 0x75: _M.setitems,

@@ -18,11 +18,7 @@ from tests.fuzz.mutations import mutated
 from tests.fuzz.targets import TARGETS
 
 MUTATIONS = 400  # of each target
-# It goes by the parts of JSON files without asking of what type they are.
-UNMENDED = pytest.mark.xfail(raises=FindingError, strict=True)
-every_target = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=UNMENDED if name == "tokenizer" else ()) for name in TARGETS]
-)
+every_target = pytest.mark.parametrize("name", TARGETS)
 
 
 @every_target

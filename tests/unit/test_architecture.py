@@ -123,7 +123,7 @@ def test_the_vocabulary_is_tied_only_where_the_config_says_so() -> None:
     tied = table.tensors(table.complete({**SIZES, "tie_word_embeddings": True}))
     assert tied[head].tied == "language_model.model.embed_tokens.weight"
     assert table.tensors(table.complete(SIZES))[head].tied is None
-    assert "lm_head" in table.text.splitlines()[tied[head].line - 1]
+    assert "lm_head" in table.path.read_text(encoding="utf-8").splitlines()[tied[head].line - 1]
 
 
 @pytest.mark.parametrize(("steps", "bias", "names"), [(0, True, 2), (1, True, 4), (1, False, 2), (3, True, 8)])
@@ -181,7 +181,7 @@ def test_the_most_layers_are_still_quick() -> None:
 def test_shipped_tables(name: str) -> None:
     table = architectures()[name]
     assert table.path.stem in (name, "projector")
-    lines = table.text.splitlines()
+    lines = table.path.read_text(encoding="utf-8").splitlines()
     sizes = {**SIZES, **TOWER, "text_hidden_size": 8, "vision_hidden_size": 4, "steps": 2, "bias": True}
     for canonical, want in table.tensors(table.complete(sizes)).items():
         assert canonical.startswith(f"{table.part}.")

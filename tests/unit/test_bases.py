@@ -170,7 +170,7 @@ def test_a_null_quantization_config_is_none(tmp_path: Path, tiny: Path) -> None:
 @pytest.mark.parametrize("text", ["[]", "3", "null"])
 def test_a_config_that_is_no_object(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(InputError, match="expected an object"):
+    with pytest.raises(InputError, match="expected a JSON object"):
         _ = find_base(LLM, str(tmp_path), Path("x"), explicit=True).config
 
 

@@ -75,7 +75,6 @@ def test_no_path(make: Make, tmp_path: Path, to: str) -> None:
     assert str(tmp_path) not in text and "fixtures" not in text and str(Path.home()) + "/" not in text
 
 
-@pytest.mark.xfail(reason="the card calls a language model that was taken out a LLaVA for transformers")
 def test_one_part_is_not_called_a_whole_model(make: Make) -> None:
     text = make("hf", part="llm")
     assert "LlavaForConditionalGeneration" not in text

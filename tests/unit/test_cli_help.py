@@ -178,7 +178,6 @@ def test_errors(tiny: Path, tmp_path: Path, arguments: list[str], code: int, mes
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(reason="docs/errors.md promises the error as an object on stdout with --json; nothing is printed")
 def test_json_of_an_error(tmp_path: Path) -> None:
     found = run("inspect", tmp_path / "absent", "--json")
     assert found.exit_code == 3

@@ -1,0 +1,59 @@
+"""The stage-1 checkpoint that a training started from (`pretrained_pth`): the source of parts frozen since.
+
+xtuner loads it by name after it has put a part under peft, so its whole weights reach the parts that are neither
+trained whole nor under LoRA later (facts from 0.1.23's LLaVAModel.__init__, and from checkpoints that it trained so).
+Its own converter ignores it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from llava_convert.checkpoint import PART_NAMES, PARTS, Checkpoint
+from llava_convert.errors import ConvertError, UsageError
+from llava_convert.layouts import open_checkpoint
+
+
+def with_stage_one(checkpoint: Checkpoint, named: Path | None) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint with the parts that it lacks and stage 1 trained; and what there is to tell.
+
+    `named` is the file that the user gives; else the training config names it. Raises UsageError when `named` is
+    missing, and what opening it raises; one that only the config names is told of instead.
+    """
+    asked = str(named) if named else (checkpoint.training.pretrained_pth if checkpoint.training else None)
+    absent = [part for part in PARTS if checkpoint.parts[part].state == "absent"]
+    if asked is None or not (absent or named):
+        return checkpoint, []
+    found = _find(asked, checkpoint, given=named is not None)
+    if found is None:
+        if named:
+            raise UsageError(f"--pretrained-pth {named} does not exist")
+        name = Path(asked).name
+        return checkpoint, [
+            f"the stage-1 checkpoint {name} that training started from is not here: if it trained the "
+            f"{' or the '.join(PART_NAMES[part] for part in absent)}, that is lost (--pretrained-pth gives it)"
+        ]
+    try:
+        first, _ = open_checkpoint(found)
+    except ConvertError as problem:
+        if named:
+            raise
+        return checkpoint, [f"the stage-1 checkpoint {found.name} cannot be read ({problem.message})"]
+    for part in absent:
+        weights = first.parts[part].weights
+        if weights and first.parts[part].adapter is None:
+            own = replace(checkpoint.parts[part], weights=weights, origin="stage 1")
+            checkpoint = checkpoint.with_part(part, own)
+    return checkpoint, []
+
+
+def _find(asked: str, checkpoint: Checkpoint, *, given: bool) -> Path | None:
+    path = Path(asked).expanduser() if given else Path(asked)
+    places = [path]
+    if not given and not path.is_absolute():
+        places += [parent / path for parent in checkpoint.path.absolute().parents]
+    try:
+        return next((place for place in places if place.exists()), None)
+    except OSError:  # a name that is too long
+        return None
