@@ -30,6 +30,8 @@ def main() -> None:
     console = Console(width=None if Console().is_terminal else 160)
     rows = []
     xtuner = ROOT / ".venvs" / "xtuner" / "bin" / "python"
+    if "xtuner" in chosen.jobs and not xtuner.exists():
+        console.print("xtuner is left out: `make peers` builds its environment")
     for name, step in planned(chosen.jobs, chosen.sizes, chosen.repeats, cache, xtuner):
         console.print(f"{name} …")
         rows += step()

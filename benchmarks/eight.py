@@ -47,13 +47,16 @@ class Form:
     budget: float
     make: Callable[[Path, Shape], list[Path]]
 
+    def trained_bytes(self, shape: Shape) -> int:
+        """Of the weights in the checkpoint, without its holes."""
+        return bytes_of(shape.llm(), self.llm_itemsize) + bytes_of(shape.adapters(), 4)
+
     def source_bytes(self, shape: Shape) -> int:
-        """What lies on the disk, without the holes."""
-        trained = bytes_of(shape.llm(), self.llm_itemsize) + bytes_of(shape.adapters(), 4)
-        return trained + bytes_of(shape.tower(), 4) + SMALL_FILES
+        return self.trained_bytes(shape) + bytes_of(shape.tower(), 4) + SMALL_FILES
 
     def copy_bytes(self, shape: Shape) -> int:
-        return self.source_bytes(shape) // self.files + bytes_of(shape.tower(), 4)
+        """Of the largest file: `copy` keeps one at a time."""
+        return max(self.trained_bytes(shape) // self.files, bytes_of(shape.tower(), 4)) + SMALL_FILES
 
     def needs(self, shape: Shape) -> int:
         return self.source_bytes(shape) + max(self.copy_bytes(shape), output_bytes(shape))
@@ -210,13 +213,14 @@ def main() -> None:
     console = Console(width=None if Console().is_terminal else 160)
     rows: list[Row] = []
     shape = chosen_shape(chosen.scale, chosen.layers)
-    try:
-        with place(chosen.cache, keep=chosen.keep) as folder:
-            disk = Disk(folder, console)
-            for name in chosen.forms:
-                rows += runs(FORMS[name], shape, chosen.to, disk, verify=chosen.verify, keep=chosen.keep)
-    except (NoRoom, RunError) as problem:
-        console.print(str(problem), markup=False)
+    with place(chosen.cache, keep=chosen.keep) as folder:
+        disk = Disk(folder, console)
+        for name in chosen.forms:
+            try:
+                for row in runs(FORMS[name], shape, chosen.to, disk, verify=chosen.verify, keep=chosen.keep):
+                    rows.append(row)
+            except (NoRoom, RunError) as problem:
+                console.print(str(problem), markup=False)
     if rows:
         show(rows, console)
     sys.exit(len(rows) < len(chosen.forms) * len(chosen.to))

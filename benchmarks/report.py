@@ -66,7 +66,7 @@ def show(rows: list[Row], console: Console) -> None:
         ("theirs s", "right"),
     ):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
-    for name in ("figure", "budget", "anonymous MB", "peak RSS MB"):
+    for name in ("figure", "budget", f"anonymous MB (≤ {ANONYMOUS / MB:.0f})", "peak RSS MB"):
         table.add_column(name, justify="right")
     table.add_column("verdict")
     for row in rows:

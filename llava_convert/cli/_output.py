@@ -25,6 +25,7 @@ class Output:
     verbose: bool = False
     _progress: Progress | None = field(default=None, repr=False)
     _console: Console | None = field(default=None, repr=False)
+    _told: bool = field(default=False, repr=False)
 
     @property
     def console(self) -> Console:
@@ -51,7 +52,8 @@ class Output:
 
     def result(self, value: Mapping[str, Any]) -> None:
         """The run's data, when it was asked for as JSON."""
-        if self.as_json:
+        if self.as_json and not self._told:
+            self._told = True  # one document: an error after the report has its exit code and its line on stderr
             _print(json.dumps(value, indent=2))  # in ASCII, which is JSON under every encoding
 
     def line(self, text: str) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from functools import partial
@@ -261,6 +262,9 @@ def test_fault_33_bases_that_are_not_there(tmp_path: Path, monkeypatch: pytest.M
     args = ("pth", source, "--to", "hf", "-o", tmp_path / "out", "--visual-encoder", name)
     refused(tmp_path, 3, "base vision tower", name[:100], args=args, mend="--visual-encoder")
     state, cfg = trained()
+    # Only a part that the checkpoint lacks can come from the first stage: here the tower.
+    state = {key: value for key, value in state.items() if not key.startswith("visual_encoder.")}
+    cfg = re.sub(r"visual_encoder_lora=dict\([^)]*\),?", "", cfg)
     write_pth(source, state, cfg.replace("pretrained_pth=None", f"pretrained_pth='{name}/x.pth'"))
     ran = accepted("pth", source, "--to", "xtuner", "-o", tmp_path / "out")
     assert "stage-1 checkpoint" in ran.stderr

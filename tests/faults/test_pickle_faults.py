@@ -341,12 +341,16 @@ def test_fault_36_containers_take_bounded_memory() -> None:
 
 
 def test_fault_36_a_long_name_of_the_archive_is_not_joined_anew(tmp_path: Path) -> None:
-    """Each of 200,000 tensors would join and hash 60,000 characters: 12 GB."""
+    """To join and hash 60,000 characters for each of 200,000 storages took seven times as long as for one character."""
     storage = STORAGE.removesuffix(b"Q") + b"q\x000" + b"h\x00Q0" * 200_000
-    path = archive(tmp_path / "x.pth", b"\x80\x02" + storage + b"N.", root="r" * 60_000)
-    start = time.process_time()
-    assert read_torch(path).root is None
-    assert time.process_time() - start < 10
+
+    def seconds(root: str) -> float:
+        path = archive(tmp_path / "x.pth", b"\x80\x02" + storage + b"N.", root=root)
+        start = time.process_time()
+        assert read_torch(path).root is None
+        return time.process_time() - start
+
+    assert seconds("r" * 60_000) < 3 * seconds("r")
 
 
 def test_fault_36_prefixes_are_taken_off_eight_times(tmp_path: Path) -> None:
