@@ -168,7 +168,7 @@ def runs(form: Form, wanted: Shape, targets: list[str], disk: Disk, *, verify: b
             disk.step(f"{form.name}: cp of {read / GB:.1f} GB", form.copy_bytes(shape))
             quiesce()
             cool(files)
-            theirs = copy(files, work / "copy")
+            theirs = copy(files, work / "copy", keep=False)
             disk.step(f"{form.name}: convert to {to}", output_bytes(shape))
             quiesce()
             cool(files)

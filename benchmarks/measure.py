@@ -76,22 +76,25 @@ def run(command: Sequence[str | Path], *, cwd: Path | None = None, extra: dict[s
     return Run(seconds, user, system, anonymous, resident)
 
 
-def copy(files: Sequence[Path], target: Path) -> Run:
+def copy(files: Sequence[Path], target: Path, *, keep: bool = True) -> Run:
     """What the budgets call `cp`: each file copied without reflink, then made durable.
 
-    A copy goes before the next one is made, off the clock, so that the disk needs room for the largest only.
+    The copies stay, as a conversion's output does: memory that a removed one gives back is handed out again at once,
+    where fresh memory costs the kernel as much as the copying. Without `keep` each goes before the next one is made,
+    off the clock, and the disk needs room for the largest only.
     """
     target.mkdir()
     seconds = 0.0
     before = os.times()
-    for file in files:
-        place = target / file.name
+    for number, file in enumerate(files):
+        place = target / f"{number}-{file.name}"
         reflink = ["--reflink=never"] if sys.platform == "linux" else []
         start = time.perf_counter()
         subprocess.run(["cp", *reflink, str(file), str(place)], check=True)
         subprocess.run(["sync", str(place)], check=True)
         seconds += time.perf_counter() - start
-        place.unlink()
+        if not keep:
+            place.unlink()
     after = os.times()
     return Run(seconds, after.children_user - before.children_user, after.children_system - before.children_system)
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from llava_convert.errors import OutputError
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.progress import Progress
 
 
@@ -24,18 +23,7 @@ class Output:
     quiet: bool = False
     verbose: bool = False
     _progress: Progress | None = field(default=None, repr=False)
-    _console: Console | None = field(default=None, repr=False)
     _told: bool = field(default=False, repr=False)
-
-    @property
-    def console(self) -> Console:
-        """stdout as rich draws on it; plain text when it is no terminal."""
-        if self._console is None:
-            from rich.console import Console
-
-            # Tables in a pipe should not be cut at 80 columns.
-            self._console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-        return self._console
 
     def note(self, text: str) -> None:
         if not self.quiet:

@@ -33,7 +33,7 @@ def detect(found: Found) -> str | None:
     names = state_dict(read_torch(found.path)).tensors
     table = layout_table(NAME)
     hits = sum(table.read(name) is not None for name in names)
-    return f"a torch file with xtuner's names ({hits} of {len(names)})" if hits else None
+    return f"its tensors have xtuner's names ({hits} of {len(names)})" if hits else None
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def _read(path: Path) -> _Weights:
 
 
 def _unwrapped(state: StateDict) -> tuple[str, ...]:
-    return tuple(f"unwrapped {how}" for how in state.unwrapped)
+    """What was taken off the names, but for the entry in which mmengine always keeps them."""
+    return tuple(f"unwrapped {how}" for how in state.unwrapped if how != "state_dict")
 
 
 def open(path: Path, options: OpenOptions) -> Checkpoint:
