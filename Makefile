@@ -51,7 +51,7 @@ fuzz: $(STAMP)  ## fuzz each reader for SECONDS=20 with atheris, which this inst
 	$(PY) -m tests.fuzz --seconds $(SECONDS) $(ARGS)
 
 clean:  ## remove everything that make made, .venv and .venvs included
-	rm -rf .venv .venvs build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venvs .bench build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A shim may be on the PATH and not run, so each candidate is asked. A venv that is made half is removed again.
