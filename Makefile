@@ -42,7 +42,9 @@ bench-8b: $(STAMP)  ## convert a LLaVA-Llama-3-8B of its real size, beside cp (u
 peers: $(STAMP)  ## build the environments of the real converters and of older transformers, under .venvs
 	$(PY) tests/peers/build.py all
 
-test-peers: peers  ## run the tests that need them
+test-peers: peers  ## run the tests that need them, on checkpoints that the real xtuner and DeepSpeed make here
+	.venvs/xtuner/bin/python tests/peers/xtuner_cases.py --missing
+	test -d .venvs/cases-zero || .venvs/xtuner/bin/python tests/peers/zero_cases.py
 	$(PY) -m pytest -m peers $(ARGS)
 
 # atheris has wheels for Linux alone, so it is none of the dev dependencies.

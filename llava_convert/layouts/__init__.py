@@ -82,6 +82,12 @@ def open_checkpoint(path: Path, name: str | None = None, options: OpenOptions | 
             hint="say which: llava-convert " + "|".join(claims),
         )
     if not claims:
+        if any((folder / ".metadata").is_file() for folder in (path, path / "pytorch_model_fsdp_0")):
+            raise UnsupportedError(
+                f"{path} is a distributed checkpoint of torch (FSDP or DCP), which cannot be read yet",
+                hint="merge it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pth, "
+                "or accelerate merge-weights; then convert what that writes",
+            )
         raise UnsupportedError(f"{path} is no LLaVA that this tool knows{_what_else(path)}")
     chosen = name or next(iter(claims))
     return layout(chosen).open(path, options or OpenOptions()), claims[chosen]
