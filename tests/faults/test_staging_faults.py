@@ -308,8 +308,6 @@ CHILD = textwrap.dedent(
 
     SHARDS, SMALL = {shards!r}, {small!r}
     number, at, exchange = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "exchange"
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
     count = 0
 
     def counted(call):
