@@ -129,6 +129,11 @@ def find_base(part: str, asked: str, source: Path, *, explicit: bool, weights: b
     return Base(part, _from_hub(part, asked, option, weights=weights), asked, from_hub=True)
 
 
+def is_folder(asked: str, source: Path) -> bool:
+    """Whether the name that a source gives its base, which may look like an id, is a folder here."""
+    return _local(asked, source, explicit=False) is not None
+
+
 def _local(asked: str, source: Path, *, explicit: bool) -> Path | None:
     try:
         path = Path(asked).expanduser()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.architecture import Expected, architecture_for
-from llava_convert.bases import Base, find_base
+from llava_convert.bases import Base, find_base, is_folder
 from llava_convert.checkpoint import IMAGE_NEWLINE, LLM, PART_NAMES, PART_WORDS, PROJECTOR, VISION, Checkpoint, Dropped
 from llava_convert.configs import family, named_config
 from llava_convert.errors import InputError, UnsupportedError
@@ -384,7 +384,13 @@ def _check_base(
     own = checkpoint.parts[part]
     if own.adapter is not None:
         _refuse_second_merge(checkpoint, part, base)
-    if own.base is not None and base.id is not None and is_id(own.base) and published_id(own.base) != base.id:
+    if (
+        own.base is not None
+        and base.id is not None
+        and is_id(own.base)
+        and not is_folder(own.base, checkpoint.path)
+        and published_id(own.base) != base.id
+    ):
         warnings.append(f"the {PART_NAMES[part]} was trained on {own.base}, the base given is {base.id}")
 
 
