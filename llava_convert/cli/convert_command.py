@@ -217,13 +217,12 @@ def parse_alpha(text: str | None) -> dict[str, float]:
     if text is None:
         return {}
     try:
-        if "=" not in text:
-            text = f"llm={text},visual-encoder={text}"
-        found = {key.strip(): float(value) for key, value in (pair.split("=") for pair in text.split(","))}
+        both = text if "=" in text else f"llm={text},visual-encoder={text}"
+        found = {key.strip(): float(value) for key, value in (pair.split("=") for pair in both.split(","))}
     except ValueError:
         found = {"": 0.0}
     if not set(found) <= {"llm", "visual-encoder"} or not all(0 < value < 1e9 for value in found.values()):
-        raise UsageError(f"--lora-alpha {text!r}", hint="write 16, or llm=256,visual-encoder=16")
+        raise UsageError(f"--lora-alpha {text}: it is a number above 0", hint="write 16, or llm=256,visual-encoder=16")
     return found
 
 
@@ -267,6 +266,6 @@ def _print_done(found: Report, options: Options, output: Output) -> None:
     for part, story in found.parts.items():
         output.line(f"  {part:<15} {story}")
     if found.layouts[1] == "hf" and options.target.part == "all":
-        output.note(f"next: AutoModelForImageTextToText.from_pretrained({str(found.out)!r}), or vllm serve {found.out}")
+        output.note(f"next: AutoModelForImageTextToText.from_pretrained({str(found.out)!r})")
     else:
         output.note(f"next: llava-convert verify {found.source} {found.out}")
