@@ -33,13 +33,13 @@ format: $(STAMP)  ## let ruff mend what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(STAMP)  ## time against cp and against the peers, side by side
+bench: $(STAMP)  ## time against cp; against the peers, ARGS="--jobs xtuner gguf --sizes 1 2.3"
 	$(PY) -m benchmarks $(ARGS)
 
 bench-8b: $(STAMP)  ## convert a LLaVA-Llama-3-8B of its real size, beside cp (up to 55 GB of disk)
 	$(PY) -m benchmarks.eight $(ARGS)
 
-peers: $(STAMP)  ## build the environments of the real converters and of older transformers, under .venvs
+peers: $(STAMP)  ## build the real converters, older transformers and llama.cpp (5 minutes), under .venvs
 	$(PY) tests/peers/build.py all
 
 test-peers: peers  ## run the tests that need them, on checkpoints that the real xtuner and DeepSpeed make here

@@ -1,4 +1,4 @@
-"""`make bench`: time conversions against `cp` and the real xtuner. Figures depend on the machine and on its load."""
+"""`make bench`: time conversions against `cp`, the real xtuner and llama.cpp. Figures depend on machine and load."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks import gguf_jobs
 from benchmarks.jobs import planned
 from benchmarks.report import as_json, show
 
 ROOT = Path(__file__).resolve().parent.parent
-JOBS = ("help", "inspect", "rename", "pth32", "pth16", "xtuner")
+PEERS = ("xtuner", "gguf", *(job.name for job in gguf_jobs.JOBS))
+JOBS = ("help", "inspect", "rename", "pth32", "pth16", *PEERS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument(
-        "--jobs", nargs="+", choices=JOBS, default=[j for j in JOBS if j != "xtuner"], help="what to run"
+        "--jobs", nargs="+", choices=JOBS, default=[j for j in JOBS if j not in PEERS], help="what to run"
     )
     parser.add_argument("--sizes", nargs="+", type=float, default=[0.5, 1, 2, 4], help="bytes read, in GB")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of runs a job")
@@ -32,7 +34,13 @@ def main() -> None:
     xtuner = ROOT / ".venvs" / "xtuner" / "bin" / "python"
     if "xtuner" in chosen.jobs and not xtuner.exists():
         console.print("xtuner is left out: `make peers` builds its environment")
-    for name, step in planned(chosen.jobs, chosen.sizes, chosen.repeats, cache, xtuner):
+    steps = planned(chosen.jobs, chosen.sizes, chosen.repeats, cache, xtuner)
+    wanted = gguf_jobs.planned(chosen.jobs, chosen.sizes, chosen.repeats, cache)
+    if wanted and gguf_jobs.missing():
+        console.print(gguf_jobs.missing())
+    else:
+        steps += wanted
+    for name, step in steps:
         console.print(f"{name} …")
         rows += step()
     show(rows, console)

@@ -87,8 +87,8 @@ def prepare(job: Conversion, size: float, cache: Path) -> tuple[Path, list[Path]
     return folder / "model", sorted((folder / "model").glob("*.safetensors")), []
 
 
-def convert(source: Path, to: str, out: Path, options: Iterable[str | Path]) -> Run:
-    return run([*CLI, "convert", source, "--to", to, "-o", out, "--quiet", *options])
+def convert(source: Path, to: str, out: Path, options: Iterable[str | Path], *, work: Path | None = None) -> Run:
+    return run([*CLI, "convert", source, "--to", to, "-o", out, "--quiet", *options], work=work)
 
 
 def imports_torch(arguments: list[str | Path]) -> bool:

@@ -9,23 +9,29 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 PERIOD = 0.005  # between two looks at a process's memory; one look costs 0.03 ms
+DISK_EVERY = 20  # looks at memory for one at the disk
 CLI = (sys.executable, "-c", "from llava_convert.cli import main; main()")
 MB = 10**6
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: seconds of wall time and of processor time, peak anonymous memory and peak resident size in bytes."""
+    """One run: seconds of wall time and of processor time, peak anonymous memory and peak resident size in bytes.
+
+    `temporary` is what lay on the disk at the peak beyond what is left at the end, where that was looked at.
+    """
 
     seconds: float
     user: float = 0.0
     system: float = 0.0
     anonymous: int = 0
     resident: int = 0
+    temporary: int = 0
 
 
 class RunError(Exception):
@@ -41,9 +47,29 @@ def _sizes(pid: int) -> dict[str, int]:
     return {name: int(value.split()[0]) * 1024 for name, value in pairs}
 
 
-def run(command: Sequence[str | Path], *, cwd: Path | None = None, extra: dict[str, str] | None = None) -> Run:
-    """Run a program to its end. Memory is 0 where there is no /proc. Raises RunError."""
-    anonymous = resident = 0
+def on_disk(folder: Path) -> int:
+    """Bytes that the files under a folder take; holes take none."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # it may be gone since it was listed
+                found = os.stat(os.path.join(place, name))  # noqa: PTH116, PTH118 (pathlib is slow in a polling loop)
+                total += getattr(found, "st_blocks", found.st_size / 512) * 512
+    return int(total)
+
+
+def run(
+    command: Sequence[str | Path],
+    *,
+    cwd: Path | None = None,
+    extra: dict[str, str] | None = None,
+    work: Path | None = None,
+) -> Run:
+    """Run a program to its end. Memory is 0 where there is no /proc. Raises RunError.
+
+    `work` is the folder that it writes in, where temporary disk is of interest.
+    """
+    anonymous = resident = disk = looks = 0
     over = threading.Event()
     before = os.times()
     start = time.perf_counter()
@@ -57,11 +83,14 @@ def run(command: Sequence[str | Path], *, cwd: Path | None = None, extra: dict[s
     )
 
     def watch() -> None:
-        nonlocal anonymous, resident
+        nonlocal anonymous, resident, disk, looks
         while not over.wait(PERIOD):
             found = _sizes(process.pid)
             anonymous = max(anonymous, found.get("RssAnon", 0))
             resident = max(resident, found.get("VmHWM", 0))
+            if work is not None and looks % DISK_EVERY == 0:
+                disk = max(disk, on_disk(work))
+            looks += 1
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -73,7 +102,8 @@ def run(command: Sequence[str | Path], *, cwd: Path | None = None, extra: dict[s
     if process.returncode:
         raise RunError(f"{' '.join(map(str, command[:4]))} … exited {process.returncode}:\n{errors[-2000:]}")
     user, system = after.children_user - before.children_user, after.children_system - before.children_system
-    return Run(seconds, user, system, anonymous, resident)
+    temporary = max(0, disk - on_disk(work)) if work is not None else 0
+    return Run(seconds, user, system, anonymous, resident, temporary)
 
 
 def copy(files: Sequence[Path], target: Path, *, keep: bool = True) -> Run:

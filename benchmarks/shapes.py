@@ -133,3 +133,15 @@ def shape_for(nbytes: int, llm_itemsize: int, tower_itemsize: int) -> Shape:
     layers = max(1, round(0.6 * rest / layer))
     vocab = min(128256, max(4096, (rest - layers * layer) // row // 64 * 64))
     return Shape(2048, 7168, 16, 8, max(1, round((rest - vocab * row) / layer)), vocab, tower_layers)
+
+
+def llama3_shape_for(nbytes: int) -> Shape:
+    """A shape with Llama-3's vocabulary whose LLM takes about `nbytes` in 16 bits: Llama-3.2-1B's widths with a head of
+    its own, or half of them where two tables of 128256 rows would leave no room for layers.
+    """
+    hidden, mlp, heads = (2048, 8192, 32) if nbytes >= 1.5e9 else (1024, 4096, 16)
+    bare = Shape(hidden, mlp, heads, 8, 1, 128256, 1)
+    tables = 2 * bare.vocab * hidden * 2
+    layer = bytes_of(bare.llm(), 2) - tables
+    tower_layers = min(24, max(3, round(6 * nbytes / 1e9)))
+    return Shape(hidden, mlp, heads, 8, max(1, round((nbytes - tables) / layer)), bare.vocab, tower_layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from llava_convert.inspection import Inspection
 from llava_convert.inspection import inspect as look
 from llava_convert.layouts.base import ALL, TargetOptions
 from llava_convert.model import Bases
-from llava_convert.verification import QUICK, Verdict
+from llava_convert.verdict import Verdict
+from llava_convert.verification import QUICK
 
 PathLike = str | Path
 
@@ -30,14 +31,19 @@ def convert(
     pretrained_pth: PathLike | None = None,
     config: PathLike | None = None,
     lora_alpha: float | Mapping[str, float] | None = None,
+    dequantize: bool = False,
     dtype: str | None = None,
     max_shard_size: str | None = None,
     part: str = ALL,
     prompt_template: str | None = None,
     image_processor: str = "clip",
+    outtype: str | Sequence[str] | None = None,
+    mmproj_outtype: str | Sequence[str] | None = None,
+    pre: str | None = None,
     verify: str = QUICK,
     digest: bool = False,
     dry_run: bool = False,
+    source_layout: str | None = None,
     force: bool = False,
     resume: bool = False,
     threads: int = 0,
@@ -52,8 +58,10 @@ def convert(
         to=to,
         out=_path(out),
         name=name,
+        source_layout=source_layout,
         config=_path(config),
         pretrained_pth=_path(pretrained_pth),
+        dequantize=dequantize,
         bases=Bases(llm, visual_encoder, llm_id, visual_encoder_id, _alpha(lora_alpha)),
         target=TargetOptions(
             dtype=None if dtype == "auto" else dtype,
@@ -61,6 +69,9 @@ def convert(
             part=part,
             prompt_template=prompt_template,
             image_processor=image_processor,
+            outtypes=_types(outtype),
+            mmproj_outtypes=_types(mmproj_outtype),
+            pre=pre,
         ),
         verify=verify,
         digest=digest,
@@ -121,6 +132,12 @@ def _alpha(value: float | Mapping[str, float] | None) -> dict[str, float]:
     if value is None:
         return {}
     return dict(value) if isinstance(value, Mapping) else dict.fromkeys(("llm", "visual-encoder"), float(value))
+
+
+def _types(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """`f16,q4_k_m`, or a list of such."""
+    names = value.split(",") if isinstance(value, str) else value or ()
+    return tuple(name.strip() for name in names if name.strip() not in ("", "auto"))
 
 
 def _path(value: PathLike | None) -> Path | None:

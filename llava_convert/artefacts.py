@@ -20,16 +20,9 @@ from llava_convert.model import EMBEDDING, Model
 from llava_convert.plan import to_json
 from llava_convert.processor import preprocessor_config
 from llava_convert.prompts import ChatTemplates, hf_templates, stop_ids
-from llava_convert.storage.jsonfile import read_object
-from llava_convert.tokens import (
-    AddedToken,
-    Tokenizer,
-    has_tokenizer,
-    open_tokenizer,
-    plain_files,
-    require_rows,
-    without_tokens,
-)
+from llava_convert.sidecars import folder_sidecars
+from llava_convert.tokenizer import Tokenizer, has_tokenizer, open_tokenizer
+from llava_convert.tokens import AddedToken, plain_files, require_rows, without_tokens
 from llava_convert.towers import id_by_shape
 
 
@@ -44,9 +37,9 @@ class Artefacts:
     def tokenizer(self) -> Tokenizer | None:
         """The language model's tokenizer: the source's own, else the base's; None where neither has one."""
         base = self.model.bases.get(LLM)
-        for folder in (self.model.checkpoint.parts[LLM].folder, base.folder if base else None):
-            if folder is not None and has_tokenizer(folder):
-                return open_tokenizer(folder)
+        for files in (self.model.checkpoint.parts[LLM].files, base.files if base else None):
+            if files is not None and has_tokenizer(files):
+                return open_tokenizer(files)
         return None
 
     def required_tokenizer(self) -> Tokenizer:
@@ -68,6 +61,9 @@ class Artefacts:
         """The chat templates, for string and list content; empty when nothing says what they are."""
         if self.tokenizer is None:
             return ChatTemplates(None, None)
+        if self.template_name is None and self.model.checkpoint.default_part == LLM:
+            # Of a model that never saw a picture: nothing need be made fit for them.
+            return ChatTemplates(self.tokenizer.chat_template, None)
         return hf_templates(self.tokenizer, self.template_name)
 
     def tokenizer_files(self) -> dict[str, bytes]:
@@ -87,11 +83,11 @@ class Artefacts:
     @cached_property
     def generation_config(self) -> dict[str, Any]:
         """The base's generation_config with every stop id: its own, the tokenizer's, the template's."""
-        folder = self.model.folder(LLM)
+        files = self.model.files(LLM)
         config = self.model.configs[LLM]
         base: dict[str, Any] = {}
-        if folder is not None and (folder / "generation_config.json").is_file():
-            base = read_object(folder / "generation_config.json")
+        if files is not None and files.has("generation_config.json"):
+            base = files.read_object("generation_config.json")
         found = {k: v for k, v in base.items() if k not in ("transformers_version", "_from_model_config")}
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if found.get(key) is None and config.get(key) is not None:
@@ -108,11 +104,10 @@ class Artefacts:
         if config is None:
             return None
         base: dict[str, Any] | None = None
-        folders = [self.model.folder(VISION), self.model.checkpoint.root]
-        for folder in folders:
+        for files in (self.model.files(VISION), folder_sidecars(self.model.checkpoint.root)):
             for name in ("preprocessor_config.json", "processor_config.json"):
-                if base is None and folder is not None and (folder / name).is_file():
-                    base = read_object(folder / name)
+                if base is None and files is not None and files.has(name):
+                    base = files.read_object(name)
         return preprocessor_config(base, config, kind=self.options.image_processor, for_hf=for_hf)
 
     def id_of(self, part: str) -> tuple[str, str | None]:
@@ -132,13 +127,13 @@ class Artefacts:
         for name in named:
             if isinstance(name, str) and is_id(name) and not _is_local(name, base):
                 return published_id(name), None
-        folder = model.folder(part)
-        if folder is not None and (found := cached_id(folder)) is not None:
+        files = model.files(part)
+        if files is not None and (found := cached_id(files.where)) is not None:
             return found, None
         if part == VISION and (published := id_by_shape(config)) is not None:
             return published, None
         last = [str(n).rstrip("/").rpartition("/")[2] for n in (base.asked if base else None, *named) if n]
-        name = last[0] if last else (folder.name if folder is not None else PART_WORDS[part])
+        name = last[0] if last else (files.where.name if files is not None else PART_WORDS[part])
         return name, (
             f"the hub id of the {PART_NAMES[part]} is not known: its folder's name {name!r} is written; "
             f"--{PART_WORDS[part]}-id gives it"

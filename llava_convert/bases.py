@@ -18,6 +18,7 @@ from llava_convert.configs import named_config, old_flavour
 from llava_convert.errors import HubError, InputError, UnsupportedError
 from llava_convert.hub import fetch, is_id, published_id
 from llava_convert.mapping import layout_table, lookup_errors
+from llava_convert.sidecars import Sidecars, folder_sidecars
 from llava_convert.spec import StoredTensor
 from llava_convert.storage.jsonfile import read_object
 from llava_convert.storage.weights import Weights, open_weights
@@ -47,6 +48,10 @@ class Base:
     def id(self) -> str | None:
         """The hub id, when the name or the folder gives one for certain."""
         return published_id(self.asked) if self.from_hub else cached_id(self.folder)
+
+    @property
+    def files(self) -> Sidecars:
+        return folder_sidecars(self.folder)
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from llava_convert import __version__
@@ -11,12 +12,14 @@ from llava_convert.hub import is_id
 from llava_convert.model import Model
 from llava_convert.ops import MergeLora
 from llava_convert.plan import Plan, Target
+from llava_convert.shards import PlannedTensor
 from llava_convert.spec import TORCH_NAMES
 
 _WHAT = {
     "xtuner": "an xtuner LLaVA (LLM, projector, and what was trained of the vision tower)",
     "official": "a LLaVA in the official layout (haotian-liu/LLaVA)",
     "hf": "a LLaVA for transformers (`LlavaForConditionalGeneration`)",
+    "gguf": "a LLaVA as GGUF, for llama.cpp and Ollama: a language model, and an mmproj with its eyes",
 }
 
 
@@ -43,12 +46,12 @@ def card(plan: Plan, target: Target, model: Model, name: str, *, verified: str) 
 
 def _what(plan: Plan) -> tuple[str, str, str]:
     """What the output is, its pipeline tag, and the library that reads it."""
-    library = {"hf": "transformers", "xtuner": "xtuner"}.get(plan.layout, "llava")
+    library = {"hf": "transformers", "xtuner": "xtuner", "gguf": "gguf"}.get(plan.layout, "llava")
     parts = {tensor.canonical.partition(".")[0] for tensor in plan.tensors}
     if len(parts) > 1 or plan.layout == "xtuner":
         return _WHAT[plan.layout], "image-text-to-text", library
     part = next(iter(parts))
-    return *_PARTS[part], library if part == PROJECTOR else "transformers"
+    return *_PARTS[part], library if part == PROJECTOR or plan.layout == "gguf" else "transformers"
 
 
 def _base_id(plan: Plan, part: str) -> str | None:
@@ -98,6 +101,8 @@ def _use(plan: Plan, name: str) -> list[str]:
             "```",
             "",
         ]
+    if plan.layout == "gguf":
+        return _use_gguf(plan, name)
     if plan.layout == "xtuner":
         return [
             "```shell",
@@ -107,6 +112,50 @@ def _use(plan: Plan, name: str) -> list[str]:
             "",
         ]
     return []
+
+
+def _use_gguf(plan: Plan, name: str) -> list[str]:
+    """The files, the commands for each runtime, and what llama.cpp computes otherwise than the model was trained."""
+    rows = [(shard.name, _types_in(shard.tensors), f"{shard.size / 1e9:.2f} GB") for shard in plan.shards]
+    table = ["| file | types | size |", "|---|---|---|", *(f"| `{a}` | {b} | {c} |" for a, b, c in rows), ""]
+    llm = next((file for file, _, _ in rows if "-mmproj-" not in file), None)
+    mmproj = next((file for file, _, _ in rows if "-mmproj-" in file), None)
+    if llm is None:
+        return table
+    if mmproj is None:
+        return [*table, "```shell", f'llama-cli -m {llm} -p "Hello"', "```", ""]
+    recipe = next(file for file in sorted(plan.files) if file.endswith(".Modelfile"))
+    return [
+        *table,
+        "With llama.cpp:",
+        "",
+        "```shell",
+        f'llama-mtmd-cli -m {llm} --mmproj {mmproj} --image picture.jpg -p "What is this?"',
+        f"llama-server -m {llm} --mmproj {mmproj}",
+        "```",
+        "",
+        "With Ollama (the prompt, the stop words and both files are in the Modelfile):",
+        "",
+        "```shell",
+        f"ollama create {name} -f {recipe}",
+        f'ollama run {name} "What is this? ./picture.jpg"',
+        "```",
+        "",
+        "**A known defect of the runtime.** llama.cpp (October 2026; ggml-org/llama.cpp#25814) puts the tower's class "
+        "token behind the patches, although the model was trained with it in front: every patch gets "
+        "its neighbour's position, the first is lost, and the class token's features go to the language model. "
+        "Answers about pictures are therefore worse than those of the same model in transformers, by how much depends "
+        "on the model. No content of a file can mend that for runtimes with and without the defect; these files hold "
+        "the layout that is right for a repaired one, and every layer of the tower.",
+        "",
+        "llama.cpp pads pictures to squares, as LLaVA's training does.",
+        "",
+    ]
+
+
+def _types_in(tensors: Sequence[PlannedTensor]) -> str:
+    found = sorted({t.dtype for t in tensors})
+    return ", ".join(found)
 
 
 def _made(plan: Plan, model: Model, verified: str) -> list[str]:

@@ -13,6 +13,8 @@ from typing import Any
 
 from llava_convert.errors import InputError
 from llava_convert.lora import Adapter
+from llava_convert.ops import Op
+from llava_convert.sidecars import Sidecars
 from llava_convert.spec import StoredTensor
 from llava_convert.training_config import TrainingConfig
 
@@ -30,16 +32,21 @@ class Part:
     """One part of a LLaVA, as far as the checkpoint holds it.
 
     `weights` are whole tensors; `adapter` is a LoRA on top of a base. What neither gives comes from the base
-    model, which the source names by `base` (a folder or a hub id) when it can. `folder` holds the part's
-    config and tokenizer files when the layout has them. `origin` is which checkpoint the weights are of.
+    model, which the source names by `base` (a folder or a hub id) when it can. `files` are the small ones beside
+    the weights (tokenizer, processor), when the layout has them. `origin` is which checkpoint the weights are of.
+
+    By canonical name, `ops` make the canonical tensor of a stored one which the layout keeps in another form, and
+    `synthetic` holds tensors which the layout never has and nothing reads: they stand in where no base has them.
     """
 
     weights: Mapping[str, StoredTensor] = field(default_factory=dict)
     adapter: Adapter | None = None
     base: str | None = None
     config: Mapping[str, Any] | None = None
-    folder: Path | None = None
+    files: Sidecars | None = None
     origin: str = "checkpoint"
+    ops: Mapping[str, tuple[Op, ...]] = field(default_factory=dict)
+    synthetic: Mapping[str, tuple[StoredTensor, tuple[Op, ...]]] = field(default_factory=dict)
 
     @property
     def state(self) -> str:
@@ -100,7 +107,11 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A source that was opened by its headers."""
+    """A source that was opened by its headers.
+
+    `default_part` is what `--part all` means: "all", or the one part of a source that is no LLaVA. `defects` are what a
+    reader of this layout chokes on, though nothing here needs it. `facts` are what else the source says of itself.
+    """
 
     layout: str
     path: Path
@@ -116,6 +127,9 @@ class Checkpoint:
     stubs: tuple[str, ...] = ()
     record: Mapping[str, Any] | None = None
     shard_of: Mapping[str, str] = field(default_factory=dict)
+    default_part: str = "all"
+    defects: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def with_part(self, name: str, part: Part) -> Checkpoint:
         return replace(self, parts={**self.parts, name: part})

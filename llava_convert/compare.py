@@ -8,19 +8,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
-from llava_convert.execute import Copy, Outcome, run_all, tasks_of, thread_count, torch_beside
+from llava_convert import ggml
+from llava_convert.execute import Outcome, run_all, thread_count, torch_beside
 from llava_convert.numerics import FLOATS, Array, count_nonfinite, raw, widen
 from llava_convert.ops import MergeLora, as_array
 from llava_convert.plan import PlannedTensor
-from llava_convert.spec import StoredTensor
+from llava_convert.spec import QUANTS, StoredTensor
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import read_bytes
+from llava_convert.tasks import Copy, tasks_of
 
 
 @dataclass(slots=True)
 class Difference:
-    """How a tensor differs: elements whose bytes differ, and the largest difference of their values."""
+    """How a tensor differs: elements whose bits differ (of a quantised one, whose values do), and the largest gap."""
 
     elements: int = 0
     largest: float = 0.0
@@ -55,19 +58,27 @@ class CompareSink:
             self._differ(tensor.name, stored.dtype, mine, theirs)
 
     def _differ(self, name: str, dtype: str, mine: memoryview, theirs: bytearray) -> None:
-        if dtype in FLOATS:
-            one, other = as_array(mine, dtype, 1), as_array(theirs, dtype, 1)
-            count = int(np.count_nonzero(one.view(f"u{one.itemsize}") != other.view(f"u{other.itemsize}")))
-            with np.errstate(invalid="ignore"):
-                gap = np.abs(widen(one, dtype).astype(np.float64) - widen(other, dtype).astype(np.float64))
-            largest = float(np.nanmax(gap)) if not np.isnan(gap).all() else float("nan")
+        largest = float("nan")
+        if dtype in QUANTS:
+            one, other = (ggml.dequantize(dtype, np.frombuffer(data, np.uint8)[None]) for data in (mine, theirs))
+            count = max(1, int(np.count_nonzero(one != other)))
+            largest = _largest_gap(one, other)
+        elif dtype in FLOATS:
+            first, second = as_array(mine, dtype, 1), as_array(theirs, dtype, 1)
+            count = int(np.count_nonzero(first.view(f"u{first.itemsize}") != second.view(f"u{second.itemsize}")))
+            largest = _largest_gap(widen(first, dtype), widen(second, dtype))
         else:
             count = sum(a != b for a, b in zip(mine, theirs, strict=True))
-            largest = float("nan")
         with self._lock:
             found = self.differences.setdefault(name, Difference())
             found.elements += count
             found.largest = max(found.largest, largest)
+
+
+def _largest_gap(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(one.astype(np.float64) - other.astype(np.float64))
+    return float("nan") if np.isnan(gap).all() else float(np.nanmax(gap))
 
 
 def compare(
@@ -84,6 +95,6 @@ def compare(
     """
     sink = CompareSink(pool, stored, progress)
     merging = any(isinstance(op, MergeLora) for tensor in planned for op in tensor.ops)
-    with torch_beside(needed=merging) as ready, ThreadPoolExecutor(threads or thread_count()) as workers:
+    with torch_beside(needed=merging) as ready, ThreadPoolExecutor(threads or thread_count(planned)) as workers:
         run_all(workers, tasks_of(planned, whole=True), pool, sink, Outcome(), ready)
     return sink

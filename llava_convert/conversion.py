@@ -10,23 +10,25 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from llava_convert.assembly import assemble, without_added
 from llava_convert.card import card
 from llava_convert.checkpoint import LLM, PART_WORDS, PARTS, VISION, Checkpoint
 from llava_convert.errors import UnsupportedError, UsageError
 from llava_convert.execute import Outcome, execute
-from llava_convert.layouts import TARGETS, layout, open_checkpoint
+from llava_convert.layouts import TARGETS, detect, layout, locate, open_checkpoint
 from llava_convert.layouts.base import ALL, OpenOptions, TargetOptions
-from llava_convert.model import Bases, Model, assemble, without_added
+from llava_convert.model import Bases, Model
 from llava_convert.numerics import CastLoss
 from llava_convert.ops import MergeLora
 from llava_convert.plan import KEEP, Plan, Target, make_plan, parse_size, utf8
 from llava_convert.provenance import RECORD, dropped_texts, dump, record, stored_of
-from llava_convert.spec import FROM_TORCH_NAMES, TORCH_NAMES
+from llava_convert.spec import FROM_TORCH_NAMES, QUANTS, TORCH_NAMES
 from llava_convert.stage_one import with_stage_one
 from llava_convert.storage.identity import Snapshot
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.staging import Staging
-from llava_convert.verification import FULL, OFF, QUICK, Verdict, check_full, check_quick, compare_checkpoints
+from llava_convert.verdict import Verdict, compare_checkpoints
+from llava_convert.verification import FULL, OFF, QUICK, check_full, check_quick
 
 
 class Say(Protocol):
@@ -62,6 +64,7 @@ class Options:
     source_layout: str | None = None
     config: Path | None = None
     pretrained_pth: Path | None = None
+    dequantize: bool = False
     bases: Bases = field(default_factory=Bases)
     target: TargetOptions = field(default_factory=TargetOptions)
     verify: str = QUICK
@@ -203,26 +206,38 @@ def convert(source: str | Path, options: Options, say: Say | None = None) -> Rep
     return replace(report(ready, options), done=True, flushed=outcome.flushed, warnings=tuple(warnings))
 
 
-def prepare(source: Path, options: Options) -> Prepared:
-    """Open the source and plan the conversion; writes nothing, reads headers only."""
+@dataclass(frozen=True)
+class Assembled:
+    """A source that was opened and made whole, as far as a target needs it."""
+
+    checkpoint: Checkpoint
+    why: str
+    model: Model
+    target: TargetOptions
+
+
+def assembled(source: Path, options: Options, opened: tuple[Checkpoint, str] | None = None) -> Assembled:
+    """What a conversion starts from; `opened` is the source where it has been opened already. Reads headers only."""
     if options.to not in TARGETS:
         raise UsageError(f"--to {options.to}: this version writes {', '.join(TARGETS)}")
     _check_options(options)
-    checkpoint, why, told = _open(source, options)
-    target_layout = layout(options.to)
+    checkpoint, why, told = _open(source, options, opened)
     if checkpoint.layout == options.to and _nothing_to_do(checkpoint, options):
         raise UnsupportedError(
             f"{checkpoint.path} is already {options.to} layout",
             hint="give --dtype, --max-shard-size or --part to change it within its layout",
         )
     part = _part(options.target.part)
+    if part == ALL:
+        part = checkpoint.default_part
     target_options = replace(
         options.target,
         part=part,
+        name=options.name or _out(checkpoint, options).name,
         ids={p: i for p in (LLM, VISION) if (i := options.bases.asked_id(p)) is not None},
         lora_alpha=options.bases.lora_alpha,
     )
-    need = target_layout.needs(checkpoint, part)
+    need = layout(options.to).needs(checkpoint, part)
     model = assemble(
         checkpoint,
         options.bases,
@@ -230,16 +245,21 @@ def prepare(source: Path, options: Options) -> Prepared:
         configs=need.configs,
         optional_configs=need.optional_configs,
     )
-    if checkpoint.layout != options.to:
+    if checkpoint.layout != options.to and not need.keep_added:
         model = without_added(model)
-    model = replace(model, warnings=(*told, *model.warnings))
-    target = target_layout.lower(model, target_options)
+    return Assembled(checkpoint, why, replace(model, warnings=(*told, *model.warnings)), target_options)
+
+
+def prepare(source: Path, options: Options, opened: tuple[Checkpoint, str] | None = None) -> Prepared:
+    """Open the source and plan the conversion; writes nothing, reads headers only."""
+    found = assembled(source, options, opened)
+    checkpoint, model = found.checkpoint, found.model
+    target = layout(options.to).lower(model, found.target)
     plan = make_plan(target, tags={"from": checkpoint.layout, "to": options.to, "digest": options.digest})
-    located = checkpoint.path
-    out = options.out or Path(f"{_stem(located)}_{options.to}")
+    out = _out(checkpoint, options)
     return Prepared(
         checkpoint,
-        why,
+        found.why,
         model,
         target,
         plan,
@@ -249,9 +269,20 @@ def prepare(source: Path, options: Options) -> Prepared:
     )
 
 
-def _open(source: Path, options: Options) -> tuple[Checkpoint, str, list[str]]:
+def _out(checkpoint: Checkpoint, options: Options) -> Path:
+    return options.out or Path(f"{_stem(checkpoint.path)}_{options.to}")
+
+
+def open_source(source: Path, options: Options) -> tuple[Checkpoint, str]:
+    """The source by its headers, and why it was taken for what it is."""
+    return open_checkpoint(source, options.source_layout, OpenOptions(options.config, options.dequantize))
+
+
+def _open(
+    source: Path, options: Options, opened: tuple[Checkpoint, str] | None = None
+) -> tuple[Checkpoint, str, list[str]]:
     """The source, why it was taken for what it is, and what there is to tell of its stage 1."""
-    checkpoint, why = open_checkpoint(source, options.source_layout, OpenOptions(options.config))
+    checkpoint, why = opened or open_source(source, options)
     checkpoint, told = with_stage_one(checkpoint, options.pretrained_pth)
     return checkpoint, why, told
 
@@ -334,7 +365,7 @@ def _nothing_to_do(checkpoint: Checkpoint, options: Options) -> bool:
 
 def _stem(path: Path) -> str:
     name = path.name or path.absolute().name
-    return name.removesuffix(path.suffix) if path.suffix in (".pth", ".pt", ".bin", ".safetensors") else name
+    return name.removesuffix(path.suffix) if path.suffix in (".pth", ".pt", ".bin", ".safetensors", ".gguf") else name
 
 
 def _recorded_options(options: Options, ready: Prepared) -> dict[str, Any]:
@@ -368,6 +399,10 @@ def verify(source: str | Path, out: str | Path, options: Options, say: Say | Non
     """Compare OUT with SOURCE, tensor by tensor; the caller decides what a difference means."""
     say = say or Silence()
     checkpoint, _, told = _open(Path(source), options)
+    quantised = any(tensor.dtype in QUANTS for tensor in checkpoint.tensors().values())
+    if quantised and checkpoint.layout not in detect(locate(Path(out))):
+        # In another layout they have become floats.
+        checkpoint, _, told = _open(Path(source), replace(options, dequantize=True))
     for text in told:
         say.warn(text)
     total = Path(out).stat().st_size if Path(out).is_file() else sum(p.stat().st_size for p in Path(out).rglob("*"))

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.checkpoint import LLM, PART_WORDS, PARTS, Checkpoint
-from llava_convert.conversion import Options, prepare
+from llava_convert.conversion import Options, assembled, open_source, prepare
 from llava_convert.errors import ConvertError
-from llava_convert.layouts import TARGETS, open_checkpoint
-from llava_convert.layouts.base import OpenOptions
+from llava_convert.layouts import TARGETS
+from llava_convert.layouts.options import refuse_quantised
 from llava_convert.provenance import dropped_texts
 from llava_convert.spec import TORCH_NAMES
 
@@ -67,9 +67,11 @@ class Inspection:
 def inspect(source: str | Path, options: Options | None = None) -> Inspection:
     """Look at a checkpoint without reading a weight. Raises what opening raises."""
     options = options or Options(to="")
-    checkpoint, why = open_checkpoint(Path(source), options.source_layout, OpenOptions(options.config))
+    checkpoint, why = open_source(Path(source), options)
     targets = {
-        to: _problem(Path(source), checkpoint, replace(options, to=to)) for to in TARGETS if to != checkpoint.layout
+        to: _problem(Path(source), (checkpoint, why), replace(options, to=to))
+        for to in TARGETS
+        if to != checkpoint.layout
     }
     stubs = (f"pickled names left inert: {', '.join(checkpoint.stubs)}",) if checkpoint.stubs else ()
     return Inspection(
@@ -115,13 +117,20 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
     text = checkpoint.parts[LLM].config
     if text is not None:
         found["family"] = text.get("model_type")
-    return found
+    return {**found, **checkpoint.facts}
 
 
-def _problem(source: Path, checkpoint: Checkpoint, options: Options) -> str | None:
-    """Why a target cannot be planned as things are, or None."""
+def _problem(source: Path, opened: tuple[Checkpoint, str], options: Options) -> str | None:
+    """Why a target cannot be planned as things are, or None.
+
+    Where the files beside the weights would first have to be made of metadata, the weights alone are looked at.
+    """
+    files = opened[0].parts[LLM].files
     try:
-        prepare(source, options)
+        if files is None or files.in_folder:
+            prepare(source, options, opened)
+        else:
+            refuse_quantised(assembled(source, options, opened).model.recipes)
     except ConvertError as problem:
         return problem.message + (f" ({problem.hint})" if problem.hint else "")
     return None

@@ -2,14 +2,14 @@
 
 A tensor with no op is moved byte by byte and never parsed. An op is a frozen value that knows what dtype and
 shape come out, and turns a stream of row blocks into another, so that no tensor is held whole. A block is a
-2-D array: rows are the tensor's first dimension, columns all the others; a 1-D tensor is one column.
+2-D array: rows are the tensor's first dimension, columns all the others; a 1-D tensor is one column. Rows of a
+quantised tensor are their bytes. An op never writes into the blocks it is given: other ops may read them too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -17,7 +17,13 @@ import numpy as np
 from llava_convert.errors import UnsupportedError
 from llava_convert.numerics import FLOATS, NUMPY_TYPES, Array, CastLoss, widen
 from llava_convert.numerics import cast as cast_values
-from llava_convert.spec import StoredTensor
+from llava_convert.quantise_ops import Dequantize as Dequantize
+from llava_convert.quantise_ops import Quantize as Quantize
+from llava_convert.row_ops import Constant as Constant
+from llava_convert.row_ops import PadRows as PadRows
+from llava_convert.row_ops import RopePermute as RopePermute
+from llava_convert.row_ops import TakeRows as TakeRows
+from llava_convert.spec import QUANTS, StoredTensor, nbytes_of
 
 Blocks = Iterator[Array]
 Read = Callable[[StoredTensor], Array]
@@ -31,6 +37,7 @@ class Context:
     read: Read
     loss: CastLoss
     first_row: int = 0
+    name: str = ""  # of the tensor that is made, for messages
 
 
 class Op(Protocol):
@@ -43,9 +50,12 @@ class Op(Protocol):
         """Dtype and shape of what comes out."""
         ...
 
-    @property
-    def row_local(self) -> bool:
-        """Whether each row comes from the same row alone, so that rows can be shared out to threads."""
+    def rows_together(self, shape: tuple[int, ...]) -> int:
+        """How many rows, from a multiple of that number on, must lie in one block; 0: the tensor is one stream.
+
+        Where it is not 0, each block in gives one block out with as many rows, so that rows can be shared out to
+        threads and several ops can follow one stream.
+        """
         ...
 
     def stream(self, blocks: Blocks, dtype: str, shape: tuple[int, ...], context: Context) -> Blocks:
@@ -74,7 +84,6 @@ class Cast:
 
     dtype: str
     name = "cast"
-    row_local = True
 
     def result(self, dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
         if dtype not in FLOATS:
@@ -83,6 +92,9 @@ class Cast:
                 hint="keep its dtype (leave --dtype out where the source decides), or dequantise it first",
             )
         return self.dtype, shape
+
+    def rows_together(self, shape: tuple[int, ...]) -> int:
+        return 1
 
     def stream(self, blocks: Blocks, dtype: str, shape: tuple[int, ...], context: Context) -> Blocks:
         for block in blocks:
@@ -111,12 +123,14 @@ class MergeLora:
     scale: float
     magnitude: StoredTensor | None = None
     name = "merge_lora"
-    row_local = True
 
     def result(self, dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
         if dtype not in FLOATS:
             raise UnsupportedError(f"cannot merge LoRA into {dtype} weights", hint="give the full-precision base model")
         return "F32", shape
+
+    def rows_together(self, shape: tuple[int, ...]) -> int:
+        return 1
 
     def stream(self, blocks: Blocks, dtype: str, shape: tuple[int, ...], context: Context) -> Blocks:
         import torch
@@ -153,71 +167,30 @@ class MergeLora:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class PadRows:
-    """Rows up to `rows`: each new one is the mean of all the old ones (summed in float64, in order)."""
-
-    rows: int
-    name = "pad_rows"
-    row_local = False
-
-    def result(self, dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-        if dtype not in FLOATS:
-            raise UnsupportedError(f"cannot add rows to {dtype} weights")
-        return dtype, (self.rows, *shape[1:])
-
-    def stream(self, blocks: Blocks, dtype: str, shape: tuple[int, ...], context: Context) -> Blocks:
-        total = np.zeros(prod(shape[1:]), np.float64)
-        for block in blocks:
-            total += (block if dtype == "F64" else widen(block, dtype)).sum(axis=0, dtype=np.float64)
-            yield block
-        mean = cast_values((total / shape[0]).reshape(1, -1), "F64", dtype)
-        yield np.ascontiguousarray(np.broadcast_to(mean, (self.rows - shape[0], mean.shape[1])))
-
-    def inputs(self) -> tuple[StoredTensor, ...]:
-        return ()
-
-    def inverse(self, dtype: str, shape: tuple[int, ...]) -> Op | None:
-        return TakeRows(shape[0])
-
-    def describe(self) -> dict[str, Any]:
-        return {"op": self.name, "rows": self.rows}
-
-
-@dataclass(frozen=True, slots=True)
-class TakeRows:
-    """The first `rows` rows: takes away rows which an earlier conversion is known to have added."""
-
-    rows: int
-    name = "take_rows"
-    row_local = False
-
-    def result(self, dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-        return dtype, (self.rows, *shape[1:])
-
-    def stream(self, blocks: Blocks, dtype: str, shape: tuple[int, ...], context: Context) -> Blocks:
-        left = self.rows
-        for block in blocks:
-            if left:
-                yield block[:left]
-                left -= min(left, len(block))
-
-    def inputs(self) -> tuple[StoredTensor, ...]:
-        return ()
-
-    def inverse(self, dtype: str, shape: tuple[int, ...]) -> Op | None:
-        return None
-
-    def describe(self) -> dict[str, Any]:
-        return {"op": self.name, "rows": self.rows}
-
-
-OPS: tuple[type[Any], ...] = (Cast, MergeLora, PadRows, TakeRows)
+OPS: tuple[type[Any], ...] = (Cast, MergeLora, PadRows, TakeRows, RopePermute, Quantize, Dequantize, Constant)
 """Every op there is, for `llava-convert layouts`. A byte-for-byte copy is the absence of ops."""
+
+
+def constant(name: str, shape: tuple[int, ...], values: Sequence[float]) -> tuple[StoredTensor, tuple[Op, ...]]:
+    """A tensor of known values, as what a recipe starts from: an empty source, and the op that fills it."""
+    return StoredTensor(name, "F32", (0,), ()), (Constant(shape, tuple(map(float, values))),)
+
+
+def steps(dtype: str, to: str) -> tuple[Op, ...]:
+    """The ops from one dtype to another, quantised or not. What cannot be done, the ops' `result` refuses."""
+    if dtype == to:
+        return ()
+    if to in QUANTS:
+        return (Cast("F32"), Quantize(to)) if dtype == "F64" else (Quantize(to),)
+    if dtype in QUANTS:
+        return (Dequantize(),) if to == "F32" else (Dequantize(), Cast(to))
+    return (Cast(to),)
 
 
 def as_array(raw: bytes | bytearray | memoryview, dtype: str, columns: int) -> Array:
     """Raw bytes as a block of rows."""
+    if dtype in QUANTS:
+        return cast(Array, np.frombuffer(raw, np.uint8).reshape(-1, nbytes_of(dtype, columns)))
     if dtype not in NUMPY_TYPES:
         raise UnsupportedError(f"no arithmetic is done on {dtype}")
     return cast(Array, np.frombuffer(raw, NUMPY_TYPES[dtype]).reshape(-1, columns))

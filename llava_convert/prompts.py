@@ -20,7 +20,8 @@ from typing import Any
 
 from llava_convert.errors import UnsupportedError, UsageError
 from llava_convert.resources import data_dir
-from llava_convert.tokens import IMAGE_TOKEN, Tokenizer
+from llava_convert.tokenizer import Tokenizer
+from llava_convert.tokens import IMAGE_TOKEN
 
 # xtuner gives these no BOS (xtuner/dataset/utils.py, get_bos_eos_token_ids).
 _WITHOUT_BOS = ("QWenTokenizer", "Qwen2Tokenizer")

@@ -17,6 +17,7 @@ from llava_convert.errors import InputError
 from llava_convert.execute import Outcome
 from llava_convert.model import Model
 from llava_convert.plan import Plan, Target, utf8
+from llava_convert.shards import Shard
 from llava_convert.spec import StoredTensor
 from llava_convert.storage.identity import identity
 from llava_convert.storage.jsonfile import read_json
@@ -98,15 +99,17 @@ def record(
     places = sources_of(model, plan)
     names = {path: (role, _relative(path, root)) for role, root, files in places for path in files}
     tensors: dict[str, Any] = {}
-    for folder, t in ((shard.name.rpartition("/")[0], t) for shard in plan.shards for t in shard.tensors):
+    for folder, t in ((_place_of(shard), t) for shard in plan.shards for t in shard.tensors):
         entry: dict[str, Any] = {"dtype": t.dtype, "shape": list(t.shape), **_where(t.source, names)}
+        if t.origin == "synthetic":
+            entry["origin"] = t.origin
         if t.ops:
             entry["ops"] = [
                 {**op.describe(), "inputs": [_where(s, names) for s in op.inputs()]} if op.inputs() else op.describe()
                 for op in t.ops
             ]
-        if outcome is not None and t.name in outcome.digests:
-            entry["xxh3_128"] = outcome.digests[t.name]
+        if outcome is not None and (t.shard, t.name) in outcome.digests:
+            entry["xxh3_128"] = outcome.digests[t.shard, t.name]
         tensors[f"{folder}/{t.name}" if folder else t.name] = entry
     found: dict[str, Any] = {
         "tool": {"name": "llava-convert", "version": __version__, "tables": TABLES},
@@ -134,6 +137,11 @@ def record(
     if target.added_rows is not None:
         found["added"] = dict(target.added_rows)
     return found
+
+
+def _place_of(shard: Shard) -> str:
+    """What tells tensors of one name apart: the folder; of GGUF, which has the same ones in several types, the file."""
+    return shard.name if shard.container == "gguf" else shard.name.rpartition("/")[0]
 
 
 def _relative(path: Path, root: Path) -> str:

@@ -17,9 +17,27 @@ DTYPE_BITS: dict[str, int] = {
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 
+# ggml's block types, as GGUF names them: weights in a block, and its bytes (`GGML_QUANT_SIZES` of gguf-py 0.19;
+# of Q8_1, which no file holds, ggml itself has 36).
+QUANTS: dict[str, tuple[int, int]] = {
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34), "Q8_1": (32, 40),
+    "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+    "Q8_K": (256, 292), "IQ1_S": (256, 50), "IQ1_M": (256, 56), "IQ2_XXS": (256, 66), "IQ2_XS": (256, 74),
+    "IQ2_S": (256, 82), "IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
+    "TQ1_0": (256, 54), "TQ2_0": (256, 66), "MXFP4": (32, 17), "NVFP4": (64, 36), "Q1_0": (128, 18),
+}  # fmt: skip
+
 # What `--dtype` and config.json call the dtypes that a model can be cast to.
 TORCH_NAMES: dict[str, str] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 FROM_TORCH_NAMES: dict[str, str] = {name: dtype for dtype, name in TORCH_NAMES.items()}
+
+
+def nbytes_of(dtype: str, numel: int) -> int:
+    """Bytes of `numel` elements of a dtype or block type; of the latter they are whole blocks."""
+    if dtype in QUANTS:
+        weights, size = QUANTS[dtype]
+        return numel // weights * size
+    return numel * DTYPE_BITS[dtype] // 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +71,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        return self.numel * DTYPE_BITS[self.dtype] // 8
+        return nbytes_of(self.dtype, self.numel)
 
     def renamed(self, name: str) -> StoredTensor:
         return replace(self, name=name)

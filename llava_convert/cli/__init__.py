@@ -9,7 +9,14 @@ from pathlib import Path
 
 import typer
 
-from llava_convert.cli import convert_command, inspect_command, layouts_command, verify_command
+from llava_convert.cli import (
+    convert_command,
+    data_command,
+    inspect_command,
+    layouts_command,
+    train_command,
+    verify_command,
+)
 
 app = typer.Typer(
     name="llava-convert",
@@ -24,6 +31,8 @@ convert_command.add_to(app)
 inspect_command.add_to(app)
 verify_command.add_to(app)
 layouts_command.add_to(app)
+train_command.add_to(app)
+data_command.add_to(app)
 
 
 def _version(wanted: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 SOURCE_PANEL, OUTPUT_PANEL, CHECK_PANEL, TALK_PANEL = "Source", "Output", "Checks and safety", "Talk"
+GGUF_PANEL = "GGUF"
 
 Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="A file, a folder, or a training work_dir.")]
 Llm = Annotated[

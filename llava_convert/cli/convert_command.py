@@ -12,7 +12,7 @@ from llava_convert.cli._errors import run
 from llava_convert.cli._output import Output, human_bytes
 
 if TYPE_CHECKING:
-    from llava_convert.conversion import Options, Report
+    from llava_convert.conversion import Report
 
 # Kept here as words, so that `--help` need not import the layouts.
 SOURCES = {
@@ -20,8 +20,9 @@ SOURCES = {
     "xtuner": "The xtuner layout: LLM, projector/, visual_encoder_adapter/.",
     "official": "Official LLaVA (haotian-liu).",
     "hf": "transformers' LlavaForConditionalGeneration.",
+    "gguf": "GGUF of llama.cpp: a language model, with or without its mmproj.",
 }
-TARGETS = ("xtuner", "official", "hf")
+TARGETS = ("xtuner", "official", "hf", "gguf")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
@@ -117,6 +118,41 @@ def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads
                 rich_help_panel=opt.OUTPUT_PANEL,
             ),
         ] = "clip",
+        outtype: Annotated[
+            str | None,
+            typer.Option(
+                "--outtype",
+                metavar="auto|f16|q8_0|q4_k_m|…[,…]",
+                help="Types of the language model, one file each. auto: bf16 for a bf16 source, else f16.",
+                rich_help_panel=opt.GGUF_PANEL,
+            ),
+        ] = None,
+        mmproj_outtype: Annotated[
+            str | None,
+            typer.Option(
+                "--mmproj-outtype",
+                metavar="f16|q8_0|…[,…]",
+                help="Types of the mmproj (tower and projector). Default: f16.",
+                rich_help_panel=opt.GGUF_PANEL,
+            ),
+        ] = None,
+        pre: Annotated[
+            str | None,
+            typer.Option(
+                "--pre",
+                metavar="NAME",
+                help="llama.cpp's name of the pre-tokenizer. Default: recognised by how it cuts text.",
+                rich_help_panel=opt.GGUF_PANEL,
+            ),
+        ] = None,
+        dequantize: Annotated[
+            bool,
+            typer.Option(
+                "--dequantize",
+                help="Make floats of a quantised source; its rounding stays.",
+                rich_help_panel=opt.GGUF_PANEL,
+            ),
+        ] = False,
         verify: Annotated[
             str,
             typer.Option(
@@ -164,45 +200,49 @@ def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads
         output = Output(as_json, quiet, verbose)
 
         def action() -> None:
-            from llava_convert.conversion import Options, convert, prepare, report
-            from llava_convert.layouts.base import TargetOptions
-            from llava_convert.model import Bases
+            from llava_convert.api import convert
             from llava_convert.storage.staging import interrupt_on_sigterm
 
             _one_of("--to", to, TARGETS)
             _one_of("--dtype", dtype, DTYPES)
             _one_of("--image-processor", image_processor, ("clip", "llava"))
             _one_of("--verify", verify, ("quick", "full", "off"))
-            options = Options(
-                to=to,
-                out=out,
-                name=name,
-                source_layout=layout,
-                config=config,
-                pretrained_pth=pretrained_pth,
-                bases=Bases(llm, visual_encoder, llm_id, visual_encoder_id, parse_alpha(lora_alpha)),
-                target=TargetOptions(
-                    dtype=None if dtype == "auto" else dtype,
+            with interrupt_on_sigterm():
+                found = convert(
+                    source,
+                    to=to,
+                    out=out,
+                    name=name,
+                    source_layout=layout,
+                    config=config,
+                    pretrained_pth=pretrained_pth,
+                    llm=llm,
+                    visual_encoder=visual_encoder,
+                    llm_id=llm_id,
+                    visual_encoder_id=visual_encoder_id,
+                    lora_alpha=parse_alpha(lora_alpha),
+                    dtype=dtype,
                     max_shard_size=max_shard_size,
                     part=part,
                     prompt_template=prompt_template,
                     image_processor=image_processor,
-                ),
-                verify=verify,
-                digest=digest,
-                force=force,
-                resume=resume,
-                threads=threads,
-            )
+                    outtype=outtype,
+                    mmproj_outtype=mmproj_outtype,
+                    pre=pre,
+                    dequantize=dequantize,
+                    verify=verify,
+                    digest=digest,
+                    dry_run=dry_run,
+                    force=force,
+                    resume=resume,
+                    threads=threads,
+                    say=output,
+                )
+            output.stop()
             if dry_run:
-                ready = prepare(source, options)
-                found = report(ready, options)
                 _print_plan(found, output)
             else:
-                with interrupt_on_sigterm():
-                    found = convert(source, options, output)
-                output.stop()
-                _print_done(found, options, output)
+                _print_done(found, output, part)
             output.result(found.as_json())
 
         raise typer.Exit(run(action, output))
@@ -256,16 +296,29 @@ def _print_plan(found: Report, output: Output) -> None:
     output.note("nothing was written (--dry-run)")
 
 
-def _print_done(found: Report, options: Options, output: Output) -> None:
+def _print_done(found: Report, output: Output, part: str) -> None:
     plan = found.plan
     checked = {"quick": "headers and files checked", "full": "every byte checked", "off": "not checked"}
     output.line(
         f"{found.out}: {found.layouts[1]}, {len(plan.tensors)} tensors, {found.dtype}, "
         f"{human_bytes(plan.bytes_written)}, {checked[found.verified]}"
     )
-    for part, story in found.parts.items():
-        output.line(f"  {part:<15} {story}")
-    if found.layouts[1] == "hf" and options.target.part == "all":
-        output.note(f"next: AutoModelForImageTextToText.from_pretrained({str(found.out)!r})")
-    else:
-        output.note(f"next: llava-convert verify {found.source} {found.out}")
+    for part_name, story in found.parts.items():
+        output.line(f"  {part_name:<15} {story}")
+    if found.layouts[1] == "gguf":
+        for shard in plan.shards:
+            output.line(f"  {shard.name}  {human_bytes(shard.size)}")
+    output.note(f"next: {_next(found, part)}")
+
+
+def _next(found: Report, part: str) -> str:
+    """What to do with an output first."""
+    if found.layouts[1] == "hf" and part == "all":
+        return f"AutoModelForImageTextToText.from_pretrained({str(found.out)!r})"
+    names = [shard.name for shard in found.plan.shards]
+    llm = next((name for name in names if "-mmproj-" not in name), None)
+    mmproj = next((name for name in names if "-mmproj-" in name), None)
+    if found.layouts[1] == "gguf" and llm is not None:
+        sees = f" --mmproj {found.out / mmproj}" if mmproj is not None else ""
+        return f"llama-server -m {found.out / llm}{sees}"
+    return f"llava-convert verify {found.source} {found.out}"

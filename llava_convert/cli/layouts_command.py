@@ -22,11 +22,15 @@ def _layouts(as_json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.V
 
     def action() -> None:
         from llava_convert.architecture import architectures
+        from llava_convert.gguf.names import tables
         from llava_convert.layouts import SOURCES, TARGETS
         from llava_convert.mapping import layout_table
         from llava_convert.ops import OPS
 
-        dialects = {name: sorted({row.dialect for row in layout_table(name).rows}) for name in SOURCES}
+        gguf = {"gguf": sorted(table.architecture for table in tables())}
+        dialects = gguf | {
+            name: sorted({row.dialect for row in layout_table(name).rows}) for name in SOURCES if name not in gguf
+        }
         families = {a.name: [a.part, *a.model_types] for a in architectures().values()}
         output.result(
             {

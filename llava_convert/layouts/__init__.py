@@ -5,6 +5,7 @@ A layout is one module here and one table in `mappings/layouts`; the engine asks
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path, PureWindowsPath
 from typing import cast
@@ -15,8 +16,8 @@ from llava_convert.layouts.base import Found, Layout, OpenOptions
 from llava_convert.storage.files import open_regular, read_fully, shown
 from llava_convert.storage.jsonfile import read_json
 
-SOURCES = ("pth", "xtuner", "official", "hf")
-TARGETS = ("xtuner", "official", "hf")
+SOURCES = ("pth", "xtuner", "official", "hf", "gguf")
+TARGETS = ("xtuner", "official", "hf", "gguf")
 
 
 def layout(name: str) -> Layout:
@@ -69,6 +70,23 @@ def open_checkpoint(path: Path, name: str | None = None, options: OpenOptions | 
     Raises UnsupportedError (exit 4) when it is of no known layout, of several, or of another than `name`.
     """
     path = locate(path)
+    chosen, why = _choose(path, name)
+    return layout(chosen).open(path, options or OpenOptions()), why
+
+
+def open_each(path: Path) -> list[Checkpoint]:
+    """Every model at a path: one, but for a layout that keeps several types of one model side by side.
+
+    Raises what `open_checkpoint` raises.
+    """
+    path = locate(path)
+    chosen = layout(_choose(path, None)[0])
+    several: Callable[[Path, OpenOptions], list[Checkpoint]] | None = getattr(chosen, "open_each", None)
+    return several(path, OpenOptions()) if several is not None else [chosen.open(path, OpenOptions())]
+
+
+def _choose(path: Path, name: str | None) -> tuple[str, str]:
+    """The layout to open a path as, and why. Raises UnsupportedError (exit 4)."""
     claims = detect(path)
     if name is not None and name not in claims and claims:
         other, why = next(iter(claims.items()))
@@ -90,14 +108,12 @@ def open_checkpoint(path: Path, name: str | None = None, options: OpenOptions | 
             )
         raise UnsupportedError(f"{path} is no LLaVA that this tool knows{_what_else(path)}")
     chosen = name or next(iter(claims))
-    return layout(chosen).open(path, options or OpenOptions()), claims[chosen]
+    return chosen, claims[chosen]
 
 
 def _what_else(path: Path) -> str:
     """What a path is instead, where that is easily said."""
     found = look(path)
-    if found.path.suffix == ".gguf" or any(n.endswith(".gguf") for n in found.names):
-        return ": GGUF is not a source yet"
     if found.config is not None:
         return f": its config.json is that of a {found.config.get('model_type')}"
     if path.is_dir() and not found.names:

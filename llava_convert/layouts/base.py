@@ -16,31 +16,47 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """How to read a source: `config` is the training config to read instead of the one it carries."""
+    """How to read a source.
+
+    `config` is the training config to read instead of the one it carries; `dequantize` says that quantised weights may
+    be made floats of.
+    """
 
     config: Path | None = None
+    dequantize: bool = False
 
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """What the user wants of the output. None means the default of the layout."""
+    """What the user wants of the output. None, or nothing, means the default of the layout.
+
+    The types are GGUF's, `pre` is its name of a pre-tokenizer; `name` is what files are called by.
+    """
 
     dtype: str | None = None
     max_shard_size: str | None = None
     part: str = ALL
     prompt_template: str | None = None
     image_processor: str = "clip"
+    outtypes: tuple[str, ...] = ()
+    mmproj_outtypes: tuple[str, ...] = ()
+    pre: str | None = None
+    name: str = ""
     ids: Mapping[str, str] = field(default_factory=dict)
     lora_alpha: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a target needs of the model: parts whose weights, whose configs, and whose configs if to be had."""
+    """What a target needs of the model: parts whose weights, whose configs, and whose configs if to be had.
+
+    `keep_added`: rows and tokens which an earlier conversion added stay.
+    """
 
     weights: tuple[str, ...]
     configs: tuple[str, ...] = ()
     optional_configs: tuple[str, ...] = ()
+    keep_added: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,13 @@ from llava_convert.layouts.base import ALL, Found, Needs, OpenOptions, TargetOpt
 from llava_convert.layouts.naming import outputs, sort_tensors
 from llava_convert.layouts.options import output_dtype, shard_limit
 from llava_convert.mapping import layout_table
-from llava_convert.model import EMBEDDING, HEAD, Model, Recipe, projector_config
+from llava_convert.model import EMBEDDING, HEAD, Model, Recipe
 from llava_convert.ops import PadRows
 from llava_convert.plan import FileSet, Target, to_json
 from llava_convert.processor import processor_config
+from llava_convert.projector import projector_config
 from llava_convert.provenance import read_record
+from llava_convert.sidecars import folder_sidecars
 from llava_convert.spec import TORCH_NAMES
 from llava_convert.storage.jsonfile import read_object
 from llava_convert.storage.weights import open_weights
@@ -64,7 +66,8 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
     sorted_ = sort_tensors(found.tensors, layout_table(NAME), path)
     text, vision = _text_config(config), _vision_config(config)
     configs: dict[str, dict[str, Any] | None] = {LLM: text, VISION: vision, PROJECTOR: None}
-    parts = {name: Part(sorted_.weights[name], None, None, configs[name], path) for name in PARTS}
+    files = folder_sidecars(path)
+    parts = {name: Part(sorted_.weights[name], None, None, configs[name], files) for name in PARTS}
     layer = config.get("vision_feature_layer", -2)
     if isinstance(layer, list):
         raise UnsupportedError(f"{path}: vision_feature_layer {layer!r}: only one layer can be carried over")

@@ -21,9 +21,11 @@ from llava_convert.layouts.naming import outputs, sort_tensors
 from llava_convert.layouts.options import output_dtype, shard_limit
 from llava_convert.lora import settings_from_json
 from llava_convert.mapping import layout_table
-from llava_convert.model import Model, projector_config
+from llava_convert.model import Model
 from llava_convert.plan import FileSet, Target, to_json
+from llava_convert.projector import projector_config
 from llava_convert.provenance import read_record
+from llava_convert.sidecars import folder_sidecars
 from llava_convert.spec import TORCH_NAMES, StoredTensor
 from llava_convert.storage.jsonfile import read_object
 from llava_convert.storage.weights import open_weights
@@ -84,7 +86,7 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         parts[LLM].adapter,
         None if has_llm else base,
         text if has_llm else None,
-        folder if has_llm else None,
+        folder_sidecars(folder) if has_llm else None,
     )
     parts[VISION] = Part(parts[VISION].weights, parts[VISION].adapter, own.get("mm_vision_tower"))
     return Checkpoint(

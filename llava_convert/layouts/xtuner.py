@@ -20,9 +20,11 @@ from llava_convert.layouts.naming import adapter_outputs, outputs, sort_tensors
 from llava_convert.layouts.options import output_dtype
 from llava_convert.lora import Adapter, settings_from_json
 from llava_convert.mapping import layout_table
-from llava_convert.model import Model, projector_config
+from llava_convert.model import Model
 from llava_convert.plan import FileSet, Target, to_json
+from llava_convert.projector import projector_config
 from llava_convert.provenance import read_record
+from llava_convert.sidecars import folder_sidecars
 from llava_convert.spec import StoredTensor
 from llava_convert.storage.jsonfile import read_object
 from llava_convert.storage.weights import open_weights
@@ -73,8 +75,9 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         part, left = sorted_.part(name, settings, str(path))
         dropped += left
         own = folder if part.weights else None
+        beside = folder_sidecars(own) if own is not None else None
         config = old_flavour(read_object(own / "config.json")) if own is not None and name != PROJECTOR else None
-        parts[name] = Part(part.weights, part.adapter, _base(path, adapter, name, training), config, own)
+        parts[name] = Part(part.weights, part.adapter, _base(path, adapter, name, training), config, beside)
     return Checkpoint(
         layout=NAME,
         path=path,

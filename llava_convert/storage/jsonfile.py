@@ -28,12 +28,17 @@ def read_json(path: Path, *, limit: int = MAX_JSON_BYTES, unique_keys: bool = Fa
     as RFC 8259 has it: a byte order mark, a trailing comma, NaN or Infinity. Also where it is missing, not readable,
     no regular file, too large, or, with `unique_keys`, where an object names a key twice (fault rows 30, 32).
     """
+    return parse_json(json_bytes(path, limit=limit), shown(path), unique_keys=unique_keys)
+
+
+def json_bytes(path: Path, *, limit: int = MAX_JSON_BYTES) -> bytes:
+    """The bytes of a JSON file, unparsed. Raises InputError where it cannot be read, or is too large."""
     with open_regular(path) as stream:
         data = read_fully(stream, limit + 1, path)
     if len(data) > limit:
         raise InputError(f"{shown(path)}: larger than {limit:,} bytes, more than any file of its kind")
     reject_stand_in(path, data[:512])
-    return parse_json(data, shown(path), unique_keys=unique_keys)
+    return data
 
 
 def read_object(path: Path) -> dict[str, Any]:

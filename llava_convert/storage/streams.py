@@ -12,7 +12,7 @@ import numpy as np
 
 from llava_convert.numerics import Array
 from llava_convert.ops import as_array
-from llava_convert.spec import DTYPE_BITS, StoredTensor
+from llava_convert.spec import StoredTensor, nbytes_of
 from llava_convert.storage.ranges import FilePool, read_into
 
 BLOCK = 256 * 1024
@@ -29,11 +29,11 @@ def rows_of(shape: tuple[int, ...]) -> int:
     return shape[0] if shape else 1
 
 
-def rows_per_block(tensor: StoredTensor) -> int:
-    """How many rows make a block of this tensor."""
-    row_bytes = max(1, columns_of(tensor.shape) * DTYPE_BITS[tensor.dtype] // 8)
+def rows_per_block(tensor: StoredTensor, together: int = 1) -> int:
+    """How many rows make a block of this tensor: a multiple of `together`."""
+    row_bytes = max(1, nbytes_of(tensor.dtype, columns_of(tensor.shape)))
     least = LEAST_ROWS if len(tensor.shape) > 1 else 1
-    return max(least, BLOCK // row_bytes)
+    return -(-max(least, BLOCK // row_bytes) // together) * together
 
 
 def cuts(tensor: StoredTensor, first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
@@ -75,15 +75,18 @@ def read_whole(pool: FilePool, tensor: StoredTensor) -> Array:
     return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False))
 
 
-def blocks(pool: FilePool, tensor: StoredTensor, first: int, last: int) -> Iterator[Array]:
-    """Rows `first` to `last` in blocks of (rows, columns). Each block is gone when the next is asked for."""
-    columns, step = columns_of(tensor.shape), rows_per_block(tensor)
+def blocks(pool: FilePool, tensor: StoredTensor, first: int, last: int, together: int = 1) -> Iterator[Array]:
+    """Rows `first` to `last` in blocks of (rows, columns), `together` rows never parted where `first` is a multiple.
+
+    Each block is gone when the next is asked for.
+    """
+    columns, step = columns_of(tensor.shape), rows_per_block(tensor, together)
     if tensor.strides is not None:
         whole = read_whole(pool, tensor).reshape(-1, columns)
         for row, end in cuts(tensor, first, last, step):
             yield whole[row:end]
         return
-    row_bytes = columns * DTYPE_BITS[tensor.dtype] // 8
+    row_bytes = nbytes_of(tensor.dtype, columns)
     buffer = bytearray(max(step, min(last - first, step + LEAST_ROWS)) * row_bytes)
     for row, end in cuts(tensor, first, last, step):
         view = memoryview(buffer)[: (end - row) * row_bytes]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from llava_convert.storage.gguf import Typed, encode_gguf
 from llava_convert.storage.safetensors import encode_header
 
 TINY = Path(__file__).resolve().parents[2] / "fixtures" / "tiny"
@@ -90,6 +91,59 @@ def index_seeds() -> Seeds:
         "surrogate": b'{"weight_map": {"\\ud800": "\\ud800.safetensors"}}',
         "nan": b'{"weight_map": NaN}',
         "bom": b"\xef\xbb\xbf{}",
+    }
+
+
+# -- GGUF
+
+
+def _gguf(metadata: Mapping[str, Typed], *tensors: tuple[str, str, tuple[int, ...]], alignment: int = 32) -> bytes:
+    header = encode_gguf(metadata, tensors, alignment=alignment)
+    return header.data + bytes(header.size - len(header.data))
+
+
+def gguf_part(number: int) -> bytes:
+    """One of the two parts of a split model."""
+    told = {"split.no": Typed("u16", number), "split.count": Typed("u16", 2), "split.tensors.count": Typed("i32", 2)}
+    name = {"general.architecture": Typed("str", "llama")} if number == 0 else {}
+    return _gguf(name | told, (f"part.{number}", "F16", (2, 2)))
+
+
+def gguf_seeds() -> Seeds:
+    kinds = {
+        "u": Typed("u8", 1), "h": Typed("i16", -1), "I": Typed("u32", 7), "q": Typed("i64", -1), "f": Typed("f32", 0.5),
+        "d": Typed("f64", 0.1), "t": Typed("bool", True), "s": Typed("str", "é"), "S": Typed("[str]", ("a", "", "bc")),
+        "B": Typed("[u8]", (1,)), "F": Typed("[f32]", (1.0, -2.0)), "T": Typed("[bool]", (True, False)),
+        "E": Typed("[i32]", ()),
+    }  # fmt: skip
+    types = ("Q4_K", "BF16", "IQ1_M", "I64", "TQ2_0")
+    one = _gguf({"s": Typed("str", "x")}, ("a", "F32", (2, 3)), ("b", "Q8_0", (2, 32)))
+    value = one.index(b"\1\0\0\0\0\0\0\0x")
+    info = one.index(b"\1\0\0\0\0\0\0\0a\2\0\0\0")
+
+    def changed(at: int, data: bytes) -> bytes:
+        return one[:at] + data + one[at + len(data) :]
+
+    return {
+        "valid": one,
+        "valid-kinds": _gguf(kinds),
+        "valid-types": _gguf({}, *((dtype.lower(), dtype, (1, 256)) for dtype in types)),
+        "valid-aligned": _gguf({}, ("a", "I8", (3,)), ("b", "I8", ()), ("c", "F64", (0, 3)), alignment=256),
+        "valid-part": gguf_part(0),
+        "valid-version": changed(4, b"\2"),
+        "version": changed(4, b"\1"),
+        "big-endian": changed(4, b"\0\0\0\3"),
+        "tensors": changed(8, (2**40).to_bytes(8, "little")),
+        "keys": changed(16, (2**40).to_bytes(8, "little")),
+        "length": changed(value, (2**63).to_bytes(8, "little")),
+        "kind": changed(value - 4, b"\x09\0\0\0\x09\0\0\0"),
+        "dimensions": changed(info + 9, b"\5"),
+        "overflow": changed(info + 13, b"\xff" * 8),
+        "type": changed(info + 29, b"\x1f"),
+        "blocks": changed(info + 29, b"\x08"),
+        "offset": changed(info + 33, b"\x20"),
+        "other-part": gguf_part(1),
+        "older": b"lmgg" + bytes(60),
     }
 
 
@@ -331,7 +385,7 @@ def sentencepiece_seeds() -> Seeds:
 
 def tokenizer_seeds() -> Seeds:
     """Files of a folder, each behind the byte which is its place in `tokens.FILES`."""
-    from llava_convert.tokens import FILES
+    from llava_convert.tokenizer import FILES
 
     def folder(**files: object) -> bytes:
         named = {name.replace(".", "_"): number for number, name in enumerate(FILES)}

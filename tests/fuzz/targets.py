@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from llava_convert import tokens
+from llava_convert import tokenizer, tokens
 from llava_convert.architecture import architectures
 from llava_convert.configs import family, named_config, old_flavour
 from llava_convert.sentencepiece import read_pieces
+from llava_convert.sidecars import folder_sidecars
 from llava_convert.spec import StoredTensor
 from llava_convert.storage import unpickle
+from llava_convert.storage.gguf import encode_gguf, open_gguf
 from llava_convert.storage.jsonfile import parse_json
 from llava_convert.storage.safetensors import read_header
 from llava_convert.storage.torch_file import read_torch, state_dict
@@ -68,6 +70,19 @@ def _file(folder: Path, name: str, data: bytes) -> Path:
 def _safetensors(data: bytes, folder: Path) -> Read:
     path = _file(folder, "x.safetensors", data)
     return lambda: _sound(read_header(path).tensors)
+
+
+def _gguf(data: bytes, folder: Path) -> Read:
+    path = _file(folder, "x-00001-of-00002.gguf", data)
+    _file(folder, "x-00002-of-00002.gguf", seeds.gguf_part(1))
+
+    def read() -> None:
+        found = open_gguf(path)
+        _sound(found.tensors)
+        assert found.shard_of.keys() == found.tensors.keys()
+        encode_gguf(found.metadata, [])  # whatever was read can be written
+
+    return read
 
 
 def _weights(data: bytes, folder: Path) -> Read:
@@ -149,10 +164,10 @@ def _tokenizer(data: bytes, folder: Path) -> Read:
     for old in folder.iterdir():
         old.unlink()
     for part in data.split(seeds.PART) if data else ():
-        _file(folder, tokens.FILES[(part or b"\0")[0] % len(tokens.FILES)], part[1:])
+        _file(folder, tokenizer.FILES[(part or b"\0")[0] % len(tokenizer.FILES)], part[1:])
 
     def read() -> None:
-        found = tokens.open_tokenizer(folder)
+        found = tokenizer.open_tokenizer(folder_sidecars(folder))
         plan = tokens.plan_llava_tokens(found, max(64, found.size if found.size < 1 << 20 else 64))
         made = tokens.with_tokens(found, plan, chat_template=None, processor_template="x")
         undo = tokens.undo_record(tokens.plain_files(found), plan, made)
@@ -204,6 +219,11 @@ _PICKLE = (
     b"cmmengine.logging\nHistoryBuffer\n", b"\x8a\x08" + b"\xff" * 7 + b"\x7f", b"\x85", b"\x86", b"\x87", b"\x93",
     b"h\0", b"q\0", b"u.", b"tR", b"Q",
 )  # fmt: skip
+_GGUF = (
+    b"GGUF\3\0\0\0", b"\x11\0\0\0\0\0\0\0general.alignment\4\0\0\0", b"\x0b\0\0\0\0\0\0\0split.count\2\0\0\0\2\0",
+    b"\x09\0\0\0\x08\0\0\0\1\0\0\0\0\0\0\0", b"\x09\0\0\0\0\0\0\0", b"\1\0\0\0\0\0\0\0a",
+    b"\0\0\0\1\0\0\0\0",
+)  # fmt: skip
 _ZIP = (b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07", b"\x01\0\x10\0", b"\xff\xff\xff\xff")
 _PYTHON = (
     b"model = ", b"dict(", b"[x for x in ", b"range(9)", b"lambda: 0", b"f'{x!r:>9}'", b"**", b" << ", b"_base_ = ",
@@ -216,6 +236,7 @@ _PYTHON = (
 
 TARGETS: dict[str, Target] = {
     "safetensors": Target(_safetensors, seeds.safetensors_seeds, (*_JSON, b'"dtype"', b'"shape"', b'"data_offsets"')),
+    "gguf": Target(_gguf, seeds.gguf_seeds, _GGUF),
     "weights": Target(_weights, seeds.index_seeds, (*_JSON, b'"weight_map"', b".safetensors", b"../", b".bin", b"/")),
     "torch_zip": Target(_torch_zip, seeds.torch_zip_seeds, _PICKLE + _ZIP),
     "torch_legacy": Target(_torch_legacy, seeds.legacy_seeds, _PICKLE),

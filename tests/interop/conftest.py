@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +14,10 @@ import torch
 from PIL import Image
 
 import llava_convert
-from tests.conftest import CHECKOUT
+from tests.interop.llama_cpp import LlamaCpp
+from tests.interop.peer_programs import PEERS
+from tests.interop.wide_models import WIDES, make_wide, published_file
 
-PEERS = CHECKOUT / ".venvs"
-SCRIPTS = CHECKOUT / "tests" / "peers"
 GOLDEN = ("a_full_vitlora", "b_llmlora_vitlora", "c_pretrain", "d_full_fullvit")
 QUESTION = "What is in this picture?"
 # Llama-3's prompt as xtuner trains it; the BOS token goes in front.
@@ -47,12 +45,23 @@ def cases() -> Path:
 
 
 @pytest.fixture(scope="session")
-def source(tiny: Path, request: pytest.FixtureRequest) -> Callable[[str], Source]:
-    """A checkpoint by name: `tiny`, a golden case, or one of the cases that the real xtuner made here."""
+def source(
+    tiny: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Source]:
+    """A checkpoint by name: `tiny`, a golden case, a random wide model, or a case that the real xtuner made here."""
+    wide: dict[str, Source] = {}
 
     def find(name: str) -> Source:
         if name == "tiny":
             return Source(tiny / "iter_2.pth", tiny)
+        if name in WIDES:
+            if name not in wide:
+                published = published_file(WIDES[name], PEERS)
+                if published is None and WIDES[name].tokenizer != "tiny":
+                    pytest.skip(f"no tokenizer of {WIDES[name].tokenizer}: `make peers` fetches it")
+                folder = tmp_path_factory.mktemp(name)
+                wide[name] = Source(make_wide(name, folder, tiny, published), folder)
+            return wide[name]
         root: Path = request.getfixturevalue("golden" if name in GOLDEN else "cases")
         base = Path(json.loads((root / "cases.json").read_text())[name]["llm"]).parts[1]
         return Source(root / "cases" / name / "pth" / "iter_2.pth", root / "parts" / base)
@@ -77,10 +86,24 @@ class Converter:
             self.made[key] = out
         return self.made[key]
 
+    def onward(self, folder: Path, to: str, **options: Any) -> Path:
+        """A conversion of a folder or file that an earlier one wrote."""
+        key = (folder, to, *sorted(options.items()))
+        if key not in self.made:
+            out = self.folder / "onward" / str(len(self.made)) / "model"
+            llava_convert.convert(folder, to=to, out=out, **options)
+            self.made[key] = out
+        return self.made[key]
+
 
 @pytest.fixture(scope="session")
 def converted(source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFactory) -> Converter:
     return Converter(source, tmp_path_factory.mktemp("converted"))
+
+
+@pytest.fixture(scope="session")
+def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> LlamaCpp:
+    return LlamaCpp(tmp_path_factory.mktemp("llama.cpp"))
 
 
 @pytest.fixture(scope="session")
@@ -107,22 +130,3 @@ def padded(picture: Image.Image) -> Image.Image:
     square = Image.new("RGB", (width, width), (122, 116, 104))
     square.paste(picture, (0, (width - height) // 2))
     return square
-
-
-def in_peer(environment: str, script: str, job: Any, cwd: Path) -> dict[str, Any]:
-    """Run a script of tests/peers with the Python of an environment: a job as JSON in, a JSON result out."""
-    python = PEERS / environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if not python.is_file():
-        pytest.skip(f"no environment {environment}: `make peers` builds it")
-    result = cwd / f"{environment}-{script}.json"
-    done = subprocess.run(
-        [python, SCRIPTS / script, result],
-        input=json.dumps(job),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_MODULES_CACHE": str(cwd / "modules"), "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"},
-    )
-    assert done.returncode == 0, f"{environment} {script}:\n{done.stdout[-1500:]}\n{done.stderr[-4000:]}"
-    loaded: dict[str, Any] = json.loads(result.read_text())
-    return loaded

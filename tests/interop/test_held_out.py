@@ -17,7 +17,8 @@ import torch
 import llava_convert
 from llava_convert.errors import UnsupportedError
 from tests.golden.oracle import assert_same_weights, load
-from tests.interop.conftest import PEERS, Converter, Source
+from tests.interop.conftest import Converter, Source
+from tests.interop.peer_programs import PEERS
 
 pytestmark = pytest.mark.peers
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, LlavaForConditionalGeneration
 
 from tests.interop.by_hand import assemble, pieces
-from tests.interop.conftest import GOLDEN, PROMPT, Converter, Source, gap, in_peer, padded
+from tests.interop.conftest import GOLDEN, PROMPT, Converter, Source, gap, padded
+from tests.interop.peer_programs import in_peer
 
 pytestmark = pytest.mark.peers
 

@@ -14,7 +14,8 @@ from PIL import Image
 from transformers import CLIPImageProcessor, LlavaForConditionalGeneration
 
 from tests.interop.by_hand import assemble, pieces
-from tests.interop.conftest import GOLDEN, PROMPT, QUESTION, Converter, Source, gap, in_peer, padded
+from tests.interop.conftest import GOLDEN, PROMPT, QUESTION, Converter, Source, gap, padded
+from tests.interop.peer_programs import in_peer
 
 pytestmark = pytest.mark.peers
 

@@ -13,7 +13,8 @@ from transformers import LlavaForConditionalGeneration
 
 import llava_convert
 from tests.golden.oracle import assert_same_weights
-from tests.interop.conftest import GOLDEN, Converter, in_peer
+from tests.interop.conftest import GOLDEN, Converter
+from tests.interop.peer_programs import in_peer
 
 NAMES = ("tiny", *GOLDEN)
 # Where a dialect has one tensor of the tower and the head: the table of the formats reference.

@@ -13,7 +13,8 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from tests.interop.by_hand import assemble, pieces
-from tests.interop.conftest import GOLDEN, PROMPT, QUESTION, Converter, Source, gap, in_peer
+from tests.interop.conftest import GOLDEN, PROMPT, QUESTION, Converter, Source, gap
+from tests.interop.peer_programs import in_peer
 
 pytestmark = pytest.mark.peers
 

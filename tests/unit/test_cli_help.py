@@ -19,7 +19,16 @@ from llava_convert.cli import app
 
 ROOT = Path(llava_convert.__file__).resolve().parents[1]
 GROUP: Any = typer.main.get_command(app)
-COMMANDS: Mapping[str, Any] = GROUP.commands
+# `data check` and its like by both words.
+COMMANDS: Mapping[str, Any] = {
+    name: command
+    for first, group in GROUP.commands.items()
+    for name, command in (
+        [(f"{first} {second}", c) for second, c in group.commands.items()]
+        if hasattr(group, "commands")
+        else [(first, group)]
+    )
+}
 OPTIONS = sorted({o for c in COMMANDS.values() for p in c.params for o in p.opts if o.startswith("--")})
 HEAVY = ("torch", "transformers", "numpy", "peft", "huggingface_hub", "safetensors", "gguf")
 JSON_KEYS = {
@@ -53,12 +62,15 @@ def documents() -> str:
 
 
 def test_the_commands() -> None:
-    assert set(COMMANDS) == {"pth", "xtuner", "official", "hf", "convert", "inspect", "verify", "layouts"}
+    assert set(COMMANDS) == {
+        "pth", "xtuner", "official", "hf", "gguf", "convert", "inspect", "verify", "layouts", "train",
+        "data check", "data fix-ocrvqa",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_and_option_has_help(command: str) -> None:
-    found = run(command, "--help")
+    found = run(*command.split(), "--help")
     assert found.exit_code == 0
     assert found.stderr == ""
     assert f"llava-convert {command}" in found.stdout or f"{command} [OPTIONS]" in found.stdout
@@ -113,9 +125,11 @@ def test_json_of_the_others(tiny: Path, tmp_path: Path) -> None:
     compared = json.loads(run("verify", tiny / "iter_2.pth", tmp_path / "o", "--json").stdout)
     assert (compared["same"], compared["equal"], compared["missing"]) == (True, 80, [])
     known = json.loads(run("layouts", "--json").stdout)
-    assert set(known["sources"]) == {"pth", "xtuner", "official", "hf"}
-    assert known["targets"] == ["xtuner", "official", "hf"]
-    assert known["ops"] == ["copy", "cast", "merge_lora", "pad_rows", "take_rows"]
+    assert set(known["sources"]) == {"pth", "xtuner", "official", "hf", "gguf"}
+    assert known["targets"] == ["xtuner", "official", "hf", "gguf"]
+    assert known["ops"] == [
+        "copy", "cast", "merge_lora", "pad_rows", "take_rows", "rope_permute", "quantize", "dequantize", "constant",
+    ]  # fmt: skip
     assert known["families"]["clip"] == {"part": "vision_tower", "model_types": ["clip_vision_model"]}
     assert set(known["sources"]["hf"]) == {"classic", "new", "flat", "newflat", "doubled"}
 

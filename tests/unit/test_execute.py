@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+import tracemalloc
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +15,21 @@ import numpy as np
 import pytest
 import torch
 
-from llava_convert import execute
-from llava_convert.execute import FileSink, Outcome, Work, run_task, tasks_of
-from llava_convert.ops import Cast, MergeLora
-from llava_convert.plan import PlannedTensor
-from llava_convert.spec import Extent, StoredTensor
+from llava_convert import execute, ggml, sinks
+from llava_convert.compare import compare
+from llava_convert.errors import InputError
+from llava_convert.model import Recipe
+from llava_convert.ops import Cast, MergeLora, Op, PadRows, Quantize, RopePermute, constant
+from llava_convert.plan import FileSet, Output, Plan, PlannedTensor, Target, make_plan
+from llava_convert.sinks import FileSink
+from llava_convert.spec import Extent, StoredTensor, nbytes_of
+from llava_convert.storage import streams
 from llava_convert.storage.ranges import PIECE, FilePool
+from llava_convert.storage.safetensors import read_header
+from llava_convert.storage.staging import Staging
 from llava_convert.storage.streams import LEAST_ROWS, blocks, cuts, rows_per_block
+from llava_convert.tasks import Copy, Work, tasks_of
+from llava_convert.work import Outcome, run_task
 
 
 def stored(folder: Path, name: str, values: np.ndarray) -> StoredTensor:
@@ -27,9 +38,30 @@ def stored(folder: Path, name: str, values: np.ndarray) -> StoredTensor:
     return StoredTensor(name, "F32", values.shape, (Extent(path, 0, values.nbytes),))
 
 
-def planned(source: StoredTensor, *ops: MergeLora | Cast) -> PlannedTensor:
-    dtype = ops[-1].dtype if ops and isinstance(ops[-1], Cast) else source.dtype
-    return PlannedTensor("w", "w", source, "checkpoint", ops, dtype, source.shape, 0)
+def planned(source: StoredTensor, *ops: Op, shard: str = "") -> PlannedTensor:
+    recipe = Recipe(source, ops)
+    return PlannedTensor("w", "w", source, "checkpoint", ops, recipe.dtype, recipe.shape, 0, shard)
+
+
+class Memory:
+    """A sink that keeps what comes, by shard and tensor."""
+
+    def __init__(self, tensors: Sequence[PlannedTensor]) -> None:
+        self.found = {(t.shard, t.name): bytearray(t.nbytes) for t in tensors}
+
+    def copy(self, task: Copy) -> None:
+        raise AssertionError("no copies here")
+
+    def put(self, tensor: PlannedTensor, start: int, data: np.ndarray) -> None:
+        self.found[tensor.shard, tensor.name][start : start + data.nbytes] = data.tobytes()
+
+
+def made_by(tensors: Sequence[PlannedTensor], *, whole: bool = True) -> dict[tuple[str, str], bytearray]:
+    sink = Memory(tensors)
+    with FilePool() as pool:
+        for task in tasks_of(tensors, whole=whole):
+            run_task(task, pool, sink, Outcome())
+    return sink.found
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 127, 128, 129, 191, 192, 1000, 4096])
@@ -67,7 +99,7 @@ def test_merge_by_blocks_equals_the_whole_product(tmp_path: Path, rows: int) -> 
     try:
         with FilePool() as pool:
             for task in tasks_of([tensor]):
-                run_task(task, pool, FileSink(pool, out, lambda done: None), Outcome())
+                run_task(task, pool, FileSink(pool, {"": out}, lambda done: None), Outcome())
         found = torch.frombuffer(bytearray(os.pread(out, wanted.nbytes, 0)), dtype=torch.float16)
     finally:
         os.close(out)
@@ -76,12 +108,12 @@ def test_merge_by_blocks_equals_the_whole_product(tmp_path: Path, rows: int) -> 
 
 def test_writeback_starts_with_every_full_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[int, int]] = []
-    monkeypatch.setattr(execute, "start_writeback", lambda fd, offset, length: started.append((offset, length)))
+    monkeypatch.setattr(sinks, "start_writeback", lambda fd, offset, length: started.append((offset, length)))
     source = stored(tmp_path, "w", np.zeros((1, 4), np.float32))
     out = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
     try:
         with FilePool() as pool:
-            sink = FileSink(pool, out, lambda done: None)
+            sink = FileSink(pool, {"": out}, lambda done: None)
             tensor = replace(planned(source), offset=96)
             for start in range(0, 2 * PIECE, PIECE // 4):
                 sink.put(tensor, start, np.zeros(PIECE // 4, np.uint8))
@@ -112,3 +144,268 @@ def test_arithmetic_waits_for_torch_and_copies_do_not(tmp_path: Path) -> None:
     with FilePool() as pool, ThreadPoolExecutor(2) as workers:
         execute.run_all(workers, tasks_of([worked, copied]), pool, Sink(), Outcome(), ready)
     assert order == ["copy", "torch", "put"]
+
+
+def test_an_error_stops_the_tasks_that_run(tmp_path: Path) -> None:
+    """Not only those that wait: one task may take half a minute."""
+    values = np.ones((6400, 1024), np.float32)
+    good = planned(stored(tmp_path, "good", values), Cast("F16"))
+    bad = replace(planned(stored(tmp_path, "bad", values), Cast("F16")), name="bad")
+    going = threading.Event()
+    blocks_put: list[int] = []
+
+    class Sink:
+        def copy(self, task: object) -> None: ...
+
+        def put(self, tensor: PlannedTensor, start: int, data: object) -> None:
+            if tensor.name == "bad":
+                assert going.wait(10)
+                raise OSError("disk full")
+            blocks_put.append(start)
+            going.set()
+            time.sleep(0.05)
+
+    with FilePool() as pool, ThreadPoolExecutor(2) as workers, pytest.raises(OSError, match="disk full"):
+        execute.run_all(workers, tasks_of([good, bad], whole=True), pool, Sink(), Outcome(), lambda: None)
+    assert 1 <= len(blocks_put) < 50  # of 100
+
+
+# --- rows that stay together
+
+
+@pytest.mark.parametrize(("rows", "together"), [(4096, 128), (960, 96), (640, 640), (192, 8), (40, 4)])
+def test_heads_are_never_parted(tmp_path: Path, rows: int, together: int) -> None:
+    values = np.arange(rows * 1024, dtype=np.float32).reshape(rows, 1024)
+    source = stored(tmp_path, "w", values)
+    step = rows_per_block(source, together)
+    assert step % together == 0 and step >= LEAST_ROWS
+    with FilePool() as pool:
+        found = [block.copy() for block in blocks(pool, source, 0, rows, together)]
+    assert all(len(block) % together == 0 for block in found)
+    assert (np.concatenate(found) == values).all()
+
+
+def test_shares_begin_with_a_head(tmp_path: Path) -> None:
+    rows = 96 * 700
+    source = replace(stored(tmp_path, "w", np.zeros((1, 4096), np.float32)), shape=(rows, 4096))
+    shares = tasks_of([planned(source, RopePermute(700), Quantize("Q8_0"))])
+    assert len(shares) > 10 and all(isinstance(task, Work) and task.together == 96 for task in shares)
+    assert all(task.first % 96 == 0 for task in shares if isinstance(task, Work))
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_rotary_order_in_blocks_equals_the_formula(tmp_path: Path, strided: bool) -> None:
+    values = np.random.default_rng(0).standard_normal((1920, 256)).astype(np.float32)
+    source = stored(tmp_path, "w", np.ascontiguousarray(values.T) if strided else values)
+    if strided:
+        source = replace(source, shape=(1920, 256), strides=(1, 1920))
+    (found,) = made_by([planned(source, RopePermute(20), Quantize("Q4_K"))], whole=False).values()
+    order = values.reshape(20, 2, 48, 256).swapaxes(1, 2).reshape(1920, 256)
+    assert found == ggml.quantize("Q4_K", np.ascontiguousarray(order)).tobytes()
+
+
+# --- several outputs of one source
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Bytes that were read of each file."""
+    found: dict[str, int] = {}
+    original = streams.read_into
+
+    def counted(fd: int, offset: int, buffer: memoryview, *, where: object = None) -> None:
+        found[Path(str(where)).name] = found.get(Path(str(where)).name, 0) + len(buffer)
+        original(fd, offset, buffer, where=where)
+
+    monkeypatch.setattr(streams, "read_into", counted)
+    return found
+
+
+def of_each_type(source: StoredTensor, *ops: Op) -> list[PlannedTensor]:
+    tails: list[tuple[Op, ...]] = [(), (Cast("F16"),), (Quantize("Q8_0"),), (Quantize("Q6_K"),)]
+    return [planned(source, *ops, *tail, shard=str(i)) for i, tail in enumerate(tails)]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_source_is_read_once_for_all_types(tmp_path: Path, reads: dict[str, int], whole: bool) -> None:
+    """Also where one of them is a bare copy; and each gets the bytes that it gets alone."""
+    values = np.random.default_rng(0).standard_normal((600, 512)).astype(np.float32)
+    source = stored(tmp_path, "w", values)
+    tensors = of_each_type(source)
+    found = made_by(tensors, whole=whole)
+    assert reads == {"w": values.nbytes}
+    assert found["0", "w"] == values.tobytes()
+    assert found["1", "w"] == values.astype(np.float16).tobytes()
+    for shard, dtype in (("2", "Q8_0"), ("3", "Q6_K")):
+        assert found[shard, "w"] == ggml.quantize(dtype, values).tobytes()
+
+
+def test_what_they_have_in_common_is_done_once(
+    tmp_path: Path, reads: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, b, a = (torch.randn(shape, generator=generator) * 0.02 for shape in ((512, 768), (512, 16), (16, 768)))
+    op = MergeLora(stored(tmp_path, "a", a.numpy()), stored(tmp_path, "b", b.numpy()), 0.25)
+    merges = []
+    original = MergeLora.stream
+
+    def counted(self: MergeLora, *args: object) -> Iterator[np.ndarray]:
+        merges.append(self)
+        return original(self, *args)
+
+    monkeypatch.setattr(MergeLora, "stream", counted)
+    tensors = of_each_type(stored(tmp_path, "w", base.numpy()), op, RopePermute(8))
+    found = made_by(tensors, whole=False)
+    assert len(merges) == 1 and reads["a"] == a.nbytes and reads["w"] == base.nbytes
+    wanted = (base + (b @ a) * 0.25).numpy().reshape(8, 2, 32, 768).swapaxes(1, 2).reshape(512, 768)
+    assert found["0", "w"] == wanted.tobytes()
+    assert found["3", "w"] == ggml.quantize("Q6_K", np.ascontiguousarray(wanted)).tobytes()
+
+
+def test_ops_that_add_rows_share_a_stream_only_when_they_are_the_same(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((300, 256)).astype(np.float32)
+    source = stored(tmp_path, "w", values)
+    tensors = [
+        planned(source, PadRows(320), Quantize("Q8_0"), shard="padded q8_0"),
+        planned(source, PadRows(320), Cast("F16"), shard="padded f16"),
+        planned(source, PadRows(310), Cast("F16"), shard="padded less"),
+        planned(source, Cast("F16"), shard="f16"),
+        planned(source, shard="copy"),
+    ]
+    assert [len(task.tensors) for task in tasks_of(tensors) if isinstance(task, Work)] == [2, 1, 2]
+    found = {shard: bytes(data) for (shard, _), data in made_by(tensors).items()}
+    mean = values.mean(0, dtype=np.float64).astype(np.float32)
+    padded = np.concatenate([values, np.broadcast_to(mean, (20, 256))])
+    assert found == {
+        "padded q8_0": ggml.quantize("Q8_0", padded).tobytes(),
+        "padded f16": padded.astype(np.float16).tobytes(),
+        "padded less": padded[:310].astype(np.float16).tobytes(),
+        "f16": values.astype(np.float16).tobytes(),
+        "copy": values.tobytes(),
+    }
+
+
+def test_constants_need_no_file() -> None:
+    source, ops = constant("rope_freqs.weight", (4,), (1.0, 2.0, 4.0, 8.0))
+    found = made_by([planned(source, *ops, shard="f32"), planned(source, *ops, Cast("F16"), shard="f16")])
+    assert found["f32", "w"] == np.array([1, 2, 4, 8], np.float32).tobytes()
+    assert found["f16", "w"] == np.array([1, 2, 4, 8], np.float16).tobytes()
+
+
+def test_losses_and_digests_are_of_each_output(tmp_path: Path) -> None:
+    xxhash = pytest.importorskip("xxhash")
+    values = np.ones((64, 256), np.float32)
+    values[3, 5] = 1e-12
+    source = stored(tmp_path, "w", values)
+    tensors = [planned(source, Cast("F16"), shard="a"), planned(source, Quantize("Q8_0"), shard="b")]
+    outcome, sink = Outcome(), Memory(tensors)
+    with FilePool() as pool:
+        for task in tasks_of(tensors, whole=True):
+            run_task(task, pool, sink, outcome, digest=True)
+    assert outcome.digests == {key: xxhash.xxh3_128(bytes(data)).hexdigest() for key, data in sink.found.items()}
+    assert outcome.flushed == 1 and not outcome.nonfinite
+
+
+def test_a_value_that_no_block_holds_is_named(tmp_path: Path) -> None:
+    values = np.ones((64, 256), np.float32)
+    values[9, 9] = np.nan
+    with pytest.raises(InputError, match=r"w: 1 of .* NaN or infinite"):
+        made_by([planned(stored(tmp_path, "w", values), Quantize("Q8_0"))])
+
+
+@pytest.mark.parametrize("tails", [[Cast("F32")], [Cast("F32"), Quantize("Q6_K"), Quantize("Q8_0")]], ids=len)
+def test_few_blocks_are_held_at_a_time(tmp_path: Path, tails: list[Op]) -> None:
+    """Of 54 blocks of 512 KiB, as float32, no more than a handful are there together."""
+    source = replace(stored(tmp_path, "w", np.zeros((3500, 1024), np.float32)), dtype="F16", shape=(7000, 1024))
+    tensors = [planned(source, tail, shard=str(i)) for i, tail in enumerate(tails)]
+    (task,) = tasks_of(tensors, whole=True)
+
+    class Sink:
+        def copy(self, task: object) -> None: ...
+
+        def put(self, tensor: PlannedTensor, start: int, data: object) -> None: ...
+
+    tracemalloc.start()
+    try:
+        with FilePool() as pool:
+            run_task(task, pool, Sink(), Outcome())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 6 << 20
+
+
+# --- a batch of files
+
+
+def two_types(folder: Path, sources: Mapping[str, np.ndarray]) -> Plan:
+    """The same tensors as float16 and as float32, in two file sets."""
+    tensors = {name: stored(folder, name, values) for name, values in sources.items()}
+    sets = tuple(
+        FileSet(tuple(Output(n, n, Recipe(t), dtype) for n, t in tensors.items()), folder=dtype, limit=limit)
+        for dtype, limit in (("F16", None), ("F32", 620_000))
+    )
+    return make_plan(Target("x", sets, {}))
+
+
+def run(plan: Plan, out: Path, *, resume: bool = False) -> list[str]:
+    """Execute; returns what the staging said."""
+    said: list[str] = []
+    stage = Staging(out, plan.hash, force=True, resume=resume, needed_bytes=0, say=said.append)
+    with stage, FilePool() as pool:
+        execute.execute(plan, stage, pool, threads=2, progress=lambda done: None)
+        stage.commit()
+    return said
+
+
+def test_files_of_several_types_are_written_in_one_pass(tmp_path: Path, reads: dict[str, int]) -> None:
+    generator = np.random.default_rng(0)
+    sources = {name: generator.standard_normal((300, 256)).astype(np.float32) for name in ("a", "b", "c")}
+    plan = two_types(tmp_path, sources)
+    assert [[shard.name for shard in batch] for batch in plan.batches] == [
+        [
+            "F16/model.safetensors",
+            "F32/model-00001-of-00002.safetensors",
+            "F32/model-00002-of-00002.safetensors",
+        ]
+    ]
+    run(plan, tmp_path / "out")
+    assert reads == {name: values.nbytes for name, values in sources.items()}
+    found = {shard.name: read_header(tmp_path / "out" / shard.name).tensors for shard in plan.shards}
+    with FilePool() as pool:
+        for tensors in found.values():
+            for name, tensor in tensors.items():
+                wanted = sources[name].astype(np.float16 if tensor.dtype == "F16" else np.float32)
+                assert streams.read_whole(pool, tensor).tobytes() == wanted.tobytes()
+
+
+def test_a_resumed_batch_writes_only_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three files of a batch are done when the run dies: the third alone is written by the next."""
+    sources = {name: np.full((300, 256), 0.5, np.float32) for name in ("a", "b", "c")}
+    plan = two_types(tmp_path, sources)
+    done = [shard.name for shard in plan.shards[:2]]
+    monkeypatch.setattr(Staging, "finished", lambda self, name: name in done)
+    out = tmp_path / "out"
+    run(plan, out)
+    assert sorted(str(file.relative_to(out)) for file in out.rglob("*.safetensors")) == [plan.shards[2].name]
+
+
+# --- comparing
+
+
+def test_quantised_tensors_are_compared(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((200, 512)).astype(np.float32)
+    source = stored(tmp_path, "w", values)
+    made = ggml.quantize("Q4_K", values)
+    made[7, 40] ^= 0x0F
+    (tmp_path / "made").write_bytes(made.tobytes())
+    theirs = StoredTensor("w", "Q4_K", (200, 512), (Extent(tmp_path / "made", 0, nbytes_of("Q4_K", values.size)),))
+    gap = np.abs(ggml.dequantize("Q4_K", made) - ggml.dequantize("Q4_K", ggml.quantize("Q4_K", values)))
+    with FilePool() as pool:
+        for planned_as in (planned(source, Quantize("Q4_K")), planned(theirs)):
+            found = compare([planned_as], {"w": theirs}, pool, progress=lambda done: None).differences
+            if planned_as.source is theirs:
+                assert found == {}
+            else:
+                assert found["w"].elements == np.count_nonzero(gap) == 1
+                assert found["w"].largest == pytest.approx(float(gap.max()))

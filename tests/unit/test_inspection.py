@@ -31,7 +31,7 @@ def test_a_training_checkpoint(tiny: Path) -> None:
     assert (tower.state, tower.tensors) == ("lora", 36)
     assert tower.detail.startswith("LoRA r=8 alpha=16 on 18 modules; base model ")
     assert (projector.state, projector.tensors, projector.bytes) == ("full", 4, 4 * (64 * 32 + 64 + 64 * 64 + 64))
-    assert found.targets == {"xtuner": None, "official": None, "hf": None}
+    assert found.targets == {"xtuner": None, "official": None, "hf": None, "gguf": None}
     assert found.settings["feature layer"] == -2
 
 
@@ -39,7 +39,7 @@ def test_a_training_checkpoint(tiny: Path) -> None:
 def test_each_layout(made: Path, layout: str) -> None:
     found = llava_convert.inspect(made / layout)
     assert found.layout == layout and found.why
-    assert layout not in found.targets and len(found.targets) == 2
+    assert layout not in found.targets and len(found.targets) == 3
     states = {part.name: part.state for part in found.parts}
     assert states == {"llm": "full", "visual-encoder": "lora" if layout == "xtuner" else "full", "projector": "full"}
 
@@ -51,7 +51,7 @@ def test_what_is_missing_and_how_to_supply_it(made: Path, tiny: Path) -> None:
         assert problem is not None
         assert "base vision tower 'vit' is not here" in problem and "--visual-encoder" in problem
     supplied = llava_convert.inspect(made / "xtuner", visual_encoder=str(tiny / "vit"))
-    assert supplied.targets == {"official": None, "hf": None}
+    assert supplied.targets == {"official": None, "hf": None, "gguf": None}
 
 
 def test_as_json(made: Path) -> None:

@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, quants
 
-from llava_convert.errors import UnsupportedError
+from llava_convert.errors import InputError, UnsupportedError
+from llava_convert.model import Recipe
 from llava_convert.numerics import NUMPY_TYPES, CastLoss
-from llava_convert.ops import OPS, Cast, Context, MergeLora, Op, PadRows, TakeRows, as_array
-from llava_convert.spec import DTYPE_BITS, TORCH_NAMES, Extent, StoredTensor
+from llava_convert.ops import (
+    OPS,
+    Cast,
+    Constant,
+    Context,
+    Dequantize,
+    MergeLora,
+    Op,
+    PadRows,
+    Quantize,
+    RopePermute,
+    TakeRows,
+    as_array,
+    constant,
+    steps,
+)  # fmt: skip
+from llava_convert.spec import QUANTS, TORCH_NAMES, Extent, StoredTensor, nbytes_of
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 TORCH = {dtype: getattr(torch, TORCH_NAMES[dtype]) for dtype in FLOATS}
@@ -22,8 +40,7 @@ Arrays = dict[str, Any]
 
 
 def stored(name: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor:
-    length = int(np.prod(shape)) * DTYPE_BITS[dtype] // 8
-    return StoredTensor(name, dtype, shape, (Extent(Path("x"), 0, length),))
+    return StoredTensor(name, dtype, shape, (Extent(Path("x"), 0, nbytes_of(dtype, int(np.prod(shape)))),))
 
 
 def to_array(tensor: torch.Tensor) -> Any:
@@ -66,7 +83,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def random_bits(dtype: str, count: int) -> torch.Tensor:
     """Every kind of value: NaN, infinities, zeros of both signs, the subnormal and the ordinary."""
-    size = DTYPE_BITS[dtype] // 8
+    size = nbytes_of(dtype, 1)
     raw = bytearray(np.random.default_rng(3).integers(0, 256, count * size, np.uint8).tobytes())
     return torch.frombuffer(raw, dtype=TORCH[dtype])
 
@@ -235,12 +252,223 @@ def test_take_rows_of_integers_too() -> None:
     assert TakeRows(3).inverse("F16", (5, 2)) is None
 
 
+@pytest.mark.parametrize("op", [PadRows(8), TakeRows(2), LORA_OP], ids=lambda op: op.name)
+def test_rows_of_blocks_are_left_alone(op: Op) -> None:
+    with pytest.raises(UnsupportedError, match="Q8_0"):
+        op.result("Q8_0", (4, 32))
+
+
+# --- rotary order
+
+
+def by_hand(values: Any, heads: int) -> Any:
+    """ggml's row 2i + j of a head is transformers' row j * half + i."""
+    size = len(values) // heads
+    order = [h * size + j * (size // 2) + i for h in range(heads) for i in range(size // 2) for j in range(2)]
+    return values[order]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("heads", "cuts"), [(1, ()), (4, (6, 18)), (2, (12,)), (12, (2, 4, 6, 22))])
+def test_rope_order(dtype: str, heads: int, cuts: tuple[int, ...]) -> None:
+    tensor = random_bits(dtype, 24 * 5).reshape(24, 5)
+    op = RopePermute(heads)
+    assert op.result(dtype, (24, 5)) == (dtype, (24, 5)) and op.rows_together((24, 5)) == 24 // heads
+    found = stream(op, tensor, dtype, cuts=cuts)
+    assert found.tobytes() == by_hand(to_array(tensor), heads).tobytes()
+    back = op.inverse(dtype, (24, 5))
+    assert back == RopePermute(heads, back=True) and back.inverse(dtype, (24, 5)) == op
+    assert stream(back, to_tensor(found, dtype), dtype, cuts=cuts).tobytes() == to_array(tensor).tobytes()
+
+
+def test_rope_order_of_a_bias_and_of_blocks() -> None:
+    bias = torch.arange(12.0)
+    assert stream(RopePermute(2), bias, "F32").tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    values = np.random.default_rng(0).standard_normal((12, 64)).astype(np.float32)
+    made = quants.quantize(values, GGMLQuantizationType.Q8_0)
+    (found,) = RopePermute(2).stream(iter([made]), "Q8_0", (12, 64), Context(lambda _: None, CastLoss()))
+    assert found.tobytes() == quants.quantize(by_hand(values, 2), GGMLQuantizationType.Q8_0).tobytes()
+
+
+def test_rope_scores_are_the_same() -> None:
+    """What it is for: turned as ggml's llama turns them, permuted rows give transformers' attention scores."""
+    heads, size, columns, position = 2, 8, 6, 5
+    generator = np.random.default_rng(0)
+    query, key = generator.standard_normal((2, heads * size, columns))
+    x, y = generator.standard_normal((2, columns))
+    angle = position * 10000.0 ** (-np.arange(size // 2) / (size // 2))
+
+    def halves(v: Any) -> Any:  # transformers: row i with row i + half
+        v = v.reshape(heads, 2, -1)
+        a, b = v[:, 0], v[:, 1]
+        return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], 1)
+
+    def pairs(v: Any) -> Any:  # ggml: row 2i with row 2i + 1
+        v = v.reshape(heads, -1, 2)
+        a, b = v[..., 0], v[..., 1]
+        return np.stack([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
+
+    context = Context(lambda _: None, CastLoss())
+    permuted = [next(RopePermute(heads).stream(iter([w]), "F64", w.shape, context)) for w in (query, key)]
+    wanted = (halves(query @ x) * (key @ y).reshape(heads, -1)).sum(1)
+    found = (pairs(permuted[0] @ x) * (permuted[1] @ y).reshape(heads, -1, 2)).sum((1, 2))
+    assert np.allclose(found, wanted, rtol=1e-12)
+
+
+def test_heads_that_do_not_fit() -> None:
+    for shape, heads in (((24, 5), 5), ((24, 5), 24), ((), 2), ((24, 5), 0)):
+        with pytest.raises(UnsupportedError, match=r"cannot reorder shape .* are not \d+ heads"):
+            RopePermute(heads).result("F16", shape)
+    for dtype, shape in (("I64", (24, 5)), ("Q8_0", (64,))):
+        with pytest.raises(UnsupportedError, match=dtype):
+            RopePermute(2).result(dtype, shape)
+
+
+# --- quantised
+
+
+def quantised(op: Op, values: Any, dtype: str, *, cuts: Sequence[int] = ()) -> tuple[Any, CastLoss]:
+    loss = CastLoss()
+    ends = [0, *cuts, len(values)]
+    blocks = iter([values[a:b] for a, b in pairwise(ends)])
+    made = list(op.stream(blocks, dtype, values.shape, Context(lambda _: None, loss, name="blk.0.w")))
+    return np.concatenate(made), loss
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("to", ["Q8_0", "Q5_1"])
+def test_quantize_against_gguf_py(dtype: str, to: str) -> None:
+    """Rows longer than what is widened at a time, and shorter; the values are those of the source, widened."""
+    for shape in ((70, 2048), (2, 131072)):
+        tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(TORCH[dtype])
+        found, loss = quantised(Quantize(to), to_array(tensor), dtype, cuts=(1,))
+        assert found.tobytes() == quants.quantize(tensor.float().numpy(), GGMLQuantizationType[to]).tobytes()
+        assert (loss.overflowed, loss.nonfinite) == (0, 0)
+        assert Quantize(to).result(dtype, shape) == (to, shape)
+
+
+@pytest.mark.parametrize("to", ["Q8_0", "Q4_0", "Q4_K", "Q6_K"])
+def test_quantize_does_not_mind_the_cuts(to: str) -> None:
+    values = np.random.default_rng(0).standard_normal((90, 1024)).astype(np.float32)
+    whole, _ = quantised(Quantize(to), values, "F32")
+    for cuts in ((1,), (3, 7, 64), tuple(range(10, 90, 10))):
+        assert quantised(Quantize(to), values, "F32", cuts=cuts)[0].tobytes() == whole.tobytes()
+
+
+def test_scales_that_overflow_are_counted() -> None:
+    """A block's scale is a float16: 1e9 / 127 is none. The blocks beside it are as they were."""
+    values = np.ones((4, 64), np.float32)
+    values[2, 40] = 1e9
+    found, loss = quantised(Quantize("Q8_0"), values, "F32")
+    assert loss.overflowed == 32
+    values[2, 40] = 8e6  # larger than any float16, and its scale is not
+    _, loss = quantised(Quantize("Q8_0"), values, "F32")
+    assert loss.overflowed == 0
+    assert found[3].tobytes() == quants.quantize(values[3:], GGMLQuantizationType.Q8_0).tobytes()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nothing_that_is_not_finite_is_quantised(bad: float) -> None:
+    values = np.ones((4, 64), np.float32)
+    values[3, 63] = bad
+    with pytest.raises(InputError, match=r"blk\.0\.w: 1 of 256 values .* NaN or infinite, and Q4_0"):
+        quantised(Quantize("Q4_0"), values, "F32")
+
+
+def test_what_cannot_be_quantised() -> None:
+    cases = [
+        (Quantize("Q4_K"), "F16", (4, 128), "rows of 128 weights to Q4_K: its blocks hold 256"),
+        (Quantize("Q8_0"), "F16", (4, 3, 14, 14), "rows of 14 weights"),
+        (Quantize("Q8_0"), "F32", (64,), "only matrices"),
+        (Quantize("Q8_0"), "Q4_0", (4, 64), "cannot quantise Q4_0"),
+        (Quantize("Q8_0"), "I64", (4, 64), "cannot quantise I64"),
+        (Dequantize(), "F16", (4, 64), "no block type"),
+        (Dequantize(), "Q8_0", (64,), "only matrices"),
+        (Dequantize(), "Q8_K", (4, 256), "gguf-py does not know"),
+    ]
+    for op, dtype, shape, message in cases:
+        with pytest.raises(UnsupportedError, match=message):
+            op.result(dtype, shape)
+
+
+@pytest.mark.parametrize("dtype", ["Q4_0", "Q8_0", "Q2_K", "Q6_K", "IQ2_XS", "MXFP4"])
+def test_dequantize_against_gguf_py(dtype: str) -> None:
+    weights, size = QUANTS[dtype]
+    blocks = np.random.default_rng(0).integers(0, 60, (6, 2 * size), np.uint8)
+    assert as_array(blocks.tobytes(), dtype, 2 * weights).tobytes() == blocks.tobytes()
+    assert Dequantize().result(dtype, (6, 2 * weights)) == ("F32", (6, 2 * weights))
+    found, _ = quantised(Dequantize(), blocks, dtype, cuts=(1, 4))
+    assert found.dtype == np.float32 and found.shape == (6, 2 * weights)
+    assert np.array_equal(found, quants.dequantize(blocks, GGMLQuantizationType[dtype]))
+
+
+def test_steps_between_dtypes() -> None:
+    wanted = {
+        ("F16", "F16"): (),
+        ("Q8_0", "Q8_0"): (),
+        ("BF16", "F32"): (Cast("F32"),),
+        ("BF16", "Q4_K"): (Quantize("Q4_K"),),
+        ("F64", "Q4_K"): (Cast("F32"), Quantize("Q4_K")),
+        ("Q6_K", "F32"): (Dequantize(),),
+        ("Q6_K", "BF16"): (Dequantize(), Cast("BF16")),
+    }
+    assert {pair: steps(*pair) for pair in wanted} == wanted
+    (op,) = steps("Q4_0", "Q8_0")
+    with pytest.raises(UnsupportedError, match="cannot quantise Q4_0 to Q8_0"):
+        op.result("Q4_0", (4, 64))
+
+
+# --- constants
+
+
+def test_constants() -> None:
+    context = Context(lambda _: None, CastLoss())
+    source, (op,) = constant("rope_freqs.weight", (4,), [1, 2, 0.1, 8])
+    assert (source.shape, source.extents, source.nbytes) == ((0,), (), 0)
+    (found,) = op.stream(iter([]), "F32", (0,), context)
+    assert found.dtype == np.float32 and found.tolist() == [[1], [2], [np.float32(0.1)], [8]]
+    (found,) = Constant((2, 3), (0.5,)).stream(iter([]), "F32", (0,), context)
+    assert found.tolist() == [[0.5] * 3] * 2 and found.flags.c_contiguous
+    assert op.result("F32", (0,)) == ("F32", (4,)) and op.inverse("F32", (0,)) is None
+    for values in ((), (1.0, 2.0)):
+        with pytest.raises(ValueError, match="values for shape"):
+            Constant((3,), values)
+
+
+# --- recipes
+
+
+def test_an_op_and_its_inverse_go() -> None:
+    start = Recipe(stored("w", "BF16", (8, 64)))
+    permuted = start.then(RopePermute(2, back=True))
+    assert permuted.then(RopePermute(2)) == start
+    assert permuted.then(RopePermute(4)).ops == (RopePermute(2, back=True), RopePermute(4))
+    assert start.then(Cast("F32"), Cast("BF16")) == start
+    assert start.then(Cast("F16"), Cast("BF16")).ops == (Cast("F16"), Cast("BF16")), "that cast lost something"
+    assert start.then(PadRows(64), TakeRows(8)) == start
+    assert start.then(PadRows(64), TakeRows(9)).ops == (PadRows(64), TakeRows(9))
+    assert start.then(PadRows(64), RopePermute(2), RopePermute(2, back=True), TakeRows(8)) == start
+    merged = start.then(RopePermute(2), LORA_OP, RopePermute(2, back=True))
+    assert merged.ops == (RopePermute(2), LORA_OP, RopePermute(2, back=True))
+    quantised = Recipe(stored("w", "Q8_0", (8, 64))).then(Dequantize(), Quantize("Q8_0"))
+    assert quantised.ops == (Dequantize(), Quantize("Q8_0"))
+
+
 # --- all of them
 
 
 def ops_of(rows: int, columns: int) -> list[Op]:
     a, b = stored("a", "F32", (2, columns)), stored("b", "F32", (rows, 2))
-    return [Cast("BF16"), MergeLora(a, b, 2.0), PadRows(rows + 3), TakeRows(rows - 1)]
+    return [
+        Cast("BF16"),
+        MergeLora(a, b, 2.0),
+        PadRows(rows + 3),
+        TakeRows(rows - 1),
+        RopePermute(rows // 2, back=True),
+        Quantize("Q8_0"),
+        Dequantize(),
+        Constant((rows, columns), (1.0,)),
+    ]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -248,7 +476,8 @@ def test_result_tells_what_stream_makes(dtype: str) -> None:
     tensor = torch.randn(6, 4).to(TORCH[dtype])
     arrays = {"a": np.ones((2, 4), np.float32), "b": np.ones((6, 2), np.float32)}
     for op in ops_of(6, 4):
-        stream(op, tensor, dtype, cuts=(2,), arrays=arrays)  # asserts dtype and shape
+        if not isinstance(op, Quantize | Dequantize):  # those are tested below, on bytes
+            stream(op, tensor, dtype, cuts=(2,), arrays=arrays)  # asserts dtype and shape
 
 
 def test_the_set_is_closed_and_described() -> None:
@@ -258,4 +487,4 @@ def test_the_set_is_closed_and_described() -> None:
         assert described["op"] == op.name
         assert json.loads(json.dumps(described)) == described
     assert MergeLora(stored("a", "F32", (2, 4)), stored("b", "F32", (6, 2)), 2.0).inputs()[1].name == "b"
-    assert [op.row_local for op in ops_of(6, 4)] == [True, True, False, False]
+    assert [op.rows_together((6, 4)) for op in ops_of(6, 4)] == [1, 1, 0, 0, 2, 1, 1, 0]

@@ -9,6 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 from safetensors import safe_open
 
@@ -16,14 +18,15 @@ from llava_convert.errors import UsageError
 from llava_convert.model import Recipe
 from llava_convert.ops import Cast, MergeLora, PadRows
 from llava_convert.plan import KEEP, FileSet, Output, Plan, Target, make_plan, parse_size, to_json
-from llava_convert.spec import DTYPE_BITS, Extent, StoredTensor
+from llava_convert.spec import Extent, StoredTensor, nbytes_of
+from llava_convert.storage.gguf import Typed
 from llava_convert.storage.safetensors import read_header
 
 PAGE = 4096
 
 
 def stored(name: str, shape: tuple[int, ...], *, dtype: str = "F16", path: str = "a", offset: int = 0) -> StoredTensor:
-    return StoredTensor(name, dtype, shape, (Extent(Path(path), offset, prod(shape) * DTYPE_BITS[dtype] // 8),))
+    return StoredTensor(name, dtype, shape, (Extent(Path(path), offset, nbytes_of(dtype, prod(shape))),))
 
 
 def output(
@@ -202,6 +205,107 @@ def test_an_unaligned_source_does_not_break_the_header() -> None:
     """Old torch files have odd offsets, at which no data can lie in a safetensors file: its header is padded to 8."""
     (shard,) = plan_of([output("a", 4, offset=13)]).shards
     assert len(shard.header) % 8 == 0
+
+
+# --- gguf
+
+GGUF_SHAPES = {
+    "token_embd.weight": ("Q6_K", (40, 256)),
+    "blk.0.attn_q.weight": ("Q4_K", (8, 512)),
+    "blk.0.attn_norm.weight": ("F32", (33,)),
+    "output.weight": ("BF16", (3, 31)),
+}
+
+
+def gguf_set(*, limit: int | str | None = None, **settings: Any) -> FileSet:
+    outputs = [Output(n, f"x.{n}", Recipe(stored(n, shape, dtype="F32")), to) for n, (to, shape) in GGUF_SHAPES.items()]
+    metadata = {
+        "general.architecture": Typed("str", "llama"),
+        "general.name": Typed("str", "Tiny"),
+        "llama.block_count": Typed("u32", 1),
+        "tokenizer.ggml.tokens": Typed("[str]", ("a", "b")),
+    }
+    return FileSet(tuple(outputs), stem="tiny-q4_k_m", limit=limit, container="gguf", metadata=metadata, **settings)
+
+
+def by_gguf_py(folder: Path, *, limit: int = 0) -> dict[str, bytes]:
+    """The same files by gguf-py's own writer, every weight a zero byte."""
+    folder.mkdir()
+    writer = gguf.GGUFWriter(folder / "tiny-q4_k_m.gguf", "llama", split_max_size=limit)
+    writer.add_name("Tiny")
+    writer.add_block_count(1)
+    writer.add_token_list(["a", "b"])
+    for name, (dtype, shape) in GGUF_SHAPES.items():
+        kind = gguf.GGMLQuantizationType[dtype]
+        raw = np.zeros((*shape[:-1], nbytes_of(dtype, shape[-1])), np.uint8)
+        writer.add_tensor(name, raw.view(np.float32) if dtype == "F32" else raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("limit", [0, 9000, 2000])
+def test_against_gguf_py(tmp_path: Path, limit: int) -> None:
+    """Whole files, one and split: names, metadata, tensor table, padding; the data are zeros in both."""
+    plan = make_plan(Target("gguf", (gguf_set(limit=limit or None),), {}))
+    wanted = by_gguf_py(tmp_path / "peer", limit=limit)
+    assert len(wanted) == {0: 1, 9000: 2, 2000: 3}[limit]
+    found = {shard.name: shard.header + bytes(shard.size - len(shard.header)) for shard in plan.shards}
+    assert list(found) == sorted(wanted)
+    assert found == wanted
+    assert plan.indexes == {}
+    for shard in plan.shards:
+        (tmp_path / shard.name).write_bytes(found[shard.name])
+        reader = gguf.GGUFReader(tmp_path / shard.name)
+        assert {t.name: (t.tensor_type.name, t.data_offset, t.n_bytes) for t in reader.tensors} == {
+            t.name: (t.dtype, t.offset, t.nbytes) for t in shard.tensors
+        }
+
+
+def test_gguf_is_one_file_unless_a_limit_is_given() -> None:
+    for limit in (None, KEEP, 10**6):
+        (shard,) = make_plan(Target("gguf", (gguf_set(limit=limit, folder="f"),), {})).shards
+        assert (shard.name, shard.container) == ("f/tiny-q4_k_m.gguf", "gguf")
+        assert [t.name for t in shard.tensors] == list(GGUF_SHAPES), "in the order given"
+        assert all(t.shard == shard.name for t in shard.tensors)
+
+
+def test_metadata_and_types_change_the_hash() -> None:
+    one = gguf_set()
+    other = replace(one, metadata={**one.metadata, "general.name": Typed("str", "Tinx")})
+    third = replace(one, outputs=(replace(one.outputs[0], dtype="Q5_K"), *one.outputs[1:]))
+    assert len({make_plan(Target("gguf", (files,), {})).hash for files in (one, other, third)}) == 3
+
+
+# --- batches
+
+
+def test_files_of_the_same_tensors_form_a_batch() -> None:
+    """Two types of one model, one of them split; another model's file and the torch file go alone."""
+    sets = (
+        FileSet((output("a"), output("b")), folder="f16", limit=None),
+        FileSet((output("p"),), folder="mmproj", limit=None),
+        FileSet((output("a", to="F32"), output("b", to="F32")), folder="f32", limit=128),
+        FileSet((output("p"),), stem="mm_projector", container="torch"),
+    )
+    plan = make_plan(Target("x", sets, {}))
+    assert [[shard.name for shard in batch] for batch in plan.batches] == [
+        [
+            "f16/model.safetensors",
+            "f32/model-00001-of-00002.safetensors",
+            "f32/model-00002-of-00002.safetensors",
+        ],
+        ["mmproj/model.safetensors"],
+        ["mm_projector.bin"],
+    ]
+    assert plan.bytes_read == 64 + 2 * 64 + 64, "each tensor once a batch"
+
+
+def test_shards_of_one_type_stay_apart() -> None:
+    plan = plan_of([output(n) for n in "abc"], limit=64)
+    assert [len(batch) for batch in plan.batches] == [1, 1, 1]
 
 
 # --- values

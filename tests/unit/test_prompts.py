@@ -18,7 +18,8 @@ from llava_convert.prompts import (
     stop_ids,
     wrap_chat_template,
 )
-from llava_convert.tokens import open_tokenizer
+from llava_convert.sidecars import folder_sidecars
+from llava_convert.tokenizer import open_tokenizer
 
 # Two turns put through xtuner's template_map_fn and joined as its encode_fn joins them, <BOS> and <EOS> for the ids
 # that it puts in. minicpm has no system text.
@@ -310,7 +311,7 @@ ADDS_BOS = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<B
 
 def test_the_processor_leaves_the_first_bos_to_a_tokenizer_that_adds_it(tmp_path: Path) -> None:
     folder = _tokenizer_folder(tmp_path, {"type": "Sequence", "processors": [ADDS_BOS]}, chat_template=LLAMA3)
-    tokenizer = open_tokenizer(folder)
+    tokenizer = open_tokenizer(folder_sidecars(folder))
     assert tokenizer.adds_bos
     for name in ("llama3_chat", None):
         templates = hf_templates(tokenizer, name)
@@ -323,7 +324,7 @@ def test_the_processor_leaves_the_first_bos_to_a_tokenizer_that_adds_it(tmp_path
 
 
 def test_the_processor_writes_the_bos_for_a_tokenizer_that_does_not(tmp_path: Path) -> None:
-    tokenizer = open_tokenizer(_tokenizer_folder(tmp_path, None))
+    tokenizer = open_tokenizer(folder_sidecars(_tokenizer_folder(tmp_path, None)))
     assert not tokenizer.adds_bos
     templates = hf_templates(tokenizer, "llama3_chat")
     assert templates.processor == templates.tokenizer
@@ -331,12 +332,12 @@ def test_the_processor_writes_the_bos_for_a_tokenizer_that_does_not(tmp_path: Pa
 
 
 def test_qwen_was_trained_without_bos(tmp_path: Path) -> None:
-    tokenizer = open_tokenizer(_tokenizer_folder(tmp_path, None, tokenizer_class="Qwen2Tokenizer"))
+    tokenizer = open_tokenizer(folder_sidecars(_tokenizer_folder(tmp_path, None, tokenizer_class="Qwen2Tokenizer")))
     assert hf_templates(tokenizer, "qwen_chat").tokenizer == chat_template("qwen_chat", bos_token=None)
 
 
 def test_stop_ids_are_ordered_and_unique(tmp_path: Path) -> None:
-    tokenizer = open_tokenizer(_tokenizer_folder(tmp_path, None))
+    tokenizer = open_tokenizer(folder_sidecars(_tokenizer_folder(tmp_path, None)))
     assert stop_ids(tokenizer, {"eos_token_id": 7}, "llama3_chat") == [7, 2, 3]
     assert stop_ids(tokenizer, {"eos_token_id": [3, 2]}, "llama3_chat") == [3, 2]
     assert stop_ids(tokenizer, {}, None) == [2]

@@ -16,10 +16,11 @@ from transformers import AutoProcessor, AutoTokenizer
 from llava_convert.errors import InputError, UnsupportedError
 from llava_convert.processor import preprocessor_config, processor_config
 from llava_convert.prompts import hf_templates
+from llava_convert.sidecars import folder_sidecars
+from llava_convert.tokenizer import Tokenizer, open_tokenizer
 from llava_convert.tokens import (
     AddedToken,
     TokenPlan,
-    open_tokenizer,
     plain_files,
     plan_llava_tokens,
     undo_record,
@@ -34,6 +35,10 @@ BYTE_LEVEL_CONFIG = {
     "eos_token": "<|eot_id|>",
     "tokenizer_class": "PreTrainedTokenizerFast",
 }
+
+
+def tokenizer_in(folder: Path) -> Tokenizer:
+    return open_tokenizer(folder_sidecars(folder))
 
 
 def byte_level(folder: Path, count: int, **config: Any) -> Path:
@@ -105,7 +110,7 @@ def write(folder: Path, files: dict[str, bytes], **more: Any) -> Path:
 
 def hf_folder(folder: Path, base: Path, rows: int, prompt: str | None = None) -> tuple[Path, TokenPlan]:
     """What a conversion writes of tokenizer and processor, with a config.json by which the Auto classes choose."""
-    tokenizer = open_tokenizer(base)
+    tokenizer = tokenizer_in(base)
     plan = plan_llava_tokens(tokenizer, rows)
     templates = hf_templates(tokenizer, prompt)
     files = with_tokens(tokenizer, plan, chat_template=templates.tokenizer, processor_template=templates.processor)
@@ -141,7 +146,7 @@ def test_ids_are_the_real_converters(
     tmp_path: Path, tokens: int, rows: int, image: int, pad: int, rows_out: int
 ) -> None:
     base = byte_level(tmp_path / "base", tokens)
-    assert open_tokenizer(base).size == tokens
+    assert tokenizer_in(base).size == tokens
     folder, plan = hf_folder(tmp_path / "hf", base, rows)
     assert (plan.image_id, plan.pad_id, plan.rows_out) == (image, pad, rows_out)
     assert plan.added == (AddedToken(tokens, "<unk>"), AddedToken(image, "<image>"), AddedToken(pad, "<pad>"))
@@ -155,13 +160,13 @@ def test_llama_3s_ids(tmp_path: Path) -> None:
     vocab = {f"t{i}": i for i in range(128000)}
     added = [{"id": i, "content": f"<|{i}|>"} for i in range(128000, 128256)]
     (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added, "model": {"vocab": vocab}}))
-    plan = plan_llava_tokens(open_tokenizer(tmp_path), 128256)
+    plan = plan_llava_tokens(tokenizer_in(tmp_path), 128256)
     assert (plan.image_id, plan.pad_id, plan.rows_out) == (128257, 128258, 128320)
 
 
 def test_sentencepiece_llama_has_its_unk(tmp_path: Path) -> None:
     base = sentencepiece_like(tmp_path / "base")
-    tokenizer = open_tokenizer(base)
+    tokenizer = tokenizer_in(base)
     assert (tokenizer.bos, tokenizer.eos, tokenizer.unk, tokenizer.pad) == ("<s>", "</s>", "<unk>", None)
     assert tokenizer.size == 359
     folder, plan = hf_folder(tmp_path / "hf", base, 359)
@@ -182,7 +187,7 @@ def test_sentencepiece_llama_has_its_unk(tmp_path: Path) -> None:
 
 def test_an_unk_stated_as_null_adds_none(tmp_path: Path) -> None:
     # transformers 4.43.4: LlamaTokenizerFast.from_pretrained keeps the null, and len() stays 512.
-    plan = plan_llava_tokens(open_tokenizer(byte_level(tmp_path, 512, unk_token=None)), 512)
+    plan = plan_llava_tokens(tokenizer_in(byte_level(tmp_path, 512, unk_token=None)), 512)
     assert (plan.image_id, plan.pad_id, plan.rows_out) == (512, 513, 576)
 
 
@@ -210,7 +215,7 @@ def test_a_piece_of_the_vocabulary_keeps_its_id_and_becomes_a_token(tmp_path: Pa
 
 def test_fewer_rows_than_tokens_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="300 tokens, but the embedding only 299 rows"):
-        plan_llava_tokens(open_tokenizer(byte_level(tmp_path, 300)), 299)
+        plan_llava_tokens(tokenizer_in(byte_level(tmp_path, 300)), 299)
 
 
 @pytest.mark.parametrize("stated", ["LlamaTokenizer", "LlamaTokenizerFast", "TokenizersBackend", None])
@@ -311,12 +316,12 @@ def test_the_way_back_of_made_tokenizers(tmp_path: Path, kind: str) -> None:
 
 
 def round_trip(tmp_path: Path, base: Path, rows: int, prompt: str | None) -> None:
-    tokenizer = open_tokenizer(base)
+    tokenizer = tokenizer_in(base)
     folder, plan = hf_folder(tmp_path / "hf", base, rows, prompt)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     record = json.loads(json.dumps(undo_record(plain_files(tokenizer), plan, files)))
     recorded = [AddedToken.of(json.loads(json.dumps(token.record()))) for token in plan.added]
-    back = without_tokens(open_tokenizer(folder), recorded, record)
+    back = without_tokens(tokenizer_in(folder), recorded, record)
     assert set(back) == set(tokenizer.files)
     for name, data in back.items():
         if name.endswith(".json"):
@@ -324,7 +329,7 @@ def round_trip(tmp_path: Path, base: Path, rows: int, prompt: str | None) -> Non
         else:
             assert data == tokenizer.read(name), name
     # Without the record the tokens go all the same, and what names them.
-    bare = without_tokens(open_tokenizer(folder), recorded)
+    bare = without_tokens(tokenizer_in(folder), recorded)
     assert json.loads(bare["tokenizer.json"]) == json.loads(tokenizer.read("tokenizer.json"))
     config = json.loads(bare["tokenizer_config.json"])
     assert "<image>" not in json.dumps(config.get("added_tokens_decoder"))
@@ -334,7 +339,7 @@ def round_trip(tmp_path: Path, base: Path, rows: int, prompt: str | None) -> Non
 
 def test_plain_files_are_the_base_bytes(tmp_path: Path) -> None:
     base = byte_level(tmp_path, 300)
-    tokenizer = open_tokenizer(base)
+    tokenizer = tokenizer_in(base)
     assert plain_files(tokenizer) == {name: (base / name).read_bytes() for name in tokenizer.files}
     changed = plain_files(tokenizer, "{{ messages }}")
     assert changed["tokenizer.json"] == (base / "tokenizer.json").read_bytes()
@@ -342,7 +347,7 @@ def test_plain_files_are_the_base_bytes(tmp_path: Path) -> None:
     assert config == BYTE_LEVEL_CONFIG | {"chat_template": "{{ messages }}"}
     (base / "chat_template.jinja").write_text("old")
     (base / "chat_template.json").write_text('{"chat_template": "old"}')
-    changed = plain_files(open_tokenizer(base), "{{ messages }}")
+    changed = plain_files(tokenizer_in(base), "{{ messages }}")
     assert changed["chat_template.jinja"] == b"{{ messages }}"
     assert json.loads(changed["chat_template.json"]) == {"chat_template": "{{ messages }}"}
 
@@ -351,7 +356,7 @@ def test_a_sentencepiece_model_alone(tmp_path: Path) -> None:
     base = sentencepiece_like(tmp_path)
     (base / "tokenizer.json").unlink()
     (base / "added_tokens.json").write_text('{"<pad>": 359}')
-    tokenizer = open_tokenizer(base)
+    tokenizer = tokenizer_in(base)
     assert tokenizer.size == 360
     assert [tokenizer.id_of(token) for token in ("<unk>", "</s>", "▁", "<pad>", "no")] == [0, 2, 259, 359, None]
     plan = plan_llava_tokens(tokenizer, 360)
@@ -367,13 +372,13 @@ def test_a_sentencepiece_model_alone(tmp_path: Path) -> None:
 def test_a_damaged_sentencepiece_model_is_an_input_error(tmp_path: Path, cut: int) -> None:
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(["<unk>", "a"])[:-cut] + b"\x0a\x7f")
     with pytest.raises(InputError, match=r"tokenizer\.model"):
-        _ = open_tokenizer(tmp_path).size
+        _ = tokenizer_in(tmp_path).size
 
 
 def test_a_tiktoken_file_is_unsupported(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     with pytest.raises(UnsupportedError, match="tiktoken"):
-        _ = open_tokenizer(tmp_path).size
+        _ = tokenizer_in(tmp_path).size
 
 
 def test_vocab_and_merges(tmp_path: Path) -> None:
@@ -381,23 +386,23 @@ def test_vocab_and_merges(tmp_path: Path) -> None:
     (tmp_path / "merges.txt").write_text("a b\n")
     (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"2": {"content": "<e>"}}}')
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<e>"}}')
-    tokenizer = open_tokenizer(tmp_path)
+    tokenizer = tokenizer_in(tmp_path)
     assert (tokenizer.size, tokenizer.id_of("<e>"), tokenizer.eos) == (3, 2, "<e>")
 
 
 def test_unigram_vocabulary(tmp_path: Path) -> None:
     model = {"type": "Unigram", "vocab": [["<unk>", 0.0], ["a", -1.5]]}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": model}))
-    tokenizer = open_tokenizer(tmp_path)
+    tokenizer = tokenizer_in(tmp_path)
     assert (tokenizer.size, tokenizer.id_of("a")) == (2, 1)
 
 
 def test_no_tokenizer_and_broken_json_are_input_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no tokenizer"):
-        open_tokenizer(tmp_path)
+        tokenizer_in(tmp_path)
     (tmp_path / "tokenizer.json").write_text("[1")
     with pytest.raises(InputError, match="not JSON"):
-        _ = open_tokenizer(tmp_path).size
+        _ = tokenizer_in(tmp_path).size
     (tmp_path / "tokenizer.json").write_text("[1]")
     with pytest.raises(InputError, match="expected a JSON object, found list"):
-        _ = open_tokenizer(tmp_path).size
+        _ = tokenizer_in(tmp_path).size

@@ -1,0 +1,71 @@
+"""`llava-convert data`: whether training data are complete, and what mends them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llava_convert.cli import _options as opt
+from llava_convert.cli._errors import run
+from llava_convert.cli._output import Output
+
+
+def add_to(app: typer.Typer) -> None:
+    data = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Training data: check them, mend them.")
+    data.command("check", help="Are all files and pictures of a recipe there? Says how to get what is not.")(check)
+    data.command("fix-ocrvqa", help="Copy OCR-VQA's pictures to names that end in .jpg, as the data sets call them.")(
+        fix_ocrvqa
+    )
+    app.add_typer(data, name="data", rich_help_panel="Train")
+
+
+def check(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A .toml file, or the name of a recipe.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, for instance data.root=/data."),
+    ] = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    output = Output(as_json, quiet, verbose)
+
+    def action() -> None:
+        from llava_convert.errors import InputError
+        from llava_convert.resources import training
+
+        found = [
+            one
+            for stage in training("recipe").load_recipe(recipe, changes or ())
+            for one in training("check").check(stage)
+        ]
+        for one in found:
+            for line in one.lines():
+                output.line(line)
+        output.result({"sets": [one.as_json() for one in found]})
+        bad = [one.name for one in found if not one.sound]
+        if bad:
+            raise InputError(f"{len(bad)} of {len(found)} data sets are not complete: {', '.join(bad)}")
+
+    raise typer.Exit(run(action, output))
+
+
+def fix_ocrvqa(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of OCR-VQA's pictures.")],
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    output = Output(as_json, quiet, verbose)
+
+    def action() -> None:
+        from llava_convert.resources import training
+
+        copied, there = training("check").fix_ocrvqa(folder)
+        output.line(f"{folder}: {copied:,} pictures copied to .jpg, {there:,} had one")
+        output.result({"copied": copied, "there": there})
+
+    raise typer.Exit(run(action, output))

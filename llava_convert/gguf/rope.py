@@ -1,0 +1,169 @@
+"""Rotary embeddings that are scaled: what GGUF says of them in metadata and in tensors of factors.
+
+Llama-3.1's scaling is a tensor `rope_freqs.weight` with one factor a frequency and nothing else (convert_hf_to_gguf,
+LlamaModel.generate_extra_tensors); Phi-3's is two such tensors; "linear" and "yarn" are keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llava_convert.architecture import architecture_for
+from llava_convert.checkpoint import LLM
+from llava_convert.errors import UnsupportedError
+from llava_convert.spec import StoredTensor
+from llava_convert.storage.gguf import Typed
+from llava_convert.storage.ranges import FilePool
+from llava_convert.storage.streams import read_whole
+
+Config = Mapping[str, Any]
+LLAMA3_TENSOR = "rope_freqs.weight"
+PHI3_TENSORS = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
+# (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings) of the models that there are:
+# Llama 3.1 and 3.3; Llama 3.2; and what fine-tunes made of them.
+_PUBLISHED = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192), (16.0, 1.0, 4.0, 8192), (16.0, 1.0, 1.0, 8192))
+_YARN = {
+    "extrapolation_factor": "yarn_ext_factor",
+    "attention_factor": "yarn_attn_factor",
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+}
+
+
+def kind_of(scaling: Mapping[str, Any] | None) -> str:
+    """The name of a scaling; "default" for none."""
+    return str((scaling or {}).get("rope_type") or (scaling or {}).get("type") or "default").lower()
+
+
+def scaling_keys(architecture: str, config: Config) -> dict[str, Typed]:
+    """The keys of a config's scaling. Raises UnsupportedError for kinds that llama.cpp does not compute."""
+    scaling = config.get("rope_scaling")
+    kind = kind_of(scaling)
+    prefix = f"{architecture}.rope.scaling"
+    if kind in ("default", "llama3"):
+        return {}
+    assert scaling is not None
+    if kind in ("linear", "yarn"):
+        found = {f"{prefix}.type": Typed("str", kind), f"{prefix}.factor": Typed("f32", float(scaling["factor"]))}
+        if kind == "yarn":
+            original = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+            found[f"{prefix}.original_context_length"] = Typed("u32", original)
+            for name, key in _YARN.items():
+                if scaling.get(name) is not None:
+                    found[f"{prefix}.{key}"] = Typed("f32", float(scaling[name]))
+        return found
+    if architecture == "phi3" and kind in ("su", "longrope", "yarn"):
+        return {f"{prefix}.attn_factor": Typed("f32", _phi3_attention(config))}
+    raise UnsupportedError(
+        f"rope scaling {kind!r} cannot be written as GGUF", hint="known: llama3, linear, yarn, longrope"
+    )
+
+
+def _phi3_attention(config: Config) -> float:
+    original = config["original_max_position_embeddings"]
+    scale = config["max_position_embeddings"] / original
+    return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+
+
+def factor_tensors(architecture: str, config: Config) -> dict[str, tuple[float, ...]]:
+    """The tensors of factors that a config's scaling makes, by GGUF name: (half the head size,) float32 each."""
+    scaling = config.get("rope_scaling") or {}
+    kind = kind_of(scaling)
+    if kind == "llama3":
+        head = architecture_for(LLM, str(config["model_type"])).symbol("head_dim", config)
+        numbers = (
+            float(scaling.get("factor", 8.0)),
+            float(scaling.get("low_freq_factor", 1.0)),
+            float(scaling.get("high_freq_factor", 4.0)),
+            int(scaling.get("original_max_position_embeddings", 8192)),
+        )
+        factors = llama3_factors(float(config.get("rope_theta", 10000.0)), head, *numbers)
+        return {LLAMA3_TENSOR: tuple(factors.tolist())}
+    if architecture == "phi3" and kind in ("su", "longrope", "yarn"):
+        return {tensor: tuple(map(float, scaling[name])) for name, tensor in PHI3_TENSORS.items()}
+    return {}
+
+
+def llama3_factors(
+    base: float, head: int, factor: float, low: float, high: float, original: int
+) -> NDArray[np.float32]:
+    """What each of the head / 2 frequencies is divided by: 1 for the fast ones, `factor` for the slow ones.
+
+    In float32, in the order of the reference converter's operations (a quotient is a product with a reciprocal there);
+    only the powers are rounded from float64, where its float32 power can be off by a unit in the last place.
+    """
+    one = np.float32(1)
+    exponents = (np.arange(0, head, 2, dtype=np.float32) / np.float32(head)).astype(np.float64)
+    frequencies = one / np.power(base, exponents).astype(np.float32)
+    waves = (one / frequencies) * np.float32(2 * math.pi)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        smooth = ((one / waves) * np.float32(original) - np.float32(low)) / np.float32(high - low)
+        between = one / ((one - smooth) / np.float32(factor) + smooth)
+    slow = np.where(waves > np.float32(original / low), np.float32(factor), between)
+    return np.where(waves < np.float32(original / high), one, slow).astype(np.float32)
+
+
+def read_scaling(
+    architecture: str, metadata: Mapping[str, Typed], tensors: Mapping[str, StoredTensor], config: Config, head: int
+) -> dict[str, Any] | None:
+    """The config's `rope_scaling` of a file, None for none.
+
+    Llama-3.1's parameters are in no file: those are taken whose factors are the file's. Raises UnsupportedError where
+    none are.
+    """
+    prefix = f"{architecture}.rope.scaling"
+    if LLAMA3_TENSOR in tensors:
+        return _recognised(_values(tensors[LLAMA3_TENSOR]), config, head)
+    if all(name in tensors for name in PHI3_TENSORS.values()):
+        lists = {name: _decimals(_values(tensors[tensor])) for name, tensor in PHI3_TENSORS.items()}
+        return {**lists, "type": "longrope"}
+    kind = metadata.get(f"{prefix}.type")
+    if kind is None or kind.value in ("none", "longrope"):
+        return None
+    if kind.value not in ("linear", "yarn"):
+        raise UnsupportedError(f"rope scaling {kind.value!r} of the GGUF is not known")
+    found: dict[str, Any] = {"type": kind.value, "rope_type": kind.value}
+    named = {"factor": "factor", **(_YARN if kind.value == "yarn" else {})}
+    for name, key in named.items():
+        if (typed := metadata.get(f"{prefix}.{key}")) is not None:
+            found[name] = float(str(np.float32(typed.value)))
+    if kind.value == "yarn" and (typed := metadata.get(f"{prefix}.original_context_length")) is not None:
+        found["original_max_position_embeddings"] = typed.value
+    return found
+
+
+def _recognised(factors: NDArray[np.float32], config: Config, head: int) -> dict[str, Any]:
+    base = float(config.get("rope_theta", 10000.0))
+    slowest = float(factors[-1])
+    candidates = [*_PUBLISHED]
+    # Otherwise the slow end tells the factor, and training lengths are powers of two.
+    candidates += [(slowest, 1.0, 4.0, 1 << n) for n in range(8, 18)]
+    for numbers in candidates:
+        made = llama3_factors(base, head, *numbers)
+        if made.shape == factors.shape and np.allclose(made, factors, rtol=3e-7, atol=0):
+            factor, low, high, original = numbers
+            return {
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+                "rope_type": "llama3",
+            }
+    raise UnsupportedError(
+        "the factors in rope_freqs.weight are those of no rope scaling that is known",
+        hint="name the original language model by --llm, whose config says it",
+    )
+
+
+def _values(tensor: StoredTensor) -> NDArray[np.float32]:
+    with FilePool() as pool:
+        return read_whole(pool, tensor).astype(np.float32)
+
+
+def _decimals(values: NDArray[np.float32]) -> list[float]:
+    return [float(str(value)) for value in values]

@@ -1,0 +1,253 @@
+"""LLaVA as it is trained: a language model, a vision tower and the projector between them, under xtuner's names.
+
+What a checkpoint holds of it, and in which order, is xtuner 0.1.23's (model/llava.py): the tower, the language model,
+the projector; of a part under LoRA the adapter alone; of a frozen part nothing.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
+
+from llava_convert.checkpoint import LLM, PROJECTOR, VISION
+from llava_convert.errors import InputError, UnsupportedError, UsageError
+from llava_convert.layouts import open_checkpoint
+from llava_convert.layouts.base import OpenOptions
+from llava_convert.storage.ranges import FilePool
+from llava_convert.storage.streams import read_whole
+
+from .data import IGNORE_INDEX, IMAGE_INDEX
+from .recipe import Lora, ModelRecipe
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOWERS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
+State = OrderedDict[str, torch.Tensor]
+
+
+class Projector(nn.Module):
+    """A linear layer, then GELU and a linear layer for each further step of depth."""
+
+    def __init__(self, wide_in: int, wide_out: int, depth: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Linear(wide_in, wide_out)]
+        for _ in range(1, depth):
+            layers += [nn.GELU(), nn.Linear(wide_out, wide_out)]
+        self.model = nn.Sequential(*layers)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.model(features))
+
+
+class Tower(nn.Module):
+    """A vision tower whose tensors are called `vision_model.…`, as in xtuner's checkpoints.
+
+    transformers 5.6 took that inner module away; before, it is the one inside.
+    """
+
+    def __init__(self, name: str, *, gradient_checkpointing: bool, empty: bool = False) -> None:
+        super().__init__()
+        config = AutoConfig.from_pretrained(name)
+        kind = config.model_type
+        kind = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(kind, kind)
+        if kind not in TOWERS:
+            raise UnsupportedError(f"{name}: a tower of type {kind}; known: {', '.join(TOWERS)}")
+        cls = TOWERS[kind]
+        tower = (
+            cls(getattr(config, "vision_config", config)) if empty else cls.from_pretrained(name, dtype=torch.float32)
+        )
+        if gradient_checkpointing:
+            _recompute_activations(tower)
+        # Not called `config`: peft would take this module for one of transformers' own.
+        self.vision_config = tower.config
+        self.vision_model = getattr(tower, "vision_model", tower)
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Every hidden state, the embeddings' first: (pictures, positions, hidden size) each."""
+        found = self.vision_model(pixel_values, output_hidden_states=True)
+        return cast(tuple[torch.Tensor, ...], found.hidden_states)
+
+
+class Llava(nn.Module):
+    """The three parts; `forward` gives the loss of a batch. `empty`: of the right shapes, no weight loaded.
+
+    Raises UsageError for a quantised base without a GPU, UnsupportedError for a tower of another kind.
+    """
+
+    def __init__(self, recipe: ModelRecipe, *, empty: bool = False) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.llm = _language_model(recipe, empty=empty)
+        checkpointing = recipe.gradient_checkpointing
+        self.visual_encoder: Any = Tower(recipe.visual_encoder, gradient_checkpointing=checkpointing, empty=empty)
+        vision = self.visual_encoder.vision_config
+        self.projector = Projector(vision.hidden_size, self.llm.config.hidden_size, recipe.projector_depth)
+        self.first_patch = int(vision.model_type == "clip_vision_model")  # CLIP puts a class token first
+        self.llm.config.use_cache = False
+        if recipe.freeze_llm:
+            self.llm.requires_grad_(False)
+        if recipe.freeze_visual_encoder:
+            self.visual_encoder.requires_grad_(False)
+        if recipe.gradient_checkpointing:
+            _recompute_activations(self.llm)
+        if recipe.llm_lora is not None:
+            self.llm = _with_lora(self.llm, recipe.llm_lora, quantised=bool(recipe.quantization), task="CAUSAL_LM")
+        if recipe.visual_encoder_lora is not None:
+            self.visual_encoder = _with_lora(
+                self.visual_encoder, recipe.visual_encoder_lora, quantised=False, task=None
+            )
+        if recipe.pretrained:
+            self.load_trained(read_trained(Path(recipe.pretrained)), recipe.pretrained)
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the language model sees of pictures: (pictures, patches, its hidden size)."""
+        hidden = self.visual_encoder(pixels)[self.recipe.select_layer]
+        return cast(torch.Tensor, self.projector(hidden[:, self.first_patch :]))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.Tensor,
+    ) -> torch.Tensor:
+        """The mean loss over the answers' tokens of a batch; the picture takes the place of its marker.
+
+        ids, labels and mask are (samples, tokens), pictures (samples, 3, size, size): one a sample, seen or not.
+        """
+        embed = self.llm.get_input_embeddings()
+        rows, targets = [], []
+        for ids, wanted, mask, picture in zip(
+            input_ids, labels, attention_mask, self.features(pixel_values), strict=True
+        ):
+            ids, wanted = ids[mask], wanted[mask]
+            words = embed(ids.clamp(min=0))
+            marks = (ids == IMAGE_INDEX).nonzero().flatten().tolist()
+            at = marks[0] if marks else len(ids)
+            seen = picture.to(words.dtype) if marks else picture.to(words.dtype)[:0]  # in the graph all the same
+            rows.append(torch.cat([words[:at], seen, words[at + 1 :]]))
+            blank = wanted.new_full((len(seen),), IGNORE_INDEX)
+            targets.append(torch.cat([wanted[:at], blank, wanted[at + 1 :]]))
+        pad = nn.utils.rnn.pad_sequence
+        lengths = torch.tensor([len(row) for row in rows], device=input_ids.device)
+        places = torch.arange(int(lengths.max()), device=input_ids.device)
+        real = places < lengths[:, None]
+        found = self.llm(
+            inputs_embeds=pad(rows, batch_first=True),
+            attention_mask=real,
+            position_ids=torch.where(real, places, 0),
+            labels=pad(targets, batch_first=True, padding_value=IGNORE_INDEX),
+        )
+        return cast(torch.Tensor, found.loss)
+
+    def trained_state(self, state: Mapping[str, torch.Tensor] | None = None) -> State:
+        """What training changes, under the names and in the order of xtuner's checkpoints.
+
+        `state` is the whole state dict where it is not simply this module's (gathered from several processes).
+        """
+        state = self.state_dict() if state is None else state
+        found: State = OrderedDict()
+        for part, lora, frozen in (
+            ("visual_encoder", self.recipe.visual_encoder_lora, self.recipe.freeze_visual_encoder),
+            ("llm", self.recipe.llm_lora, self.recipe.freeze_llm),
+            ("projector", None, False),
+        ):
+            for name, tensor in state.items():
+                if name.startswith(f"{part}.") and _is_trained(name, lora, frozen=frozen):
+                    found[name] = tensor
+        return found
+
+    def load_trained(self, state: Mapping[str, torch.Tensor], where: str) -> None:
+        """Put trained tensors in their places, by xtuner's names. Raises InputError for names or shapes not here.
+
+        What is there of a part under LoRA without the adapter's infix does not fit and is refused too, where xtuner
+        passes over it in silence.
+        """
+        mine = self.state_dict()
+        strange = [name for name in state if name not in mine]
+        wrong = [name for name in state if name in mine and mine[name].shape != state[name].shape]
+        if strange or wrong:
+            name = (strange or wrong)[0]
+            raise InputError(
+                f"{where}: {len(strange) + len(wrong)} tensors do not fit this model, for instance {name}",
+                hint="is it a checkpoint of these base models, with the same parts under LoRA?",
+            )
+        with torch.no_grad():
+            for name, tensor in state.items():
+                mine[name].copy_(tensor)
+
+
+def _language_model(recipe: ModelRecipe, *, empty: bool) -> Any:
+    if empty:
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe.llm))
+    options: dict[str, Any] = {"dtype": DTYPES[recipe.llm_dtype]}
+    if recipe.quantization:
+        if not torch.cuda.is_available():
+            raise UsageError(
+                f"model.quantization {recipe.quantization} needs a GPU", hint='--set model.quantization=""'
+            )
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[recipe.llm_dtype],
+        )
+        options["device_map"] = {"": torch.cuda.current_device()}
+    return AutoModelForCausalLM.from_pretrained(recipe.llm, **options)
+
+
+def _recompute_activations(model: Any) -> None:
+    """Gradient checkpointing, whatever this transformers calls it."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _with_lora(part: Any, lora: Lora, *, quantised: bool, task: str | None) -> Any:
+    """The part with an adapter, its own weights frozen."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if quantised:
+        part = prepare_model_for_kbit_training(part)
+    linear = {n.rpartition(".")[2] for n, m in part.named_modules() if isinstance(m, nn.Linear)}
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        bias=lora.bias,  # type: ignore[arg-type]
+        task_type=task,
+        target_modules=sorted(lora.target_modules or linear - {"lm_head", "output_layer"}),
+    )
+    return get_peft_model(part, config)
+
+
+def _is_trained(name: str, lora: Lora | None, *, frozen: bool) -> bool:
+    if lora is None:
+        return not frozen
+    return ".lora_" in name or (lora.bias == "all" and name.endswith("bias"))
+
+
+def read_trained(path: Path) -> dict[str, torch.Tensor]:
+    """The whole tensors of a stage-1 checkpoint of any layout, by xtuner's names, nothing of it executed."""
+    checkpoint, _ = open_checkpoint(path, None, OpenOptions())
+    names = {LLM: "llm", VISION: "visual_encoder", PROJECTOR: "projector.model"}
+    found: dict[str, torch.Tensor] = {}
+    with FilePool() as pool:
+        for part, prefix in names.items():
+            for name, stored in checkpoint.parts[part].weights.items():
+                found[f"{prefix}.{name.partition('.')[2]}"] = as_tensor(read_whole(pool, stored), stored.dtype)
+    return found
+
+
+def as_tensor(values: Any, dtype: str) -> torch.Tensor:
+    """An array of `read_whole` as a tensor of its dtype."""
+    tensor = torch.from_numpy(values.copy())
+    return tensor.view(torch.bfloat16) if dtype == "BF16" else tensor

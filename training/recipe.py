@@ -1,0 +1,296 @@
+"""A recipe: everything that a training run is, as a TOML file read into frozen values.
+
+`[model]`, `[data]` and `[train]` are the classes below, field by field. A file with `[[stage]]` tables is several runs
+one after the other: each stage overrides what stands above it, and starts from the last checkpoint of the one before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from llava_convert.errors import InputError, UsageError
+from llava_convert.resources import data_dir
+
+DTYPES = ("fp32", "bf16", "fp16")
+ON_BAD_IMAGE = ("fail", "skip")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """peft's LoraConfig. Without `target_modules`: every linear layer of the part but the head, as xtuner does."""
+
+    r: int = 64
+    alpha: float = 16
+    dropout: float = 0.05
+    bias: str = "none"
+    target_modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """The parts, and what is trained of each. `pretrained` is a stage 1: `.pth`, xtuner folder, `mm_projector.bin`."""
+
+    llm: str
+    visual_encoder: str
+    llm_dtype: str = "fp32"
+    projector_depth: int = 2
+    select_layer: int = -2
+    freeze_llm: bool = True
+    freeze_visual_encoder: bool = True
+    llm_lora: Lora | None = None
+    visual_encoder_lora: Lora | None = None
+    quantization: str = ""
+    pretrained: str = ""
+    gradient_checkpointing: bool = True
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One file of conversations (json or jsonl) and the folder that its pictures are named in."""
+
+    name: str
+    file: str
+    images: str = ""
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """What is trained on. `max_length` counts text and picture tokens together; the picture's share is taken off."""
+
+    sets: tuple[DataSet, ...]
+    root: str = "."
+    prompt_template: str = "llama3_chat"
+    max_length: int = 2048
+    pad_image_to_square: bool = True
+    on_bad_image: str = "fail"
+    workers: int = 4
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """The optimiser and its schedule. An iteration is one micro-batch, as xtuner counts; `accumulate` make a step."""
+
+    batch_size: int = 1
+    accumulate: int = 1
+    epochs: float = 1
+    max_iters: int | None = None
+    lr: float = 1e-3
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_norm: float = 1.0
+    warmup_ratio: float = 0.03
+    warmup_start: float = 1e-5
+    save_steps: int = 500
+    keep: int = 2
+    seed: int = 1024
+    dtype: str = "bf16"
+    log_every: int = 10
+
+
+@dataclass(frozen=True)
+class BuildRecipe:
+    """Models and data that the run makes for itself before it starts; `kind` is a module of this folder."""
+
+    kind: str
+    folder: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run."""
+
+    name: str
+    model: ModelRecipe
+    data: DataRecipe
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    build: BuildRecipe | None = None
+    stage: str = ""
+
+    def __post_init__(self) -> None:
+        wrong = {
+            "model.llm_dtype": (self.model.llm_dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+            "model.quantization": (self.model.quantization in ("", "nf4"), '"" or "nf4"'),
+            "model.projector_depth": (self.model.projector_depth > 0, "at least 1"),
+            "data.on_bad_image": (self.data.on_bad_image in ON_BAD_IMAGE, f"one of {', '.join(ON_BAD_IMAGE)}"),
+            "data.set": (len(self.data.sets) > 0, "at least one table [[data.set]]"),
+            "train.dtype": (self.train.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+            "train.batch_size": (self.train.batch_size > 0, "at least 1"),
+            "train.accumulate": (self.train.accumulate > 0, "at least 1"),
+            "train.save_steps": (self.train.save_steps > 0, "at least 1"),
+            "train.lr": (self.train.lr > 0, "above 0"),
+        }
+        for key, (right, expected) in wrong.items():
+            if not right:
+                raise UsageError(f"recipe {self.name}: {key} must be {expected}")
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in (data_dir("training") / "recipes").glob("*.toml"))
+
+
+def load_recipe(source: str, overrides: Iterable[str] = ()) -> tuple[Recipe, ...]:
+    """The stages of a recipe: a file, or the name of one that comes with the package.
+
+    `overrides` are `key=value` as on the command line: `train.lr=1e-4`, or `STAGE.train.lr=1e-4` for one stage; the
+    table may be left out where only one has that key. Raises UsageError for keys and values that no recipe has,
+    InputError for a file that cannot be read.
+    """
+    path = Path(source)
+    if path.suffix != ".toml":
+        path = data_dir("training") / "recipes" / f"{source}.toml"
+    if not path.is_file():
+        close = get_close_matches(source, recipe_names(), n=1, cutoff=0.0)
+        raise InputError(
+            f"there is no recipe {source}",
+            hint=f"nearest: {close[0]}; all: {', '.join(recipe_names())}" if close else None,
+        )
+    try:
+        top = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise InputError(f"{path}: not a recipe: {problem}") from None
+    stages = top.pop("stage") if isinstance(top.get("stage"), list) else [{}]
+    top.setdefault("name", path.stem)
+    if len(stages) > 1 and not all(isinstance(s, dict) and isinstance(s.get("name"), str) for s in stages):
+        raise InputError(f"{path}: each [[stage]] needs a name")
+    found = []
+    words = [_override(text) for text in overrides]
+    names = [s.get("name", "") for s in stages]
+    for stage in stages:
+        table = _merged(top, {k: v for k, v in stage.items() if k != "name"})
+        if stage.get("name"):
+            table["name"], table["stage"] = f"{top['name']}-{stage['name']}", stage["name"]
+        for keys, value in words:
+            if keys[0] in names:
+                if keys[0] != stage.get("name"):
+                    continue
+                keys = keys[1:]
+            _put(table, _full(keys), value)
+        if isinstance(table.get("data"), dict) and "set" in table["data"]:
+            table["data"]["sets"] = table["data"].pop("set")
+        found.append(typing.cast(Recipe, _build(Recipe, table, f"recipe {table['name']}", "")))
+    return tuple(found)
+
+
+def _override(text: str) -> tuple[list[str], Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set {text}: it is key=value", hint="for instance --set train.lr=1e-4")
+    try:
+        parsed = tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word: a path, a name
+    return key.split("."), parsed
+
+
+def _full(keys: list[str]) -> list[str]:
+    """`lr` → `train.lr`, where only one table has that key."""
+    if len(keys) == 1 and keys[0] != "name":
+        tables = {"model": ModelRecipe, "data": DataRecipe, "train": TrainRecipe}
+        homes = [t for t, cls in tables.items() if keys[0] in {f.name for f in dataclasses.fields(cls)}]
+        if len(homes) == 1:
+            return [homes[0], keys[0]]
+    return keys
+
+
+def _put(table: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        if not isinstance(table.get(key), dict):
+            table[key] = {}
+        table = table[key]
+    table[keys[-1]] = value
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables merge, all else is replaced; neither is changed."""
+    found = {k: _merged(v, {}) if isinstance(v, dict) else v for k, v in base.items()}
+    for key, value in over.items():
+        old = found.get(key)
+        found[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return found
+
+
+def _build(cls: Any, table: Any, where: str, at: str) -> Any:
+    """A dataclass from a table, every key and type checked."""
+    if not isinstance(table, dict):
+        raise UsageError(f"{where}: {at or 'the recipe'} must be a table")
+    kinds = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key in table:
+        if key not in known:
+            close = get_close_matches(key, known, n=1, cutoff=0.0)
+            raise UsageError(f"{where}: there is no {at}{key}", hint=f"nearest: {at}{close[0]}" if close else None)
+    missing = [
+        name
+        for name, f in known.items()
+        if name not in table and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UsageError(
+            f"{where}: {at}{missing[0].removesuffix('s') if missing[0] == 'sets' else missing[0]} is missing"
+        )
+    return cls(**{key: _value(kinds[key], value, where, f"{at}{key}") for key, value in table.items()})
+
+
+def _value(kind: Any, value: Any, where: str, at: str) -> Any:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        kind = next(k for k in inner if k is not type(None))
+        return None if value in ("", False) and not isinstance(value, int) else _value(kind, value, where, at)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise UsageError(f"{where}: {at} must be a list")
+        return tuple(_value(inner[0], v, where, f"{at}[{i}]") for i, v in enumerate(value))
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, where, f"{at}.")
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise UsageError(f"{where}: {at} must be {_WORDS[kind]}, not {value!r}")
+    return value
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def as_toml(recipe: Recipe) -> str:
+    """The recipe with every default filled in, as a file that `load_recipe` reads back to the same."""
+    lines = [f"name = {_toml(recipe.name)}", *([f"stage = {_toml(recipe.stage)}"] if recipe.stage else [])]
+    for table, part in (
+        ("model", recipe.model),
+        ("data", recipe.data),
+        ("train", recipe.train),
+        ("build", recipe.build),
+    ):
+        if part is None:
+            continue
+        values = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+        sets = values.pop("sets", ())
+        lines += ["", f"[{table}]", *(f"{k} = {_toml(v)}" for k, v in values.items() if v is not None)]
+        for one in sets:
+            lines += ["", f"[[{table}.set]]", *(f"{k} = {_toml(v)}" for k, v in dataclasses.asdict(one).items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    import json
+
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

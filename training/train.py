@@ -1,0 +1,179 @@
+"""The whole of a training run, from top to bottom: recipe, model, data, loop, checkpoints.
+
+One process or many, with or without DeepSpeed or FSDP: accelerate is the engine, set up by its own launcher
+(`accelerate launch`, `torchrun`) or by `deepspeed=`. What is computed in an iteration, and in which order, is what
+xtuner 0.1.23 computes; the tests compare the two.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType
+from torch.utils.data import DataLoader
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from llava_convert.errors import ConvertError, InputError, UsageError
+
+from . import distributed
+from .checkpoint import Progress, Resumable, checkpoints, prune, read_checkpoint, write_checkpoint
+from .data import Conversations, Pictures, collate
+from .logs import Log
+from .model import Llava
+from .recipe import Recipe
+from .sampler import LengthGrouped
+from .schedule import Schedule
+from .xtuner_config import as_xtuner_config
+
+
+def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: str = "") -> Path:
+    """Train, and return the last checkpoint. With `resume` the newest one in `work_dir` is taken up.
+
+    Raises InputError for data and models that are missing or wrong and for a loss that is not finite, UsageError for
+    settings that this machine cannot do.
+    """
+    settings = recipe.train
+    config = as_xtuner_config(recipe)  # refuses what xtuner's format cannot say, before anything is loaded
+    accelerator = _accelerator(recipe, deepspeed)
+    main = accelerator.is_main_process
+    found = checkpoints(work_dir) if resume else []
+    taken_up = read_checkpoint(found[-1]) if found and found[-1].is_file() else None
+    seed = taken_up.seed if taken_up else settings.seed
+    torch.manual_seed(seed)  # the projector and the adapters start the same everywhere
+
+    # --- model
+    model = Llava(recipe.model)
+    if taken_up:
+        model.load_trained(taken_up.state, str(found[-1]))
+
+    # --- data
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.llm)
+    vision = model.visual_encoder.vision_config
+    pictures = Pictures(
+        AutoImageProcessor.from_pretrained(recipe.model.visual_encoder),
+        recipe.data.pad_image_to_square,
+        vision.image_size,
+    )
+    image_tokens = (vision.image_size // vision.patch_size) ** 2
+    with accelerator.main_process_first():  # the first one fills the cache of token ids
+        data = Conversations(recipe.data, tokenizer, pictures, image_tokens=image_tokens, cache=work_dir / "tokens")
+
+    # --- length of the run
+    world, rank = accelerator.num_processes, accelerator.process_index
+    group = settings.batch_size * settings.accumulate
+    sampler = LengthGrouped(data.lengths, group, seed=seed, rank=rank, world=world)
+    epoch = len(sampler) // settings.batch_size  # iterations
+    iterations = settings.max_iters or int(settings.epochs * epoch)
+    iterations = -(-iterations // settings.accumulate) * settings.accumulate
+    # Saved between two steps of the optimiser, a checkpoint would lose gradients.
+    save_every = -(-settings.save_steps // settings.accumulate) * settings.accumulate
+    schedule = Schedule(settings.lr, iterations, int(settings.warmup_ratio * iterations), settings.warmup_start)
+
+    # --- optimiser: of every parameter, in the module's order, so that its state has mmengine's numbers
+    optimizer = torch.optim.AdamW(
+        model.parameters(), settings.lr, tuple(settings.betas), settings.eps, settings.weight_decay
+    )
+    for one in optimizer.param_groups:
+        one["initial_lr"] = settings.lr
+    if taken_up:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": taken_up.optimizer})
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    start = taken_up.iteration if taken_up else 0
+    if found and taken_up is None:
+        start = distributed.load_folder(wrapped, found[-1])
+
+    # --- loop
+    sampler.start = start * settings.batch_size
+    loader = DataLoader(
+        data, settings.batch_size, sampler=sampler, collate_fn=collate, num_workers=recipe.data.workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )  # fmt: skip
+    if main:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        (work_dir / f"{recipe.name}.py").write_text(config, encoding="utf-8")
+    log = Log(work_dir, iterations, start, settings.log_every) if main else None
+    last = found[-1] if found else None
+    wrapped.train()
+    clock = time.perf_counter()
+    try:
+        for iteration, batch in zip(range(start, iterations), loader, strict=False):
+            if isinstance(batch, ConvertError):
+                raise batch
+            # Dropout depends on where the run is, not on how often it was taken up again.
+            torch.manual_seed(seed + 1_000_003 * (iteration + 1) + rank)
+            rate = schedule.at(iteration)
+            for one in optimizer.param_groups:
+                one["lr"] = rate
+            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+            norm = None
+            with accelerator.accumulate(wrapped):  # the optimiser moves with the last micro-batch of a step
+                loss = wrapped(**batch)
+                shown = float(accelerator.reduce(loss.detach(), "mean"))
+                if not math.isfinite(shown):
+                    raise InputError(
+                        f"the loss of iteration {iteration + 1} is {shown}: nothing was saved of it",
+                        hint=f"the last good checkpoint is {last or 'none'}; a lower train.lr, or train.dtype=bf16",
+                    )
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.max_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            now = time.perf_counter()
+            if log is not None:
+                norm = None if norm is None else float(norm)
+                log.add(iteration + 1, {"loss": shown, "lr": rate, "grad_norm": norm, "time": now - clock})
+            clock = now
+            if (iteration + 1) % save_every == 0 or iteration + 1 == iterations:
+                for one in optimizer.param_groups:
+                    one["lr"] = schedule.at(iteration + 1)  # as mmengine, whose schedulers have moved on by then
+                last = work_dir / f"iter_{iteration + 1}.pth"
+                progress = Progress(
+                    iteration + 1, iterations, (iteration + 1) // epoch, settings.epochs, seed, config, recipe.name,
+                    log.scalars() if log else {}, log.eta if log else 0.0,
+                )  # fmt: skip
+                schedulers = schedule.state(iteration + 1)
+                if accelerator.distributed_type == DistributedType.DEEPSPEED:
+                    distributed.write_folder(wrapped, last, schedulers, progress)
+                else:
+                    state, moments = distributed.gathered(accelerator, wrapped, model, optimizer)
+                    if main:
+                        write_checkpoint(last, model.trained_state(state), moments, schedulers, progress)
+                accelerator.wait_for_everyone()
+                if main:
+                    prune(work_dir, settings.keep)
+    finally:
+        if log is not None:
+            log.close()
+    accelerator.end_training()
+    if last is None:
+        raise UsageError(f"recipe {recipe.name}: no iteration to train", hint="set train.epochs or train.max_iters")
+    return last
+
+
+def _accelerator(recipe: Recipe, deepspeed: str) -> Accelerator:
+    """The engine: precision, accumulation, and DeepSpeed where asked for."""
+    settings = recipe.train
+    options: dict[str, Any] = {}
+    if deepspeed:
+        options["deepspeed_plugin"] = distributed.deepspeed_plugin(recipe, deepspeed)
+    else:
+        # The tower's last layers, which the projector does not read, and what only other samples use, get no gradient.
+        options["kwargs_handlers"] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    precision = {"fp32": "no"}.get(settings.dtype, settings.dtype)
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UsageError("train.dtype fp16 needs a GPU", hint="--set train.dtype=fp32, or bf16")
+    return Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=settings.accumulate,
+        dataloader_config=DataLoaderConfiguration(),
+        **options,
+    )
+
+
+__all__ = ["Resumable", "train"]
