@@ -290,7 +290,7 @@ def _generation(found: _Vocabulary) -> dict[str, Any]:
     """Where generation begins and ends: at every token at which llama.cpp ends it."""
     ends = [i for name in ("eos", "eot", "eom") if (i := found.id(name)) is not None]
     ends += [i for i, token in enumerate(found.tokens) if token in ENDS and found.types[i] == CONTROL]
-    config: dict[str, Any] = {"eos_token_id": list(dict.fromkeys(ends))}
+    config: dict[str, Any] = {"eos_token_id": sorted(set(ends))}
     for name, key in (("bos", "bos_token_id"), ("padding", "pad_token_id")):
         if (i := found.id(name)) is not None:
             config[key] = i

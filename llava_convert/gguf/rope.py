@@ -139,10 +139,7 @@ def read_scaling(
 
 def _recognised(factors: NDArray[np.float32], config: Config, head: int) -> dict[str, Any]:
     base = float(config.get("rope_theta", 10000.0))
-    slowest = float(factors[-1])
-    candidates = [*_PUBLISHED]
-    # Otherwise the slow end tells the factor, and training lengths are powers of two.
-    candidates += [(slowest, 1.0, 4.0, 1 << n) for n in range(8, 18)]
+    candidates = [*_PUBLISHED, *_solved(base, head, factors)]
     for numbers in candidates:
         made = llama3_factors(base, head, *numbers)
         if made.shape == factors.shape and np.allclose(made, factors, rtol=3e-7, atol=0):
@@ -158,6 +155,24 @@ def _recognised(factors: NDArray[np.float32], config: Config, head: int) -> dict
         "the factors in rope_freqs.weight are those of no rope scaling that is known",
         hint="name the original language model by --llm, whose config says it",
     )
+
+
+def _solved(base: float, head: int, factors: NDArray[np.float32]) -> list[tuple[float, float, float, int]]:
+    """Parameters that would give such factors: the slow end tells the factor, what lies between tells the rest.
+
+    Only the ratios of the training length to the two others matter, so `low` is 1. Between the ends the inverse factor
+    is linear in the frequency; with a single point there, or none, `high` is taken to be 4 and the length a power of 2.
+    """
+    slowest = float(factors[-1])
+    found = [(slowest, 1.0, 4.0, 1 << n) for n in range(3, 21)]
+    between = (factors > 1) & (factors < slowest)
+    if slowest > 1 and factors.shape == (head // 2,) and np.count_nonzero(between) > 1:
+        frequencies = base ** -(np.arange(0, head, 2) / head)[between] / (2 * math.pi)
+        smooth = (1 / factors[between].astype(np.float64) - 1 / slowest) / (1 - 1 / slowest)
+        slope, offset = np.polyfit(frequencies, smooth, 1)
+        if slope > 0 > offset:
+            found.append((slowest, 1.0, round(1 - 1 / float(offset), 3), round(-float(slope / offset))))
+    return found
 
 
 def _values(tensor: StoredTensor) -> NDArray[np.float32]:

@@ -125,8 +125,8 @@ def test_every_layout_gives_the_same_files(converted: Converter, name: str) -> N
         folder = converted(name, via, dtype="float32")
         # The xtuner layout names its bases as training did, which is not where the copy lies now.
         bases = converted.source(name).bases
-        named = {"llm": str(bases / "llm"), "visual_encoder": str(bases / "vit")} if via == "xtuner" else {}
-        again = converted.onward(folder, "gguf", **named, **options)
+        named = {"llm": str(bases / "llm"), "visual_encoder": str(bases / "vit"), "prompt_template": "llama3_chat"}
+        again = converted.onward(folder, "gguf", **(named if via == "xtuner" else {}), **options)
         for pick, outtype in ((llm_file, "f32"), (llm_file, "q8_0"), (mmproj_file, "f32")):
             one, other = pick(direct, outtype), pick(again, outtype)
             assert differing(tensors(other), tensors(one)) == {}, (via, outtype)
