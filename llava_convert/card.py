@@ -116,7 +116,7 @@ def _use(plan: Plan, name: str) -> list[str]:
 
 def _use_gguf(plan: Plan, name: str) -> list[str]:
     """The files, the commands for each runtime, and what llama.cpp computes otherwise than the model was trained."""
-    rows = [(shard.name, _types_in(shard.tensors), f"{shard.size / 1e9:.2f} GB") for shard in plan.shards]
+    rows = [(shard.name, _types_in(shard.tensors), _human(shard.size)) for shard in plan.shards]
     table = ["| file | types | size |", "|---|---|---|", *(f"| `{a}` | {b} | {c} |" for a, b, c in rows), ""]
     llm = next((file for file, _, _ in rows if "-mmproj-" not in file), None)
     mmproj = next((file for file, _, _ in rows if "-mmproj-" in file), None)
@@ -151,6 +151,10 @@ def _use_gguf(plan: Plan, name: str) -> list[str]:
         "llama.cpp pads pictures to squares, as LLaVA's training does.",
         "",
     ]
+
+
+def _human(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _types_in(tensors: Sequence[PlannedTensor]) -> str:

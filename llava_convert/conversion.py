@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from llava_convert import ggml
 from llava_convert.assembly import assemble, without_added
 from llava_convert.card import card
 from llava_convert.checkpoint import LLM, PART_WORDS, PARTS, VISION, Checkpoint
@@ -255,7 +256,8 @@ def prepare(source: Path, options: Options, opened: tuple[Checkpoint, str] | Non
     found = assembled(source, options, opened)
     checkpoint, model = found.checkpoint, found.model
     target = layout(options.to).lower(model, found.target)
-    plan = make_plan(target, tags={"from": checkpoint.layout, "to": options.to, "digest": options.digest})
+    tags = {"from": checkpoint.layout, "to": options.to, "digest": options.digest}
+    plan = make_plan(target, tags=tags | _kernels(target))
     out = _out(checkpoint, options)
     return Prepared(
         checkpoint,
@@ -267,6 +269,12 @@ def prepare(source: Path, options: Options, opened: tuple[Checkpoint, str] | Non
         notes=(*checkpoint.notes, *model.notes, *target.notes, *dropped_texts(checkpoint, model.dropped)),
         warnings=(*checkpoint.warnings, *model.warnings, *target.warnings),
     )
+
+
+def _kernels(target: Target) -> dict[str, str]:
+    """Whose kernels quantise, where any do: they decide the bytes."""
+    quantises = any(o.dtype in QUANTS and o.recipe.dtype != o.dtype for files in target.sets for o in files.outputs)
+    return {"kernels": ggml.kernels()} if quantises else {}
 
 
 def _out(checkpoint: Checkpoint, options: Options) -> Path:

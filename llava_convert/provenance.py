@@ -112,7 +112,12 @@ def record(
             entry["xxh3_128"] = outcome.digests[t.shard, t.name]
         tensors[f"{folder}/{t.name}" if folder else t.name] = entry
     found: dict[str, Any] = {
-        "tool": {"name": "llava-convert", "version": __version__, "tables": TABLES},
+        "tool": {
+            "name": "llava-convert",
+            "version": __version__,
+            "tables": TABLES,
+            **({"kernels": plan.tags["kernels"]} if "kernels" in plan.tags else {}),
+        },
         "layout": {"from": model.checkpoint.layout, "to": plan.layout},
         "options": dict(options),
         "sources": [

@@ -98,9 +98,7 @@ def shards_of(files: FileSet) -> tuple[list[Shard], dict[str, Any]]:
         return [Shard(name, b"", 0, _place(name, files.outputs, {}), "torch")], {}
     groups = _groups(files)
     shards = []
-    for number, group in enumerate(groups, 1):
-        part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
-        name = f"{prefix}{files.stem}{part}.{files.container}"
+    for number, (name, group) in enumerate(zip(part_names(files, len(groups)), groups, strict=True), 1):
         if files.container == "gguf":
             shards.append(_gguf_shard(name, group, files, number - 1, len(groups)))
         else:
@@ -111,6 +109,14 @@ def shards_of(files: FileSet) -> tuple[list[Shard], dict[str, Any]]:
     where = {t.name: shard.name.removeprefix(prefix) for shard in shards for t in shard.tensors}
     index = {"metadata": {"total_size": total}, "weight_map": {name: where[name] for name in sorted(where)}}
     return shards, {f"{prefix}{files.stem}.safetensors.index.json": index}
+
+
+def part_names(files: FileSet, count: int | None = None) -> list[str]:
+    """The names of a file set's shards, of which there are `count`."""
+    count = len(_groups(files)) if count is None else count
+    prefix = f"{files.folder}/" if files.folder else ""
+    parts = [f"-{number:05d}-of-{count:05d}" for number in range(1, count + 1)] if count > 1 else [""]
+    return [f"{prefix}{files.stem}{part}.{files.container}" for part in parts]
 
 
 def _groups(files: FileSet) -> list[list[Output]]:

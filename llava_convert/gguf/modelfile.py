@@ -20,7 +20,7 @@ MOST_CONTEXT = 4096
 
 
 def modelfile(
-    llm: str,
+    llm: Sequence[str],
     mmproj: str | None,
     *,
     template: str | Mapping[str, Any] | None,
@@ -28,8 +28,12 @@ def modelfile(
     stops: Sequence[str],
     context: int | None,
 ) -> bytes:
-    """The Modelfile of a language model's file and its mmproj, both beside it."""
-    lines = [f"FROM ./{llm}"]
+    """The Modelfile of a language model's file, or its parts, and its mmproj, all beside it."""
+    lines = [f"FROM ./{llm[0]}"]
+    if len(llm) > 1:
+        lines.insert(
+            0, f"# Ollama wants a model in one file, this one is in {len(llm)}: convert without --max-shard-size"
+        )
     if mmproj is not None:
         lines.append(f"FROM ./{mmproj}")
     text = None if template is None else go_template(template, tokenizer)

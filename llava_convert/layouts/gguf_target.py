@@ -25,7 +25,7 @@ from llava_convert.model import EMBEDDING, HEAD, Model, Recipe
 from llava_convert.ops import constant
 from llava_convert.plan import KEEP, FileSet, Target, parse_size
 from llava_convert.projector import projector_config
-from llava_convert.shards import Output
+from llava_convert.shards import Output, part_names
 from llava_convert.sidecars import made_sidecars
 from llava_convert.spec import QUANTS
 from llava_convert.storage.gguf import Typed
@@ -77,16 +77,9 @@ def lower(model: Model, options: TargetOptions) -> Target:
         language, metadata = _language_model(model, made, options)
         for kind in types:
             outputs = _typed(language, kind, model)
-            sets.append(
-                FileSet(
-                    outputs,
-                    stem=f"{name}-{kind}",
-                    limit=limit,
-                    container=NAME,
-                    metadata=metadata | _file_type(kind, outputs),
-                )
-            )
-            files[f"{name}-{kind}.Modelfile"] = _modelfile(model, made, f"{name}-{kind}", mmprojs)
+            one = FileSet(outputs, "", f"{name}-{kind}", limit, NAME, metadata | _file_type(kind))
+            sets.append(one)
+            files[f"{name}-{kind}.Modelfile"] = _modelfile(model, made, part_names(one), mmprojs)
     if mmprojs:
         tower, metadata = _mmproj(model, made, options)
         blocks = int(model.configs[VISION]["num_hidden_layers"])
@@ -100,9 +93,7 @@ def lower(model: Model, options: TargetOptions) -> Target:
                 )
                 for disk, canonical, recipe in tower
             )
-            sets.append(
-                FileSet(outputs, stem=stem, limit=None, container=NAME, metadata=metadata | _file_type(kind, outputs))
-            )
+            sets.append(FileSet(outputs, "", stem, None, NAME, metadata | _file_type(kind)))
             if OUTTYPES[kind].base in QUANTS and kind != "q8_0":
                 warnings.append(f"an mmproj of type {kind} sees clearly worse; q8_0 and above do not")
         if IMAGE_NEWLINE in model.recipes:
@@ -260,19 +251,19 @@ def size_label(parameters: int) -> str:
     raise AssertionError("the last unit takes all")
 
 
-def _file_type(kind: str, outputs: tuple[Output, ...]) -> dict[str, Typed]:
+def _file_type(kind: str) -> dict[str, Typed]:
     return {
         "general.file_type": Typed("u32", OUTTYPES[kind].file_type),
         "general.quantization_version": Typed("u32", _QUANTIZATION_VERSION),
     }
 
 
-def _modelfile(model: Model, made: Artefacts, stem: str, mmprojs: list[str]) -> bytes:
+def _modelfile(model: Model, made: Artefacts, llm: list[str], mmprojs: list[str]) -> bytes:
     tokenizer = made.required_tokenizer()
     texts = {i: text for text, i in tokenizer.vocabulary.items()}
     context = model.configs[LLM].get("max_position_embeddings")
     return modelfile(
-        f"{stem}.gguf",
+        llm,
         f"{mmprojs[0]}.gguf" if mmprojs else None,
         template=made.template_name,
         tokenizer=tokenizer,
