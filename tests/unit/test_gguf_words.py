@@ -311,10 +311,8 @@ _ACTION = re.compile(r"\{\{-?\s*(.*?)\s*\}\}", re.DOTALL)
 
 
 def go(template: str, messages: list[dict[str, str]]) -> str:
-    """The few constructs of Go's text/template that our templates use: range, if eq, if gt, else if, strings, .Content."""
-    pieces = (
-        re.split(r"(\{\{.*?\}\})", template.replace("\n", ""), flags=re.DOTALL) if "\n" in template else _cut(template)
-    )
+    """What our templates use of Go's text/template: range, if eq, if gt, else if, strings, .Content."""
+    pieces = re.split(r"(\{\{.*?\}\})", template)
     assert not any(p for p in pieces if p and not p.startswith("{{")), "text outside of actions"
     actions = [_ACTION.fullmatch(p)[1] for p in pieces if p]  # type: ignore[index]
     start, end = actions.index("range $i, $_ := .Messages"), len(actions) - 1 - actions[::-1].index("end")
