@@ -1,0 +1,297 @@
+"""The trainer's parts: recipes, data, the order of samples, the schedule, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from llava_convert.cli import app
+from llava_convert.errors import InputError, UsageError
+from llava_convert.prompts import prompt_template
+from llava_convert.resources import training
+from llava_convert.training_config import parse_training_config
+
+data, recipes, sampler = training("data"), training("recipe"), training("sampler")
+
+
+# --- recipes
+
+
+@pytest.mark.parametrize("name", recipes.recipe_names())
+def test_every_recipe_is_read_and_written(name: str, tmp_path: Path) -> None:
+    for stage in recipes.load_recipe(name):
+        (tmp_path / "again.toml").write_text(recipes.as_toml(stage))
+        assert recipes.load_recipe(str(tmp_path / "again.toml")) == (stage,)
+        text = training("xtuner_config").as_xtuner_config(stage)
+        compile(text, name, "exec")
+
+
+def test_the_recipes_have_the_originals_numbers() -> None:
+    (found,) = recipes.load_recipe(
+        "llava_llama3_8b_instruct_full_clip_vit_large_p14_336_lora_e1_gpu8_internvl_finetune"
+    )
+    assert (found.train.batch_size, found.train.accumulate, found.train.lr) == (4, 4, 2e-5)
+    assert found.model.visual_encoder_lora == recipes.Lora(r=64, alpha=16, dropout=0.05)
+    assert (found.data.max_length, len(found.data.sets), found.model.freeze_llm) == (4096, 9, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("train.lrr=1", "nearest: train.lr"), ("lr=fast", "must be a number"),
+        ("model.llm_lora.x=1", "model.llm_lora.x"),
+        ("train.dtype=fp8", "fp32, bf16, fp16"), ("lr", "it is key=value"), ("data.workers=1.5", "whole number"),
+    ],
+)  # fmt: skip
+def test_wrong_changes(change: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        recipes.load_recipe("tiny-shapes", [change])
+    assert said in f"{caught.value.message} {caught.value.hint}"
+
+
+def test_changes() -> None:
+    first, second = recipes.load_recipe("tiny-shapes", ["lr=1e-5", "finetune.train.batch_size=3", "data.root=/x y"])
+    assert (first.train.lr, second.train.lr, first.data.root) == (1e-5, 1e-5, "/x y")
+    assert (first.train.batch_size, second.train.batch_size) == (32, 3)
+    with pytest.raises(InputError, match="no recipe tiny"):
+        recipes.load_recipe("tiny")
+
+
+def test_the_config_is_read_without_running_it(tmp_path: Path) -> None:
+    (found,) = recipes.load_recipe("llava_llama3_8b_instruct_qlora_clip_vit_large_p14_336_e1_gpu1_finetune")
+    text = training("xtuner_config").as_xtuner_config(found)
+    read = parse_training_config(text, "config.py")
+    assert read.llm == "meta-llama/Meta-Llama-3-8B-Instruct" and read.freeze_llm
+
+
+# --- conversations
+
+
+class Words:
+    """A tokenizer of one id a word: enough to see what is put where."""
+
+    bos_token_id, eos_token_id = 1, 2
+
+    def __init__(self) -> None:
+        self.words: dict[str, int] = {}
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return [self.words.setdefault(w, len(self.words) + 10) for w in text.split()]
+
+    def __call__(self, texts: list[str], add_special_tokens: bool = False) -> dict[str, list[list[int]]]:
+        return {"input_ids": [self.encode(t) for t in texts]}
+
+    def __len__(self) -> int:
+        return 10 + len(self.words)
+
+
+def row(*said: str, image: str | None = "a.png") -> dict[str, Any]:
+    turns = [{"from": "human" if i % 2 == 0 else "gpt", "value": text} for i, text in enumerate(said)]
+    return {"conversations": turns} | ({"image": image} if image else {})
+
+
+def test_the_picture_goes_to_the_front() -> None:
+    (turn,) = data.turns_of(row("What is it? <image>", "A cat."), prompt_template("vicuna"))
+    assert turn.asked == "USER: <image>\nWhat is it? ASSISTANT:" and turn.answer == "A cat."
+
+
+def test_only_answers_are_learnt() -> None:
+    words = Words()
+    encoder = data.Encoder(words, prompt_template("vicuna"), 100)
+    turns = data.turns_of(row("<image>\nhi", "yes no", "more", "ok"), prompt_template("vicuna"))
+    ((ids, learnt),) = encoder([turns])
+    text = {i: w for w, i in words.words.items()} | {1: "<s>", 2: "</s>", data.IMAGE_INDEX: "<image>"}
+    assert [text[i] for i in ids] == [
+        "<s>", "USER:", "<image>", "hi", "ASSISTANT:", "yes", "no", "</s>",
+        "<s>", "USER:", "more", "ASSISTANT:", "ok", "</s>",
+    ]  # fmt: skip
+    assert [text[i] for i, learn in zip(ids, learnt, strict=True) if learn] == ["yes", "no", "</s>", "ok", "</s>"]
+    assert len(data.Encoder(words, prompt_template("vicuna"), 5)([turns])[0][0]) == 5
+
+
+def test_plain_is_the_picture_and_the_caption() -> None:
+    words = Words()
+    turns = data.turns_of(row("Render a caption. <image>", "a cat"), data.PLAIN)
+    ((ids, learnt),) = data.Encoder(words, data.PLAIN, 100)([turns])
+    assert ids == [1, data.IMAGE_INDEX, *words.encode("a cat")] and learnt == [False, False, True, True]
+
+
+def test_pictures_become_squares() -> None:
+    wide = data.squared(Image.new("RGB", (6, 2), "red"), (1, 2, 3))
+    assert wide.size == (6, 6) and wide.getpixel((0, 0)) == (1, 2, 3) and wide.getpixel((0, 3)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[{]", "not JSON"), ('{"a": 1}', "not a list"), ('[{"conversations": 3}]', "row 1: not a conversation"),
+        ('[{"image": 3, "conversations": []}]', "row 1"),
+    ],
+)  # fmt: skip
+def test_broken_files(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(InputError, match=said):
+        list(data.read_rows(tmp_path / "a.json"))
+    with pytest.raises(InputError, match="no such data file"):
+        list(data.read_rows(tmp_path / "b.json"))
+
+
+# --- the order
+
+
+def reference_order(lengths: list[int], batch: int, seed: int) -> list[int]:
+    """xtuner's get_length_grouped_indices for samples of one modality, spelled out."""
+    mega = max(1, min(len(lengths) // (batch * 4), 50)) * batch
+    shuffled = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    groups = [sorted(shuffled[i : i + mega], key=lambda j: -lengths[j]) for i in range(0, len(shuffled), mega)]
+    tallest = max(range(len(groups)), key=lambda g: lengths[groups[g][0]])
+    groups[0][0], groups[tallest][0] = groups[tallest][0], groups[0][0]
+    return [i for group in groups for i in group]
+
+
+@pytest.mark.parametrize("count", [5, 64, 333])
+def test_order_of_one_modality(count: int) -> None:
+    lengths = [(i * 37) % 91 + 1 for i in range(count)]
+    assert sampler.grouped_order(lengths, 4, seed=7) == reference_order(lengths, 4, 7)
+
+
+def test_batches_are_of_one_modality_and_processes_share_them() -> None:
+    lengths = [(i * 37 % 91 + 1) * (1 if i % 3 else -1) for i in range(400)]
+    halves = [sampler.LengthGrouped(lengths, 4, seed=3, rank=r, world=2) for r in (0, 1)]
+    epochs = [half.epoch(0) for half in halves]
+    assert len(epochs[0]) == len(epochs[1]) == 200 and set(epochs[0]) | set(epochs[1]) == set(range(400))
+    together = [i for pair in zip(*epochs, strict=True) for i in pair]
+    mixed = sum(len({lengths[i] > 0 for i in together[n : n + 8]}) > 1 for n in range(0, 400, 8))
+    # What is left of either kind behind its last megabatch of 96 (75 and 37 samples) goes together at the end.
+    assert mixed <= (75 + 37) // 8
+    later = iter(sampler.LengthGrouped(lengths, 4, seed=3, start=150, world=2))
+    assert [next(later) for _ in range(60)] == (epochs[0] + halves[0].epoch(1))[150:210]
+
+
+def test_the_schedule() -> None:
+    schedule = training("schedule").Schedule(1e-3, 100, 10, 1e-5)
+    rates = [schedule.at(i) for i in range(100)]
+    assert rates[0] == pytest.approx(1e-8) and rates[9] == rates[10] == pytest.approx(1e-3)
+    assert rates[55] == pytest.approx(5e-4) and rates[99] < 1e-6 and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+# --- what goes wrong
+
+
+def tiny_recipe(tiny: Path, folder: Path, rows: list[dict[str, Any]], **changes: Any) -> Any:
+    (folder / "d.json").write_text(json.dumps(rows))
+    Image.new("RGB", (40, 30), "blue").save(folder / "a.png")
+    return recipes.Recipe(
+        "t",
+        recipes.ModelRecipe(str(tiny / "llm"), str(tiny / "vit")),
+        recipes.DataRecipe(
+            (recipes.DataSet("d", "d.json"),), root=str(folder), workers=changes.pop("workers", 0), **changes
+        ),
+        recipes.TrainRecipe(batch_size=1, save_steps=1, dtype="fp32", max_iters=3, warmup_ratio=0.0),
+    )
+
+
+GOOD = row("<image>\nWhat?", "A boat.")
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], "no conversation with an answer"),
+        ([row("<image>\nWhat?", "A boat.", image="no/such.png")], "none of its pictures"),
+        ([row("<image>\nWhat? ", "A", "<image>\nand?", "B")], "2 <image> in the text, 1 pictures"),
+        ([row("<image>\nWhat?", "A", image=None)], "1 <image> in the text, 0 pictures"),
+    ],
+)
+def test_data_that_cannot_be(tiny: Path, tmp_path: Path, rows: list[dict[str, Any]], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        training("train").train(tiny_recipe(tiny, tmp_path, rows), tmp_path / "w")
+    assert not list(tmp_path.glob("w/*.pth"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_picture_is_named(tiny: Path, tmp_path: Path, workers: int) -> None:
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    rows = [GOOD, row("<image>\nWhat?", "A hat.", image="broken.png")]
+    with pytest.raises(InputError) as caught:
+        training("train").train(tiny_recipe(tiny, tmp_path, rows, workers=workers), tmp_path / "w")
+    assert "d.json: row 2: picture" in caught.value.message and "broken.png" in caught.value.message
+    last = training("train").train(tiny_recipe(tiny, tmp_path, rows, on_bad_image="skip"), tmp_path / "w2")
+    assert last.name == "iter_3.pth"
+
+
+def test_a_loss_that_is_not_finite(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the run at once; the checkpoint before it stays."""
+    model = training("model")
+    real, calls = model.Llava.forward, []
+
+    def forward(self: Any, **batch: Any) -> torch.Tensor:
+        calls.append(1)
+        loss: torch.Tensor = real(self, **batch)
+        return loss * float("nan") if len(calls) == 2 else loss
+
+    monkeypatch.setattr(model.Llava, "forward", forward)
+    with pytest.raises(InputError, match="the loss of iteration 2 is nan") as caught:
+        training("train").train(tiny_recipe(tiny, tmp_path, [GOOD]), tmp_path / "w")
+    assert "iter_1.pth" in str(caught.value.hint)
+    assert sorted(p.name for p in (tmp_path / "w").glob("*.pth")) == ["iter_1.pth"]
+
+
+def test_keep_and_prune(tiny: Path, tmp_path: Path) -> None:
+    training("train").train(tiny_recipe(tiny, tmp_path, [GOOD, row("Hi", "Ho", image=None)]), tmp_path / "w")
+    assert sorted(p.name for p in (tmp_path / "w").glob("*.pth")) == ["iter_2.pth", "iter_3.pth"]
+    log = [json.loads(line) for line in (tmp_path / "w" / "log.jsonl").read_text().splitlines()]
+    assert [r["iter"] for r in log] == [1, 2, 3] and all(r["loss"] > 0 and r["eta"] >= 0 for r in log)
+    assert Image.open(tmp_path / "w" / "loss.png").size == (900, 480)
+
+
+def test_stage_one_reaches_the_projector(tiny: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    first = training("train").train(tiny_recipe(tiny, tmp_path, [GOOD]), tmp_path / "w")
+    second = tiny_recipe(tiny, tmp_path, [GOOD])
+    second = replace(second, model=replace(second.model, pretrained=str(first)))
+    model = training("model").Llava(second.model)
+    trained = training("checkpoint").read_checkpoint(first).state
+    assert torch.equal(model.state_dict()["projector.model.0.weight"], trained["projector.model.0.weight"])
+
+
+# --- the command
+
+
+def test_dry_run_and_wrong_words(tiny: Path, tmp_path: Path) -> None:
+    chosen = tiny_recipe(tiny, tmp_path, [GOOD])
+    (tmp_path / "r.toml").write_text(recipes.as_toml(chosen))
+    found = CliRunner().invoke(app, ["train", str(tmp_path / "r.toml"), "--dry-run", "--json"])
+    assert found.exit_code == 0
+    (stage,) = json.loads(found.stdout)["stages"]
+    assert (stage["sets"], stage["iterations"], stage["parameters"]["projector"]["trained"]) == ({"d": 1}, 3, 6272)
+    assert CliRunner().invoke(app, ["train", "no-such"]).exit_code == 3
+    assert CliRunner().invoke(app, ["train", str(tmp_path / "r.toml"), "--set", "x.y=1"]).exit_code == 2
+
+
+def test_data_check(tiny: Path, tmp_path: Path) -> None:
+    chosen = tiny_recipe(tiny, tmp_path, [GOOD, row("<image>\nWhat?", "A", image="coco/train2017/1.jpg")])
+    (tmp_path / "r.toml").write_text(recipes.as_toml(chosen))
+    found = CliRunner().invoke(app, ["data", "check", str(tmp_path / "r.toml")])
+    assert found.exit_code == 3
+    assert "2 rows, 2 about a picture, 1 pictures missing" in found.stdout
+    assert "get it: http://images.cocodataset.org/zips/train2017.zip" in found.stdout
+    (tmp_path / "coco/train2017").mkdir(parents=True)
+    (tmp_path / "coco/train2017/1.jpg").touch()
+    assert CliRunner().invoke(app, ["data", "check", str(tmp_path / "r.toml")]).exit_code == 0
+
+
+def test_fix_ocrvqa(tmp_path: Path) -> None:
+    for name in ("a.png", "b.jpg", "c.gif", "c.jpg"):
+        (tmp_path / name).write_text(name)
+    assert CliRunner().invoke(app, ["data", "fix-ocrvqa", str(tmp_path)]).exit_code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jpg", "a.png", "b.jpg", "c.gif", "c.jpg"]
+    assert (tmp_path / "a.jpg").read_text() == "a.png" and (tmp_path / "c.jpg").read_text() == "c.jpg"
+    assert CliRunner().invoke(app, ["data", "fix-ocrvqa", str(tmp_path / "no")]).exit_code == 3
