@@ -8,6 +8,7 @@ xtuner 0.1.23 computes; the tests compare the two.
 from __future__ import annotations
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,8 @@ def _accelerator(recipe: Recipe, deepspeed: str) -> Accelerator:
     if precision == "fp16" and not torch.cuda.is_available():
         raise UsageError("train.dtype fp16 needs a GPU", hint="--set train.dtype=fp32, or bf16")
     return Accelerator(
+        # Without a GPU accelerate takes several processes for one each, unless it is told that this is meant.
+        cpu=not torch.cuda.is_available() and "WORLD_SIZE" in os.environ,
         mixed_precision=precision,
         gradient_accumulation_steps=settings.accumulate,
         dataloader_config=DataLoaderConfiguration(),
