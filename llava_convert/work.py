@@ -48,7 +48,7 @@ class Outcome:
             more = f" (and {len(bad) - 1} more tensors)" if len(bad) > 1 else ""
             raise MismatchError(
                 f"{printable(name)}: {bad[name]} finite values do not fit the output's dtype{more}",
-                hint="bfloat16 has the range of float32: --dtype bfloat16; for GGUF --outtype or --mmproj-outtype bf16",
+                hint="use --dtype bfloat16, which has the range of float32; for GGUF --outtype, --mmproj-outtype bf16",
             )
 
 

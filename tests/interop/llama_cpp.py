@@ -81,7 +81,7 @@ class LlamaCpp:
 
     def convert(self, hf: Path, outtype: str, *, pre: str | None = PRE) -> Path:
         """The language model of an `hf` folder by convert_hf_to_gguf.py."""
-        command = [_program("bin/python"), SCRIPTS / "convert_hf.py", *(["--pre", pre] if pre else [])]
+        command = [program("bin/python"), SCRIPTS / "convert_hf.py", *(["--pre", pre] if pre else [])]
 
         def make(file: Path) -> None:
             _run([*command, hf, "--outtype", outtype, "--outfile", file])
@@ -92,13 +92,13 @@ class LlamaCpp:
         """A float file by llama-quantize."""
 
         def make(out: Path) -> None:
-            _run([_program("runtime/stock/llama-quantize"), file, out, outtype.upper(), "2"])
+            _run([program("runtime/stock/llama-quantize"), file, out, outtype.upper(), "2"])
 
         return self._once(("quantize", file, outtype), make, f"theirs-{outtype}.gguf")
 
     def ask(self, runtime: str = "stock", **tasks: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Run tasks of run_llama_cpp.py; a task's array NAME.npy comes back as its `array`."""
-        _program("runtime/stock/llama-quantize")
+        program("runtime/stock/llama-quantize")
         place = self.folder / f"ask-{len(list(self.folder.glob('ask-*')))}"
         place.mkdir()
         plain = {name: {k: _plain(v) for k, v in task.items()} for name, task in tasks.items()}
@@ -114,7 +114,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _program(path: str) -> Path:
+def program(path: str) -> Path:
     program = PEERS / ENVIRONMENT / path
     if not program.is_file():
         pytest.skip(f"no {ENVIRONMENT} here: `make peers` builds it")
