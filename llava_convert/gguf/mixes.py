@@ -34,6 +34,8 @@ ALIASES = {"int4": "q4_k_m", "int8": "q8_0", "q3_k": "q3_k_m", "q4_k": "q4_k_m",
 
 # Blocks of 256 weights → the type for rows that are no multiple of 256.
 _FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+# `category_is_attn_v`: what q, k and v are fused in is mixed as v is; a rule for qkv further down is never reached.
+_VALUES = ("attn_v", "attn_qkv")
 _SEVENTY_B = 80  # layers; llama.cpp takes a llama with so many for a 70B, whose v is shared by eight heads
 
 
@@ -85,15 +87,13 @@ def _mixed(
         if shape[-1] % QUANTS[base][0] or base == "Q8_0":
             return "Q8_0"
         return "Q6_K"
-    if kind == "attn_v":
+    if kind in _VALUES:
         found = _attn_v(name, base, layer, layers, shared)
         return "Q5_K" if layers == _SEVENTY_B and heads != _kv(config) and found in ("Q3_K", "Q4_K") else found
     if kind == "ffn_down":
         return _ffn_down(name, base, layer, layers)
     if kind == "attn_output":
         return {"q2_k": "Q3_K", "q3_k_m": "Q4_K", "q3_k_l": "Q5_K"}.get(name, base)
-    if kind == "attn_qkv":
-        return {"q3_k_m": "Q4_K", "q3_k_l": "Q4_K", "q4_k_m": "Q5_K", "q5_k_m": "Q6_K"}.get(name, base)
     return base
 
 

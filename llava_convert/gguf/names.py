@@ -18,7 +18,7 @@ import numpy as np
 from llava_convert.architecture import architecture_for
 from llava_convert.checkpoint import LLM, PROJECTOR, VISION
 from llava_convert.errors import InputError, UnsupportedError
-from llava_convert.gguf import rope, vision
+from llava_convert.gguf import limits, rope, vision
 from llava_convert.mapping import LayoutTable, TableError, parse_layout_table
 from llava_convert.ops import Op, RopePermute
 from llava_convert.resources import data_dir
@@ -28,6 +28,9 @@ from llava_convert.storage.gguf import Typed
 Config = Mapping[str, Any]
 Metadata = Mapping[str, Typed]
 CLIP = "clip"
+_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+# Phi-3's class takes a padding id of its own, 32000, where the config does not say one.
+_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,8 @@ class Key:
     """An entry of the metadata. `symbol` is the shape symbol that it is computed by, where config alone does not say.
 
     `default` is what a file that lacks it means (the name of another config key, or a value); without one, and unless
-    `optional`, it must be there. `null` is how the config's null is written.
+    `optional`, it must be there. `null` is how the config's null is written. Families in `stated` have it only where
+    their config says it. `share_of`: what is written is the config's share of that symbol.
     """
 
     key: str
@@ -45,11 +49,16 @@ class Key:
     default: Any = None
     optional: bool = False
     null: Any = None
+    stated: tuple[str, ...] = ()
+    share_of: str = ""
 
 
 @dataclass(frozen=True)
 class GgufTable:
-    """One architecture's names and keys. `families` are the model types it holds; reading gives the first."""
+    """One architecture's names and keys. `families` are the model types it holds.
+
+    Reading gives the first, or the one that a key of `family_by` tells.
+    """
 
     architecture: str
     families: tuple[str, ...]
@@ -57,6 +66,7 @@ class GgufTable:
     heads: Mapping[str, str]
     omitted: Mapping[str, str]
     keys: tuple[Key, ...]
+    family_by: Mapping[str, str]
 
     @property
     def part(self) -> str:
@@ -120,7 +130,8 @@ def parse_gguf_table(text: str, path: Path) -> GgufTable | None:
         names,
         heads,
         {row["disk"]: row["omit"] for row in raw["row"] if "omit" in row},
-        tuple(Key(**key) for key in raw.get("key", ())),
+        tuple(Key(**{**key, "stated": tuple(key.get("stated", ()))}) for key in raw.get("key", ())),
+        raw.get("family_by", {}),
     )
 
 
@@ -150,12 +161,18 @@ def _known() -> str:
 def metadata_of(table: GgufTable, config: Config) -> dict[str, Typed]:
     """The keys that a config makes; those of the tokenizer and the general ones are others' work.
 
-    Raises UnsupportedError for rope scalings and activations that llama.cpp does not compute.
+    Raises UnsupportedError (exit 4) for what llama.cpp does not compute: rope scalings, activations, sizes of heads.
     """
     found: dict[str, Typed] = {}
     family = architecture_for(table.part, str(config["model_type"]))
     for key in table.keys:
-        value = family.symbol(key.symbol, config) if key.symbol else config.get(key.config)
+        if family.name in key.stated and config.get(key.config) is None:
+            continue
+        value: Any
+        if key.share_of:
+            value = int(family.symbol(key.share_of, config) * (limits.rotated_share(config) or 1.0))
+        else:
+            value = family.symbol(key.symbol, config) if key.symbol else config.get(key.config)
         value = key.null if value is None else value
         if value is None and isinstance(key.default, str):
             value = config.get(key.default)
@@ -165,6 +182,7 @@ def metadata_of(table: GgufTable, config: Config) -> dict[str, Typed]:
             raise InputError(f"the config lacks {key.config}, which GGUF needs as {key.key}")
     if table.part == VISION:
         return found | vision.activation_keys(config)
+    limits.refuse(table.architecture, [key.config for key in table.keys], config, family)
     return found | rope.scaling_keys(table.architecture, config)
 
 
@@ -173,11 +191,15 @@ def config_of(table: GgufTable, metadata: Metadata, tensors: Mapping[str, Stored
 
     UnsupportedError where the rope scaling cannot be told from its factors.
     """
-    config: dict[str, Any] = {"model_type": table.families[0]}
+    told = next((family for key, family in table.family_by.items() if key in metadata), table.families[0])
+    family = architecture_for(table.part, told)
+    config: dict[str, Any] = {"model_type": told}
     for key in table.keys:
         if not key.config:
             continue
         typed = metadata.get(key.key)
+        if key.share_of:
+            continue  # of a symbol that needs the whole config
         if typed is not None:
             value = None if key.null is not None and typed.value == key.null else _plain(key, typed)
         elif key.optional:
@@ -194,12 +216,16 @@ def config_of(table: GgufTable, metadata: Metadata, tensors: Mapping[str, Stored
     if embedding is not None:
         config["vocab_size"] = embedding.shape[0]
     config["tie_word_embeddings"] = "output.weight" not in tensors
-    config["attention_bias"] = "blk.0.attn_q.bias" in tensors
-    config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
-    for name in ("bos", "eos"):
-        typed = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        config[f"{name}_token_id"] = typed.value if typed is not None else None
-    head = architecture_for(table.part, table.families[0]).symbol("head_dim", config)
+    config |= {key: tensor in tensors for key, tensor in _BIASES.items() if key in family.defaults}
+    for name, short in _IDS.items():
+        typed = metadata.get(f"tokenizer.ggml.{short}_token_id")
+        if name in family.defaults or name != "pad_token_id":
+            config[name] = typed.value if typed is not None else None
+    head = family.symbol("head_dim", config)
+    for key in (key for key in table.keys if key.share_of and key.key in metadata):
+        size = family.symbol(key.share_of, config)
+        if (rotated := _plain(key, metadata[key.key])) != size:
+            config[key.config] = rotated / size
     if config.get("head_dim") == config["hidden_size"] // config["num_attention_heads"]:
         del config["head_dim"]  # written out in every file, and told by the others in most configs
     scaling = rope.read_scaling(table.architecture, metadata, tensors, config, head)

@@ -16,9 +16,11 @@ import numpy as np
 
 from llava_convert.errors import InputError, UnsupportedError
 from llava_convert.gguf.pre_tokenizers import pre_tokenizers
+from llava_convert.gguf.token_flags import takes_space
 from llava_convert.gguf.vocabulary import BYTE, CONTROL, ENDS, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from llava_convert.sentencepiece import Piece, write_model
 from llava_convert.storage.gguf import Typed
+from llava_convert.tokens import IMAGE_TOKEN
 
 MOST_TOKENS = 4_000_000
 _BYTES: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
@@ -93,7 +95,14 @@ class _Vocabulary:
 
     @cached_property
     def types(self) -> list[int]:
-        return self.every_type(len(self.get("tokenizer.ggml.tokens")))[: len(self.tokens)]
+        """SentencePiece's unknown token is one, though the reference converter calls it a control token."""
+        found = self.every_type(len(self.get("tokenizer.ggml.tokens")))[: len(self.tokens)]
+        if self.get("tokenizer.ggml.model") == "llama" and UNKNOWN not in found:
+            i = self.id("unknown")
+            place = 0 if i is None else i  # llama-vocab.cpp: 0 where a file does not say
+            if found[place] == CONTROL:
+                found[place] = UNKNOWN
+        return found
 
     @cached_property
     def scores(self) -> list[float]:
@@ -126,6 +135,9 @@ class _Vocabulary:
         """`bos_token` and its kin, as far as they are told."""
         names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
         found = {config: self.tokens[i] for name, config in names.items() if (i := self.id(name)) is not None}
+        # Qwen2's tokenizer has no BOS: the id is its config's, that of the token which ends a text.
+        if found.get("bos_token") in ENDS and self.get("tokenizer.ggml.add_bos_token") is False:
+            del found["bos_token"]
         if self.get("tokenizer.ggml.model") == "llama":
             for i, kind in enumerate(self.types):
                 if kind == UNKNOWN:
@@ -144,7 +156,7 @@ def _added_entries(found: _Vocabulary) -> list[dict[str, Any]]:
             "content": token,
             "single_word": False,
             "lstrip": False,
-            "rstrip": False,
+            "rstrip": takes_space(found.get("general.name"), token),
             "normalized": False,
             "special": found.types[i] != USER_DEFINED,
         }
@@ -278,6 +290,8 @@ def _config(found: _Vocabulary, content: Mapping[str, Any], kind: str) -> dict[s
         "model_input_names": ["input_ids", "attention_mask"],
         "tokenizer_class": "LlamaTokenizer" if llama else "PreTrainedTokenizerFast",
     }
+    if IMAGE_TOKEN in found.added.values():
+        config.setdefault("unk_token", None)  # LLaVA's tokens are in: nothing is to be added before them
     if llama:
         config["legacy"] = True
     template = found.get("tokenizer.chat_template")

@@ -27,11 +27,19 @@ PHI3_TENSORS = {"long_factor": "rope_factors_long.weight", "short_factor": "rope
 # (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings) of the models that there are:
 # Llama 3.1 and 3.3; Llama 3.2; and what fine-tunes made of them.
 _PUBLISHED = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192), (16.0, 1.0, 4.0, 8192), (16.0, 1.0, 1.0, 8192))
+PHI3 = "phi3"
+_LONGROPE = ("su", "longrope", "yarn")
 _YARN = {
     "extrapolation_factor": "yarn_ext_factor",
     "attention_factor": "yarn_attn_factor",
     "beta_fast": "yarn_beta_fast",
     "beta_slow": "yarn_beta_slow",
+}
+# What llama.cpp's yarn does whatever a file says.
+_YARN_FIXED = {
+    "beta_fast": (32, "where the ramp begins"),
+    "beta_slow": (1, "where the ramp ends"),
+    "truncate": (True, "whether the ramp's ends are rounded"),
 }
 
 
@@ -41,33 +49,77 @@ def kind_of(scaling: Mapping[str, Any] | None) -> str:
 
 
 def scaling_keys(architecture: str, config: Config) -> dict[str, Typed]:
-    """The keys of a config's scaling. Raises UnsupportedError for kinds that llama.cpp does not compute."""
-    scaling = config.get("rope_scaling")
+    """The keys of a config's scaling. Raises UnsupportedError (exit 4) for what llama.cpp does not compute."""
+    scaling = config.get("rope_scaling") or {}
     kind = kind_of(scaling)
     prefix = f"{architecture}.rope.scaling"
-    if kind in ("default", "llama3"):
+    if kind == "default" or (kind == "llama3" and architecture == "llama"):
         return {}
-    assert scaling is not None
-    if kind in ("linear", "yarn"):
+    if architecture == PHI3:
+        if kind in _LONGROPE:
+            return {f"{prefix}.attn_factor": Typed("f32", _phi3_attention(config))}
+    elif kind in ("linear", "yarn"):
         found = {f"{prefix}.type": Typed("str", kind), f"{prefix}.factor": Typed("f32", float(scaling["factor"]))}
-        if kind == "yarn":
-            original = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-            found[f"{prefix}.original_context_length"] = Typed("u32", original)
-            for name, key in _YARN.items():
-                if scaling.get(name) is not None:
-                    found[f"{prefix}.{key}"] = Typed("f32", float(scaling[name]))
-        return found
-    if architecture == "phi3" and kind in ("su", "longrope", "yarn"):
-        return {f"{prefix}.attn_factor": Typed("f32", _phi3_attention(config))}
+        return found | (_yarn_keys(prefix, config) if kind == "yarn" else {})
+    known = {"llama": "llama3, linear, yarn", PHI3: "longrope"}.get(architecture, "linear, yarn")
     raise UnsupportedError(
-        f"rope scaling {kind!r} cannot be written as GGUF", hint="known: llama3, linear, yarn, longrope"
+        f"rope scaling {kind!r} cannot be written as GGUF: llama.cpp's {architecture} does not compute it",
+        hint=f"known: {known}; without rope_scaling in its config.json the model answers up to the length it was "
+        "trained for",
     )
 
 
+def _yarn_keys(prefix: str, config: Config) -> dict[str, Typed]:
+    """What transformers' yarn is told beside the factor, as far as llama.cpp reads it.
+
+    Its llama and qwen2 take the ramp's ends from no key (the two betas are read for other architectures only), and
+    always round them. yarn_attn_factor, by which the reference converter writes the attention factor, is not read
+    either: attn_factor is, by which the 1 + 0.1 ln(factor) of the runtime's own is multiplied (llama-context.cpp).
+    """
+    scaling = config["rope_scaling"]
+    for name, (built_in, meaning) in _YARN_FIXED.items():
+        if scaling.get(name) is not None and scaling[name] != built_in:
+            raise UnsupportedError(
+                f"rope scaling yarn with {name} {scaling[name]} ({meaning}) cannot be written as GGUF: llama.cpp "
+                f"always takes {str(built_in).lower()}"
+            )
+    original = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+    found = {f"{prefix}.original_context_length": Typed("u32", original)}
+    for name, key in _YARN.items():
+        if scaling.get(name) is not None:
+            found[f"{prefix}.{key}"] = Typed("f32", float(scaling[name]))
+    usual = _mscale(float(scaling["factor"]))
+    attention = _yarn_attention(scaling)
+    if attention != usual:
+        found[f"{prefix}.attn_factor"] = Typed("f32", attention / usual)
+    return found
+
+
+def _yarn_attention(scaling: Mapping[str, Any]) -> float:
+    """What transformers multiplies the cosines and sines by (modeling_rope_utils.py, _compute_yarn_parameters)."""
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    factor, over, under = float(scaling["factor"]), scaling.get("mscale"), scaling.get("mscale_all_dim")
+    return _mscale(factor, over) / _mscale(factor, under) if over and under else _mscale(factor)
+
+
+def _mscale(factor: float, scale: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
 def _phi3_attention(config: Config) -> float:
-    original = config["original_max_position_embeddings"]
+    """As transformers: by the two lengths, unless the config says it; "su" and "yarn" are old names of longrope."""
+    stated = config["rope_scaling"].get("attention_factor")
+    if stated is not None:
+        return float(stated)
+    original = _phi3_original(config)
     scale = config["max_position_embeddings"] / original
     return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+
+
+def _phi3_original(config: Config) -> int:
+    stated = (config.get("rope_scaling") or {}).get("original_max_position_embeddings")
+    return int(stated or config["original_max_position_embeddings"])
 
 
 def factor_tensors(architecture: str, config: Config) -> dict[str, tuple[float, ...]]:
@@ -84,7 +136,7 @@ def factor_tensors(architecture: str, config: Config) -> dict[str, tuple[float, 
         )
         factors = llama3_factors(float(config.get("rope_theta", 10000.0)), head, *numbers)
         return {LLAMA3_TENSOR: tuple(factors.tolist())}
-    if architecture == "phi3" and kind in ("su", "longrope", "yarn"):
+    if architecture == PHI3 and kind in _LONGROPE:
         return {tensor: tuple(map(float, scaling[name])) for name, tensor in PHI3_TENSORS.items()}
     return {}
 
@@ -121,7 +173,7 @@ def read_scaling(
         return _recognised(_values(tensors[LLAMA3_TENSOR]), config, head)
     if all(name in tensors for name in PHI3_TENSORS.values()):
         lists = {name: _decimals(_values(tensors[tensor])) for name, tensor in PHI3_TENSORS.items()}
-        return {**lists, "type": "longrope"}
+        return {**lists, "type": "longrope"} | _phi3_stated(metadata.get(f"{prefix}.attn_factor"), config)
     kind = metadata.get(f"{prefix}.type")
     if kind is None or kind.value in ("none", "longrope"):
         return None
@@ -131,10 +183,20 @@ def read_scaling(
     named = {"factor": "factor", **(_YARN if kind.value == "yarn" else {})}
     for name, key in named.items():
         if (typed := metadata.get(f"{prefix}.{key}")) is not None:
-            found[name] = float(str(np.float32(typed.value)))
+            found[name] = _shortest(typed.value)
     if kind.value == "yarn" and (typed := metadata.get(f"{prefix}.original_context_length")) is not None:
         found["original_max_position_embeddings"] = typed.value
+    if kind.value == "yarn" and (typed := metadata.get(f"{prefix}.attn_factor")) is not None:
+        found.setdefault("attention_factor", _shortest(typed.value * _mscale(found["factor"])))
     return found
+
+
+def _phi3_stated(attention: Typed | None, config: Config) -> dict[str, float]:
+    """The attention factor of a file, where it is not what the two lengths give."""
+    usual = _phi3_attention({**config, "rope_scaling": {}})
+    if attention is None or math.isclose(attention.value, usual, rel_tol=1e-6):
+        return {}
+    return {"attention_factor": _shortest(attention.value)}
 
 
 def _recognised(factors: NDArray[np.float32], config: Config, head: int) -> dict[str, Any]:
@@ -181,4 +243,9 @@ def _values(tensor: StoredTensor) -> NDArray[np.float32]:
 
 
 def _decimals(values: NDArray[np.float32]) -> list[float]:
-    return [float(str(value)) for value in values]
+    return [_shortest(value) for value in values]
+
+
+def _shortest(value: float | np.float32) -> float:
+    """Of a float32 the shortest decimal that means it."""
+    return float(str(np.float32(value)))

@@ -8,7 +8,7 @@ what convert_hf_to_gguf writes for the same folder.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +19,18 @@ from llava_convert.storage.gguf import Typed
 from llava_convert.tokenizer import Tokenizer
 from llava_convert.tokenizer_json import has_type
 
+SPACE_PREFIX = "tokenizer.ggml.add_space_prefix"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0
 # Tokens at which llama.cpp ends a generation by their text alone (llama-vocab.cpp, special_eog_ids).
 ENDS = frozenset((
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
-    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
 ))  # fmt: skip
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<pad>|<mask>|<unused\d+>")
+# does_token_look_special of convert_hf_to_gguf.
+_LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<pad>|<mask>|<2mass>|\[@BOS@\]|<unused.*>", re.DOTALL)
 
 
 @dataclass
@@ -54,8 +56,11 @@ def tokenizer_metadata(
     pre: str | None = None,
     chat_template: str | None = None,
     stop_ids: Sequence[int] = (),
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, Typed]:
     """Every `tokenizer.*` key for an embedding of `rows` rows; `stop_ids` are the ids at which the model stops.
+
+    The model's `config` tells the ids of special tokens that the tokenizer does not name (Qwen2's has no BOS).
 
     Raises InputError where there are more tokens than rows or a part of the tokenizer is missing, UnsupportedError
     (exit 4) for kinds that llama.cpp does not have and a pre-tokenizer that is not known, UsageError for a wrong `pre`.
@@ -69,7 +74,7 @@ def tokenizer_metadata(
         found = _byte_level(tokenizer, tokens, pre)
     else:
         found = _pieces(tokenizer, tokens)
-    found |= _special_ids(tokenizer, tokens, stop_ids)
+    found |= _special_ids(tokenizer, tokens, stop_ids, config or {})
     found["tokenizer.ggml.add_bos_token"] = Typed("bool", tokenizer.adds_bos)
     found["tokenizer.ggml.add_eos_token"] = Typed("bool", tokenizer.config.get("add_eos_token") is True)
     if _separates(tokenizer.fast.get("post_processor"), tokenizer.eos):
@@ -125,8 +130,8 @@ def _pieces(tokenizer: Tokenizer, tokens: _Tokens) -> dict[str, Typed]:
     }
     if tokenizer.fast:
         prefix = _adds_space(tokenizer.fast)
-    if not prefix or isinstance(tokenizer.config.get("add_prefix_space"), bool):
-        found["tokenizer.ggml.add_space_prefix"] = Typed("bool", prefix)
+    if not prefix:
+        found[SPACE_PREFIX] = Typed("bool", False)
     return found
 
 
@@ -175,10 +180,15 @@ def _find(node: Any, kind: str) -> dict[str, Any] | None:
 
 
 def _add_added(tokenizer: Tokenizer, tokens: _Tokens) -> None:
-    """Added tokens, over what the model's vocabulary says of their ids."""
+    """Added tokens, over what the model's vocabulary says of their ids.
+
+    The unknown one becomes a control token where tokenizer_config.json lists it, as the reference converter has it; the
+    runtime makes no difference between the two.
+    """
+    listed = tokenizer.config.get("added_tokens_decoder") or {}
     for i, entry in tokenizer.added.items():
         text = str(entry["content"])
-        if tokens.types[i] == UNKNOWN and tokens.texts[i] == text:
+        if tokens.types[i] == UNKNOWN and tokens.texts[i] == text and str(i) not in listed:
             continue
         special = bool(entry.get("special")) or _LOOKS_SPECIAL.fullmatch(text) is not None
         if tokens.types[i] == BYTE and tokens.texts[i] == text:
@@ -187,12 +197,18 @@ def _add_added(tokenizer: Tokenizer, tokens: _Tokens) -> None:
         tokens.put(i, text if special else text.replace("▁", " "), CONTROL if special else USER_DEFINED, _ADDED_SCORE)
 
 
-def _special_ids(tokenizer: Tokenizer, tokens: _Tokens, stop_ids: Sequence[int]) -> dict[str, Typed]:
+def _special_ids(
+    tokenizer: Tokenizer, tokens: _Tokens, stop_ids: Sequence[int], config: Mapping[str, Any]
+) -> dict[str, Typed]:
     """The ids of special tokens, and a place for each stop id that the runtime would not know by its text."""
     named = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unknown": tokenizer.unk, "padding": tokenizer.pad}
     ids = {key: i for key, text in named.items() if text is not None and (i := tokenizer.id_of(text)) is not None}
     if "eos" not in ids and stop_ids:
         ids["eos"] = stop_ids[0]
+    for key in ("bos", "eos"):
+        stated = config.get(f"{key}_token_id")
+        if type(stated) is int and 0 <= stated < len(tokens.texts):
+            ids.setdefault(key, stated)
     strange = [i for i in stop_ids if i != ids.get("eos") and i < len(tokens.texts) and tokens.texts[i] not in ENDS]
     if len(strange) > 2:
         texts = ", ".join(tokens.texts[i] for i in strange)

@@ -14,11 +14,12 @@ from llava_convert import ggml
 from llava_convert.artefacts import Artefacts
 from llava_convert.checkpoint import IMAGE_NEWLINE, LLM, PARTS, PROJECTOR, VISION, Checkpoint
 from llava_convert.errors import UnsupportedError, UsageError
-from llava_convert.gguf import mixes, rope
+from llava_convert.gguf import limits, mixes, rope
 from llava_convert.gguf.mixes import OUTTYPES
 from llava_convert.gguf.modelfile import modelfile
 from llava_convert.gguf.names import GgufTable, metadata_of, missing, table_for_family
-from llava_convert.gguf.vocabulary import tokenizer_metadata
+from llava_convert.gguf.token_flags import runtime_name, unsaid
+from llava_convert.gguf.vocabulary import SPACE_PREFIX, tokenizer_metadata
 from llava_convert.layouts.base import ALL, Needs, TargetOptions
 from llava_convert.layouts.naming import llm_dtype
 from llava_convert.model import EMBEDDING, HEAD, Model, Recipe
@@ -75,6 +76,7 @@ def lower(model: Model, options: TargetOptions) -> Target:
     if options.part in (ALL, LLM):
         limit = _limit(options)
         language, metadata = _language_model(model, made, options)
+        warnings += [*limits.warnings(model.configs[LLM]), *unsaid(_tokenizer(model, made))]
         for kind in types:
             outputs = _typed(language, kind, model)
             one = FileSet(outputs, "", f"{name}-{kind}", limit, NAME, metadata | _file_type(kind))
@@ -147,15 +149,20 @@ def _language_model(model: Model, made: Artefacts, options: TargetOptions) -> tu
     for disk, values in rope.factor_tensors(table.architecture, config).items():
         tensor, ops = constant(disk, (len(values),), values)
         found.append((disk, disk, Recipe(tensor, ops, "config")))
-    metadata = _general(table.architecture, "model", options.name, found)
+    tokenizer = _tokenizer(model, made)
+    metadata = _general(table.architecture, "model", runtime_name(options.name or "model", tokenizer), found)
     for setting, (key, kind) in _SAMPLING.items():
         value = made.generation_config.get(setting)
         if isinstance(value, int | float) and not isinstance(value, bool):
             metadata[f"general.sampling.{key}"] = Typed(kind, value)
     metadata |= metadata_of(table, config)
-    tokenizer = _tokenizer(model, made)
     template = made.templates.tokenizer if made.template_name is not None else tokenizer.chat_template
-    metadata |= tokenizer_metadata(tokenizer, rows, pre=options.pre, chat_template=template, stop_ids=_stop_ids(made))
+    metadata |= tokenizer_metadata(
+        tokenizer, rows, pre=options.pre, chat_template=template, stop_ids=_stop_ids(made), config=config
+    )
+    stated = tokenizer.config.get("add_prefix_space")
+    if table.architecture == "llama" and isinstance(stated, bool):
+        metadata.setdefault(SPACE_PREFIX, Typed("bool", stated))  # of byte-level ones too, where nothing reads it
     return found, metadata
 
 
@@ -215,7 +222,7 @@ def _mmproj(model: Model, made: Artefacts, options: TargetOptions) -> tuple[Name
     blocks = int(config["num_hidden_layers"])
     layer = settings.select_layer if settings.select_layer >= 0 else blocks + 1 + settings.select_layer
     picture = made.preprocessor_config(for_hf=False) or {}
-    metadata = _general("clip", "mmproj", options.name, None)
+    metadata = _general("clip", "mmproj", options.name or "model", None)
     metadata |= {
         "clip.has_vision_encoder": Typed("bool", True),
         "clip.has_text_encoder": Typed("bool", False),
@@ -234,7 +241,7 @@ def _general(architecture: str, kind: str, name: str, counted: Named | None) -> 
     found = {
         "general.architecture": Typed("str", architecture),
         "general.type": Typed("str", kind),
-        "general.name": Typed("str", name or "model"),
+        "general.name": Typed("str", name),
     }
     if counted is not None:
         found["general.size_label"] = Typed("str", size_label(sum(prod(recipe.shape) for *_, recipe in counted)))

@@ -16,8 +16,8 @@ import pytest
 from tests.interop.peer_programs import PEERS, SCRIPTS, in_peer
 
 ENVIRONMENT = "llama.cpp"
-# What llama.cpp's converter calls the pre-tokenizer of Llama-3, which every model here but one of its own has.
-PRE = "llama-bpe"
+# What llama.cpp's converter calls the pre-tokenizers of tokenizers that were made here, by the fixtures' name for them.
+PRE = {"tiny": "llama-bpe", "qwen2": "qwen2", "smollm": "smollm", "phi-4": "gpt-4o"}
 
 Value = tuple[tuple[str, ...], Any]
 """Types (an array's own and that of its elements) and value."""
@@ -79,14 +79,23 @@ class LlamaCpp:
             self.made[key] = place / stem
         return self.made[key]
 
-    def convert(self, hf: Path, outtype: str, *, pre: str | None = PRE) -> Path:
-        """The language model of an `hf` folder by convert_hf_to_gguf.py."""
-        command = [program("bin/python"), SCRIPTS / "convert_hf.py", *(["--pre", pre] if pre else [])]
+    def convert(self, hf: Path, outtype: str, *, pre: str | None = None) -> Path:
+        """The language model of an `hf` folder by convert_hf_to_gguf.py.
+
+        `pre` names the pre-tokenizer of a tokenizer that it does not know.
+        """
 
         def make(file: Path) -> None:
-            _run([*command, hf, "--outtype", outtype, "--outfile", file])
+            _run(_conversion(hf, outtype, pre, file))
 
         return self._once(("convert", hf, outtype, pre), make, f"theirs-{outtype}.gguf")
+
+    def refusal(self, hf: Path, outtype: str, *, pre: str | None = None) -> str:
+        """What their converter dies of."""
+        command = _conversion(hf, outtype, pre, self.folder / "refused.gguf")
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ})
+        assert done.returncode != 0, command
+        return done.stderr.strip().splitlines()[-1]
 
     def quantize(self, file: Path, outtype: str) -> Path:
         """A float file by llama-quantize."""
@@ -119,6 +128,11 @@ def program(path: str) -> Path:
     if not program.is_file():
         pytest.skip(f"no {ENVIRONMENT} here: `make peers` builds it")
     return program
+
+
+def _conversion(hf: Path, outtype: str, pre: str | None, file: Path) -> list[str | Path]:
+    command: list[str | Path] = [program("bin/python"), SCRIPTS / "convert_hf.py", *(["--pre", pre] if pre else [])]
+    return [*command, hf, "--outtype", outtype, "--outfile", file]
 
 
 def _run(command: list[str | Path]) -> None:

@@ -128,8 +128,10 @@ FLOATS = {"f32": 1e-5, "f16": 5e-3, "bf16": 0.05}
 # llama-quantize's elsewhere; this sees what a wrong scale or a misplaced row does, which costs more than 1. Random
 # weights are the worst case, since no logit stands out.
 QUANTISED = {"q8_0": 2e-3, "q6_k": 1.5e-2, "q5_k_m": 3e-2, "q4_k_m": 0.1, "q4_0": 0.2, "q3_k_m": 0.3, "q2_k": 0.8}
-# The trained model's weights are larger, so that it rounds more on its way; measured 6e-6, 6.9e-3, 0.077.
-TRAINED = 2
+# The trained model has larger weights in rows of 64 and 128, so that a rounding counts for more: measured 6e-6,
+# 6.9e-3, 0.077; 4.9e-3 nats in q8_0. Fewer bits are not for a model so small: 0.3 and more.
+TRAINED_FLOATS = {"f32": 1e-5, "f16": 1e-2, "bf16": 0.15}
+TRAINED_QUANTISED = {"q8_0": 1e-2}
 # Rows of a picture, relative to the largest: the projector's GELU is the tanh form there and erf here, and both of the
 # runtime's GELUs are looked up in tables of half precision. Measured at most 1.2e-3.
 ROWS_F32, ROWS_F16 = 2e-3, 3e-3
@@ -138,22 +140,19 @@ ROWS_F32, ROWS_F16 = 2e-3, 3e-3
 @pytest.mark.parametrize("name", TEXT_MODELS)
 def test_text_logits(converted: Converter, llama_cpp: LlamaCpp, name: str) -> None:
     dtype = "bfloat16" if name == "llama-3" else "float16"
+    floats, quantised = (TRAINED_FLOATS, TRAINED_QUANTISED) if name == "tiny" else (FLOATS, QUANTISED)
+    outtypes = ("f32", "bf16") if name == "llama-3" else (*floats, *quantised)
     folder = converted(name, "hf", dtype=dtype)
-    outtypes = ("f32", "bf16") if name == "llama-3" else (*FLOATS, *QUANTISED)
-    if name == "tiny":
-        # What four bits cost 64 features that learnt four sentences by heart is much, and no one's fault (0.75 nats).
-        outtypes = (*FLOATS,)
     ours = converted.onward(folder, "gguf", outtype=",".join(outtypes), part="llm")
     ids = ids_of(folder, "<|begin_of_text|>" + TEXT)
     asked = {t: {"kind": "logits", "model": llm_file(ours, t), "ids": ids} for t in outtypes}
     found = llama_cpp.ask(**asked)
     wanted = text_logits(folder, ids)
     assert {t: found[t]["array"].shape for t in outtypes} == dict.fromkeys(outtypes, tuple(wanted.shape))
-    off = {t: float(np.abs(found[t]["array"] - wanted.numpy()).max()) for t in outtypes if t in FLOATS}
-    more = TRAINED if name == "tiny" else 1
-    assert {t: value for t, value in off.items() if value > (FLOATS[t] if t == "f32" else more * FLOATS[t])} == {}
-    worse = {t: divergence(found[t]["array"], wanted) for t in outtypes if t in QUANTISED}
-    assert {t: value for t, value in worse.items() if value > QUANTISED[t]} == {}
+    off = {t: float(np.abs(found[t]["array"] - wanted.numpy()).max()) for t in outtypes if t in floats}
+    assert {t: value for t, value in off.items() if value > floats[t]} == {}
+    worse = {t: divergence(found[t]["array"], wanted) for t in outtypes if t in quantised}
+    assert {t: value for t, value in worse.items() if value > quantised[t]} == {}
 
 
 def test_scaled_rope_is_seen(converted: Converter, llama_cpp: LlamaCpp) -> None:

@@ -1,7 +1,7 @@
 """Random LLaVAs whose widths and options decide what a GGUF file holds; written as xtuner leaves a training.
 
-K-quants need rows of a multiple of 256, which tiny models have not; the others here are what a width, a tied head, a
-scaled rope or a head size of its own changes. Nothing here goes through the package.
+K-quants need rows of a multiple of 256, which tiny models have not; the others here are what a family, a width, a tied
+head, a scaled rope or a head size of its own changes. Nothing here goes through the package.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import shutil
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from tests.interop.made_tokenizers import MADE
 from tests.peers import llama3_tokenizer
 from tests.peers.llama3_tokenizer import BEGIN, END_OF_TEXT, END_OF_TURN
 
@@ -54,10 +55,12 @@ model = dict(
 class Wide:
     """One LLM. `layers` decides which of them a mix gives more bits; `rows` are those of the embedding.
 
-    `tokenizer` is the fixtures' own (`tiny`), or one from a file that was published: `llama-3` (tiktoken), `mistral`
-    (SentencePiece, as Llama-2's: byte fallback, a space put in front).
+    `settings` are what its config says beyond sizes. `tokenizer` is the fixtures' own (`tiny`), one that is made
+    (made_tokenizers.py), or one from a file that was published: `llama-3` (tiktoken), `mistral` (SentencePiece, as
+    Llama-2's: byte fallback, a space put in front).
     """
 
+    family: str = "llama"
     hidden: int = 256
     mlp: int = 512
     layers: int = 8
@@ -67,31 +70,50 @@ class Wide:
     tied: bool = False
     head_dim: int | None = None
     rope: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: str = "tiny"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """transformers' names and shapes, in module order."""
         h = self.hidden
-        size = self.head_dim or h // self.heads
-        q, kv = self.heads * size, self.kv_heads * size
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.rows, h)}
         for layer in range(self.layers):
             at = f"model.layers.{layer}"
-            shapes |= {
-                f"{at}.self_attn.q_proj.weight": (q, h),
-                f"{at}.self_attn.k_proj.weight": (kv, h),
-                f"{at}.self_attn.v_proj.weight": (kv, h),
-                f"{at}.self_attn.o_proj.weight": (h, q),
-                f"{at}.mlp.gate_proj.weight": (self.mlp, h),
-                f"{at}.mlp.up_proj.weight": (self.mlp, h),
-                f"{at}.mlp.down_proj.weight": (h, self.mlp),
-                f"{at}.input_layernorm.weight": (h,),
-                f"{at}.post_attention_layernorm.weight": (h,),
-            }
+            for name, (rows, columns) in self._projections().items():
+                shapes[f"{at}.{name}.weight"] = (rows, columns)
+                if self._has_bias(name):
+                    shapes[f"{at}.{name}.bias"] = (rows,)
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                shapes[f"{at}.{norm}.weight"] = (h,)
         shapes["model.norm.weight"] = (h,)
         return shapes if self.tied else shapes | {"lm_head.weight": (self.rows, h)}
 
+    def _projections(self) -> dict[str, tuple[int, int]]:
+        h, mlp = self.hidden, self.mlp
+        size = self.head_dim or h // self.heads
+        q, kv = self.heads * size, self.kv_heads * size
+        if self.family == "phi3":
+            attention, gate = {"self_attn.qkv_proj": (q + 2 * kv, h)}, {"mlp.gate_up_proj": (2 * mlp, h)}
+        else:
+            attention = {"self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h)}
+            gate = {"mlp.gate_proj": (mlp, h), "mlp.up_proj": (mlp, h)}
+        return attention | {"self_attn.o_proj": (h, q)} | gate | {"mlp.down_proj": (h, mlp)}
 
+    def _has_bias(self, name: str) -> bool:
+        if name.startswith("mlp"):
+            return bool(self.settings.get("mlp_bias"))
+        return bool(self.settings.get("attention_bias")) or (self.family == "qwen2" and not name.endswith("o_proj"))
+
+
+def _longrope(half: int) -> dict[str, Any]:
+    """Phi-3's: a factor for each frequency, for short texts and for long ones."""
+    long = [1.0 + 0.37 * i for i in range(half)]
+    return {"type": "longrope", "short_factor": [1.0 + 0.05 * i for i in range(half)], "long_factor": long}
+
+
+# The runtime's smallest memory is of 256 tokens; it takes the long factors for any text where it is larger than this.
+LONG = {"original_max_position_embeddings": 256, "max_position_embeddings": 1024}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 WIDES: dict[str, Wide] = {
     "wide": Wide(),
     "tied": Wide(tied=True, layers=5),
@@ -103,7 +125,50 @@ WIDES: dict[str, Wide] = {
     # Llama-3's own vocabulary in its rows.
     "llama-3": Wide(hidden=64, mlp=128, layers=2, heads=4, kv_heads=2, rows=128256, tokenizer="llama-3"),
     "sentencepiece": Wide(hidden=64, mlp=128, layers=2, heads=4, kv_heads=4, rows=32000, tokenizer="mistral"),
+    # Biases everywhere, of which those of q and k move with the rows.
+    "biased": Wide(layers=3, settings={"attention_bias": True, "mlp_bias": True}),
+    "linear-rope": Wide(layers=3, rope={"type": "linear", "factor": 2.5}),
+    "yarn-rope": Wide(layers=3, rope=YARN),
+    "yarn-attention": Wide(layers=3, rope={**YARN, "attention_factor": 1.3}),
+    # Llama-2 and Vicuna; rows padded, as after a training which adds <pad>.
+    "llama-2": Wide(layers=3, rows=819, tokenizer="llama-2"),
+    "vicuna": Wide(layers=3, rows=896, tokenizer="vicuna"),
+    "smollm": Wide(layers=3, rows=605, tied=True, tokenizer="smollm"),
+    "mistral": Wide("mistral", layers=3, rows=819, settings={"sliding_window": None}, tokenizer="llama-2"),
+    "mistral-window": Wide("mistral", layers=3, rows=819, settings={"sliding_window": 128}, tokenizer="llama-2"),
+    # Rows beyond the ids, as in every Qwen2.
+    "qwen2": Wide("qwen2", layers=4, rows=704, tokenizer="qwen2"),
+    "qwen2-tied": Wide("qwen2", layers=3, heads=4, kv_heads=2, rows=704, tied=True, tokenizer="qwen2"),
+    "qwen2-yarn": Wide("qwen2", layers=3, rows=704, rope=YARN, tokenizer="qwen2"),
+    # Phi-3-mini, whose keys are not shared, and Phi-3-medium.
+    "phi-3": Wide("phi3", kv_heads=8, rows=832, settings={"sliding_window": 255}, tokenizer="phi-3"),
+    "phi-3-shared": Wide("phi3", layers=3, rows=832, settings={"sliding_window": None}, tokenizer="phi-3"),
+    "phi-3-long": Wide(
+        "phi3",
+        layers=3,
+        rows=832,
+        rope=_longrope(16),
+        settings={**LONG, "sliding_window": 1024},
+        tokenizer="phi-3-json",
+    ),
+    # Phi-4-mini: three quarters of a head are rotated, the head is tied, the tokenizer is byte-level.
+    "phi-4": Wide(
+        "phi3",
+        layers=3,
+        rows=640,
+        tied=True,
+        rope=_longrope(12),
+        settings={**LONG, "partial_rotary_factor": 0.75, "sliding_window": None},
+        tokenizer="phi-4",
+    ),
 }
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+}
+PUBLISHED = ("llama-3", "mistral")
 SPM_CONFIG = {
     "add_bos_token": True,
     "add_eos_token": False,
@@ -162,14 +227,18 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def published_file(wide: Wide, venvs: Path) -> Path | None:
-    """The file that a model's tokenizer is made from, or None when the environment `models` is not built."""
+    """The file that a model's tokenizer is made from, or None: it needs none, or `models` is not built."""
+    if wide.tokenizer not in PUBLISHED:
+        return None
     if wide.tokenizer == "mistral":
         return next(venvs.glob("models/lib/python*/site-packages/mistral_common/data/tokenizer.model.v1"), None)
     return llama3_tokenizer.ranks_file(venvs)
 
 
-def _write_tokenizer(wide: Wide, folder: Path, tiny: Path, published: Path | None) -> tuple[int, list[int]]:
+def _write_tokenizer(wide: Wide, folder: Path, tiny: Path, published: Path | None) -> tuple[int | None, list[int]]:
     """Write the tokenizer's files; returns BOS and the ids that end a text or a turn."""
+    if wide.tokenizer in MADE:
+        return MADE[wide.tokenizer].write(folder)
     if wide.tokenizer == "mistral":
         assert published is not None
         shutil.copy(published, folder / "tokenizer.model")
@@ -190,8 +259,8 @@ def _write_llm(wide: Wide, folder: Path, tiny: Path, published: Path | None) -> 
     folder.mkdir(parents=True)
     begin, stops = _write_tokenizer(wide, folder, tiny, published)
     config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [CLASSES[wide.family]],
+        "model_type": wide.family,
         "hidden_size": wide.hidden,
         "intermediate_size": wide.mlp,
         "num_attention_heads": wide.heads,
@@ -207,11 +276,20 @@ def _write_llm(wide: Wide, folder: Path, tiny: Path, published: Path | None) -> 
         "bos_token_id": begin,
         "eos_token_id": stops[0],
         "torch_dtype": "bfloat16",
+        **wide.settings,
     }
     if wide.head_dim is not None:
         config["head_dim"] = wide.head_dim
+    if wide.family == "phi3":
+        config["pad_token_id"] = stops[0]  # its class takes 32000 else
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", {"bos_token_id": begin, "eos_token_id": stops})
+
+
+def _template(wide: Wide) -> str:
+    if wide.tokenizer in MADE:
+        return MADE[wide.tokenizer].template
+    return "vicuna" if wide.tokenizer == "mistral" else "llama3_chat"
 
 
 def make_wide(name: str, folder: Path, tiny: Path, published: Path | None = None) -> Path:
@@ -235,6 +313,6 @@ def make_wide(name: str, folder: Path, tiny: Path, published: Path | None = None
     projector = {"0.weight": (wide.hidden, width), "0.bias": (wide.hidden,)}
     projector |= {"2.weight": (wide.hidden, wide.hidden), "2.bias": (wide.hidden,)}
     state |= {f"projector.model.{key}": value for key, value in _random(projector, 2, torch.float32).items()}
-    config = CONFIG.format(template="vicuna" if wide.tokenizer == "mistral" else "llama3_chat")
+    config = CONFIG.format(template=_template(wide))
     torch.save({"meta": {"cfg": config, "epoch": 0, "iter": 1}, "state_dict": state}, folder / "iter_1.pth")
     return folder / "iter_1.pth"

@@ -125,7 +125,7 @@ HEAVY = {"num_attention_heads": 32, "num_key_value_heads": 8}
         ("q4_k_m", "output.weight", 0, "Q6_K"), ("q4_k_m", "token_embd.weight", 0, "Q4_K"),
         ("q4_k_m", "blk.0.attn_v.weight", 0, "Q6_K"), ("q4_k_m", "blk.5.attn_v.weight", 5, "Q4_K"),
         ("q4_k_m", "blk.6.ffn_down.weight", 6, "Q6_K"), ("q4_k_m", "blk.31.ffn_down.weight", 31, "Q6_K"),
-        ("q4_k_m", "blk.0.attn_qkv.weight", 0, "Q5_K"), ("q2_k", "blk.9.attn_v.weight", 9, "Q4_K"),
+        ("q4_k_m", "blk.0.attn_qkv.weight", 0, "Q6_K"), ("q2_k", "blk.9.attn_v.weight", 9, "Q4_K"),
         ("q3_k_m", "blk.1.attn_v.weight", 1, "Q5_K"), ("q3_k_l", "blk.9.attn_output.weight", 9, "Q5_K"),
         ("q5_k_s", "blk.0.attn_v.weight", 0, "Q5_K"), ("q6_k", "output.weight", 0, "Q6_K"),
         ("q8_0", "output.weight", 0, "Q8_0"), ("q4_0", "output.weight", 0, "Q6_K"), ("f16", "output.weight", 0, "F16"),
