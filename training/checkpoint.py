@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from llava_convert.errors import InputError
+from llava_convert.errors import InputError, OutputError
 from llava_convert.spec import StoredTensor
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import read_whole
 from llava_convert.storage.torch_file import read_torch
+from llava_convert.storage.zero import read_zero
 
 from .model import State, as_tensor
 
@@ -54,8 +55,8 @@ class HistoryBuffer:
     def mean(self) -> None: ...
 
 
-def _pickled_as_mmengines() -> None:
-    """Let HistoryBuffer be pickled as the class of mmengine, which need not be installed."""
+def pickled_as_mmengines() -> None:
+    """Let HistoryBuffer be pickled, and found again, as the class of mmengine, which need not be installed."""
     module = "mmengine.logging.history_buffer"
     if HistoryBuffer.__module__ == module:
         return
@@ -82,6 +83,7 @@ class Progress:
     experiment: str
     scalars: Mapping[str, Sequence[float]]
     eta: float = 0.0
+    processes: int = 1
 
     def meta(self) -> dict[str, Any]:
         return {
@@ -95,7 +97,7 @@ class Progress:
         }
 
     def message_hub(self, path: Path) -> dict[str, Any]:
-        _pickled_as_mmengines()
+        pickled_as_mmengines()
         runtime = OrderedDict(
             cfg=self.config,
             seed=self.seed,
@@ -109,6 +111,7 @@ class Progress:
             eta=float(self.eta),
             keep_ckpt_ids=[self.iteration],
             last_ckpt=str(path.absolute()),
+            world_size=self.processes,  # ours alone: iterations are counted for each process
         )
         scalars = OrderedDict((f"train/{name}", HistoryBuffer(values)) for name, values in self.scalars.items())
         resumed = OrderedDict.fromkeys([*runtime, *scalars], True)
@@ -118,7 +121,10 @@ class Progress:
 def write_checkpoint(
     path: Path, state: State, optimizer: Mapping[str, Any], schedulers: Sequence[Mapping[str, Any]], progress: Progress
 ) -> None:
-    """Write a checkpoint; the name appears when its bytes are on the disk. Raises OSError."""
+    """Write a checkpoint; the name appears when its bytes are on the disk.
+
+    Raises OutputError where it cannot be written: the checkpoints before it, and `last_checkpoint`, stay as they are.
+    """
     tensors = OrderedDict((name, tensor.detach().cpu().clone()) for name, tensor in state.items())
     tensors._metadata = OrderedDict()  # type: ignore[attr-defined]  # torch's modules put it there
     content = {
@@ -136,9 +142,19 @@ def write_checkpoint(
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        point_at(path)
+    except OSError as problem:
+        raise unwritten(problem, path) from None
     finally:
         partial.unlink(missing_ok=True)
-    point_at(path)
+
+
+def unwritten(problem: OSError, path: Path) -> OutputError:
+    """The error of a checkpoint that could not be written."""
+    return OutputError(
+        f"{path} cannot be written: {problem.strerror or problem}",
+        hint="the checkpoints before it are whole: make room, then the same command with --resume",
+    )
 
 
 class _Writer(io.RawIOBase):
@@ -183,15 +199,22 @@ class Resumable:
 
     iteration: int
     seed: int
+    processes: int | None  # None: the real xtuner does not tell
     state: dict[str, torch.Tensor]
     optimizer: dict[int, dict[str, torch.Tensor]]
 
 
 def read_checkpoint(path: Path) -> Resumable:
-    """A checkpoint of ours or of the real xtuner's.
+    """A checkpoint of ours or of the real xtuner's; of a DeepSpeed folder the counters alone.
 
     Raises InputError where weights, optimiser state or counters are missing.
     """
+    if path.is_dir():
+        zero = read_zero(path)
+        try:
+            return Resumable(int(zero.meta["iter"]), int(zero.meta["seed"]), zero.ranks, {}, {})
+        except (KeyError, TypeError):
+            raise InputError(f"{path}: cannot be resumed: it lacks mmengine's counters (meta)") from None
     root = _plain(read_torch(path).root)
     try:
         meta, tensors, optimizer = root["meta"], root["state_dict"], root["optimizer"]["state"]
@@ -209,9 +232,15 @@ def read_checkpoint(path: Path) -> Resumable:
         return Resumable(
             int(iteration),
             int(seed),
+            _processes(root.get("message_hub")),
             {name: load(t) for name, t in tensors.items() if isinstance(t, StoredTensor)},
             {int(i): {k: load(v) for k, v in one.items()} for i, one in optimizer.items()},
         )
+
+
+def _processes(hub: Any) -> int | None:
+    found = hub.get("runtime_info", {}).get("world_size") if isinstance(hub, dict) else None
+    return found if isinstance(found, int) else None
 
 
 def _plain(value: Any) -> Any:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import socket
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, patch_environment
 
 from llava_convert.errors import InputError, UsageError
+from llava_convert.storage.zero import read_zero
 
-from .checkpoint import Progress, point_at
+from .checkpoint import Progress, pickled_as_mmengines, point_at, unwritten
 from .recipe import Recipe
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -44,26 +49,70 @@ def deepspeed_plugin(recipe: Recipe, stage: str) -> Any:
 
 
 def write_folder(engine: Any, path: Path, schedulers: list[dict[str, Any]], progress: Progress) -> None:
-    """DeepSpeed's own checkpoint as the folder `iter_N.pth`, with mmengine's entries; every process calls this."""
-    client = {"meta": progress.meta(), "message_hub": progress.message_hub(path), "param_schedulers": schedulers}
-    engine.save_checkpoint(
-        str(path.parent), tag=path.name, client_state=client, save_latest=False, exclude_frozen_parameters=True
-    )
-    if torch.distributed.get_rank() == 0:
-        point_at(path)
+    """DeepSpeed's own checkpoint as the folder `iter_N.pth`, with mmengine's entries; every process calls this.
 
-
-def load_folder(engine: Any, path: Path) -> int:
-    """Take a DeepSpeed folder up again; returns the iteration.
-
-    It must be of this run's own making, since DeepSpeed unpickles it. Raises InputError without DeepSpeed.
+    The name appears when all of them have written. All write to one work_dir, as xtuner has it. Raises OutputError.
     """
-    if not hasattr(engine, "load_checkpoint"):
-        raise InputError(
-            f"{path} is a DeepSpeed checkpoint", hint="resume it with the same --deepspeed and number of processes"
+    client = {"meta": progress.meta(), "message_hub": progress.message_hub(path), "param_schedulers": schedulers}
+    partial = path.with_name(f".{path.name}.partial")
+    main = torch.distributed.get_rank() == 0
+    try:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        torch.distributed.barrier()
+        engine.save_checkpoint(
+            str(path.parent), tag=partial.name, client_state=client, save_latest=False, exclude_frozen_parameters=True
         )
-    _, client = engine.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=False)
-    return int(client["meta"]["iter"])
+        torch.distributed.barrier()
+        if main:
+            shutil.rmtree(path, ignore_errors=True)
+            partial.replace(path)
+            point_at(path)
+    except OSError as problem:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise unwritten(problem, path) from None
+
+
+def load_folder(engine: Any, path: Path, stage: int) -> None:
+    """Take a DeepSpeed folder up again. It must be of this run's own making, since DeepSpeed unpickles it.
+
+    Raises InputError for one of another ZeRO stage.
+    """
+    written = read_zero(path).stage
+    if written != stage:
+        raise InputError(f"{path} is of ZeRO-{written}", hint=f"resume it with --deepspeed zero{written}")
+    pickled_as_mmengines()
+    # DeepSpeed of these years calls torch.load without saying that it holds more than tensors.
+    with patch_environment(torch_force_no_weights_only_load="1"):
+        engine.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=False)
+
+
+def gloo_in_order() -> str:
+    """A backend for DeepSpeed on a CPU: gloo with one thread, so that what was asked for first is done first.
+
+    Of several gathers DeepSpeed 0.14.4 waits for the last alone. A GPU's stream keeps their order; gloo's two threads
+    do not, and ZeRO-3 then computes with memory that nothing was written to yet, which may well be finite.
+    """
+
+    def create(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+        options = torch.distributed.ProcessGroupGloo._Options()
+        options._timeout, options._threads = timeout, 1
+        options._devices = [torch.distributed.ProcessGroupGloo.create_default_device()]
+        return torch.distributed.ProcessGroupGloo(store, rank, size, options)
+
+    if not hasattr(torch.distributed.Backend, "GLOO_IN_ORDER"):
+        torch.distributed.Backend.register_backend("gloo_in_order", create, devices=["cpu"])
+    return "gloo_in_order"
+
+
+def alone() -> None:
+    """What torchrun tells each process, for a single one that was started without it: DeepSpeed asks for it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if "LOCAL_RANK" not in os.environ:
+        os.environ.update(told)
 
 
 def gathered(

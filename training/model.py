@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +20,11 @@ from llava_convert.checkpoint import LLM, PROJECTOR, VISION
 from llava_convert.errors import InputError, UnsupportedError, UsageError
 from llava_convert.layouts import open_checkpoint
 from llava_convert.layouts.base import OpenOptions
+from llava_convert.spec import StoredTensor
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import read_whole
+from llava_convert.storage.torch_file import read_torch, state_dict
+from llava_convert.storage.zero import read_zero
 
 from .data import IGNORE_INDEX, IMAGE_INDEX
 from .recipe import Lora, ModelRecipe
@@ -50,19 +54,13 @@ class Tower(nn.Module):
     transformers 5.6 took that inner module away; before, it is the one inside.
     """
 
-    def __init__(self, name: str, *, gradient_checkpointing: bool, empty: bool = False) -> None:
+    def __init__(self, name: str, *, recompute: dict[str, bool] | None, empty: bool = False) -> None:
         super().__init__()
-        config = AutoConfig.from_pretrained(name)
-        kind = config.model_type
-        kind = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(kind, kind)
-        if kind not in TOWERS:
-            raise UnsupportedError(f"{name}: a tower of type {kind}; known: {', '.join(TOWERS)}")
-        cls = TOWERS[kind]
-        tower = (
-            cls(getattr(config, "vision_config", config)) if empty else cls.from_pretrained(name, dtype=torch.float32)
-        )
-        if gradient_checkpointing:
-            _recompute_activations(tower)
+        config = vision_config(name)
+        cls = TOWERS[config.model_type]
+        tower = cls(config) if empty else cls.from_pretrained(name, dtype=torch.float32)
+        if recompute:
+            _recompute_activations(tower, recompute)
         # Not called `config`: peft would take this module for one of transformers' own.
         self.vision_config = tower.config
         self.vision_model = getattr(tower, "vision_model", tower)
@@ -76,15 +74,19 @@ class Tower(nn.Module):
 class Llava(nn.Module):
     """The three parts; `forward` gives the loss of a batch. `empty`: of the right shapes, no weight loaded.
 
+    `reentrant` is the kind of gradient checkpointing that ZeRO-3 takes: the other one compares what it recomputes with
+    parameters that have been spread out again.
+
     Raises UsageError for a quantised base without a GPU, UnsupportedError for a tower of another kind.
     """
 
-    def __init__(self, recipe: ModelRecipe, *, empty: bool = False) -> None:
+    def __init__(self, recipe: ModelRecipe, *, empty: bool = False, reentrant: bool = False) -> None:
         super().__init__()
         self.recipe = recipe
-        self.llm = _language_model(recipe, empty=empty)
-        checkpointing = recipe.gradient_checkpointing
-        self.visual_encoder: Any = Tower(recipe.visual_encoder, gradient_checkpointing=checkpointing, empty=empty)
+        recompute = {"use_reentrant": reentrant} if recipe.gradient_checkpointing else None
+        with torch.random.fork_rng():  # so that what is new starts the same however the bases are loaded
+            self.llm = _language_model(recipe, empty=empty)
+            self.visual_encoder: Any = Tower(recipe.visual_encoder, recompute=recompute, empty=empty)
         vision = self.visual_encoder.vision_config
         self.projector = Projector(vision.hidden_size, self.llm.config.hidden_size, recipe.projector_depth)
         self.first_patch = int(vision.model_type == "clip_vision_model")  # CLIP puts a class token first
@@ -93,8 +95,12 @@ class Llava(nn.Module):
             self.llm.requires_grad_(False)
         if recipe.freeze_visual_encoder:
             self.visual_encoder.requires_grad_(False)
-        if recipe.gradient_checkpointing:
-            _recompute_activations(self.llm)
+        if recompute:
+            _recompute_activations(self.llm, recompute)
+        if reentrant and (recipe.visual_encoder_lora or not recipe.freeze_visual_encoder):
+            # Reentrant checkpoints give no gradient to what is inside where nothing that comes in wants one.
+            embeddings = self.visual_encoder.vision_model.embeddings
+            embeddings.register_forward_hook(lambda _, __, out: out.requires_grad_())
         if recipe.llm_lora is not None:
             self.llm = _with_lora(self.llm, recipe.llm_lora, quantised=bool(recipe.quantization), task="CAUSAL_LM")
         if recipe.visual_encoder_lora is not None:
@@ -158,7 +164,10 @@ class Llava(nn.Module):
             ("projector", None, False),
         ):
             for name, tensor in state.items():
-                if name.startswith(f"{part}.") and _is_trained(name, lora, frozen=frozen):
+                # Of a part under LoRA the original takes every adapter of the model: the language model's come along
+                # with the tower's then, in front of them.
+                here = name.startswith(f"{part}.") or (lora is not None and ".lora_" in name)
+                if here and _is_trained(name, lora, frozen=frozen):
                     found[name] = tensor
         return found
 
@@ -168,9 +177,11 @@ class Llava(nn.Module):
         What is there of a part under LoRA without the adapter's infix does not fit and is refused too, where xtuner
         passes over it in silence.
         """
-        mine = self.state_dict()
+        mine = dict(self.named_parameters(remove_duplicate=False))
         strange = [name for name in state if name not in mine]
-        wrong = [name for name in state if name in mine and mine[name].shape != state[name].shape]
+        # ZeRO-3 leaves of a parameter no more than its share, and what its shape was.
+        shapes = {name: getattr(mine[name], "ds_shape", mine[name].shape) for name in state if name in mine}
+        wrong = [name for name, shape in shapes.items() if shape != state[name].shape]
         if strange or wrong:
             name = (strange or wrong)[0]
             raise InputError(
@@ -179,7 +190,26 @@ class Llava(nn.Module):
             )
         with torch.no_grad():
             for name, tensor in state.items():
-                mine[name].copy_(tensor)
+                with _whole(mine[name]):
+                    mine[name].copy_(tensor)
+
+
+def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    """The parameter in one piece, where ZeRO-3 has spread it out; what is written to it is spread out again."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return cast(AbstractContextManager[Any], GatheredParameters(parameter, modifier_rank=0))
+
+
+def vision_config(name: str) -> Any:
+    """The config of a vision tower. Raises UnsupportedError for a kind that no projector here reads."""
+    config = AutoConfig.from_pretrained(name)
+    config = getattr(config, "vision_config", config)
+    if config.model_type not in TOWERS:
+        raise UnsupportedError(f"{name}: a tower of type {config.model_type}; known: {', '.join(TOWERS)}")
+    return config
 
 
 def _language_model(recipe: ModelRecipe, *, empty: bool) -> Any:
@@ -203,12 +233,12 @@ def _language_model(recipe: ModelRecipe, *, empty: bool) -> Any:
     return AutoModelForCausalLM.from_pretrained(recipe.llm, **options)
 
 
-def _recompute_activations(model: Any) -> None:
+def _recompute_activations(model: Any, how: dict[str, bool]) -> None:
     """Gradient checkpointing, whatever this transformers calls it."""
     if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable()
+        model.activation_checkpointing_enable(how)
     else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(how)
 
 
 def _with_lora(part: Any, lora: Lora, *, quantised: bool, task: str | None) -> Any:
@@ -236,15 +266,22 @@ def _is_trained(name: str, lora: Lora | None, *, frozen: bool) -> bool:
 
 
 def read_trained(path: Path) -> dict[str, torch.Tensor]:
-    """The whole tensors of a stage-1 checkpoint of any layout, by xtuner's names, nothing of it executed."""
+    """The tensors of a stage-1 checkpoint of any layout, by xtuner's names, nothing of it executed."""
     checkpoint, _ = open_checkpoint(path, None, OpenOptions())
-    names = {LLM: "llm", VISION: "visual_encoder", PROJECTOR: "projector.model"}
-    found: dict[str, torch.Tensor] = {}
+    stored: dict[str, StoredTensor] = {}
+    if checkpoint.layout == "pth":
+        path = checkpoint.path
+        stored |= read_zero(path).tensors if path.is_dir() else state_dict(read_torch(path)).tensors
+    else:
+        for part, prefix in ((LLM, "llm"), (VISION, "visual_encoder"), (PROJECTOR, "projector.model")):
+            adapter = checkpoint.parts[part].adapter
+            stored |= {f"{prefix}.{n.partition('.')[2]}": t for n, t in checkpoint.parts[part].weights.items()}
+            for name, tensor in adapter.tensors.items() if adapter else ():
+                # In a model peft names the adapter too, in its files not.
+                name = name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
+                stored[f"{prefix}.base_model.model.{name}"] = tensor
     with FilePool() as pool:
-        for part, prefix in names.items():
-            for name, stored in checkpoint.parts[part].weights.items():
-                found[f"{prefix}.{name.partition('.')[2]}"] = as_tensor(read_whole(pool, stored), stored.dtype)
-    return found
+        return {name: as_tensor(read_whole(pool, one), one.dtype) for name, one in stored.items()}
 
 
 def as_tensor(values: Any, dtype: str) -> torch.Tensor:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoTokenizer
@@ -25,7 +27,7 @@ from . import distributed
 from .checkpoint import Progress, Resumable, checkpoints, prune, read_checkpoint, write_checkpoint
 from .data import Conversations, Pictures, collate
 from .logs import Log
-from .model import Llava
+from .model import Llava, vision_config
 from .recipe import Recipe
 from .sampler import LengthGrouped
 from .schedule import Schedule
@@ -39,33 +41,30 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
     settings that this machine cannot do.
     """
     settings = recipe.train
-    config = as_xtuner_config(recipe)  # refuses what xtuner's format cannot say, before anything is loaded
+    vision = vision_config(recipe.model.visual_encoder)
+    image_tokens = (vision.image_size // vision.patch_size) ** 2
+    # Refuses what xtuner's format cannot say, before anything is loaded.
+    config = as_xtuner_config(recipe, image_tokens=image_tokens)
     accelerator = _accelerator(recipe, deepspeed)
-    main = accelerator.is_main_process
+    main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
     found = checkpoints(work_dir) if resume else []
-    taken_up = read_checkpoint(found[-1]) if found and found[-1].is_file() else None
+    last = found[-1] if found else None
+    taken_up = _taken_up(last, world, deepspeed) if last else None
+    start = taken_up.iteration if taken_up else 0
     seed = taken_up.seed if taken_up else settings.seed
     torch.manual_seed(seed)  # the projector and the adapters start the same everywhere
 
-    # --- model
-    model = Llava(recipe.model)
-    if taken_up:
-        model.load_trained(taken_up.state, str(found[-1]))
-
     # --- data
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.llm)
-    vision = model.visual_encoder.vision_config
     pictures = Pictures(
         AutoImageProcessor.from_pretrained(recipe.model.visual_encoder),
         recipe.data.pad_image_to_square,
         vision.image_size,
     )
-    image_tokens = (vision.image_size // vision.patch_size) ** 2
     with accelerator.main_process_first():  # the first one fills the cache of token ids
         data = Conversations(recipe.data, tokenizer, pictures, image_tokens=image_tokens, cache=work_dir / "tokens")
 
     # --- length of the run
-    world, rank = accelerator.num_processes, accelerator.process_index
     group = settings.batch_size * settings.accumulate
     sampler = LengthGrouped(data.lengths, group, seed=seed, rank=rank, world=world)
     epoch = len(sampler) // settings.batch_size  # iterations
@@ -75,18 +74,28 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
     save_every = -(-settings.save_steps // settings.accumulate) * settings.accumulate
     schedule = Schedule(settings.lr, iterations, int(settings.warmup_ratio * iterations), settings.warmup_start)
 
+    if last and start >= iterations:
+        if main:
+            print(f"{last}: trained to the end ({iterations} iterations), nothing is left to do", file=sys.stderr)
+        return last
+
+    # --- model
+    zero = accelerator.state.deepspeed_plugin.zero_stage if deepspeed else 0
+    model = Llava(recipe.model, reentrant=zero == 3)
+    if taken_up and taken_up.state:
+        model.load_trained(taken_up.state, str(last))
+
     # --- optimiser: of every parameter, in the module's order, so that its state has mmengine's numbers
     optimizer = torch.optim.AdamW(
         model.parameters(), settings.lr, tuple(settings.betas), settings.eps, settings.weight_decay
     )
     for one in optimizer.param_groups:
         one["initial_lr"] = settings.lr
-    if taken_up:
+    if taken_up and taken_up.optimizer:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": taken_up.optimizer})
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    start = taken_up.iteration if taken_up else 0
-    if found and taken_up is None:
-        start = distributed.load_folder(wrapped, found[-1])
+    if last and last.is_dir():
+        distributed.load_folder(wrapped, last, zero)
 
     # --- loop
     sampler.start = start * settings.batch_size
@@ -98,7 +107,6 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
         work_dir.mkdir(parents=True, exist_ok=True)
         (work_dir / f"{recipe.name}.py").write_text(config, encoding="utf-8")
     log = Log(work_dir, iterations, start, settings.log_every) if main else None
-    last = found[-1] if found else None
     wrapped.train()
     clock = time.perf_counter()
     try:
@@ -136,7 +144,7 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
                 last = work_dir / f"iter_{iteration + 1}.pth"
                 progress = Progress(
                     iteration + 1, iterations, (iteration + 1) // epoch, settings.epochs, seed, config, recipe.name,
-                    log.scalars() if log else {}, log.eta if log else 0.0,
+                    log.scalars() if log else {}, log.eta if log else 0.0, world,
                 )  # fmt: skip
                 schedulers = schedule.state(iteration + 1)
                 if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -151,18 +159,38 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
     finally:
         if log is not None:
             log.close()
-    accelerator.end_training()
     if last is None:
         raise UsageError(f"recipe {recipe.name}: no iteration to train", hint="set train.epochs or train.max_iters")
     return last
+
+
+def _taken_up(last: Path, world: int, deepspeed: str) -> Resumable:
+    """The checkpoint to go on from. Raises UsageError where it is of another kind of run than this one."""
+    if last.is_dir() and not deepspeed:
+        raise UsageError(f"{last} is a DeepSpeed checkpoint", hint="resume it with the same --deepspeed")
+    if deepspeed and not last.is_dir():
+        raise UsageError(f"{last} is no DeepSpeed checkpoint", hint="resume it without --deepspeed")
+    found = read_checkpoint(last)
+    if found.processes not in (None, world):
+        raise UsageError(
+            f"{last} is of a run of {found.processes} processes, this one has {world}: the order of the data and the "
+            "count of iterations would be others",
+            hint=f"resume with {found.processes}, or start a new run from it: --set model.pretrained={last}",
+        )
+    return found
 
 
 def _accelerator(recipe: Recipe, deepspeed: str) -> Accelerator:
     """The engine: precision, accumulation, and DeepSpeed where asked for."""
     settings = recipe.train
     options: dict[str, Any] = {}
+    on_cpu = not torch.cuda.is_available()
+    AcceleratorState._reset_state()  # the stage before may have had another precision
     if deepspeed:
+        distributed.alone()
         options["deepspeed_plugin"] = distributed.deepspeed_plugin(recipe, deepspeed)
+        if on_cpu:
+            options["kwargs_handlers"] = [InitProcessGroupKwargs(backend=distributed.gloo_in_order())]
     else:
         # The tower's last layers, which the projector does not read, and what only other samples use, get no gradient.
         options["kwargs_handlers"] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
@@ -171,7 +199,7 @@ def _accelerator(recipe: Recipe, deepspeed: str) -> Accelerator:
         raise UsageError("train.dtype fp16 needs a GPU", hint="--set train.dtype=fp32, or bf16")
     return Accelerator(
         # Without a GPU accelerate takes several processes for one each, unless it is told that this is meant.
-        cpu=not torch.cuda.is_available() and "WORLD_SIZE" in os.environ,
+        cpu=on_cpu and "WORLD_SIZE" in os.environ and not deepspeed,
         mixed_precision=precision,
         gradient_accumulation_steps=settings.accumulate,
         dataloader_config=DataLoaderConfiguration(),

@@ -87,6 +87,13 @@ def _transformers(version: str, *more: str, numpy: str = "numpy") -> Recipe:
     return Recipe((Install(packages),), imports=("transformers.models.llava.modeling_llava",))
 
 
+def _pinned(*names: str) -> tuple[str, ...]:
+    """These packages at the versions of `make install`."""
+    lines = (CHECKOUT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    versions = dict(line.split("==") for line in lines if "==" in line)
+    return tuple(f"{name}=={versions[name]}" for name in names)
+
+
 RECIPES: dict[str, Recipe] = {
     "xtuner": Recipe(
         (
@@ -123,6 +130,20 @@ RECIPES: dict[str, Recipe] = {
         ),
         stand_ins=tuple(TORCHVISION_STAND_IN.items()),
         imports=("xtuner.model", "xtuner.dataset", "xtuner.tools.train"),
+    ),
+    # Our trainer with the DeepSpeed whose folders the real xtuner reads.
+    "deepspeed": Recipe(
+        (
+            Install(
+                _pinned(
+                    *("transformers", "tokenizers", "huggingface_hub", "safetensors", "peft", "accelerate", "pillow"),
+                    *("numpy", "gguf", "typer", "rich", "setuptools", "psutil", "pydantic", "tqdm", "packaging"),
+                )
+            ),
+            Install(("wheel", "ninja", "py-cpuinfo", "hjson", "msgpack")),
+            Install(("deepspeed==0.14.4",), ("--no-build-isolation", "--no-deps"), (("DS_BUILD_OPS", "0"),)),
+        ),
+        imports=("deepspeed", "accelerate", "peft"),
     ),
     "transformers-4.37": _transformers("4.37.2", "accelerate==0.27.2", numpy="numpy<2"),
     "transformers-4.46": _transformers("4.46.3", "accelerate==1.1.1"),

@@ -1,0 +1,72 @@
+"""Our trainer and the real xtuner as programs of their own: several processes, other environments."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_convert.resources import training
+from tests.conftest import CHECKOUT
+from tests.interop.peer_programs import PEERS, in_peer
+
+recipes, checkpoint = training("recipe"), training("checkpoint")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """That of a process which trains: this package on the path, one thread, the CPU."""
+    fixed = {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **fixed, **more}
+
+
+def command(recipe: Any, work_dir: Path, *options: str) -> list[str]:
+    """The words behind `python`: the recipe goes into a file beside the work_dir."""
+    file = work_dir.with_name(f"{work_dir.name}.toml")
+    file.write_text(recipes.as_toml(recipe))
+    return ["-m", "llava_convert", "train", str(file), "--work-dir", str(work_dir), *options]
+
+
+def train(
+    recipe: Any, work_dir: Path, *options: str, processes: int = 1, peer: str = "", fails: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run our trainer, by torchrun where there are several processes; `peer` is an environment of .venvs."""
+    python = str(PEERS / peer / "bin/python") if peer else sys.executable
+    if not Path(python).is_file():
+        pytest.skip(f"no environment {peer}: `make peers` builds it")
+    more = {"TORCH_EXTENSIONS_DIR": str(PEERS / peer / "extensions")} if peer else {}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    words = [python, *(torchrun if processes > 1 else []), *command(recipe, work_dir, *options)]
+    done = subprocess.run(words, env=environment(**more), capture_output=True, text=True, cwd=work_dir.parent)
+    assert (done.returncode != 0) == fails, f"{done.stdout[-1000:]}\n{done.stderr[-5000:]}"
+    return done
+
+
+def losses(work_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (work_dir / "log.jsonl").read_text().splitlines()]
+
+
+def xtuner(cwd: Path, *jobs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Have the real xtuner do these jobs (tests/peers/run_xtuner.py), all of which must succeed."""
+    cwd.mkdir(exist_ok=True)
+    found: Any = in_peer("xtuner", "run_xtuner.py", list(jobs), cwd)
+    for number, (job, outcome) in enumerate(zip(jobs, found, strict=True)):
+        assert outcome["done"], f"{job}:\n{outcome['error']}\n{(cwd / f'job{number}.log').read_text()[-3000:]}"
+    return list(found)
+
+
+def convert(config: Path, source: Path, out: Path, layout: str) -> dict[str, Any]:
+    """A job: the real xtuner's conversion."""
+    return {"convert": str(config), "checkpoint": str(source), "out": str(out), "format": layout}
+
+
+def furthest(ours: Path, theirs: Path) -> float:
+    """The largest difference between the weights of two `.pth`, whose names must be the same."""
+    one, other = checkpoint.read_checkpoint(ours).state, checkpoint.read_checkpoint(theirs).state
+    assert list(one) == list(other)
+    assert [t.dtype for t in one.values()] == [t.dtype for t in other.values()]
+    return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)

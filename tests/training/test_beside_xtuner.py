@@ -1,0 +1,83 @@
+"""Our trainer and the real xtuner 0.1.23, side by side: each takes up what the other leaves, and both compute the same.
+
+Differences are of float32 sums in another order (transformers 5 against 4.43): losses to 2e-6 relative, weights to 1e-5
+after steps of 1e-3 a weight.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import llava_convert
+from llava_convert.resources import training
+from tests.training.drawn import KINDS, draw, recipe
+from tests.training.programs import convert, furthest, losses, xtuner
+
+pytestmark = pytest.mark.peers
+checkpoint = training("checkpoint")
+
+
+def run(chosen: Any, work_dir: Path, **options: Any) -> Path:
+    last: Path = training("train").train(chosen, work_dir, **options)
+    return last
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_real_one_converts_and_resumes(tiny: Path, tmp_path: Path, kind: str) -> None:
+    """With the config that lies beside the checkpoint, as it is; our own converter makes the same of both files."""
+    work, other = tmp_path / "work", tmp_path / "other"
+    chosen = recipe(tiny, draw(tmp_path / "data"), kind)
+    last = run(chosen, work)
+    config = work / f"{kind}.py"
+    jobs: list[dict[str, Any]] = [convert(config, last, tmp_path / form, form) for form in ("xtuner", "official")]
+    jobs.append({"train": str(config), "work_dir": str(other), "resume": str(work / "iter_2.pth")})
+    resumed = xtuner(tmp_path / "jobs", *jobs)[-1]
+    assert resumed["losses"] == pytest.approx(losses(work), rel=2e-6)
+    assert furthest(last, other / "iter_4.pth") < 1e-5
+    assert furthest(last, work / "iter_2.pth") > 1e-4  # so the comparison above says something
+    ours = tmp_path / "ours"
+    llava_convert.convert(last, to="official", out=ours)
+    theirs = load_file(tmp_path / "official" / "model.safetensors")
+    mine = {name: tensor for file in ours.glob("model*.safetensors") for name, tensor in load_file(file).items()}
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name].to(tensor.dtype)) for name, tensor in mine.items())
+
+
+@pytest.mark.parametrize("kind", ["full_vitlora", "llmlora_vitlora"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_from_equal_weights(tiny: Path, tmp_path: Path, kind: str, accumulate: int) -> None:
+    """Both start at iteration 0 from one checkpoint's weights, adapters included, with a new optimiser.
+
+    With accumulation a step is of two micro-batches: the mean of their losses, one clipped gradient.
+    """
+    data = draw(tmp_path / "data")
+    start = run(recipe(tiny, data, kind, seed=5, max_iters=2), tmp_path / "start")
+    rows = {"batch_size": 2 // accumulate, "accumulate": accumulate, "save_steps": 4 * accumulate}
+    chosen = recipe(tiny, data, kind, model={"pretrained": str(start)}, seed=7, **rows)
+    last = run(chosen, tmp_path / "work")
+    job = {"train": str(tmp_path / "work" / f"{kind}.py"), "work_dir": str(tmp_path / "other")}
+    (theirs,) = xtuner(tmp_path / "jobs", job)
+    assert len(theirs["losses"]) == 4 * accumulate
+    assert theirs["losses"] == pytest.approx(losses(tmp_path / "work"), rel=2e-6)
+    assert furthest(last, tmp_path / "other" / last.name) < 1e-5
+    assert furthest(last, start) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["full_vitlora", "llmlora_vitlora"])
+def test_bfloat16(tiny: Path, tmp_path: Path, kind: str) -> None:
+    """The LLM built in bfloat16, computed under an autocast: dtypes are equal, losses to what bfloat16 tells apart."""
+    data = draw(tmp_path / "data")
+    chosen = recipe(tiny, data, kind, model={"llm_dtype": "bf16"}, dtype="bf16")
+    last = run(chosen, tmp_path / "work")
+    job = {"train": str(tmp_path / "work" / f"{kind}.py"), "work_dir": str(tmp_path / "other"), "bf16": True}
+    (theirs,) = xtuner(tmp_path / "jobs", {**job, "resume": str(tmp_path / "work" / "iter_2.pth")})
+    assert theirs["losses"] == pytest.approx(losses(tmp_path / "work"), rel=3e-3)
+    assert furthest(last, tmp_path / "other" / last.name) < 2e-2  # which compares names and dtypes too
+    kinds = {name.partition(".")[0]: t.dtype for name, t in checkpoint.read_checkpoint(last).state.items()}
+    assert kinds["llm"] == (torch.bfloat16 if kind == "full_vitlora" else torch.float32)
+    assert kinds["visual_encoder"] == kinds["projector"] == torch.float32
