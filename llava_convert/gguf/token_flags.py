@@ -56,8 +56,8 @@ def unsaid(tokenizer: Tokenizer) -> list[str]:
         )
     if _only_first(tokenizer):
         said.append(
-            "llama.cpp puts a space in front of text behind a special token, where this tokenizer puts one at the "
-            "beginning of the whole text alone"
+            "llama.cpp puts a space in front of text behind a special token, and of text that begins with one; this "
+            "tokenizer puts one at the beginning of the whole text alone, where there is none"
         )
     return said
 

@@ -126,9 +126,14 @@ class ByteLevel(Made):
 
 @dataclass(frozen=True)
 class SentencePiece(Made):
-    """SentencePiece BPE with byte fallback: tokenizer.model, tokenizer.json, or both of `kinds`."""
+    """SentencePiece BPE with byte fallback: tokenizer.model, tokenizer.json, or both of `kinds`.
+
+    With `once` a space is put in front of the whole text alone, as transformers does where `legacy` is false; else in
+    front of every piece of text between added tokens.
+    """
 
     kinds: tuple[str, ...] = ("tokenizer.model",)
+    once: bool = False
     post: Sequence[str] = field(default=("<s>",))
 
     def files(self, folder: Path) -> dict[str, int]:
@@ -145,13 +150,16 @@ class SentencePiece(Made):
         return ids
 
     def _fast(self, pieces: list[tuple[str, float, int]], ids: Mapping[str, int]) -> dict[str, Any]:
-        """As transformers converts a `legacy` SentencePiece model."""
+        """As transformers converts a SentencePiece model."""
         put: list[dict[str, Any]] = [{"SpecialToken": {"id": text, "type_id": 0}} for text in self.post]
         first, second = ({"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB"))
         metaspace = [
             {"type": "Prepend", "prepend": "▁"},
             {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
         ]
+        cut = (
+            {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False} if self.once else None
+        )
         decoder: list[dict[str, Any]] = [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
             {"type": "ByteFallback"},
@@ -164,8 +172,8 @@ class SentencePiece(Made):
             "truncation": None,
             "padding": None,
             "added_tokens": [{"id": ids[each.text], **each.entry()} for each in self.added],
-            "normalizer": {"type": "Sequence", "normalizers": metaspace},
-            "pre_tokenizer": None,
+            "normalizer": None if self.once else {"type": "Sequence", "normalizers": metaspace},
+            "pre_tokenizer": cut,
             "post_processor": {
                 "type": "TemplateProcessing",
                 "single": [*put, first],
@@ -301,6 +309,12 @@ MADE: dict[str, Made] = {
         split=GPT4O,
     ),
     "llama-2": SentencePiece(_LLAMA2, ("</s>",), "llama2_chat", _llama2(), begin="<s>"),
+    "llama-2-json": SentencePiece(
+        _LLAMA2, ("</s>",), "llama2_chat", _llama2(), begin="<s>", kinds=("tokenizer.json",)
+    ),
+    "once": SentencePiece(
+        _LLAMA2, ("</s>",), "mistral", _llama2(legacy=False), begin="<s>", kinds=("tokenizer.json",), once=True
+    ),
     "vicuna": SentencePiece(
         (*_LLAMA2, Added("<pad>")), ("</s>",), "vicuna", _llama2(pad_token="<pad>"), begin="<s>"
     ),

@@ -132,6 +132,8 @@ WIDES: dict[str, Wide] = {
     "yarn-attention": Wide(layers=3, rope={**YARN, "attention_factor": 1.3}),
     # Llama-2 and Vicuna; rows padded, as after a training which adds <pad>.
     "llama-2": Wide(layers=3, rows=819, tokenizer="llama-2"),
+    "llama-2-json": Wide(layers=2, rows=832, tokenizer="llama-2-json"),
+    "once": Wide("mistral", layers=2, rows=832, settings={"sliding_window": None}, tokenizer="once"),
     "vicuna": Wide(layers=3, rows=896, tokenizer="vicuna"),
     "smollm": Wide(layers=3, rows=605, tied=True, tokenizer="smollm"),
     "mistral": Wide("mistral", layers=3, rows=819, settings={"sliding_window": None}, tokenizer="llama-2"),
