@@ -18,8 +18,8 @@ help:  ## list these verbs
 
 install: $(STAMP)  ## create .venv with every package pinned, and this project in it
 
-demo: $(STAMP)  ## convert a tiny model to three layouts and let transformers describe a picture with it
-	@$(PY) fixtures/demo.py
+demo: $(STAMP)  ## train a small LLaVA, convert it to every layout, ask each about pictures (five minutes)
+	@$(PY) -m fixtures.demo
 
 test: $(STAMP)  ## run the tests
 	$(PY) -m pytest $(ARGS)

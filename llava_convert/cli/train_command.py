@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -66,6 +67,9 @@ def train(
     output = Output(as_json, quiet, verbose)
 
     def action() -> None:
+        # Read when torch is loaded. OpenMP's threads spin while they wait for each other; where something else runs on
+        # a core, an iteration of a small model then takes up to sixty times as long.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from llava_convert.resources import training
 
         stages = training("recipe").load_recipe(recipe, changes or ())

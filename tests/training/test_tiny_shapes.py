@@ -1,0 +1,110 @@
+"""tiny-shapes from nothing: it learns, and whatever it is converted to answers as the checkpoint does.
+
+The steps are the demo's, by the command line. A model that answers cannot have lost its adapter, a layer, a stop token
+or its template on the way; the questions are about pictures that it was not trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+import llava_convert
+from fixtures.demo import __main__ as demo
+from fixtures.demo import runtimes
+from llava_convert.resources import training
+
+shapes = training("shapes")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A finished demo: its folder, its questions, and every runtime's answers."""
+
+    folder: Path
+    questions: list[demo.Question]
+    answers: demo.Answers
+
+    def share(self, runtime: str) -> float:
+        return demo.right(self.questions, self.answers[runtime]).total() / len(self.questions)
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    steps = demo.Demo(tmp_path_factory.mktemp("shapes"), Console(quiet=True))
+    steps.train()
+    steps.convert()
+    return Shown(steps.folder, steps.questions(), steps.ask())
+
+
+@pytest.mark.slow
+def test_it_learns(shown: Shown) -> None:
+    """The first stage trains the projector of a frozen language model that knows no word yet."""
+    assert len(shown.questions) == 192
+    assert shown.share("before training") < 0.1 and shown.share("after pretrain") < 0.5
+    assert shown.share(demo.TRAINED) >= 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [demo.XTUNER, demo.OFFICIAL, demo.HF])
+def test_a_layout_answers_as_the_checkpoint(shown: Shown, layout: str) -> None:
+    assert shown.answers[layout] == shown.answers[demo.TRAINED]
+
+
+@pytest.mark.slow
+def test_llama_cpp_answers_as_transformers_with_its_defect(shown: Shown) -> None:
+    reference = shown.answers[demo.LIKE_LLAMA_CPP]
+    assert shown.answers[demo.F16] == reference
+    assert demo.differing(shown.answers[demo.Q8_0], reference) <= 0.05 * len(shown.questions)
+    # So that the comparison says something: the defect changes many answers.
+    assert demo.differing(reference, shown.answers[demo.HF]) > 0.1 * len(shown.questions)
+
+
+@pytest.mark.slow
+def test_gguf_and_back_answers_as_before(shown: Shown, tmp_path: Path) -> None:
+    """No defect is in the files: in transformers again, they answer as the checkpoint does."""
+    llava_convert.convert(shown.folder / "gguf" / "tiny-shapes-f16.gguf", to="hf", out=tmp_path / "back")
+    ask = runtimes.hf(tmp_path / "back")
+    answers = [ask(question.image(), question.text) for question in shown.questions]
+    assert answers == shown.answers[demo.HF]
+
+
+@pytest.mark.slow
+def test_the_contact_sheet(shown: Shown, tmp_path: Path) -> None:
+    demo.sheet(shown.questions, shown.answers, tmp_path / "answers.png")
+    with Image.open(tmp_path / "answers.png") as sheet:
+        colours = {colour: count for count, colour in sheet.getcolors(1 << 20)}
+    assert sheet.width > 1000 and colours[(20, 130, 60)] > 1000 > 20 < colours[(200, 40, 40)]
+
+
+def test_held_out_pictures_are_not_trained_on(tmp_path: Path) -> None:
+    """No combination is in both parts; every word that is asked for is learnt."""
+    known, kept = shapes.scenes()
+    assert not set(known) & set(kept) and len(known) + len(kept) == 6 * 3 * 4 * 4
+    for kind in shapes.QUESTIONS:
+        assert {scene.answer(kind) for scene in kept} <= {scene.answer(kind) for scene in known}
+    shapes.build(tmp_path / "one", seed=3, pictures=6)
+    shapes.build(tmp_path / "two", seed=3, pictures=6)
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert len(files) > 50
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+    held = json.loads((tmp_path / "one" / "held_out.json").read_text())
+    trained = json.loads((tmp_path / "one" / "finetune.json").read_text())
+    assert not {row["image"] for row in held} & {row["image"] for row in trained}
+
+
+def test_the_demo_sees_wrong_answers(tmp_path: Path) -> None:
+    questions = [demo.Question(tmp_path, "colour", "?", "red") for _ in range(100)]
+    good = {name: ["red"] * 100 for name in (demo.TRAINED, demo.LIKE_LLAMA_CPP, *demo.SAME_AS)}
+    assert demo.troubles(questions, good) == []
+    one_off = ["red"] * 99 + ["blue"]
+    assert "1 of 100 answers" in demo.troubles(questions, {**good, demo.OFFICIAL: one_off})[0]
+    assert demo.troubles(questions, {**good, demo.Q8_0: one_off}) == []
+    bad = demo.troubles(questions, {name: ["blue"] * 100 for name in good})
+    assert bad == ["the trained model answers 0% of the held-out questions, and 95% were wanted"]
