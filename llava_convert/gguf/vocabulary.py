@@ -182,13 +182,14 @@ def _find(node: Any, kind: str) -> dict[str, Any] | None:
 def _add_added(tokenizer: Tokenizer, tokens: _Tokens) -> None:
     """Added tokens, over what the model's vocabulary says of their ids.
 
-    The unknown one becomes a control token where tokenizer_config.json lists it, as the reference converter has it; the
-    runtime makes no difference between the two.
+    The unknown one becomes a control token where the reference converter has it so: tokenizer_config.json lists it, or
+    tokenizer.model, whose own type counts else, is not there. The runtime makes no difference between the two.
     """
     listed = tokenizer.config.get("added_tokens_decoder") or {}
+    typed = "tokenizer.model" in tokenizer.files
     for i, entry in tokenizer.added.items():
         text = str(entry["content"])
-        if tokens.types[i] == UNKNOWN and tokens.texts[i] == text and str(i) not in listed:
+        if tokens.types[i] == UNKNOWN and tokens.texts[i] == text and typed and str(i) not in listed:
             continue
         special = bool(entry.get("special")) or _LOOKS_SPECIAL.fullmatch(text) is not None
         if tokens.types[i] == BYTE and tokens.texts[i] == text:

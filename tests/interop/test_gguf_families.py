@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from llava_convert.resources import data_dir
 from tests.interop.conftest import Converter
-from tests.interop.llama_cpp import LlamaCpp, llm_file, metadata
+from tests.interop.llama_cpp import PRE, LlamaCpp, differing, llm_file, metadata, tensors
 from tests.interop.made_tokenizers import MADE, ByteLevel
 from tests.interop.peer_programs import in_peer
+from tests.interop.test_gguf_against_llama_cpp import unequal
 from tests.interop.test_gguf_round_trip import SHAPING, weights
 from tests.interop.test_llama_cpp import FLOATS, hard_strings, reference
 from tests.interop.wide_models import WIDES
@@ -261,3 +263,40 @@ def test_a_released_llava_llama_3(converted: Converter, llama_cpp: LlamaCpp) -> 
     about = llama_cpp.ask(about={"kind": "vocabulary", "model": file})["about"]
     assert (about["bos"], about["eos"], about["add_bos"]) == (128000, 128009, True)
     assert about["ends"] == [128001, 128009] and about["complaints"] == []
+
+
+@pytest.mark.parametrize("name", ["biased", "yarn-rope", "vicuna", "smollm", "mistral", "qwen2-tied", "phi-3", "phi-4"])
+def test_their_files_come_back(converted: Converter, llama_cpp: LlamaCpp, name: str, tmp_path: Path) -> None:
+    """A language model that their converter wrote, as those that are published are, for transformers again."""
+    before = converted(name, "hf", dtype="bfloat16")
+    theirs = llama_cpp.convert(before, "bf16", pre=PRE.get(WIDES[name].tokenizer))
+    after = converted.onward(theirs, "hf")
+    one = {key.removeprefix("language_model."): value for key, value in weights(before).items() if "language" in key}
+    other = weights(after)
+    if WIDES[name].tied:  # a language model alone holds both names of the one tensor
+        one["lm_head.weight"] = one["model.embed_tokens.weight"]
+    assert sorted(one) == sorted(other)
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+    config = json.loads((after / "config.json").read_text())
+    old = json.loads((before / "config.json").read_text())["text_config"]
+    shaping = (*SHAPING, *MORE_SHAPING)
+    assert {k: config.get(k) for k in shaping if k in old} == {k: old[k] for k in shaping if k in old}
+    assert scaling(config) == scaling(old)
+    # Nothing in it says that Phi-3's tokens take the white space behind them along, unless its name does.
+    texts = [*hard_strings(240), *([] if name == "phi-3" else TURNS)]
+    assert encoded(after, texts, tmp_path) == encoded(before, texts, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "smollm", "phi-3-long", "phi-4", "llama-2-json", "yarn-rope", "biased"])
+def test_saved_by_transformers_5(converted: Converter, name: str, tmp_path: Path) -> None:
+    """Its own names of tensors and rope parameters, and fewer tokenizer files, make the same language model."""
+    folder = converted(name, "hf", dtype="bfloat16")
+    LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    shutil.copy(folder / "preprocessor_config.json", tmp_path / "saved")
+    one, other = (
+        llm_file(converted.onward(each, "gguf", outtype="bf16", part="llm"), "bf16")
+        for each in (folder, tmp_path / "saved")
+    )
+    assert differing(tensors(other), tensors(one)) == {}
+    assert list(unequal(metadata(other), metadata(one))) == []
