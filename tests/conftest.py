@@ -41,3 +41,13 @@ def golden() -> Path:
             "the outputs of the real converters are not here: they lie beside the checkout, in ../shared/golden"
         )
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what a run without the peers' environments has left out."""
+    left = [item for item in terminalreporter.stats.get("deselected", ()) if item.get_closest_marker("peers")]
+    if left:
+        terminalreporter.write_line(
+            f"left out: {len(left)} tests against the real xtuner, DeepSpeed, LLaVA, llama.cpp and older transformers; "
+            "`make test-peers` builds their environments and runs them"
+        )

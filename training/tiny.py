@@ -7,7 +7,7 @@ that 5.x saves cannot be read by 4.x.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.2757
 def write_language_model(folder: Path, corpus: Iterable[str], *, tokens: int, seed: int, **sizes: int) -> None:
     """A Llama with a byte-level BPE tokenizer of `tokens` ids trained on `corpus`; `sizes` go into its config."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(corpus, tokens - len(SPECIAL))
-    _write_tokenizer(tokenizer, folder)
+    tokenizer = byte_level_bpe(corpus, tokens - len(SPECIAL), SPECIAL)
+    write_tokenizer(tokenizer, folder, length=2048)
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -83,8 +83,16 @@ def write_tower(folder: Path, *, seed: int, **sizes: int) -> None:
         **sizes,
     }
     write_json(folder / "config.json", config)
-    side = sizes["image_size"]
-    processor = {
+    write_json(folder / "preprocessor_config.json", image_processor(sizes["image_size"]))
+    model = CLIPVisionModel(CLIPVisionConfig(**{k: v for k, v in config.items() if k != "torch_dtype"}))
+    _fill(model, seed)
+    state = {n if n.startswith("vision_model.") else f"vision_model.{n}": t for n, t in model.state_dict().items()}
+    write_weights(folder / "model.safetensors", {n: t for n, t in state.items() if not n.endswith("position_ids")})
+
+
+def image_processor(side: int) -> dict[str, Any]:
+    """CLIP's preprocessor_config.json for pictures of `side` pixels."""
+    return {
         "crop_size": {"height": side, "width": side},
         "do_center_crop": True,
         "do_convert_rgb": True,
@@ -98,11 +106,6 @@ def write_tower(folder: Path, *, seed: int, **sizes: int) -> None:
         "rescale_factor": 0.00392156862745098,
         "size": {"shortest_edge": side},
     }
-    write_json(folder / "preprocessor_config.json", processor)
-    model = CLIPVisionModel(CLIPVisionConfig(**{k: v for k, v in config.items() if k != "torch_dtype"}))
-    _fill(model, seed)
-    state = {n if n.startswith("vision_model.") else f"vision_model.{n}": t for n, t in model.state_dict().items()}
-    write_weights(folder / "model.safetensors", {n: t for n, t in state.items() if not n.endswith("position_ids")})
 
 
 def _fill(model: torch.nn.Module, seed: int) -> None:
@@ -121,7 +124,8 @@ def _fill(model: torch.nn.Module, seed: int) -> None:
                 parameter.fill_(float("norm" in name and name.endswith("weight")))
 
 
-def _tokenizer(corpus: Iterable[str], size: int) -> Tokenizer:
+def byte_level_bpe(corpus: Iterable[str], size: int, special: Sequence[str]) -> Tokenizer:
+    """A tokenizer of Llama-3's kind: `size` ids learnt from the corpus, then the special ones, BOS among them."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -133,7 +137,7 @@ def _tokenizer(corpus: Iterable[str], size: int) -> Tokenizer:
     tokenizer.train_from_iterator(corpus, trainer)
     # A corpus of few words may give fewer merges than asked for: reserved tokens fill the gap, as Llama-3 has them.
     spare = [f"<|reserved_special_token_{i}|>" for i in range(size - tokenizer.get_vocab_size())]
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (*SPECIAL, *spare)])
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (*special, *spare)])
     begin = (BOS, tokenizer.token_to_id(BOS))
     tokenizer.post_processor = processors.Sequence(
         [
@@ -144,7 +148,8 @@ def _tokenizer(corpus: Iterable[str], size: int) -> Tokenizer:
     return tokenizer
 
 
-def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, length: int) -> None:
+    """tokenizer.json, tokenizer_config.json and special_tokens_map.json, for texts of at most `length` tokens."""
     content = json.loads(tokenizer.to_str())
     # tokenizers writes merges as pairs since 0.20, which older ones cannot read.
     content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
@@ -154,10 +159,10 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "added_tokens_decoder": {str(t["id"]): {"content": t["content"], **flags} for t in content["added_tokens"]},
         "bos_token": BOS,
         "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
+        "clean_up_tokenization_spaces": True,
         "eos_token": EOT,
         "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": 2048,
+        "model_max_length": length,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     write_json(folder / "tokenizer_config.json", config)
