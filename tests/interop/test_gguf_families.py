@@ -15,16 +15,26 @@ import torch
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from llava_convert.resources import data_dir
-from tests.interop.conftest import Converter
-from tests.interop.llama_cpp import PRE, LlamaCpp, differing, llm_file, metadata, tensors
+from tests.interop.conftest import Converter, gap
+from tests.interop.llama_cpp import PRE, LlamaCpp, differing, llm_file, metadata, mmproj_file, tensors
 from tests.interop.made_tokenizers import MADE, ByteLevel
 from tests.interop.peer_programs import in_peer
 from tests.interop.test_gguf_against_llama_cpp import unequal
 from tests.interop.test_gguf_round_trip import SHAPING, weights
-from tests.interop.test_llama_cpp import FLOATS, hard_strings, reference
+from tests.interop.test_llama_cpp import (
+    FLOATS,
+    MARKER,
+    ROWS_F32,
+    answer,
+    hard_strings,
+    picture,
+    reference,
+    with_class_token_last,
+)
 from tests.interop.wide_models import WIDES
 
 pytestmark = pytest.mark.peers
+__all__ = ["picture"]  # a fixture
 
 FAMILIES = (
     "biased", "linear-rope", "yarn-rope", "yarn-attention", "sentencepiece", "llama-2", "llama-2-json", "vicuna",
@@ -183,6 +193,38 @@ def test_a_space_at_the_beginning_alone(converted: Converter, llama_cpp: LlamaCp
     wanted = encoded(folder, texts, tmp_path)
     differing = {text for text, one, other in zip(texts, found, wanted, strict=True) if one != other}
     assert differing == {text for text in texts if text.startswith((" ", "▁", "<s>"))}
+
+
+PROMPTS = {
+    "qwen2": "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\n",
+    "phi-3": "<|user|>\n<image>\nWhat is it?<|end|>\n<|assistant|>\n",
+    "vicuna": "USER: <image>\nWhat is it? ASSISTANT:",
+    "mistral": "[INST] <image>\nWhat is it? [/INST]",
+}
+
+
+@pytest.mark.parametrize("name", sorted(PROMPTS))
+def test_pictures(converted: Converter, llama_cpp: LlamaCpp, picture: Path, name: str, tmp_path: Path) -> None:
+    """Stock against a reference with the runtime's defect, repaired against the model as it was trained."""
+    folder = converted(name, "hf", dtype="float32")
+    ours = converted.onward(folder, "gguf", outtype="f32", mmproj_outtype="f32")
+    ids = encoded(folder, [PROMPTS[name]], tmp_path)[0]
+    place = ids.index(json.loads((folder / "config.json").read_text())["image_token_index"])
+    around = [ids[:place], ids[place + 1 :]]
+    task = {
+        "kind": "picture",
+        "model": llm_file(ours, "f32"),
+        "mmproj": mmproj_file(ours, "f32"),
+        "picture": picture.with_suffix(".npy"),
+        "prompt": PROMPTS[name].replace("<image>", MARKER),
+        "count": 12,
+    }
+    for runtime, changed in (("stock", with_class_token_last), ("repaired", lambda model: model)):
+        rows, written = answer(changed(reference(folder)), folder, picture, 12, around)
+        found = llama_cpp.ask(runtime, one=task)["one"]
+        assert found["around"] == around
+        assert gap(torch.from_numpy(found["array"]), rows) <= ROWS_F32
+        assert found["ids"] == written, runtime
 
 
 # Beside its own stops, what ends a text of the runtime's by its name.

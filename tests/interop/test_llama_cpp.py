@@ -76,15 +76,24 @@ def text_logits(folder: Path, ids: list[int]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def answer(model: LlavaForConditionalGeneration, folder: Path, picture: Path, count: int) -> tuple[Any, list[int]]:
-    """The rows that stand for the picture, and greedy ids until one that ends the turn."""
+def answer(
+    model: LlavaForConditionalGeneration,
+    folder: Path,
+    picture: Path,
+    count: int,
+    around: list[list[int]] | None = None,
+) -> tuple[Any, list[int]]:
+    """The rows that stand for the picture, and greedy ids until one that ends the turn.
+
+    `around` are the ids before and after the picture, else those of `prompt`.
+    """
     rgb = Image.open(picture).convert("RGB")
     pixels = CLIPImageProcessor.from_pretrained(folder)(rgb, return_tensors="pt")["pixel_values"]
     features = model.get_image_features(pixel_values=pixels)
     # Its form changes between releases of transformers: a tensor, a list of them, or an output that holds either.
     features = getattr(features, "pooler_output", features)
     rows = features[0] if isinstance(features, (list, tuple)) or features.dim() == 3 else features
-    before, after = (ids_of(folder, part) for part in prompt("<image>").split("<image>"))
+    before, after = around or [ids_of(folder, part) for part in prompt("<image>").split("<image>")]
     ids = torch.tensor([[*before, *[model.config.image_token_index] * len(rows), *after]])
     given = {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
     written = model.generate(**given, do_sample=False, max_new_tokens=count)[0, ids.shape[1] :]
