@@ -53,10 +53,33 @@ SOURCES: dict[str, str] = {
     "llava/llava_pretrain": "a link to LLaVA-Pretrain/images: ln -s ../../../../llava_data/LLaVA-Pretrain/images",
 }
 
+_LLAVA = ("coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K", "vg/VG_100K_2")
+_SHARED = ("coco/train2017", "llava/llava_pretrain/images", "sam/images")
+_PAINTED = ("share_textvqa/images", "web-celebrity/images", "web-landmark/images", "wikiart/images")
+# The folders of pictures that go with a file, below the set's `images`: what a file that is not here yet will ask for.
+FOLDERS: dict[str, tuple[str, ...]] = {
+    "blip_laion_cc_sbu_558k.json": ("",),
+    "llava_v1_5_mix665k.json": _LLAVA,
+    "share-captioner_coco_lcs_sam_1246k_1107.json": _SHARED,
+    "sharegpt4v_instruct_gpt4-vision_cap100k": (*_SHARED, *_PAINTED),
+    "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k": (*_SHARED, *_PAINTED, *_LLAVA[1:]),
+    "llava_instruct_150k_zh.jsonl": ("train2017",),
+    "dvqa_train_200k.jsonl": ("images",),
+    "chartqa_train_18k.jsonl": ("train", "val", "test"),
+    "ai2d_train_12k.jsonl": ("abc_images", "images"),
+    "docvqa_train_10k.jsonl": ("train", "val", "test"),
+    "geoqa+.jsonl": ("images",),
+    "synthdog_en.jsonl": ("images",),
+}
+
 
 @dataclass(frozen=True)
 class SetCheck:
-    """What was found of one set: rows, rows about a picture, and pictures that are missing, by their folder."""
+    """What was found of one set: rows, rows about a picture, and pictures that are missing, by their folder.
+
+    Where the file itself is missing, `absent` are the folders of pictures that it will ask for and that are not here
+    either.
+    """
 
     name: str
     file: Path
@@ -64,6 +87,7 @@ class SetCheck:
     pictures: int
     missing: dict[str, int]
     problem: str = ""
+    absent: tuple[str, ...] = ()
 
     @property
     def sound(self) -> bool:
@@ -73,6 +97,9 @@ class SetCheck:
         if self.problem:
             yield f"{self.name}: {self.problem}"
             yield from _advice(str(self.file))
+            for folder in self.absent:
+                yield f"  {folder}: no such folder, or nothing in it"
+                yield from _advice(folder)
             return
         gone = sum(self.missing.values())
         yield f"{self.name}: {self.rows:,} rows, {self.pictures:,} about a picture, " + (
@@ -90,6 +117,7 @@ class SetCheck:
             "pictures": self.pictures,
             "missing": self.missing,
             "problem": self.problem,
+            "absent": list(self.absent),
         }
 
 
@@ -126,8 +154,15 @@ def _check_set(name: str, file: Path, images: Path, listings: dict[Path, frozens
             if last not in _listed(Path(folder), listings):
                 missing[folder] += 1
     except ConvertError as problem:
-        return SetCheck(name, file, rows, pictures, {}, problem.message)
+        gone = [str(place) for place in _expected(file, images) if not _listed(place, listings)]
+        return SetCheck(name, file, rows, pictures, {}, problem.message, tuple(gone))
     return SetCheck(name, file, rows, pictures, dict(missing.most_common()))
+
+
+def _expected(file: Path, images: Path) -> list[Path]:
+    """The folders of pictures that a file that cannot be read would name, where the set is a known one."""
+    known = next((folders for name, folders in FOLDERS.items() if file.name.startswith(name)), ())
+    return [images / folder for folder in known]
 
 
 def _listed(folder: Path, listings: dict[Path, frozenset[str]]) -> frozenset[str]:

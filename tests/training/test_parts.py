@@ -288,6 +288,32 @@ def test_data_check(tiny: Path, tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["data", "check", str(tmp_path / "r.toml")]).exit_code == 0
 
 
+def test_data_check_of_a_set_that_is_not_here(tmp_path: Path) -> None:
+    """The pictures that it will ask for are told too, but for those that are there."""
+    (tmp_path / "llava_images/gqa/images").mkdir(parents=True)
+    (tmp_path / "llava_images/gqa/images/1.jpg").touch()
+    (tmp_path / "llava_images/coco/train2017").mkdir(parents=True)
+    found = CliRunner().invoke(app, ["data", "check", "llava_v15_7b_finetune", "--set", f"data.root={tmp_path}"])
+    assert found.exit_code == 3
+    assert "llava_v1_5_mix665k.json: no such data file" in found.stdout
+    for folder, told in (("coco/train2017", True), ("gqa/images", False), ("vg/VG_100K_2", True)):
+        assert (f"llava_images/{folder}: no such folder, or nothing in it" in found.stdout) == told, folder
+    assert "get it: https://cs.stanford.edu/people/rak248/VG_100K_2/images2.zip" in found.stdout
+
+
+def test_every_known_set_and_folder_can_be_had() -> None:
+    """For every file of a recipe that comes with the package, and every folder that it asks for, there is a source."""
+    check = training("check")
+    for name in recipes.recipe_names():
+        for stage in recipes.load_recipe(name):
+            for one in stage.data.sets if stage.build is None else ():
+                file = Path(stage.data.root) / one.file
+                places = check._expected(file, Path(stage.data.root) / one.images)
+                assert places, one.file
+                for place in (file, *places):
+                    assert list(check._advice(str(place))), place
+
+
 def test_fix_ocrvqa(tmp_path: Path) -> None:
     for name in ("a.png", "b.jpg", "c.gif", "c.jpg"):
         (tmp_path / name).write_text(name)
