@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
+import llava_convert
 from llava_convert.resources import data_dir
 from tests.interop.conftest import Converter, gap
 from tests.interop.llama_cpp import PRE, LlamaCpp, differing, llm_file, metadata, mmproj_file, tensors
@@ -91,15 +92,23 @@ def test_logits_of_long_texts(converted: Converter, llama_cpp: LlamaCpp, name: s
 
 
 @pytest.mark.parametrize("name", ["mistral-window", "phi-3"])
-def test_a_window_shows_behind_it_alone(converted: Converter, llama_cpp: LlamaCpp, name: str) -> None:
+def test_a_window_shows_behind_it_alone(converted: Converter, llama_cpp: LlamaCpp, name: str, tmp_path: Path) -> None:
     """What the conversion warns of: the runtime looks back at everything."""
     width = WIDES[name].settings["sliding_window"]
+    assert [f"more than {width} tokens" in line for line in warnings(converted, name, tmp_path)] == [True]
     ids = ids_for(name, 300)
     task = {"kind": "logits", "model": language_model(converted, name, "f32"), "ids": ids}
     off = np.abs(
         llama_cpp.ask(long=task)["long"]["array"] - expected_logits(converted(name, "hf", dtype="float16"), ids)
     ).max(axis=1)
     assert off[:width].max() <= 3 * FLOATS["f32"] < 0.05 < off[width + 1 :].max()
+
+
+def warnings(converted: Converter, name: str, place: Path) -> tuple[str, ...]:
+    """Of the conversion of a language model to GGUF."""
+    folder = converted(name, "hf", dtype="float16")
+    report = llava_convert.convert(folder, to="gguf", out=place / "planned", part="llm", dry_run=True)
+    return tuple(report.warnings)
 
 
 def as_the_runtime_reads(texts: list[str], tokenizer: str) -> list[str]:
@@ -191,8 +200,9 @@ def test_a_space_at_the_beginning_alone(converted: Converter, llama_cpp: LlamaCp
     texts = [*hard_strings(240), "<s>a"]
     found = llama_cpp.ask(hard={"kind": "tokenize", "model": file, "texts": texts})["hard"]["ids"]
     wanted = encoded(folder, texts, tmp_path)
-    differing = {text for text, one, other in zip(texts, found, wanted, strict=True) if one != other}
-    assert differing == {text for text in texts if text.startswith((" ", "▁", "<s>"))}
+    assert ["begins with one" in line for line in warnings(converted, "once", tmp_path)] == [True]
+    others = {text for text, one, other in zip(texts, found, wanted, strict=True) if one != other}
+    assert others == {text for text in texts if text.startswith((" ", "▁", "<s>"))}
 
 
 PROMPTS = {
