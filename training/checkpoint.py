@@ -200,6 +200,7 @@ class Resumable:
     iteration: int
     seed: int
     processes: int | None  # None: the real xtuner does not tell
+    config: str
     state: dict[str, torch.Tensor]
     optimizer: dict[int, dict[str, torch.Tensor]]
 
@@ -212,7 +213,7 @@ def read_checkpoint(path: Path) -> Resumable:
     if path.is_dir():
         zero = read_zero(path)
         try:
-            return Resumable(int(zero.meta["iter"]), int(zero.meta["seed"]), zero.ranks, {}, {})
+            return Resumable(int(zero.meta["iter"]), int(zero.meta["seed"]), zero.ranks, str(zero.meta["cfg"]), {}, {})
         except (KeyError, TypeError):
             raise InputError(f"{path}: cannot be resumed: it lacks mmengine's counters (meta)") from None
     root = _plain(read_torch(path).root)
@@ -233,6 +234,7 @@ def read_checkpoint(path: Path) -> Resumable:
             int(iteration),
             int(seed),
             _processes(root.get("message_hub")),
+            str(meta.get("cfg", "")),
             {name: load(t) for name, t in tensors.items() if isinstance(t, StoredTensor)},
             {int(i): {k: load(v) for k, v in one.items()} for i, one in optimizer.items()},
         )

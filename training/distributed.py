@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+from collections.abc import Mapping
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,14 +106,16 @@ def gloo_in_order() -> str:
     return "gloo_in_order"
 
 
-def alone() -> None:
-    """What torchrun tells each process, for a single one that was started without it: DeepSpeed asks for it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def environment() -> None:
+    """What DeepSpeed asks the environment for: what torchrun tells, also where one process was started without it."""
     if "LOCAL_RANK" not in os.environ:
-        os.environ.update(told)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    # On a CPU it would otherwise ask numactl, which may not be installed, how many processes there can be.
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def gathered(
@@ -125,8 +128,22 @@ def gathered(
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     moments = get_optimizer_state_dict(wrapped, optimizer.optimizer, options=options)
+    state = accelerator.get_state_dict(wrapped)
+    if not accelerator.is_main_process:
+        return {}, {}
     numbers = {name: i for i, (name, _) in enumerate(model.named_parameters())}
-    state = {numbers[name]: values for name, values in moments["state"].items() if name in numbers}
-    group = {k: v for k, v in moments["param_groups"][0].items() if k != "params"} if moments else {}
-    groups = [{**group, "params": list(numbers.values())}]
-    return accelerator.get_state_dict(wrapped), {"state": state, "param_groups": groups}
+    group = {k: v for k, v in moments["param_groups"][0].items() if k != "params"}
+    found = {numbers[name]: values for name, values in moments["state"].items()}
+    return state, {"state": found, "param_groups": [{**group, "params": list(numbers.values())}]}
+
+
+def spread(wrapped: Any, model: torch.nn.Module, optimizer: Any, moments: Mapping[int, Any]) -> None:
+    """Give FSDP's optimiser the moments of a checkpoint, each process its share."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    names = [name for name, _ in model.named_parameters()]
+    group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    state = {"state": {names[i]: dict(one) for i, one in moments.items()}, "param_groups": [{**group, "params": names}]}
+    set_optimizer_state_dict(
+        wrapped, optimizer.optimizer, state, options=StateDictOptions(full_state_dict=True, strict=False)
+    )

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from .checkpoint import unwritten
 
 FILE, CURVE = "log.jsonl", "loss.png"
 SCALARS = ("lr", "grad_norm", "loss", "time")
@@ -39,8 +42,11 @@ class Log:
         eta = (self.iterations - iteration) * sum([*done, values["time"] or 0.0]) / (len(done) + 1)
         row = {"iter": iteration, **values, "eta": round(eta, 1)}
         self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as problem:
+            raise unwritten(problem, self.folder / FILE) from None
         if self.board is not None:
             for name in ("loss", "lr"):
                 self.board.add_scalar(f"train/{name}", values[name], iteration)
@@ -61,10 +67,13 @@ class Log:
         return {name: [float(row[name]) for row in self.rows if row.get(name) is not None] for name in SCALARS}
 
     def close(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # a full disk was told of by then
+            self.file.close()
         if self.board is not None:
             self.board.close()
-        if self.rows:
+        if not self.rows:
+            return
+        with suppress(OSError):
             draw_curve([(row["iter"], row["loss"]) for row in self.rows], self.folder / CURVE)
 
 

@@ -7,8 +7,8 @@ the projector; of a part under LoRA the adapter alone; of a frozen part nothing.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,7 +58,8 @@ class Tower(nn.Module):
         super().__init__()
         config = vision_config(name)
         cls = TOWERS[config.model_type]
-        tower = cls(config) if empty else cls.from_pretrained(name, dtype=torch.float32)
+        with loading(name):
+            tower = cls(config) if empty else cls.from_pretrained(name, dtype=torch.float32)
         if recompute:
             _recompute_activations(tower, recompute)
         # Not called `config`: peft would take this module for one of transformers' own.
@@ -171,9 +172,10 @@ class Llava(nn.Module):
                     found[name] = tensor
         return found
 
-    def load_trained(self, state: Mapping[str, torch.Tensor], where: str) -> None:
-        """Put trained tensors in their places, by xtuner's names. Raises InputError for names or shapes not here.
+    def load_trained(self, state: Mapping[str, torch.Tensor], where: str, *, complete: bool = False) -> None:
+        """Put trained tensors in their places, by xtuner's names.
 
+        Raises InputError for names or shapes not here; with `complete` also where a tensor is missing that is trained.
         What is there of a part under LoRA without the adapter's infix does not fit and is refused too, where xtuner
         passes over it in silence.
         """
@@ -187,6 +189,12 @@ class Llava(nn.Module):
             raise InputError(
                 f"{where}: {len(strange) + len(wrong)} tensors do not fit this model, for instance {name}",
                 hint="is it a checkpoint of these base models, with the same parts under LoRA?",
+            )
+        missing = [name for name in self.trained_state() if complete and name not in state]
+        if missing:
+            raise InputError(
+                f"{where}: lacks {len(missing)} tensors which this recipe trains, for instance {missing[0]}",
+                hint="resume with the recipe that it was trained with; as model.pretrained it can start a new run",
             )
         with torch.no_grad():
             for name, tensor in state.items():
@@ -203,9 +211,22 @@ def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
     return cast(AbstractContextManager[Any], GatheredParameters(parameter, modifier_rank=0))
 
 
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Whatever transformers raises for a base model that it cannot load becomes an InputError."""
+    try:
+        yield
+    except (OSError, ValueError) as problem:
+        raise InputError(
+            f"{name}: cannot be loaded: {str(problem).splitlines()[0]}",
+            hint="model.llm and model.visual_encoder are folders, or ids of the hub: --set model.llm=FOLDER",
+        ) from problem
+
+
 def vision_config(name: str) -> Any:
     """The config of a vision tower. Raises UnsupportedError for a kind that no projector here reads."""
-    config = AutoConfig.from_pretrained(name)
+    with loading(name):
+        config = AutoConfig.from_pretrained(name)
     config = getattr(config, "vision_config", config)
     if config.model_type not in TOWERS:
         raise UnsupportedError(f"{name}: a tower of type {config.model_type}; known: {', '.join(TOWERS)}")
@@ -214,7 +235,8 @@ def vision_config(name: str) -> Any:
 
 def _language_model(recipe: ModelRecipe, *, empty: bool) -> Any:
     if empty:
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe.llm))
+        with loading(recipe.llm):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe.llm))
     options: dict[str, Any] = {"dtype": DTYPES[recipe.llm_dtype]}
     if recipe.quantization:
         if not torch.cuda.is_available():
@@ -230,7 +252,8 @@ def _language_model(recipe: ModelRecipe, *, empty: bool) -> Any:
             bnb_4bit_compute_dtype=DTYPES[recipe.llm_dtype],
         )
         options["device_map"] = {"": torch.cuda.current_device()}
-    return AutoModelForCausalLM.from_pretrained(recipe.llm, **options)
+    with loading(recipe.llm):
+        return AutoModelForCausalLM.from_pretrained(recipe.llm, **options)
 
 
 def _recompute_activations(model: Any, how: dict[str, bool]) -> None:

@@ -29,6 +29,8 @@ def run(stages: Sequence[Recipe], work_dir: Path | None, *, resume: bool, deepsp
     With `resume` a stage whose last checkpoint is there is passed over, a half done one is taken up.
     """
     require_packages()
+    from accelerate import PartialState
+
     from .checkpoint import checkpoints
     from .train import train
 
@@ -45,6 +47,7 @@ def run(stages: Sequence[Recipe], work_dir: Path | None, *, resume: bool, deepsp
         last = train(stage, folder, resume=resume, deepspeed=deepspeed)
     if last is None:
         raise UsageError("the recipe has no stage")
+    PartialState().destroy_process_group()
     return last
 
 

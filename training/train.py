@@ -27,7 +27,7 @@ from . import distributed
 from .checkpoint import Progress, Resumable, checkpoints, prune, read_checkpoint, write_checkpoint
 from .data import Conversations, Pictures, collate
 from .logs import Log
-from .model import Llava, vision_config
+from .model import Llava, loading, vision_config
 from .recipe import Recipe
 from .sampler import LengthGrouped
 from .schedule import Schedule
@@ -55,12 +55,11 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
     torch.manual_seed(seed)  # the projector and the adapters start the same everywhere
 
     # --- data
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.llm)
-    pictures = Pictures(
-        AutoImageProcessor.from_pretrained(recipe.model.visual_encoder),
-        recipe.data.pad_image_to_square,
-        vision.image_size,
-    )
+    with loading(recipe.model.llm):
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model.llm)
+    with loading(recipe.model.visual_encoder):
+        processor = AutoImageProcessor.from_pretrained(recipe.model.visual_encoder)
+    pictures = Pictures(processor, recipe.data.pad_image_to_square, vision.image_size)
     with accelerator.main_process_first():  # the first one fills the cache of token ids
         data = Conversations(recipe.data, tokenizer, pictures, image_tokens=image_tokens, cache=work_dir / "tokens")
 
@@ -74,6 +73,10 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
     save_every = -(-settings.save_steps // settings.accumulate) * settings.accumulate
     schedule = Schedule(settings.lr, iterations, int(settings.warmup_ratio * iterations), settings.warmup_start)
 
+    if main and taken_up and taken_up.processes and taken_up.config != config:
+        before = taken_up.config.splitlines()
+        changed = [line.strip() for line in config.splitlines() if line not in before]
+        print(f"the recipe is another than that of {last}: {'; '.join(changed)}", file=sys.stderr)
     if last and start >= iterations:
         if main:
             print(f"{last}: trained to the end ({iterations} iterations), nothing is left to do", file=sys.stderr)
@@ -83,7 +86,7 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
     zero = accelerator.state.deepspeed_plugin.zero_stage if deepspeed else 0
     model = Llava(recipe.model, reentrant=zero == 3)
     if taken_up and taken_up.state:
-        model.load_trained(taken_up.state, str(last))
+        model.load_trained(taken_up.state, str(last), complete=True)
 
     # --- optimiser: of every parameter, in the module's order, so that its state has mmengine's numbers
     optimizer = torch.optim.AdamW(
@@ -91,9 +94,12 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
     )
     for one in optimizer.param_groups:
         one["initial_lr"] = settings.lr
-    if taken_up and taken_up.optimizer:
+    fsdp = accelerator.distributed_type == DistributedType.FSDP
+    if taken_up and taken_up.optimizer and not fsdp:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": taken_up.optimizer})
     wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if taken_up and fsdp:
+        distributed.spread(wrapped, model, optimizer, taken_up.optimizer)
     if last and last.is_dir():
         distributed.load_folder(wrapped, last, zero)
 
@@ -187,7 +193,7 @@ def _accelerator(recipe: Recipe, deepspeed: str) -> Accelerator:
     on_cpu = not torch.cuda.is_available()
     AcceleratorState._reset_state()  # the stage before may have had another precision
     if deepspeed:
-        distributed.alone()
+        distributed.environment()
         options["deepspeed_plugin"] = distributed.deepspeed_plugin(recipe, deepspeed)
         if on_cpu:
             options["kwargs_handlers"] = [InitProcessGroupKwargs(backend=distributed.gloo_in_order())]

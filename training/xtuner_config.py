@@ -6,6 +6,8 @@ resumes or goes on with what is trained here.
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
+
 from llava_convert.errors import UnsupportedError
 
 from .recipe import Lora, Recipe
@@ -86,8 +88,8 @@ _QUANTISED = """torch_dtype=torch.float16,
 _DATASET = """
 {name} = dict(
     type=LLaVADataset,
-    data_path=data_root + {file!r},
-    image_folder=data_root + {images!r},
+    data_path={file},
+    image_folder={images},
     tokenizer=tokenizer,
     image_processor=image_processor,
     dataset_map_fn={map_fn},
@@ -118,11 +120,8 @@ param_scheduler = [
 {warm}    dict(
         type=CosineAnnealingLR,
         eta_min=0.0,
-        by_epoch=True,
-        begin=warmup_ratio * max_epochs,
-        end=max_epochs,
-        convert_to_iter_based=True)]
-train_cfg = dict(type=TrainLoop, max_epochs=max_epochs)
+        {cosine})]
+train_cfg = dict(type=TrainLoop, {length})
 
 custom_hooks = [dict(type=DatasetInfoHook, tokenizer=tokenizer)]
 default_hooks = dict(
@@ -147,11 +146,11 @@ _WARM = """\
     dict(
         type=LinearLR,
         start_factor={start!r},
-        by_epoch=True,
-        begin=0,
-        end=warmup_ratio * max_epochs,
-        convert_to_iter_based=True),
+        {span}),
 """
+# A part of the schedule, in epochs or, where the recipe counts them, in iterations.
+_EPOCHS = "by_epoch=True,\n        begin={},\n        end={},\n        convert_to_iter_based=True"
+_ITERATIONS = "by_epoch=False,\n        begin={},\n        end={}"
 
 
 def as_xtuner_config(recipe: Recipe, *, image_tokens: int = 0) -> str:
@@ -173,7 +172,7 @@ def as_xtuner_config(recipe: Recipe, *, image_tokens: int = 0) -> str:
         llm=model.llm,
         vit=model.visual_encoder,
         pretrained=model.pretrained or None,
-        root=f"{data.root.rstrip('/')}/",
+        root=f"{data.root.rstrip('/') or '/' * data.root.startswith('/') or '.'}/".replace("//", "/"),
         template="vicuna" if plain else data.prompt_template,
         max_length=data.max_length - image_tokens,
         batch_size=train.batch_size,
@@ -204,19 +203,34 @@ def as_xtuner_config(recipe: Recipe, *, image_tokens: int = 0) -> str:
         name = "".join(c if c.isalnum() else "_" for c in one.name) + f"_{number}"
         names += [name] * one.repeats
         text += _DATASET.format(
-            name=name, file=one.file, images=one.images, map_fn=map_fn, pad=data.pad_image_to_square
+            name=name,
+            file=_under_root(one.file),
+            images=_under_root(one.images),
+            map_fn=map_fn,
+            pad=data.pad_image_to_square,
         )
     half = train.dtype != "fp32"
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(train.dtype)
+    if train.max_iters:
+        iterations = -(-train.max_iters // train.accumulate) * train.accumulate
+        warm, end, part = str(int(train.warmup_ratio * iterations)), str(iterations), _ITERATIONS
+    else:
+        warm, end, part = "warmup_ratio * max_epochs", "max_epochs", _EPOCHS
     return text + _TAIL.format(
         datasets=", ".join(names),
         wrapper="AmpOptimWrapper" if half else "OptimWrapper",
         eps=train.eps,
         amp=f",\n    loss_scale='dynamic',\n    dtype={dtype!r}" if half else "",
-        warm=_WARM.format(start=train.warmup_start) if train.warmup_ratio else "",
+        warm=_WARM.format(start=train.warmup_start, span=part.format(0, warm)) if train.warmup_ratio else "",
+        cosine=part.format(warm, end),
+        length=f"max_iters={end}" if train.max_iters else "max_epochs=max_epochs",
         log_every=train.log_every,
         seed=train.seed,
     )
+
+
+def _under_root(path: str) -> str:
+    return repr(path) if PurePosixPath(path).is_absolute() else f"data_root + {path!r}"
 
 
 def _lora(name: str, lora: Lora | None, task: str | None) -> str:

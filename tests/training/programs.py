@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +19,42 @@ from tests.interop.peer_programs import PEERS, in_peer
 recipes, checkpoint = training("recipe"), training("checkpoint")
 
 
+OURS = ("-m", "llava_convert")
+
+
 def environment(**more: str) -> dict[str, str]:
     """That of a process which trains: this package on the path, one thread, the CPU."""
     fixed = {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     return {**os.environ, **fixed, **more}
 
 
-def command(recipe: Any, work_dir: Path, *options: str) -> list[str]:
+def command(recipe: Any, work_dir: Path, *options: str, program: Sequence[str] = OURS) -> list[str]:
     """The words behind `python`: the recipe goes into a file beside the work_dir."""
     file = work_dir.with_name(f"{work_dir.name}.toml")
     file.write_text(recipes.as_toml(recipe))
-    return ["-m", "llava_convert", "train", str(file), "--work-dir", str(work_dir), *options]
+    return [*program, "train", str(file), "--work-dir", str(work_dir), *options]
 
 
 def train(
-    recipe: Any, work_dir: Path, *options: str, processes: int = 1, peer: str = "", fails: bool = False
+    recipe: Any,
+    work_dir: Path,
+    *options: str,
+    processes: int = 1,
+    peer: str = "",
+    program: Path | None = None,
+    fails: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run our trainer, by torchrun where there are several processes; `peer` is an environment of .venvs."""
+    """Run our trainer, by torchrun where there are several processes; `peer` is an environment of .venvs.
+
+    `program` is a script that stands in for `-m llava_convert`.
+    """
     python = str(PEERS / peer / "bin/python") if peer else sys.executable
     if not Path(python).is_file():
         pytest.skip(f"no environment {peer}: `make peers` builds it")
     more = {"TORCH_EXTENSIONS_DIR": str(PEERS / peer / "extensions")} if peer else {}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    words = [python, *(torchrun if processes > 1 else []), *command(recipe, work_dir, *options)]
+    ours = command(recipe, work_dir, *options, program=[str(program)] if program else OURS)
+    words = [python, *(torchrun if processes > 1 else []), *ours]
     done = subprocess.run(words, env=environment(**more), capture_output=True, text=True, cwd=work_dir.parent)
     assert (done.returncode != 0) == fails, f"{done.stdout[-1000:]}\n{done.stderr[-5000:]}"
     return done
