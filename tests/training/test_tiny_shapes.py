@@ -7,6 +7,7 @@ or its template on the way; the questions are about pictures that it was not tra
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import llava_convert
 from fixtures.demo import __main__ as demo
 from fixtures.demo import runtimes
 from llava_convert.resources import training
+from tests.interop.peer_programs import in_peer
 
 shapes = training("shapes")
 
@@ -27,6 +29,7 @@ class Shown:
     """A finished demo: its folder, its questions, and every runtime's answers."""
 
     folder: Path
+    runs: Path
     questions: list[demo.Question]
     answers: demo.Answers
 
@@ -39,7 +42,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
     steps = demo.Demo(tmp_path_factory.mktemp("shapes"), Console(quiet=True))
     steps.train()
     steps.convert()
-    return Shown(steps.folder, steps.questions(), steps.ask())
+    return Shown(steps.folder, steps.runs, steps.questions(), steps.ask())
 
 
 @pytest.mark.slow
@@ -72,6 +75,18 @@ def test_gguf_and_back_answers_as_before(shown: Shown, tmp_path: Path) -> None:
     ask = runtimes.hf(tmp_path / "back")
     answers = [ask(question.image(), question.text) for question in shown.questions]
     assert answers == shown.answers[demo.HF]
+
+
+@pytest.mark.peers
+def test_the_real_llava_answers_as_the_checkpoint(shown: Shown, tmp_path: Path) -> None:
+    """LLaVA's own loader and code, on transformers 4.37."""
+    shutil.copytree(shown.folder / shown.runs / "base" / "vit", tmp_path / "tiny-shapes" / "vit")  # by its id
+    start, end = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"
+    head, tail = start.format("user") + "<image>\n", end + start.format("assistant")
+    questions = [(str(q.picture), head + q.text + tail) for q in shown.questions]
+    job = {"folder": str(shown.folder / "official"), "questions": questions}
+    found = in_peer("llava", "ask_official.py", job, tmp_path)
+    assert found["answers"] == shown.answers[demo.TRAINED]
 
 
 @pytest.mark.slow
