@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from llava_convert.architecture import architecture_for
 from llava_convert.checkpoint import LLM
-from llava_convert.errors import UnsupportedError
+from llava_convert.errors import InputError, UnsupportedError
+from llava_convert.gguf.limits import rotated_share
 from llava_convert.spec import StoredTensor
 from llava_convert.storage.gguf import Typed
 from llava_convert.storage.ranges import FilePool
@@ -59,7 +60,7 @@ def scaling_keys(architecture: str, config: Config) -> dict[str, Typed]:
         if kind in _LONGROPE:
             return {f"{prefix}.attn_factor": Typed("f32", _phi3_attention(config))}
     elif kind in ("linear", "yarn"):
-        found = {f"{prefix}.type": Typed("str", kind), f"{prefix}.factor": Typed("f32", float(scaling["factor"]))}
+        found = {f"{prefix}.type": Typed("str", kind), f"{prefix}.factor": Typed("f32", _factor(config))}
         return found | (_yarn_keys(prefix, config) if kind == "yarn" else {})
     known = {"llama": "llama3, linear, yarn", PHI3: "longrope"}.get(architecture, "linear, yarn")
     raise UnsupportedError(
@@ -88,18 +89,31 @@ def _yarn_keys(prefix: str, config: Config) -> dict[str, Typed]:
     for name, key in _YARN.items():
         if scaling.get(name) is not None:
             found[f"{prefix}.{key}"] = Typed("f32", float(scaling[name]))
-    usual = _mscale(float(scaling["factor"]))
-    attention = _yarn_attention(scaling)
+    usual = _mscale(_factor(config))
+    attention = _yarn_attention(scaling, _factor(config))
     if attention != usual:
         found[f"{prefix}.attn_factor"] = Typed("f32", attention / usual)
     return found
 
 
-def _yarn_attention(scaling: Mapping[str, Any]) -> float:
+def _factor(config: Config) -> float:
+    """The scaling's factor, which yarn may leave to the two lengths. Raises InputError where nothing tells it."""
+    scaling = config["rope_scaling"]
+    stated, original = scaling.get("factor"), scaling.get("original_max_position_embeddings")
+    if stated is None and original and kind_of(scaling) == "yarn":
+        stated = config["max_position_embeddings"] / original
+    if not isinstance(stated, int | float) or not stated > 0:
+        raise InputError(
+            f"config.json: rope scaling {kind_of(scaling)!r} has no factor that is a number, but {stated!r}"
+        )
+    return float(stated)
+
+
+def _yarn_attention(scaling: Mapping[str, Any], factor: float) -> float:
     """What transformers multiplies the cosines and sines by (modeling_rope_utils.py, _compute_yarn_parameters)."""
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
-    factor, over, under = float(scaling["factor"]), scaling.get("mscale"), scaling.get("mscale_all_dim")
+    over, under = scaling.get("mscale"), scaling.get("mscale_all_dim")
     return _mscale(factor, over) / _mscale(factor, under) if over and under else _mscale(factor)
 
 
@@ -137,8 +151,18 @@ def factor_tensors(architecture: str, config: Config) -> dict[str, tuple[float, 
         factors = llama3_factors(float(config.get("rope_theta", 10000.0)), head, *numbers)
         return {LLAMA3_TENSOR: tuple(factors.tolist())}
     if architecture == PHI3 and kind in _LONGROPE:
-        return {tensor: tuple(map(float, scaling[name])) for name, tensor in PHI3_TENSORS.items()}
+        size = architecture_for(LLM, str(config["model_type"])).symbol("head_dim", config)
+        count = int(size * (rotated_share(config) or 1.0)) // 2
+        return {tensor: _numbers(scaling.get(name), name, count) for name, tensor in PHI3_TENSORS.items()}
     return {}
+
+
+def _numbers(value: Any, name: str, count: int) -> tuple[float, ...]:
+    """Raises InputError for another number of factors than there are frequencies: the runtime refuses the file."""
+    if not isinstance(value, list) or len(value) != count or not all(isinstance(one, int | float) for one in value):
+        found = f"{len(value)} of them" if isinstance(value, list) else repr(value)
+        raise InputError(f"config.json: {name} of the rope scaling should be {count} numbers, found {found}")
+    return tuple(map(float, value))
 
 
 def llama3_factors(

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_convert.errors import UnsupportedError
-from llava_convert.gguf import limits, token_flags
+from llava_convert.errors import InputError, UnsupportedError
+from llava_convert.gguf import limits, rope, token_flags
 from llava_convert.gguf.names import config_of, metadata_of, table_for_family
 from llava_convert.sidecars import folder_sidecars
 from llava_convert.tokenizer import open_tokenizer
@@ -38,6 +38,18 @@ def test_what_llama_cpp_computes_otherwise(kind: str, settings: dict[str, Any], 
     """Its graphs take no key for these; transformers computes each of them."""
     with pytest.raises(UnsupportedError, match=said):
         metadata_of(table_for_family(kind), config(kind, **settings))
+
+
+def test_scalings_without_their_numbers() -> None:
+    lengths = {"original_max_position_embeddings": 512, "max_position_embeddings": 2048}
+    told = config("llama", rope_scaling={"type": "yarn", **lengths})
+    assert metadata_of(table_for_family("llama"), told)["llama.rope.scaling.factor"].value == 4.0
+    with pytest.raises(InputError, match="no factor that is a number, but None"):
+        metadata_of(table_for_family("qwen2"), config("qwen2", rope_scaling={"type": "linear"}))
+    for factors, found in (([1.0] * 7, "7 of them"), (None, "None"), ([1.0] * 7 + ["x"], "8 of them")):
+        scaling = {"type": "longrope", "short_factor": factors, "long_factor": [1.0] * 8}
+        with pytest.raises(InputError, match=f"short_factor .* 8 numbers, found {found}"):
+            rope.factor_tensors("phi3", config("phi3", rope_scaling=scaling))
 
 
 @pytest.mark.parametrize(
