@@ -302,7 +302,7 @@ def read_trained(path: Path) -> dict[str, torch.Tensor]:
             for name, tensor in adapter.tensors.items() if adapter else ():
                 # In a model peft names the adapter too, in its files not.
                 name = name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
-                stored[f"{prefix}.base_model.model.{name}"] = tensor
+                stored[f"{prefix}.base_model.model.{name.partition('.')[2]}"] = tensor
     with FilePool() as pool:
         return {name: as_tensor(read_whole(pool, one), one.dtype) for name, one in stored.items()}
 

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
     settings that this machine cannot do.
     """
     settings = recipe.train
+    recipe = _found_from(work_dir, recipe)
     vision = vision_config(recipe.model.visual_encoder)
     image_tokens = (vision.image_size // vision.patch_size) ** 2
     # Refuses what xtuner's format cannot say, before anything is loaded.
@@ -49,7 +51,9 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
     main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
     found = checkpoints(work_dir) if resume else []
     last = found[-1] if found else None
-    taken_up = _taken_up(last, world, deepspeed) if last else None
+    by_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    fsdp = accelerator.distributed_type == DistributedType.FSDP
+    taken_up = _taken_up(last, world, by_deepspeed=by_deepspeed) if last else None
     start = taken_up.iteration if taken_up else 0
     seed = taken_up.seed if taken_up else settings.seed
     torch.manual_seed(seed)  # the projector and the adapters start the same everywhere
@@ -83,7 +87,7 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
         return last
 
     # --- model
-    zero = accelerator.state.deepspeed_plugin.zero_stage if deepspeed else 0
+    zero = accelerator.state.deepspeed_plugin.zero_stage if by_deepspeed else 0
     model = Llava(recipe.model, reentrant=zero == 3)
     if taken_up and taken_up.state:
         model.load_trained(taken_up.state, str(last), complete=True)
@@ -94,7 +98,6 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
     )
     for one in optimizer.param_groups:
         one["initial_lr"] = settings.lr
-    fsdp = accelerator.distributed_type == DistributedType.FSDP
     if taken_up and taken_up.optimizer and not fsdp:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": taken_up.optimizer})
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -129,14 +132,12 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
             with accelerator.accumulate(wrapped):  # the optimiser moves with the last micro-batch of a step
                 loss = wrapped(**batch)
                 shown = float(accelerator.reduce(loss.detach(), "mean"))
-                if not math.isfinite(shown):
-                    raise InputError(
-                        f"the loss of iteration {iteration + 1} is {shown}: nothing was saved of it",
-                        hint=f"the last good checkpoint is {last or 'none'}; a lower train.lr, or train.dtype=bf16",
-                    )
+                _check_finite(shown, "loss", iteration, last)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.max_norm)
+                    if norm is not None and settings.dtype != "fp16":  # where such a step is left out
+                        _check_finite(float(norm), "gradient's norm", iteration, last)
                 optimizer.step()
                 optimizer.zero_grad()
             now = time.perf_counter()
@@ -153,7 +154,7 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
                     log.scalars() if log else {}, log.eta if log else 0.0, world,
                 )  # fmt: skip
                 schedulers = schedule.state(iteration + 1)
-                if accelerator.distributed_type == DistributedType.DEEPSPEED:
+                if by_deepspeed:
                     distributed.write_folder(wrapped, last, schedulers, progress)
                 else:
                     state, moments = distributed.gathered(accelerator, wrapped, model, optimizer)
@@ -170,11 +171,28 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
     return last
 
 
-def _taken_up(last: Path, world: int, deepspeed: str) -> Resumable:
+def _check_finite(value: float, what: str, iteration: int, last: Path | None) -> None:
+    if not math.isfinite(value):
+        raise InputError(
+            f"the {what} of iteration {iteration + 1} is {value}: nothing was saved of it",
+            hint=f"the last good checkpoint is {last or 'none'}; a lower train.lr, or train.dtype=bf16",
+        )
+
+
+def _found_from(work_dir: Path, recipe: Recipe) -> Recipe:
+    """The recipe with its bases named so that what converts a checkpoint finds them: it looks from the work_dir up."""
+    if Path.cwd() in work_dir.absolute().parents:
+        return recipe
+    paths = {key: getattr(recipe.model, key) for key in ("llm", "visual_encoder", "pretrained")}
+    local = {key: str(Path(path).absolute()) for key, path in paths.items() if path and Path(path).exists()}
+    return replace(recipe, model=replace(recipe.model, **local))
+
+
+def _taken_up(last: Path, world: int, *, by_deepspeed: bool) -> Resumable:
     """The checkpoint to go on from. Raises UsageError where it is of another kind of run than this one."""
-    if last.is_dir() and not deepspeed:
+    if last.is_dir() and not by_deepspeed:
         raise UsageError(f"{last} is a DeepSpeed checkpoint", hint="resume it with the same --deepspeed")
-    if deepspeed and not last.is_dir():
+    if by_deepspeed and not last.is_dir():
         raise UsageError(f"{last} is no DeepSpeed checkpoint", hint="resume it without --deepspeed")
     found = read_checkpoint(last)
     if found.processes not in (None, world):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import llava_convert
 from llava_convert.cli import app
 from llava_convert.errors import InputError, UsageError
 from llava_convert.prompts import prompt_template
 from llava_convert.resources import training
 from llava_convert.training_config import parse_training_config
+from tests.training.drawn import draw, recipe
 
 data, recipes, sampler = training("data"), training("recipe"), training("sampler")
 
@@ -68,6 +72,49 @@ def test_the_config_is_read_without_running_it(tmp_path: Path) -> None:
     text = training("xtuner_config").as_xtuner_config(found)
     read = parse_training_config(text, "config.py")
     assert read.llm == "meta-llama/Meta-Llama-3-8B-Instruct" and read.freeze_llm
+
+
+def test_the_config_says_what_is_trained() -> None:
+    """Lengths without the picture's tokens, iterations where the recipe counts them, paths as joined."""
+    name = "llava_llama3_8b_instruct_full_clip_vit_large_p14_336_lora_e1_gpu8_internvl_finetune"
+    (found,) = recipes.load_recipe(name, ["train.max_iters=101", "data.root="])
+    sets = (recipes.DataSet("a", "/abs/a.json", "images"), recipes.DataSet("b", "b.json", "/abs"))
+    found = replace(found, data=replace(found.data, sets=sets))
+    text = training("xtuner_config").as_xtuner_config(found, image_tokens=576)
+    said: dict[str, Any] = {}
+    for line in text.splitlines():
+        key, _, value = line.strip().rstrip(",").partition("=")
+        said.setdefault(key.strip(), []).append(value.strip())
+    assert said["max_length"][0] == str(4096 - 576)
+    assert said["data_root"] == ["'./'"]
+    assert said["data_path"] == ["'/abs/a.json'", "data_root + 'b.json'"]
+    assert said["image_folder"] == ["data_root + 'images'", "'/abs'"]
+    # 101 iterations are rounded up to whole steps of four micro-batches.
+    assert "train_cfg = dict(type=TrainLoop, max_iters=104)" in text and said["end"] == ["3)", "104)]"]
+    (whole,) = recipes.load_recipe(name)
+    assert "train_cfg = dict(type=TrainLoop, max_epochs=max_epochs)" in training("xtuner_config").as_xtuner_config(
+        whole
+    )
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_checkpoint_converts_from_anywhere(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: bool
+) -> None:
+    """Bases named from the folder that training ran in, the work_dir in it or elsewhere."""
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    shutil.copytree(tiny, here / "models")
+    elsewhere.mkdir()
+    chosen = tiny_recipe(tiny, here, [GOOD])
+    chosen = replace(chosen, model=replace(chosen.model, llm="models/llm", visual_encoder="models/vit"))
+    monkeypatch.chdir(here)
+    last = training("train").train(chosen, Path("w") if beside else tmp_path / "w").absolute()
+    read = parse_training_config(last.with_name("t.py").read_text(), "t.py")
+    assert read.llm == ("models/llm" if beside else str(here / "models/llm"))
+    monkeypatch.chdir(elsewhere)
+    found = CliRunner().invoke(app, ["pth", str(last), "--to", "official", "-o", str(elsewhere / "out")])
+    assert found.exit_code == 0, found.output
+    assert json.loads((elsewhere / "out" / "config.json").read_text())["hidden_size"] == 64
 
 
 # --- conversations
@@ -226,7 +273,10 @@ def test_a_broken_picture_is_named(tiny: Path, tmp_path: Path, workers: int) -> 
     assert last.name == "iter_3.pth"
 
 
-def test_a_loss_that_is_not_finite(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("what", "factor"), [("loss", float("nan")), ("gradient's norm", 1.0)])
+def test_what_is_not_finite(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, factor: float
+) -> None:
     """It ends the run at once; the checkpoint before it stays."""
     model = training("model")
     real, calls = model.Llava.forward, []
@@ -234,13 +284,44 @@ def test_a_loss_that_is_not_finite(tiny: Path, tmp_path: Path, monkeypatch: pyte
     def forward(self: Any, **batch: Any) -> torch.Tensor:
         calls.append(1)
         loss: torch.Tensor = real(self, **batch)
-        return loss * float("nan") if len(calls) == 2 else loss
+        # The root of nothing is nothing, its slope is not.
+        return loss * factor + (self.projector.model[0].bias * 0).sum().sqrt() if len(calls) == 2 else loss
 
     monkeypatch.setattr(model.Llava, "forward", forward)
-    with pytest.raises(InputError, match="the loss of iteration 2 is nan") as caught:
+    with pytest.raises(InputError, match=f"the {what} of iteration 2 is nan") as caught:
         training("train").train(tiny_recipe(tiny, tmp_path, [GOOD]), tmp_path / "w")
     assert "iter_1.pth" in str(caught.value.hint)
     assert sorted(p.name for p in (tmp_path / "w").glob("*.pth")) == ["iter_1.pth"]
+
+
+@pytest.mark.parametrize("part", ["llm", "visual_encoder"])
+def test_a_base_that_is_not_there(tiny: Path, tmp_path: Path, part: str) -> None:
+    chosen = tiny_recipe(tiny, tmp_path, [GOOD])
+    (tmp_path / "r.toml").write_text(recipes.as_toml(chosen))
+    words = ["train", str(tmp_path / "r.toml"), "--work-dir", str(tmp_path / "w")]
+    found = CliRunner().invoke(app, [*words, "--set", f"model.{part}={tmp_path / 'gone'}"])
+    assert found.exit_code == 3 and f"{tmp_path / 'gone'}: cannot be loaded" in found.output.replace("\n", "")
+
+
+def test_taken_up_with_another_recipe(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Other parts are an error, other settings are told; a finished run says so and does nothing."""
+    train = training("train").train
+    first = recipe(tiny, draw(tmp_path / "data"), "pretrain")
+    train(first, tmp_path / "w")
+    (tmp_path / "w" / "iter_4.pth").unlink()
+    with pytest.raises(InputError, match="lacks 57 tensors which this recipe trains, for instance visual_encoder"):
+        train(recipe(tiny, tmp_path / "data", "full_vitlora"), tmp_path / "w", resume=True)
+    capfd.readouterr()
+    train(replace(first, train=replace(first.train, lr=5e-4)), tmp_path / "w", resume=True)
+    assert "the recipe is another than that of" in (said := capfd.readouterr().err) and "lr = 0.0005" in said
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "w").iterdir()}
+    assert train(first, tmp_path / "w", resume=True) == tmp_path / "w" / "iter_4.pth"
+    assert "iter_4.pth: trained to the end (4 iterations), nothing is left to do" in capfd.readouterr().err
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "w").iterdir()}
+    whole = recipe(tiny, tmp_path / "data", "full_vitlora")
+    train(replace(whole, train=replace(whole.train, max_iters=2)), tmp_path / "v")
+    with pytest.raises(InputError, match="36 tensors do not fit this model"):
+        train(first, tmp_path / "v", resume=True)
 
 
 def test_keep_and_prune(tiny: Path, tmp_path: Path) -> None:
@@ -251,15 +332,19 @@ def test_keep_and_prune(tiny: Path, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "w" / "loss.png").size == (900, 480)
 
 
-def test_stage_one_reaches_the_projector(tiny: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    first = training("train").train(tiny_recipe(tiny, tmp_path, [GOOD]), tmp_path / "w")
-    second = tiny_recipe(tiny, tmp_path, [GOOD])
-    second = replace(second, model=replace(second.model, pretrained=str(first)))
-    model = training("model").Llava(second.model)
-    trained = training("checkpoint").read_checkpoint(first).state
-    assert torch.equal(model.state_dict()["projector.model.0.weight"], trained["projector.model.0.weight"])
+@pytest.mark.parametrize("layout", ["pth", "xtuner"])
+def test_stage_one_reaches_every_part(tiny: Path, tmp_path: Path, layout: str) -> None:
+    """The projector and the adapters, which xtuner's LLaVAModel takes from a `pretrained_pth` too."""
+    first = recipe(tiny, draw(tmp_path / "data"), "llmlora_vitlora")
+    last = training("train").train(first, tmp_path / "w")
+    source = last
+    if layout == "xtuner":
+        source = tmp_path / "folder"
+        llava_convert.convert(last, to="xtuner", out=source, dtype="float32")
+    second = training("model").Llava(replace(first.model, pretrained=str(source))).state_dict()
+    trained = training("checkpoint").read_checkpoint(last).state
+    assert all(torch.equal(second[name], tensor) for name, tensor in trained.items())
+    assert float(trained["llm.base_model.model.model.layers.0.mlp.up_proj.lora_B.default.weight"].abs().max()) > 0
 
 
 # --- the command
