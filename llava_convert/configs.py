@@ -24,9 +24,10 @@ def old_flavour(config: Mapping[str, Any]) -> dict[str, Any]:
         found.setdefault("torch_dtype", dtype)
     rope = found.pop("rope_parameters", None)
     if isinstance(rope, dict):
-        scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-        if "rope_theta" in rope:
-            found.setdefault("rope_theta", rope["rope_theta"])
+        scaling = dict(rope)
+        for key in ("rope_theta", "partial_rotary_factor"):  # both stand by themselves in 4.x
+            if key in scaling:
+                found.setdefault(key, scaling.pop(key))
         if scaling.get("rope_type", scaling.get("type", "default")) == "default":
             found.setdefault("rope_scaling", None)
         else:

@@ -29,7 +29,7 @@ def refuse(architecture: str, told: Iterable[str], config: Config, family: Archi
             f"the activation {activation!r} cannot be written as GGUF: llama.cpp computes silu alone"
         )
     share = rotated_share(config)
-    if share not in (None, 1.0) and "partial_rotary_factor" not in told:
+    if share != 1 and "partial_rotary_factor" not in told:
         raise UnsupportedError(
             f"partial_rotary_factor {share} cannot be written as GGUF: llama.cpp's {architecture} rotates whole heads"
         )
@@ -41,10 +41,9 @@ def refuse(architecture: str, told: Iterable[str], config: Config, family: Archi
         )
 
 
-def rotated_share(config: Config) -> float | None:
-    """`partial_rotary_factor`, which transformers 5 keeps with the rope's parameters."""
-    found = config.get("partial_rotary_factor") or (config.get("rope_scaling") or {}).get("partial_rotary_factor")
-    return None if found is None else float(found)
+def rotated_share(config: Config) -> float:
+    """How much of a head is rotated."""
+    return float(config.get("partial_rotary_factor") or 1.0)
 
 
 def window(config: Config) -> int | None:

@@ -170,7 +170,7 @@ def metadata_of(table: GgufTable, config: Config) -> dict[str, Typed]:
             continue
         value: Any
         if key.share_of:
-            value = int(family.symbol(key.share_of, config) * (limits.rotated_share(config) or 1.0))
+            value = int(family.symbol(key.share_of, config) * limits.rotated_share(config))
         else:
             value = family.symbol(key.symbol, config) if key.symbol else config.get(key.config)
         value = key.null if value is None else value

@@ -152,7 +152,7 @@ def factor_tensors(architecture: str, config: Config) -> dict[str, tuple[float, 
         return {LLAMA3_TENSOR: tuple(factors.tolist())}
     if architecture == PHI3 and kind in _LONGROPE:
         size = architecture_for(LLM, str(config["model_type"])).symbol("head_dim", config)
-        count = int(size * (rotated_share(config) or 1.0)) // 2
+        count = int(size * rotated_share(config)) // 2
         return {tensor: _numbers(scaling.get(name), name, count) for name, tensor in PHI3_TENSORS.items()}
     return {}
 

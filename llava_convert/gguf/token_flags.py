@@ -49,10 +49,9 @@ def unsaid(tokenizer: Tokenizer) -> list[str]:
     lstrip = [str(entry["content"]) for entry in tokenizer.added.values() if entry.get("lstrip")]
     rstrip = [] if _as_phi3(tokenizer) else _stripping(tokenizer)
     if lstrip or rstrip:
-        one = (lstrip or rstrip)[0]
         said.append(
-            f"{one} and {len({*lstrip, *rstrip}) - 1} other tokens take white space around them along, which a GGUF "
-            "cannot say: leave none there in prompts"
+            f"special tokens take white space around them along ({(lstrip or rstrip)[0]} is one of "
+            f"{len({*lstrip, *rstrip})}), which a GGUF cannot say: leave none there in prompts"
         )
     if _only_first(tokenizer):
         said.append(

@@ -33,6 +33,14 @@ def test_default_rope_is_no_scaling() -> None:
     assert found == {"rope_theta": 1e4, "rope_scaling": None}
 
 
+def test_a_partial_rotation_stands_by_itself() -> None:
+    """Phi-4-mini's, as transformers 5 writes it; 4.x looks for it at the top alone."""
+    rope = {"rope_theta": 1e4, "partial_rotary_factor": 0.75}
+    assert old_flavour({"rope_parameters": {**rope, "rope_type": "default"}}) == {**rope, "rope_scaling": None}
+    long = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    assert old_flavour({"rope_parameters": {**rope, **long}}) == {**rope, "rope_scaling": long}
+
+
 def test_old_flavour_stays() -> None:
     old = {"torch_dtype": "float16", "rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2.0}}
     assert old_flavour(old) == old

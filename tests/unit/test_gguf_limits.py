@@ -88,8 +88,8 @@ def test_phi_3s_rope() -> None:
     said = metadata_of(table, before)
     assert said["phi3.rope.dimension_count"].value == 12
     assert config_of(table, said, stored(["token_embd.weight"]))["partial_rotary_factor"] == 0.75
-    inside = {"type": "longrope", "partial_rotary_factor": 0.5, "attention_factor": 1.5, **LONGROPE}
-    said = metadata_of(table, config("phi3", rope_scaling=inside, **long))
+    stated = {"type": "longrope", "attention_factor": 1.5, **LONGROPE}
+    said = metadata_of(table, config("phi3", rope_scaling=stated, partial_rotary_factor=0.5, **long))
     assert said["phi3.rope.dimension_count"].value == 8
     assert said["phi3.rope.scaling.attn_factor"].value == 1.5
 
