@@ -1,7 +1,7 @@
 """Our trainer and the real xtuner 0.1.23, side by side: each takes up what the other leaves, and both compute the same.
 
-Differences are of float32 sums in another order (transformers 5 against 4.43): losses to 2e-6 relative, weights to 1e-5
-after steps of 1e-3 a weight.
+Losses to 1e-6 relative and weights to 2e-6, after steps of 1e-3 a weight: measured were 2e-7 and 5e-7 with accumulated
+gradients, else equal weights. Sums are in another order here and there, in transformers 5 and in 4.43.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def test_the_real_one_converts_and_resumes(tiny: Path, tmp_path: Path, kind: str
     jobs: list[dict[str, Any]] = [convert(config, last, tmp_path / form, form) for form in ("xtuner", "official")]
     jobs.append({"train": str(config), "work_dir": str(other), "resume": str(work / "iter_2.pth")})
     resumed = xtuner(tmp_path / "jobs", *jobs)[-1]
-    assert resumed["losses"] == pytest.approx(losses(work), rel=2e-6)
-    assert furthest(last, other / "iter_4.pth") < 1e-5
+    assert resumed["losses"] == pytest.approx(losses(work), rel=1e-6)
+    assert furthest(last, other / "iter_4.pth") < 2e-6
     assert furthest(last, work / "iter_2.pth") > 1e-4  # so the comparison above says something
     ours = tmp_path / "ours"
     llava_convert.convert(last, to="official", out=ours)
@@ -63,8 +63,8 @@ def test_from_equal_weights(tiny: Path, tmp_path: Path, kind: str, accumulate: i
     job = {"train": str(tmp_path / "work" / f"{kind}.py"), "work_dir": str(tmp_path / "other")}
     (theirs,) = xtuner(tmp_path / "jobs", job)
     assert len(theirs["losses"]) == 4 * accumulate
-    assert theirs["losses"] == pytest.approx(losses(tmp_path / "work"), rel=2e-6)
-    assert furthest(last, tmp_path / "other" / last.name) < 1e-5
+    assert theirs["losses"] == pytest.approx(losses(tmp_path / "work"), rel=1e-6)
+    assert furthest(last, tmp_path / "other" / last.name) < 2e-6
     assert furthest(last, start) > 1e-3
 
 
@@ -77,7 +77,7 @@ def test_bfloat16(tiny: Path, tmp_path: Path, kind: str) -> None:
     job = {"train": str(tmp_path / "work" / f"{kind}.py"), "work_dir": str(tmp_path / "other"), "bf16": True}
     (theirs,) = xtuner(tmp_path / "jobs", {**job, "resume": str(tmp_path / "work" / "iter_2.pth")})
     assert theirs["losses"] == pytest.approx(losses(tmp_path / "work"), rel=3e-3)
-    assert furthest(last, tmp_path / "other" / last.name) < 2e-2  # which compares names and dtypes too
+    assert furthest(last, tmp_path / "other" / last.name) < 1e-3  # which compares names and dtypes too
     kinds = {name.partition(".")[0]: t.dtype for name, t in checkpoint.read_checkpoint(last).state.items()}
     assert kinds["llm"] == (torch.bfloat16 if kind == "full_vitlora" else torch.float32)
     assert kinds["visual_encoder"] == kinds["projector"] == torch.float32
