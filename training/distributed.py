@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,9 +63,11 @@ def write_folder(engine: Any, path: Path, schedulers: list[dict[str, Any]], prog
         if main:
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         torch.distributed.barrier()
-        engine.save_checkpoint(
-            str(path.parent), tag=partial.name, client_state=client, save_latest=False, exclude_frozen_parameters=True
-        )
+        with _writing():
+            engine.save_checkpoint(
+                str(path.parent), tag=partial.name, client_state=client, save_latest=False,
+                exclude_frozen_parameters=True,
+            )  # fmt: skip
         torch.distributed.barrier()
         if main:
             shutil.rmtree(path, ignore_errors=True)
@@ -72,6 +76,17 @@ def write_folder(engine: Any, path: Path, schedulers: list[dict[str, Any]], prog
     except OSError as problem:
         shutil.rmtree(partial, ignore_errors=True)
         raise unwritten(problem, path) from None
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """torch's own writer of files tells of a full disk by a RuntimeError that names its source file, without errno."""
+    try:
+        yield
+    except RuntimeError as problem:
+        if "inline_container" not in str(problem) and "PytorchStreamWriter" not in str(problem):
+            raise
+        raise OSError(errno.ENOSPC, "the disk is full, or allows no file of that size") from problem
 
 
 def load_folder(engine: Any, path: Path, stage: int) -> None:

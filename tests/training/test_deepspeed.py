@@ -5,6 +5,7 @@ DeepSpeed's sums are in another order than those of plain data parallelism: loss
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from safetensors.torch import load_file
 import llava_convert
 from llava_convert.errors import UsageError
 from llava_convert.resources import training
+from tests.interop.peer_programs import PEERS
 from tests.training.drawn import draw, recipe
-from tests.training.programs import convert, losses, train, xtuner
-from tests.training.test_processes import cut_back
+from tests.training.programs import command, convert, losses, train, xtuner
+from tests.training.test_processes import cut_back, limited
 
 pytestmark = pytest.mark.peers
 checkpoint, model = training("checkpoint"), training("model")
@@ -115,3 +117,20 @@ def test_one_process(tiny: Path, tmp_path: Path, data: Path) -> None:
     trained = model.read_trained(tmp_path / "zero" / "iter_4.pth")
     # AdamW moves a weight by the sign of a gradient that is almost nothing, and DeepSpeed clips by a norm plus 1e-6.
     assert apart(trained, checkpoint.read_checkpoint(plain).state) < 3e-5
+
+
+def test_a_full_disk(tiny: Path, tmp_path: Path, data: Path) -> None:
+    """Exit 6; the folder before it, and what points at it, stay as they are."""
+    chosen = recipe(tiny, data, "full_vitlora")
+    work = tmp_path / "work"
+    train(chosen, work, "--deepspeed", "zero2", peer="deepspeed")
+    shutil.rmtree(work / "iter_4.pth")
+    checkpoint.point_at(work / "iter_2.pth")
+    words = command(chosen, work, "--resume", "--deepspeed", "zero2")
+    done = limited(400_000, words, tmp_path, PEERS / "deepspeed" / "bin" / "python")
+    assert done.returncode == 6, done.stderr
+    assert "iter_4.pth cannot be written: the disk is full" in done.stderr
+    assert [path.name for path in work.glob("*iter_*")] == ["iter_2.pth"]
+    assert (work / "last_checkpoint").read_text() == str(work / "iter_2.pth")
+    train(chosen, work, "--resume", "--deepspeed", "zero2", peer="deepspeed")
+    assert (work / "last_checkpoint").read_text() == str(work / "iter_4.pth")
