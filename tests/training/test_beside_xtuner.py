@@ -6,6 +6,7 @@ gradients, else equal weights. Sums are in another order here and there, in tran
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,22 @@ def test_bfloat16(tiny: Path, tmp_path: Path, kind: str) -> None:
     kinds = {name.partition(".")[0]: t.dtype for name, t in checkpoint.read_checkpoint(last).state.items()}
     assert kinds["llm"] == (torch.bfloat16 if kind == "full_vitlora" else torch.float32)
     assert kinds["visual_encoder"] == kinds["projector"] == torch.float32
+
+
+def test_rows_without_a_picture_and_several_turns(tiny: Path, tmp_path: Path) -> None:
+    """Two epochs, whose order groups pictures and texts; batches of texts alone among them."""
+    data = draw(tmp_path / "data", 12)
+    rows = json.loads((data / "train.json").read_text())
+    more = [{"from": "human", "value": "And what else?"}, {"from": "gpt", "value": "nothing else"}]
+    rows[3]["conversations"] += more
+    for number in range(6):
+        asked = {"from": "human", "value": "Say two words. " * (number + 1)}
+        rows.append({"id": f"t{number}", "conversations": [asked, {"from": "gpt", "value": "red boat"}, *more]})
+    (data / "train.json").write_text(json.dumps(rows))
+    work = tmp_path / "work"
+    last = run(recipe(tiny, data, "full_vitlora", epochs=2.0), work)
+    job = {"train": str(work / "full_vitlora.py"), "work_dir": str(tmp_path / "other")}
+    (theirs,) = xtuner(tmp_path / "jobs", {**job, "resume": str(work / "iter_2.pth")})
+    assert len(theirs["losses"]) == 18
+    assert theirs["losses"] == pytest.approx(losses(work), rel=1e-6)
+    assert furthest(last, tmp_path / "other" / last.name) < 2e-6
