@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Annotated
@@ -70,6 +71,7 @@ def train(
         # Read when torch is loaded. OpenMP's threads spin while they wait for each other; where something else runs on
         # a core, an iteration of a small model then takes up to sixty times as long.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        gc.enable()  # what training throws away holds whole tensors
         from llava_convert.resources import training
 
         stages = training("recipe").load_recipe(recipe, changes or ())

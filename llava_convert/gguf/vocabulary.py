@@ -105,7 +105,12 @@ def _merges(tokenizer: Tokenizer) -> list[str]:
         merges = [line for line in lines if line.strip() and not line.startswith("#version")]
     if not isinstance(merges, list) or not merges:
         raise InputError(f"{tokenizer.where}: the tokenizer has no merges", hint="get tokenizer.json again")
-    return [m if isinstance(m, str) else " ".join(str(part).replace(" ", "Ġ") for part in m) for m in merges]
+    return [m if isinstance(m, str) else _pair(m) for m in merges]
+
+
+def _pair(parts: Sequence[str]) -> str:
+    pair = " ".join(parts)
+    return pair if pair.count(" ") == len(parts) - 1 else " ".join(part.replace(" ", "Ġ") for part in parts)
 
 
 def _has_pieces(tokenizer: Tokenizer) -> bool:
