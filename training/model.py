@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -239,9 +240,10 @@ def _language_model(recipe: ModelRecipe, *, empty: bool) -> Any:
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe.llm))
     options: dict[str, Any] = {"dtype": DTYPES[recipe.llm_dtype]}
     if recipe.quantization:
-        if not torch.cuda.is_available():
+        if find_spec("bitsandbytes") is None:
             raise UsageError(
-                f"model.quantization {recipe.quantization} needs a GPU", hint='--set model.quantization=""'
+                f"model.quantization {recipe.quantization} needs bitsandbytes, which is not installed",
+                hint="pip install 'llava-convert[qlora]', or --set model.quantization=\"\"",
             )
         from transformers import BitsAndBytesConfig
 
@@ -251,7 +253,7 @@ def _language_model(recipe: ModelRecipe, *, empty: bool) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=DTYPES[recipe.llm_dtype],
         )
-        options["device_map"] = {"": torch.cuda.current_device()}
+        options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     with loading(recipe.llm):
         return AutoModelForCausalLM.from_pretrained(recipe.llm, **options)
 
@@ -269,7 +271,7 @@ def _with_lora(part: Any, lora: Lora, *, quantised: bool, task: str | None) -> A
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if quantised:
-        part = prepare_model_for_kbit_training(part)
+        part = prepare_model_for_kbit_training(part, use_gradient_checkpointing=False)  # the caller saw to that
     linear = {n.rpartition(".")[2] for n, m in part.named_modules() if isinstance(m, nn.Linear)}
     config = LoraConfig(
         r=lora.r,

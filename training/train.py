@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader
@@ -77,6 +77,12 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
     save_every = -(-settings.save_steps // settings.accumulate) * settings.accumulate
     schedule = Schedule(settings.lr, iterations, int(settings.warmup_ratio * iterations), settings.warmup_start)
 
+    if main and schedule.warmup == 1:
+        print(
+            f"a warm-up of one iteration leaves the rate at {schedule.at(0):.1e}, as mmengine has it: "
+            "--set warmup_ratio=0, or more",
+            file=sys.stderr,
+        )
     if main and taken_up and taken_up.processes and taken_up.config != config:
         before = taken_up.config.splitlines()
         changed = [line.strip() for line in config.splitlines() if line not in before]
@@ -226,9 +232,5 @@ def _accelerator(recipe: Recipe, deepspeed: str) -> Accelerator:
         cpu=on_cpu and "WORLD_SIZE" in os.environ and not deepspeed,
         mixed_precision=precision,
         gradient_accumulation_steps=settings.accumulate,
-        dataloader_config=DataLoaderConfiguration(),
         **options,
     )
-
-
-__all__ = ["Resumable", "train"]

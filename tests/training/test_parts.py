@@ -347,6 +347,51 @@ def test_stage_one_reaches_every_part(tiny: Path, tmp_path: Path, layout: str) -
     assert float(trained["llm.base_model.model.model.layers.0.mlp.up_proj.lora_B.default.weight"].abs().max()) > 0
 
 
+# --- 4-bit bases
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 8, "alpha": 16, "dropout": 0.0}])
+def test_a_base_in_four_bits(golden: Path, tmp_path: Path, lora: dict[str, Any] | None) -> None:
+    """QLoRA, and a projector before a language model in nf4: near what the same run does without, and it learns."""
+    first = {}
+    for kind in ("nf4", ""):
+        chosen = recipes.Recipe(
+            "q",
+            recipes.ModelRecipe(
+                str(golden / "parts/plain/llm"), str(golden / "parts/plain/vit"), llm_dtype="bf16", quantization=kind,
+                llm_lora=None if lora is None else recipes.Lora(**lora),
+            ),
+            recipes.DataRecipe(
+                (recipes.DataSet("all", "train.json"),), root=str(golden / "parts/plain/data"), workers=0
+            ),
+            recipes.TrainRecipe(batch_size=2, lr=5e-3, epochs=5, warmup_ratio=0.0, dtype="bf16"),
+        )  # fmt: skip
+        last = training("train").train(chosen, tmp_path / f"run-{kind}")
+        losses = [json.loads(line)["loss"] for line in (last.parent / "log.jsonl").read_text().splitlines()]
+        first[kind] = losses[0]
+        assert sum(losses[-4:]) < sum(losses[:4]) - (0.1 if lora else 0.02)
+        trained = training("checkpoint").read_checkpoint(last).state
+        assert {name.split(".")[0] for name in trained} == ({"llm", "projector"} if lora else {"projector"})
+        assert all(".lora_" in name for name in trained if name.startswith("llm."))
+    assert 0 < abs(first["nf4"] - first[""]) < 0.05
+
+
+def test_a_base_in_four_bits_without_the_package(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = training("model")
+    monkeypatch.setattr(model, "find_spec", lambda name: None)
+    chosen = tiny_recipe(tiny, tmp_path, [GOOD])
+    chosen = replace(chosen, model=replace(chosen.model, quantization="nf4"))
+    with pytest.raises(UsageError, match="needs bitsandbytes") as caught:
+        training("train").train(chosen, tmp_path / "w")
+    assert "llava-convert[qlora]" in str(caught.value.hint)
+
+
+def test_a_warm_up_of_one_iteration_is_told(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = tiny_recipe(tiny, tmp_path, [GOOD])
+    training("train").train(replace(chosen, train=replace(chosen.train, warmup_ratio=0.4)), tmp_path / "w")
+    assert "a warm-up of one iteration leaves the rate at 1.0e-08" in capsys.readouterr().err
+
+
 # --- the command
 
 
