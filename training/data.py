@@ -42,10 +42,15 @@ class Turn:
     answer: str
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a json or jsonl file, each with its number from 1. Raises InputError naming the row that is none."""
+def require_file(path: Path) -> None:
+    """Raises InputError where a data file is not there."""
     if not path.is_file():
         raise InputError(f"{path}: no such data file", hint="llava-convert data check RECIPE says what is missing")
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a json or jsonl file, each with its number from 1. Raises InputError naming the row that is none."""
+    require_file(path)
     try:
         if path.suffix == ".jsonl":
             with path.open(encoding="utf-8") as lines:
@@ -277,8 +282,7 @@ def _encoded(path: Path, encoder: Encoder, cache: Path | None) -> _Encoded:
 
 
 def _digest(path: Path, encoder: Encoder) -> str:
-    if not path.is_file():
-        raise InputError(f"{path}: no such data file", hint="llava-convert data check RECIPE says what is missing")
+    require_file(path)
     stat = path.stat()
     # A probe tells tokenizers apart better than their names do.
     probe = encoder([[Turn(f"{IMAGE_TOKEN}\nWhat is it? 是什么", "Two cats, 2024.")]])

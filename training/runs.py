@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -31,9 +32,16 @@ def run(stages: Sequence[Recipe], work_dir: Path | None, *, resume: bool, deepsp
     require_packages()
     from accelerate import PartialState
 
+    # peft imports bitsandbytes where it is installed, which on some CPUs asks for one package more.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from .checkpoint import checkpoints
+    from .data import require_file
     from .train import train
 
+    for stage in stages:  # what the last one lacks is told before the first one takes its days
+        _build(stage)
+        for one in stage.data.sets:
+            require_file(Path(stage.data.root) / one.file)
     last: Path | None = None
     for stage in stages:
         folder = _folder(stage, stages, work_dir)
@@ -42,7 +50,6 @@ def run(stages: Sequence[Recipe], work_dir: Path | None, *, resume: bool, deepsp
         if not resume and checkpoints(folder):
             raise UsageError(f"{folder} holds checkpoints", hint="--resume takes them up; or choose another --work-dir")
         folder.mkdir(parents=True, exist_ok=True)
-        _build(stage)
         say.note(f"{stage.name} → {folder}")
         last = train(stage, folder, resume=resume, deepspeed=deepspeed)
     if last is None:

@@ -406,6 +406,15 @@ def test_dry_run_and_wrong_words(tiny: Path, tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["train", str(tmp_path / "r.toml"), "--set", "x.y=1"]).exit_code == 2
 
 
+def test_what_a_later_stage_lacks_is_told_first(tiny: Path, tmp_path: Path) -> None:
+    text = recipes.as_toml(tiny_recipe(tiny, tmp_path, [GOOD]))
+    later = '[[stage]]\nname = "one"\n[[stage]]\nname = "two"\n[stage.data]\nset = [{ name = "x", file = "no.json" }]\n'
+    (tmp_path / "r.toml").write_text(text + later)
+    found = CliRunner().invoke(app, ["train", str(tmp_path / "r.toml"), "--work-dir", str(tmp_path / "w")])
+    assert found.exit_code == 3 and "no.json: no such data file" in found.stderr
+    assert not (tmp_path / "w").exists()
+
+
 def test_data_check(tiny: Path, tmp_path: Path) -> None:
     chosen = tiny_recipe(tiny, tmp_path, [GOOD, row("<image>\nWhat?", "A", image="coco/train2017/1.jpg")])
     (tmp_path / "r.toml").write_text(recipes.as_toml(chosen))
