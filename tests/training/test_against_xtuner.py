@@ -13,6 +13,7 @@ import torch
 
 from llava_convert.resources import training
 from llava_convert.storage.torch_file import read_torch, state_dict
+from tests.training.programs import ROUNDING_ALONE
 
 checkpoint, recipes = training("checkpoint"), training("recipe")
 # What the real runs logged for their iterations 3 and 4 (message_hub of iter_4.pth).
@@ -50,7 +51,8 @@ def test_going_on_from_the_real_xtuner(golden: Path, tmp_path: Path, case: str) 
     assert list(ours.state) == list(theirs.state) and ours.iteration == 4
     before = checkpoint.read_checkpoint(tmp_path / "iter_2.pth").state
     for name, tensor in theirs.state.items():
-        assert torch.allclose(ours.state[name], tensor, rtol=0, atol=1e-6), name
+        atol = 1e-3 if name.endswith(ROUNDING_ALONE) else 1e-6
+        assert torch.allclose(ours.state[name], tensor, rtol=0, atol=atol), name
     moved = max(float((theirs.state[name] - before[name]).abs().max()) for name in before)
     assert moved > 1e-4  # so the comparison above says something
     assert ours.optimizer.keys() == theirs.optimizer.keys()
