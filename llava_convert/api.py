@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from llava_convert import conversion as engine
-from llava_convert.conversion import Options, Report, Say
+from llava_convert.conversion import Options, Say
 from llava_convert.inspection import Inspection
 from llava_convert.inspection import inspect as look
 from llava_convert.layouts.base import ALL, TargetOptions
 from llava_convert.model import Bases
+from llava_convert.report import Report
 from llava_convert.verdict import Verdict
 from llava_convert.verification import QUICK
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from llava_convert.errors import InputError
 from llava_convert.lora import Adapter
-from llava_convert.ops import Op
+from llava_convert.op import Op
 from llava_convert.sidecars import Sidecars
 from llava_convert.spec import StoredTensor
 from llava_convert.training_config import TrainingConfig

@@ -20,9 +20,9 @@ from llava_convert.layouts import TARGETS, detect, layout, locate, open_checkpoi
 from llava_convert.layouts.base import ALL, OpenOptions, TargetOptions
 from llava_convert.model import Bases, Model
 from llava_convert.numerics import CastLoss
-from llava_convert.ops import MergeLora
 from llava_convert.plan import KEEP, Plan, Target, make_plan, parse_size, utf8
 from llava_convert.provenance import RECORD, dropped_texts, dump, record, stored_of
+from llava_convert.report import Report, part_story, peak_memory
 from llava_convert.spec import FROM_TORCH_NAMES, QUANTS, TORCH_NAMES
 from llava_convert.stage_one import with_stage_one
 from llava_convert.storage.identity import Snapshot
@@ -73,53 +73,6 @@ class Options:
     force: bool = False
     resume: bool = False
     threads: int = 0
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion did, or would do."""
-
-    source: Path
-    out: Path
-    layouts: tuple[str, str]
-    why: str
-    plan: Plan
-    dtype: str
-    notes: tuple[str, ...]
-    warnings: tuple[str, ...]
-    verified: str
-    done: bool
-    flushed: int = 0
-    memory: int = 0
-    parts: Mapping[str, str] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        plan = self.plan
-        ops: dict[str, int] = {}
-        for tensor in plan.tensors:
-            for name in [op.name for op in tensor.ops] or ["copy"]:
-                ops[name] = ops.get(name, 0) + 1
-        return {
-            "source": str(self.source),
-            "out": str(self.out),
-            "from": self.layouts[0],
-            "to": self.layouts[1],
-            "done": self.done,
-            "dtype": self.dtype,
-            "parts": dict(self.parts),
-            "tensors": len(plan.tensors),
-            "ops": dict(sorted(ops.items())),
-            "bytes_read": plan.bytes_read,
-            "bytes_written": plan.bytes_written,
-            "peak_memory": self.memory,
-            "shards": [{"name": s.name, "size": s.size, "tensors": len(s.tensors)} for s in plan.shards],
-            "files": sorted(n for n in (*plan.files, *plan.indexes)),
-            "verified": self.verified,
-            "flushed_to_zero": self.flushed,
-            "notes": list(self.notes),
-            "warnings": list(self.warnings),
-            "plan": plan.hash,
-        }
 
 
 @dataclass(frozen=True)
@@ -331,29 +284,8 @@ def report(ready: Prepared, options: Options) -> Report:
         verified=options.verify,
         done=False,
         memory=peak_memory(plan),
-        parts={PART_WORDS[part]: _part_story(model, plan, part) for part in PARTS},
+        parts={PART_WORDS[part]: part_story(model, plan, part) for part in PARTS},
     )
-
-
-def peak_memory(plan: Plan) -> int:
-    """An estimate of the most anonymous memory that the plan takes: interpreter, torch if merging, buffers."""
-    merging = any(isinstance(op, MergeLora) for t in plan.tensors for op in t.ops)
-    operands = max((sum(i.numel * 4 for i in op.inputs()) for t in plan.tensors for op in t.ops), default=0)
-    whole = max((t.source.nbytes for t in plan.tensors if t.source.strides is not None), default=0)
-    return (250 if merging else 60) * 10**6 + 4 * operands + 4 * whole
-
-
-def _part_story(model: Model, plan: Plan, part: str) -> str:
-    """Where a part of the output comes from, in a few words."""
-    mine = [t for t in plan.tensors if t.canonical.startswith(f"{part}.")]
-    if not mine:
-        return "not in the output"
-    merged = sum(any(isinstance(op, MergeLora) for op in t.ops) for t in mine)
-    origins = sorted({t.origin for t in mine})
-    if any(".lora_" in t.canonical for t in mine):
-        return "LoRA adapter"
-    said = " and ".join(origins)
-    return f"{said}, LoRA merged into {merged} tensors" if merged else said
 
 
 def _part(word: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_convert.bases import Base
 from llava_convert.checkpoint import LLM, VISION, Checkpoint, Dropped
-from llava_convert.ops import Op
+from llava_convert.op import Op
 from llava_convert.sidecars import Sidecars
 from llava_convert.spec import StoredTensor
 

@@ -1,22 +1,20 @@
 """The closed set of what a conversion may do to a tensor on its way.
 
-A tensor with no op is moved byte by byte and never parsed. An op is a frozen value that knows what dtype and
-shape come out, and turns a stream of row blocks into another, so that no tensor is held whole. A block is a
-2-D array: rows are the tensor's first dimension, columns all the others; a 1-D tensor is one column. Rows of a
-quantised tensor are their bytes. An op never writes into the blocks it is given: other ops may read them too.
+A tensor with no op is moved byte by byte and never parsed. What an op is, op.py says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 
 from llava_convert.errors import UnsupportedError
-from llava_convert.numerics import FLOATS, NUMPY_TYPES, Array, CastLoss, widen
+from llava_convert.numerics import FLOATS, NUMPY_TYPES, Array, widen
 from llava_convert.numerics import cast as cast_values
+from llava_convert.op import Blocks, Context, Op
 from llava_convert.quantise_ops import Dequantize as Dequantize
 from llava_convert.quantise_ops import Quantize as Quantize
 from llava_convert.row_ops import Constant as Constant
@@ -24,56 +22,6 @@ from llava_convert.row_ops import PadRows as PadRows
 from llava_convert.row_ops import RopePermute as RopePermute
 from llava_convert.row_ops import TakeRows as TakeRows
 from llava_convert.spec import QUANTS, StoredTensor, nbytes_of
-
-Blocks = Iterator[Array]
-Read = Callable[[StoredTensor], Array]
-"""Reads a small tensor whole, in its own shape."""
-
-
-@dataclass(slots=True)
-class Context:
-    """What an op needs from the executor: small tensors read whole, and where losses are counted."""
-
-    read: Read
-    loss: CastLoss
-    first_row: int = 0
-    name: str = ""  # of the tensor that is made, for messages
-
-
-class Op(Protocol):
-    """One step. `name` is what plans and reports call it."""
-
-    @property
-    def name(self) -> str: ...
-
-    def result(self, dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-        """Dtype and shape of what comes out."""
-        ...
-
-    def rows_together(self, shape: tuple[int, ...]) -> int:
-        """How many rows, from a multiple of that number on, must lie in one block; 0: the tensor is one stream.
-
-        Where it is not 0, each block in gives one block out with as many rows, so that rows can be shared out to
-        threads and several ops can follow one stream.
-        """
-        ...
-
-    def stream(self, blocks: Blocks, dtype: str, shape: tuple[int, ...], context: Context) -> Blocks:
-        """Turn the blocks from row `context.first_row` on into what comes out."""
-        ...
-
-    def inputs(self) -> tuple[StoredTensor, ...]:
-        """The tensors that the op reads beside the one it transforms."""
-        ...
-
-    def inverse(self, dtype: str, shape: tuple[int, ...]) -> Op | None:
-        """The op which undoes this one on an input of that dtype and shape, or None when it is lossy."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """The op as plain data, for the plan's hash and for conversion.json."""
-        ...
-
 
 _EXACT = {("F16", "F32"), ("BF16", "F32"), ("F16", "F64"), ("BF16", "F64"), ("F32", "F64")}
 

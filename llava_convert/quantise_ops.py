@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from llava_convert import ggml
 from llava_convert.errors import InputError, UnsupportedError
 from llava_convert.numerics import CHUNK, Array, count_nonfinite, widen
+from llava_convert.op import Blocks, Context, Op
 from llava_convert.spec import QUANTS, StoredTensor, nbytes_of
-
-if TYPE_CHECKING:
-    from llava_convert.ops import Blocks, Context, Op
 
 # Below this no scale overflows: each is a float16 no larger than the largest weight of its block.
 _SAFE = 65504.0

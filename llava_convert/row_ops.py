@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from llava_convert.errors import UnsupportedError
 from llava_convert.numerics import FLOATS, widen
 from llava_convert.numerics import cast as cast_values
+from llava_convert.op import Blocks, Context, Op
 from llava_convert.spec import QUANTS, StoredTensor
-
-if TYPE_CHECKING:
-    from llava_convert.ops import Blocks, Context, Op
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from math import prod
 from typing import Any
 
 from llava_convert.model import Recipe
-from llava_convert.ops import Op, steps
+from llava_convert.op import Op
+from llava_convert.ops import steps
 from llava_convert.spec import StoredTensor, nbytes_of
 from llava_convert.storage.gguf import Typed, encode_gguf
 from llava_convert.storage.safetensors import encode_header

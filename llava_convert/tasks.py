@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from math import lcm
 from pathlib import Path
 
-from llava_convert.ops import Op, Quantize
+from llava_convert.op import Op
+from llava_convert.ops import Quantize
 from llava_convert.plan import PlannedTensor
 from llava_convert.storage.streams import cuts, rows_of, rows_per_block
 

@@ -17,7 +17,8 @@ from llava_convert.layouts.base import ALL, TargetOptions
 from llava_convert.mapping import grouped
 from llava_convert.model import EMBEDDING, Bases, Recipe
 from llava_convert.numerics import FLOATS
-from llava_convert.ops import Op, PadRows, steps
+from llava_convert.op import Op
+from llava_convert.ops import PadRows, steps
 from llava_convert.plan import Output, PlannedTensor
 from llava_convert.spec import QUANTS, StoredTensor
 from llava_convert.storage.jsonfile import read_json

@@ -12,7 +12,7 @@ import numpy as np
 from llava_convert.errors import MismatchError
 from llava_convert.mapping import printable
 from llava_convert.numerics import Array, CastLoss, raw
-from llava_convert.ops import Blocks, Context, Op
+from llava_convert.op import Blocks, Context, Op
 from llava_convert.sinks import Sink
 from llava_convert.spec import QUANTS, StoredTensor
 from llava_convert.storage.ranges import FilePool

@@ -12,7 +12,7 @@ from llava_convert.cli._errors import run
 from llava_convert.cli._output import Output, human_bytes
 
 if TYPE_CHECKING:
-    from llava_convert.conversion import Report
+    from llava_convert.report import Report
 
 # Kept here as words, so that `--help` need not import the layouts.
 SOURCES = {

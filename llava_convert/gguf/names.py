@@ -20,7 +20,8 @@ from llava_convert.checkpoint import LLM, PROJECTOR, VISION
 from llava_convert.errors import InputError, UnsupportedError
 from llava_convert.gguf import limits, rope, vision
 from llava_convert.mapping import LayoutTable, TableError, parse_layout_table
-from llava_convert.ops import Op, RopePermute
+from llava_convert.op import Op
+from llava_convert.ops import RopePermute
 from llava_convert.resources import data_dir
 from llava_convert.spec import StoredTensor
 from llava_convert.storage.gguf import Typed

@@ -30,7 +30,8 @@ from llava_convert.layouts.gguf_files import (
 )
 from llava_convert.layouts.gguf_vision import value
 from llava_convert.mapping import lookup_errors
-from llava_convert.ops import Dequantize, Op
+from llava_convert.op import Op
+from llava_convert.ops import Dequantize
 from llava_convert.provenance import read_record
 from llava_convert.sidecars import Sidecars, made_sidecars
 from llava_convert.spec import QUANTS, StoredTensor

@@ -14,7 +14,8 @@ import numpy as np
 
 from llava_convert.checkpoint import VISION
 from llava_convert.errors import InputError, UnsupportedError
-from llava_convert.ops import Op, constant
+from llava_convert.op import Op
+from llava_convert.ops import constant
 from llava_convert.plan import to_json
 from llava_convert.processor import preprocessor_config
 from llava_convert.sidecars import Sidecars, made_sidecars

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from llava_convert.numerics import NUMPY_TYPES, CastLoss
-from llava_convert.ops import Cast, Context, MergeLora, Op, PadRows, Quantize, RopePermute, TakeRows
+from llava_convert.op import Context, Op
+from llava_convert.ops import Cast, MergeLora, PadRows, Quantize, RopePermute, TakeRows
 from llava_convert.spec import Extent, StoredTensor
 
 dtypes = st.sampled_from(sorted(NUMPY_TYPES))

@@ -19,7 +19,8 @@ from llava_convert import execute, ggml, sinks
 from llava_convert.compare import compare
 from llava_convert.errors import InputError
 from llava_convert.model import Recipe
-from llava_convert.ops import Cast, MergeLora, Op, PadRows, Quantize, RopePermute, constant
+from llava_convert.op import Op
+from llava_convert.ops import Cast, MergeLora, PadRows, Quantize, RopePermute, constant
 from llava_convert.plan import FileSet, Output, Plan, PlannedTensor, Target, make_plan
 from llava_convert.sinks import FileSink
 from llava_convert.spec import Extent, StoredTensor, nbytes_of

@@ -16,14 +16,13 @@ from gguf import GGMLQuantizationType, quants
 from llava_convert.errors import InputError, UnsupportedError
 from llava_convert.model import Recipe
 from llava_convert.numerics import NUMPY_TYPES, CastLoss
+from llava_convert.op import Context, Op
 from llava_convert.ops import (
     OPS,
     Cast,
     Constant,
-    Context,
     Dequantize,
     MergeLora,
-    Op,
     PadRows,
     Quantize,
     RopePermute,
