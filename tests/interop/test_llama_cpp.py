@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import shlex
 import subprocess
-import types
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, LlavaForConditionalGeneration
 
+from fixtures.demo.runtimes import put_class_token_last
 from tests.interop.conftest import Converter, gap
 from tests.interop.llama_cpp import LlamaCpp, llm_file, mmproj_file, program
 from tests.interop.peer_programs import in_peer
@@ -43,19 +43,8 @@ def reference(folder: Path) -> LlavaForConditionalGeneration:
 
 
 def with_class_token_last(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """Compute as the stock runtime does: the class token behind the patches when positions are added.
-
-    The rows taken are still all but the first, so that the first patch is lost and the class token's row is among them.
-    """
-
-    def forward(self: Any, pixel_values: torch.Tensor, **_: Any) -> torch.Tensor:
-        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
-        tokens = torch.cat([patches, self.class_embedding.expand(len(patches), 1, -1)], dim=1)
-        return tokens + self.position_embedding(self.position_ids)
-
-    found = [module for module in model.modules() if type(module).__name__ == "CLIPVisionEmbeddings"]
-    assert len(found) == 1
-    found[0].forward = types.MethodType(forward, found[0])
+    """Compute as the stock runtime does."""
+    put_class_token_last(model)
     return model
 
 
@@ -256,6 +245,18 @@ def test_every_stop_id_ends_a_turn(converted: Converter, llama_cpp: LlamaCpp, na
     assert found["about"]["eos"] == tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert found["ids"]["ids"] == [ids_of(folder, text) for text in texts]
     assert found["about"]["complaints"] == []
+
+
+def test_a_split_file_is_the_whole_one(converted: Converter, llama_cpp: LlamaCpp) -> None:
+    """llama.cpp finds the other parts by the name of the first."""
+    whole = llm_file(converted("tiny", "gguf", outtype="f16"), "f16")
+    parts = sorted(converted("tiny", "gguf", outtype="f16", max_shard_size="100KB").glob("*-f16-0*-of-*.gguf"))
+    assert len(parts) > 2
+    ids = [1, 2, 3, 4]
+    asked = {name: {"kind": "logits", "model": m, "ids": ids} for name, m in (("whole", whole), ("split", parts[0]))}
+    found = llama_cpp.ask(**asked)
+    assert np.array_equal(found["whole"]["array"], found["split"]["array"])
+    assert np.ptp(found["whole"]["array"]) > 1
 
 
 def test_the_cards_command(converted: Converter, tiny: Path, tmp_path: Path) -> None:
