@@ -37,11 +37,12 @@ def check(
         from llava_convert.errors import InputError
         from llava_convert.resources import training
 
-        found = [
-            one
-            for stage in training("recipe").load_recipe(recipe, changes or ())
-            for one in training("check").check(stage)
-        ]
+        found = []
+        for stage in training("recipe").load_recipe(recipe, changes or ()):
+            if stage.build is not None:
+                output.note(f"{stage.name}: makes its own data when it is trained")
+            else:
+                found += training("check").check(stage)
         for one in found:
             for line in one.lines():
                 output.line(line)

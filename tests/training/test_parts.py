@@ -440,6 +440,11 @@ def test_data_check_of_a_set_that_is_not_here(tmp_path: Path) -> None:
     assert "get it: https://cs.stanford.edu/people/rak248/VG_100K_2/images2.zip" in found.stdout
 
 
+def test_data_check_of_a_recipe_that_makes_its_data() -> None:
+    found = CliRunner().invoke(app, ["data", "check", "tiny-shapes"])
+    assert found.exit_code == 0 and "tiny-shapes-finetune: makes its own data when it is trained" in found.stderr
+
+
 def test_every_known_set_and_folder_can_be_had() -> None:
     """For every file of a recipe that comes with the package, and every folder that it asks for, there is a source."""
     check = training("check")
