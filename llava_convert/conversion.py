@@ -25,7 +25,7 @@ from llava_convert.provenance import RECORD, dropped_texts, dump, record, stored
 from llava_convert.report import Report, part_story, peak_memory
 from llava_convert.spec import FROM_TORCH_NAMES, QUANTS, TORCH_NAMES
 from llava_convert.stage_one import with_stage_one
-from llava_convert.storage.identity import Snapshot
+from llava_convert.storage.identity import Snapshot, contents
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.staging import Staging
 from llava_convert.verdict import Verdict, compare_checkpoints
@@ -143,7 +143,12 @@ def convert(source: str | Path, options: Options, say: Say | None = None) -> Rep
         if outcome.flushed:
             say.note(f"{outcome.flushed:,} nonzero values became zero in the cast")
         kept = _recorded_options(options, ready)
-        stage.write_bytes(RECORD, dump(record(ready.plan, ready.target, ready.model, outcome, options=kept)))
+        verified: dict[str, Any] = {"level": options.verify}
+        if options.verify == FULL:  # so that who passes the output on can prove that it is what was verified
+            shards = [shard.name for shard in ready.plan.shards]
+            verified["files"] = contents(stage.path, (*shards, *ready.plan.files, *ready.plan.indexes))
+        made = record(ready.plan, ready.target, ready.model, outcome, options=kept, verified=verified)
+        stage.write_bytes(RECORD, dump(made))
         stage.write_bytes(
             "README.md",
             utf8(

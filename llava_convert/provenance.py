@@ -93,9 +93,15 @@ def stored_of(tensor: Any) -> Iterable[StoredTensor]:
 
 
 def record(
-    plan: Plan, target: Target, model: Model, outcome: Outcome | None, *, options: Mapping[str, Any]
+    plan: Plan,
+    target: Target,
+    model: Model,
+    outcome: Outcome | None,
+    *,
+    options: Mapping[str, Any],
+    verified: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of conversion.json. `outcome` adds digests when there are some."""
+    """The content of conversion.json. `outcome` adds digests when there are some; `verified` says how, and what."""
     places = sources_of(model, plan)
     names = {path: (role, _relative(path, root)) for role, root, files in places for path in files}
     tensors: dict[str, Any] = {}
@@ -120,6 +126,7 @@ def record(
         },
         "layout": {"from": model.checkpoint.layout, "to": plan.layout},
         "options": dict(options),
+        "verified": dict(verified),
         "sources": [
             {
                 "role": role,

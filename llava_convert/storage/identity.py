@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from llava_convert.errors import InputError
-from llava_convert.storage.files import open_regular, read_fully, require_regular, shown
+from llava_convert.storage.files import open_regular, os_reason, read_fully, require_regular, shown
 from llava_convert.storage.safetensors import MAX_HEADER_BYTES, SUFFIX
 
 # A torch zip ends with its directory, about 100 bytes for each tensor, the CRC of its data among them (APPNOTE.TXT
@@ -33,6 +34,23 @@ def identity(files: Iterable[Path]) -> list[dict[str, str | int]]:
             digest = _header_digest(stream, path) if header else _ends_digest(stream, path, size)
         found.append({"file": path.name, "size": size, "sha256": digest, "of": "header" if header else "ends"})
     return found
+
+
+def contents(folder: Path, names: Iterable[str]) -> dict[str, dict[str, str | int]]:
+    """Size and sha256 of whole files, by name: what a hub's LFS calls them by, too. Raises InputError."""
+
+    def one(name: str) -> dict[str, str | int]:
+        path = folder / name
+        with open_regular(path) as stream:
+            try:
+                digest = hashlib.file_digest(stream, "sha256")
+            except OSError as error:
+                raise InputError(f"{shown(path)}: cannot be read: {os_reason(error)}") from error
+            return {"size": stream.tell(), "sha256": digest.hexdigest()}
+
+    ordered = sorted(names)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as workers:  # hashing lets go of the interpreter's lock
+        return dict(zip(ordered, workers.map(one, ordered), strict=True))
 
 
 @dataclass(frozen=True, slots=True)

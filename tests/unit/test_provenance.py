@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,18 @@ def test_drops_are_told_once_a_reason(tiny: Path) -> None:
     drops = [Dropped("a.inv_freq", "a buffer"), Dropped("b.inv_freq", "a buffer"), Dropped("c", "no use")]
     assert checkpoint.dropped == ()
     assert dropped_texts(checkpoint, drops) == ["left out 2 (a buffer): a.inv_freq, …", "left out 1 (no use): c"]
+
+
+def test_a_full_verification_records_what_was_verified(tiny: Path, tmp_path: Path) -> None:
+    """Whoever passes the output on can prove that it is what was verified: every file but the record and the card."""
+    llava_convert.convert(tiny / "iter_2.pth", to="official", out=tmp_path / "out", verify="full")
+    found = record(tmp_path / "out")["verified"]
+    here = {p.relative_to(tmp_path / "out").as_posix(): p for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert found["level"] == "full" and set(found["files"]) == set(here) - {"README.md", "conversion.json"}
+    for name, one in found["files"].items():
+        data = here[name].read_bytes()
+        assert one == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}, name
+
+
+def test_a_quick_verification_vouches_for_no_bytes(folders: dict[str, Path]) -> None:
+    assert record(folders["hf"])["verified"] == {"level": "quick"}
