@@ -168,7 +168,7 @@ def _base(checkpoint: Checkpoint, part: str, asked: Bases, *, weights: bool) -> 
     name = explicit or checkpoint.parts[part].base
     if name is None:
         return None
-    return find_base(part, name, checkpoint.path, explicit=explicit is not None, weights=weights)
+    return find_base(part, name, checkpoint.path, explicit=explicit is not None, weights=weights, cache=asked.cache)
 
 
 def _expected(checkpoint: Checkpoint, part: str, configs: Mapping[str, dict[str, Any]]) -> dict[str, Expected]:

@@ -16,7 +16,7 @@ from typing import Any
 from llava_convert.checkpoint import LLM, PART_NAMES, PART_WORDS, Dropped
 from llava_convert.configs import named_config, old_flavour
 from llava_convert.errors import HubError, InputError, UnsupportedError
-from llava_convert.hub import fetch, is_id, published_id
+from llava_convert.hub import is_id, parse, published_id
 from llava_convert.mapping import layout_table, lookup_errors
 from llava_convert.sidecars import Sidecars, folder_sidecars
 from llava_convert.spec import StoredTensor
@@ -110,11 +110,13 @@ class Base:
         return self._mapped[1]
 
 
-def find_base(part: str, asked: str, source: Path, *, explicit: bool, weights: bool = True) -> Base:
-    """The base named `asked`: a folder, or a hub id (the cache first, then the Hub).
+def find_base(
+    part: str, asked: str, source: Path, *, explicit: bool, weights: bool = True, cache: bool = False
+) -> Base:
+    """The base named `asked`: a folder, or a hub id (from its client's cache if all is there, else read in place).
 
-    `explicit` says that the user named it, so that only the current folder counts. Raises InputError
-    (exit 3) naming it and the option which mends it.
+    `cache` downloads it to that cache first. `explicit` says that the user named it, so that only the current folder
+    counts. Raises InputError (exit 3) naming it and the option which mends it.
     """
     option = f"--{PART_WORDS[part]}"
     folder = _local(asked, source, explicit=explicit)
@@ -131,7 +133,7 @@ def find_base(part: str, asked: str, source: Path, *, explicit: bool, weights: b
             + ("" if explicit else ", neither under the current folder nor beside the source"),
             hint=f"give its folder or hub id by {option}",
         )
-    return Base(part, _from_hub(part, asked, option, weights=weights), asked, from_hub=True)
+    return Base(part, _from_hub(part, asked, option, weights=weights, cache=cache), asked, from_hub=True)
 
 
 def is_folder(asked: str, source: Path) -> bool:
@@ -151,9 +153,13 @@ def _local(asked: str, source: Path, *, explicit: bool) -> Path | None:
         return None
 
 
-def _from_hub(part: str, name: str, option: str, *, weights: bool) -> Path:
+def _from_hub(part: str, name: str, option: str, *, weights: bool, cache: bool) -> Path:
+    from llava_convert.remotes import on_hub  # its clients take half a second to import
+
+    address = parse(name)
+    assert address is not None
     try:
-        return fetch(name, weights=weights)
+        return on_hub(address, weights=weights, cache=cache)
     except HubError as problem:
         raise InputError(
             f"the base {PART_NAMES[part]} {name!r} is neither a folder nor in the hub's cache, "

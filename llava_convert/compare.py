@@ -47,7 +47,7 @@ class CompareSink:
         mine = raw(data)
         theirs = bytearray(len(mine))
         stored = self.stored[tensor.name]
-        read_bytes(self.pool, stored, start, memoryview(theirs))
+        read_bytes(self.pool, stored, start, memoryview(theirs), until=stored.nbytes)
         self.progress(len(mine))
         if stored.dtype in FLOATS:
             bad = count_nonfinite(as_array(theirs, stored.dtype, 1), stored.dtype)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llava_convert import ggml
+from llava_convert.aliases import address_of, called, name_of
 from llava_convert.assembly import assemble, without_added
 from llava_convert.card import card
 from llava_convert.checkpoint import LLM, PART_WORDS, PARTS, VISION, Checkpoint
@@ -22,10 +23,12 @@ from llava_convert.model import Bases, Model
 from llava_convert.numerics import CastLoss
 from llava_convert.plan import KEEP, Plan, Target, make_plan, parse_size, utf8
 from llava_convert.provenance import RECORD, dropped_texts, dump, record, stored_of
+from llava_convert.remotes import reach
 from llava_convert.report import Report, part_story, peak_memory
 from llava_convert.spec import FROM_TORCH_NAMES, QUANTS, TORCH_NAMES
 from llava_convert.stage_one import with_stage_one
 from llava_convert.storage.identity import Snapshot, contents
+from llava_convert.storage.mounts import mounts
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.staging import Staging
 from llava_convert.verdict import Verdict, compare_checkpoints
@@ -94,8 +97,17 @@ def convert(source: str | Path, options: Options, say: Say | None = None) -> Rep
 
     OUT appears whole or not at all. Raises ConvertError, whose `exit_code` says which kind.
     """
-    say = say or Silence()
-    ready = prepare(Path(source), options)
+    with mounts():
+        return _convert(prepare(source, options), options, say or Silence())
+
+
+def plan(source: str | Path, options: Options) -> Report:
+    """What `convert` would do; reads headers, writes nothing. Raises what `convert` raises."""
+    with mounts():
+        return report(prepare(source, options), options)
+
+
+def _convert(ready: Prepared, options: Options, say: Say) -> Report:
     for text in ready.notes:
         say.note(text)
     for text in ready.warnings:
@@ -175,7 +187,7 @@ class Assembled:
     target: TargetOptions
 
 
-def assembled(source: Path, options: Options, opened: tuple[Checkpoint, str] | None = None) -> Assembled:
+def assembled(source: str | Path, options: Options, opened: tuple[Checkpoint, str] | None = None) -> Assembled:
     """What a conversion starts from; `opened` is the source where it has been opened already. Reads headers only."""
     if options.to not in TARGETS:
         raise UsageError(f"--to {options.to}: this version writes {', '.join(TARGETS)}")
@@ -209,7 +221,7 @@ def assembled(source: Path, options: Options, opened: tuple[Checkpoint, str] | N
     return Assembled(checkpoint, why, replace(model, warnings=(*told, *model.warnings)), target_options)
 
 
-def prepare(source: Path, options: Options, opened: tuple[Checkpoint, str] | None = None) -> Prepared:
+def prepare(source: str | Path, options: Options, opened: tuple[Checkpoint, str] | None = None) -> Prepared:
     """Open the source and plan the conversion; writes nothing, reads headers only."""
     found = assembled(source, options, opened)
     checkpoint, model = found.checkpoint, found.model
@@ -239,13 +251,14 @@ def _out(checkpoint: Checkpoint, options: Options) -> Path:
     return options.out or Path(f"{_stem(checkpoint.path)}_{options.to}")
 
 
-def open_source(source: Path, options: Options) -> tuple[Checkpoint, str]:
+def open_source(source: str | Path, options: Options) -> tuple[Checkpoint, str]:
     """The source by its headers, and why it was taken for what it is."""
-    return open_checkpoint(source, options.source_layout, OpenOptions(options.config, options.dequantize))
+    path = reach(source, cache=options.bases.cache)
+    return open_checkpoint(path, options.source_layout, OpenOptions(options.config, options.dequantize))
 
 
 def _open(
-    source: Path, options: Options, opened: tuple[Checkpoint, str] | None = None
+    source: str | Path, options: Options, opened: tuple[Checkpoint, str] | None = None
 ) -> tuple[Checkpoint, str, list[str]]:
     """The source, why it was taken for what it is, and what there is to tell of its stage 1."""
     checkpoint, why = opened or open_source(source, options)
@@ -278,14 +291,14 @@ def report(ready: Prepared, options: Options) -> Report:
     plan, model = ready.plan, ready.model
     dtypes = {t.dtype for t in plan.tensors if t.canonical.startswith(LLM)} or {t.dtype for t in plan.tensors}
     return Report(
-        source=ready.checkpoint.path,
+        source=address_of(ready.checkpoint.path),
         out=ready.out,
         layouts=(ready.checkpoint.layout, options.to),
         why=ready.why,
         plan=plan,
         dtype=", ".join(sorted(TORCH_NAMES.get(d, d) for d in dtypes)),
-        notes=ready.notes,
-        warnings=ready.warnings,
+        notes=tuple(map(called, ready.notes)),
+        warnings=tuple(map(called, ready.warnings)),
         verified=options.verify,
         done=False,
         memory=peak_memory(plan),
@@ -309,7 +322,7 @@ def _nothing_to_do(checkpoint: Checkpoint, options: Options) -> bool:
 
 
 def _stem(path: Path) -> str:
-    name = path.name or path.absolute().name
+    name = name_of(path)
     return name.removesuffix(path.suffix) if path.suffix in (".pth", ".pt", ".bin", ".safetensors", ".gguf") else name
 
 
@@ -343,18 +356,24 @@ def _nonfinite_warning(outcome: Outcome) -> str | None:
 def verify(source: str | Path, out: str | Path, options: Options, say: Say | None = None) -> Verdict:
     """Compare OUT with SOURCE, tensor by tensor; the caller decides what a difference means."""
     say = say or Silence()
-    checkpoint, _, told = _open(Path(source), options)
+    with mounts():
+        return _verify(source, out, options, say)
+
+
+def _verify(source: str | Path, theirs: str | Path, options: Options, say: Say) -> Verdict:
+    checkpoint, _, told = _open(source, options)
+    out = reach(theirs, cache=options.bases.cache)
     quantised = any(tensor.dtype in QUANTS for tensor in checkpoint.tensors().values())
-    if quantised and checkpoint.layout not in detect(locate(Path(out))):
+    if quantised and checkpoint.layout not in detect(locate(out)):
         # In another layout they have become floats.
-        checkpoint, _, told = _open(Path(source), replace(options, dequantize=True))
+        checkpoint, _, told = _open(source, replace(options, dequantize=True))
     for text in told:
         say.warn(text)
-    total = Path(out).stat().st_size if Path(out).is_file() else sum(p.stat().st_size for p in Path(out).rglob("*"))
+    total = out.stat().st_size if out.is_file() else sum(p.stat().st_size for p in out.rglob("*"))
     target = replace(options.target, part=_part(options.target.part), lora_alpha=options.bases.lora_alpha)
     return compare_checkpoints(
         checkpoint,
-        Path(out),
+        out,
         bases=options.bases,
         options=target,
         progress=say.start("comparing", total),

@@ -6,6 +6,8 @@ it, a command where there is one. They are raised anywhere and printed in one pl
 
 from __future__ import annotations
 
+from llava_convert.aliases import called
+
 
 class ConvertError(Exception):
     """Base of every error that is the user's to mend. `exit_code` is the process's exit status."""
@@ -14,10 +16,10 @@ class ConvertError(Exception):
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         # Names from files stand in messages, and a terminal obeys escape sequences (tests/fuzz found several such).
-        message = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
+        message = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in called(message))
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint if hint is None else called(hint)
 
 
 class UsageError(ConvertError):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llava_convert.aliases import address_of, called
 from llava_convert.checkpoint import LLM, PART_WORDS, PARTS, Checkpoint
 from llava_convert.conversion import Options, assembled, open_source, prepare
 from llava_convert.errors import ConvertError
@@ -13,6 +14,7 @@ from llava_convert.layouts import TARGETS
 from llava_convert.layouts.options import refuse_quantised
 from llava_convert.provenance import dropped_texts
 from llava_convert.spec import TORCH_NAMES
+from llava_convert.storage.mounts import mounted, mounts
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class PartFound:
 class Inspection:
     """What `inspect` found. `targets` maps each layout to None, or to why it cannot be made as things are."""
 
-    path: Path
+    path: Path | str
     layout: str
     why: str
     parts: tuple[PartFound, ...]
@@ -66,23 +68,25 @@ class Inspection:
 
 def inspect(source: str | Path, options: Options | None = None) -> Inspection:
     """Look at a checkpoint without reading a weight. Raises what opening raises."""
-    options = options or Options(to="")
-    checkpoint, why = open_source(Path(source), options)
+    with mounts():
+        return _inspect(source, options or Options(to=""))
+
+
+def _inspect(source: str | Path, options: Options) -> Inspection:
+    checkpoint, why = open_source(source, options)
     targets = {
-        to: _problem(Path(source), (checkpoint, why), replace(options, to=to))
-        for to in TARGETS
-        if to != checkpoint.layout
+        to: _problem(source, (checkpoint, why), replace(options, to=to)) for to in TARGETS if to != checkpoint.layout
     }
     stubs = (f"pickled names left inert: {', '.join(checkpoint.stubs)}",) if checkpoint.stubs else ()
     return Inspection(
-        path=checkpoint.path,
+        path=address_of(checkpoint.path),
         layout=checkpoint.layout,
         why=why,
         parts=tuple(_part(checkpoint, name) for name in PARTS),
         settings=_settings(checkpoint),
         targets=targets,
-        notes=(*checkpoint.notes, *dropped_texts(checkpoint)),
-        warnings=checkpoint.warnings,
+        notes=tuple(map(called, (*checkpoint.notes, *dropped_texts(checkpoint)))),
+        warnings=tuple(map(called, checkpoint.warnings)),
         details=stubs,
     )
 
@@ -120,14 +124,15 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
     return {**found, **checkpoint.facts}
 
 
-def _problem(source: Path, opened: tuple[Checkpoint, str], options: Options) -> str | None:
+def _problem(source: str | Path, opened: tuple[Checkpoint, str], options: Options) -> str | None:
     """Why a target cannot be planned as things are, or None.
 
-    Where the files beside the weights would first have to be made of metadata, the weights alone are looked at.
+    Where the files beside the weights would first have to be made of metadata, or fetched (a tokenizer has megabytes),
+    the weights alone are looked at.
     """
     files = opened[0].parts[LLM].files
     try:
-        if files is None or files.in_folder:
+        if files is None or (files.in_folder and mounted(files.where) is None):
             prepare(source, options, opened)
         else:
             refuse_quantised(assembled(source, options, opened).model.recipes)

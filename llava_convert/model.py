@@ -17,13 +17,17 @@ EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm
 
 @dataclass(frozen=True)
 class Bases:
-    """What the user says of the base models; overrides what the source names."""
+    """What the user says of the base models; overrides what the source names.
+
+    `cache`: what a hub holds is downloaded to its client's cache, instead of being read in place.
+    """
 
     llm: str | None = None
     visual_encoder: str | None = None
     llm_id: str | None = None
     visual_encoder_id: str | None = None
     lora_alpha: Mapping[str, float] = field(default_factory=dict)
+    cache: bool = False
 
     def asked(self, part: str) -> str | None:
         return {LLM: self.llm, VISION: self.visual_encoder}.get(part)

@@ -16,7 +16,7 @@ from llava_convert.plan import Plan
 class Report:
     """What a conversion did, or would do."""
 
-    source: Path
+    source: Path | str
     out: Path
     layouts: tuple[str, str]
     why: str

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.errors import InputError
-from llava_convert.storage.jsonfile import json_bytes, parse_json
+from llava_convert.storage.files import read_file
+from llava_convert.storage.jsonfile import MAX_JSON_BYTES, json_bytes, parse_json
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def folder_sidecars(folder: Path) -> Sidecars:
 
     def load(name: str) -> bytes:
         path = folder / name
-        return json_bytes(path) if name.endswith(".json") else path.read_bytes()
+        return json_bytes(path) if name.endswith(".json") else read_file(path, MAX_JSON_BYTES)
 
     return Sidecars(folder, names, load, in_folder=True)
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from llava_convert.numerics import Array, raw
 from llava_convert.plan import PlannedTensor
-from llava_convert.storage.ranges import PIECE, FilePool, copy_range, start_writeback, write_all
+from llava_convert.storage.ranges import PIECE, FilePool, start_writeback, write_all
 from llava_convert.tasks import Copy
 
 Progress = Callable[[int], None]
@@ -35,8 +35,7 @@ class FileSink:
     writing: threading.Lock = field(default_factory=threading.Lock)
 
     def copy(self, task: Copy) -> None:
-        source, fd = self.pool.open(task.path), self.files[task.shard]
-        copy_range(source, task.offset, fd, task.at, task.length, progress=self.progress, where=task.path)
+        self.pool.copy_to(task.path, task.offset, self.files[task.shard], task.at, task.length, progress=self.progress)
 
     def put(self, tensor: PlannedTensor, start: int, data: Array) -> None:
         at, fd = tensor.offset + start, self.files[tensor.shard]

@@ -11,24 +11,23 @@ from dataclasses import replace
 from pathlib import Path
 
 from llava_convert.checkpoint import PART_NAMES, PARTS, Checkpoint
-from llava_convert.errors import ConvertError, UsageError
+from llava_convert.errors import ConvertError
 from llava_convert.layouts import open_checkpoint
+from llava_convert.remotes import reach
 
 
 def with_stage_one(checkpoint: Checkpoint, named: Path | None) -> tuple[Checkpoint, list[str]]:
     """The checkpoint with the parts that it lacks and stage 1 trained; and what there is to tell.
 
-    `named` is the file that the user gives; else the training config names it. Raises UsageError when `named` is
-    missing, and what opening it raises; one that only the config names is told of instead.
+    `named` is what the user gives, here or remote; else the training config names it. Raises what reaching and opening
+    `named` raises; one that only the config names is told of instead.
     """
     asked = str(named) if named else (checkpoint.training.pretrained_pth if checkpoint.training else None)
     absent = [part for part in PARTS if checkpoint.parts[part].state == "absent"]
     if asked is None or not (absent or named):
         return checkpoint, []
-    found = _find(asked, checkpoint, given=named is not None)
+    found = reach(named) if named else _find(asked, checkpoint)
     if found is None:
-        if named:
-            raise UsageError(f"--pretrained-pth {named} does not exist")
         name = Path(asked).name
         return checkpoint, [
             f"the stage-1 checkpoint {name} that training started from is not here: if it trained the "
@@ -48,10 +47,10 @@ def with_stage_one(checkpoint: Checkpoint, named: Path | None) -> tuple[Checkpoi
     return checkpoint, []
 
 
-def _find(asked: str, checkpoint: Checkpoint, *, given: bool) -> Path | None:
-    path = Path(asked).expanduser() if given else Path(asked)
+def _find(asked: str, checkpoint: Checkpoint) -> Path | None:
+    path = Path(asked)
     places = [path]
-    if not given and not path.is_absolute():
+    if not path.is_absolute():
         places += [parent / path for parent in checkpoint.path.absolute().parents]
     try:
         return next((place for place in places if place.exists()), None)

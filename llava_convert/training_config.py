@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava_convert.errors import InputError, UnsafeError, UnsupportedError
+from llava_convert.storage.remote import remote_of
 from llava_convert.xtuner_config import MAX_TEXT, Call, Dotted, Unknown, evaluate
 from llava_convert.xtuner_values import CONFIG_HINT, PLAIN_HINT
 
@@ -115,6 +116,7 @@ def parse_training_config(text: str, filename: str) -> TrainingConfig:
 
 def _text(path: Path, *, optional: bool = False) -> str | None:
     try:
+        remote_of(path)  # which fetches it, where it lies elsewhere
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a pipe or a device would be read for ever
             raise InputError(f"{path}: not a file", hint=CONFIG_HINT)

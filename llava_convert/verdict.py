@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from llava_convert.op import Op
 from llava_convert.ops import PadRows, steps
 from llava_convert.plan import Output, PlannedTensor
 from llava_convert.spec import QUANTS, StoredTensor
-from llava_convert.storage.jsonfile import read_json
+from llava_convert.storage.jsonfile import read_json, read_object
 from llava_convert.storage.ranges import FilePool
 
 
@@ -254,7 +253,7 @@ def _settings(source: Checkpoint, theirs: Checkpoint) -> tuple[str, ...]:
         if mine.select_strategy != other.select_strategy:
             said.append(f"feature selection is {mine.select_strategy} in the source, {other.select_strategy} in OUT")
     if theirs.layout == "official" and theirs.parts[VISION].state == "full":
-        config = json.loads((theirs.root / "config.json").read_text(encoding="utf-8"))
+        config = read_object(theirs.root / "config.json")
         if not config.get("unfreeze_mm_vision_tower"):
             said.append("OUT holds a vision tower that its loader ignores (unfreeze_mm_vision_tower is not true)")
     return tuple(said)

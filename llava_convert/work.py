@@ -148,5 +148,5 @@ def _raw(pool: FilePool, source: StoredTensor) -> Iterator[Array]:
     buffer = bytearray(size)
     for start in range(0, source.nbytes, size):
         view = memoryview(buffer)[: min(size, source.nbytes - start)]
-        read_bytes(pool, source, start, view)
+        read_bytes(pool, source, start, view, until=source.nbytes)
         yield np.frombuffer(view, np.uint8)

@@ -26,13 +26,7 @@ def layout(name: str) -> Layout:
 
 def locate(path: Path) -> Path:
     """The checkpoint that a path means: itself, or what a training work_dir's `last_checkpoint` names."""
-    try:
-        path = path.expanduser()
-        there = path.exists()
-    except (OSError, RuntimeError):  # a name that is too long; a user who is unknown
-        there = False
-    if not there:
-        raise InputError(f"{path} does not exist", hint="a Hub id is not a source yet: give a file or a folder")
+    path = path.expanduser()
     pointer = path / "last_checkpoint"
     if not path.is_dir() or not pointer.is_file():
         return path

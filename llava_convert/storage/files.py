@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
+from io import SEEK_END, RawIOBase
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from llava_convert.errors import InputError, UnsafeError
+from llava_convert.storage.remote import RemoteStream, remote_of
 
 # 255 bytes is the longest path part of common file systems; the longest tensor name seen in a real model is 107.
 _SHOWN_CHARACTERS = 120
@@ -43,14 +44,17 @@ def os_reason(error: OSError | ValueError) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Opens `path` to read bytes, unbuffered, and never waits for another process.
+def open_regular(path: Path) -> RawIOBase:
+    """Opens `path` to read bytes, unbuffered, and never waits for another process. It may stand for a remote file.
 
     Raises InputError when it is missing, not readable, or no regular file (fault row 32). It is looked at before it
     is opened, since opening a device can act on it; and again afterwards, since it may have been exchanged. A FIFO
     opened for reading waits for a writer unless O_NONBLOCK is given (POSIX open(2)); on a regular file that flag does
     nothing.
     """
+    remote = remote_of(path)
+    if remote is not None:
+        return RemoteStream(remote)
     # All three flags are absent on some system.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     try:
@@ -73,10 +77,26 @@ def open_regular(path: Path) -> BinaryIO:
 def require_regular(path: Path) -> os.stat_result:
     """What the system knows of `path`. Raises InputError as `open_regular` does."""
     with open_regular(path) as stream:
-        return os.fstat(stream.fileno())
+        return path.stat() if isinstance(stream, RemoteStream) else os.fstat(stream.fileno())
 
 
-def read_fully(stream: BinaryIO, count: int, path: Path) -> bytes:
+def size_of(stream: RawIOBase) -> int:
+    """The size of an opened file; the stream stands at its start afterwards."""
+    size = stream.seek(0, SEEK_END)
+    stream.seek(0)
+    return size
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """The bytes of a small file. Raises InputError where it cannot be read, or is larger than `limit` bytes."""
+    with open_regular(path) as stream:
+        data = read_fully(stream, limit + 1, path)
+    if len(data) > limit:
+        raise InputError(f"{shown(path)}: larger than {limit:,} bytes, more than any file of its kind")
+    return data
+
+
+def read_fully(stream: RawIOBase, count: int, path: Path) -> bytes:
     """`count` bytes from where `stream` stands, fewer at its end. Raises InputError where the disk fails.
 
     In pieces, so that a `count` which is only a limit allocates nothing; a raw stream may also return less than was

@@ -7,7 +7,6 @@ rows 81 to 86).
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from llava_convert.errors import InputError, UnsupportedError
 from llava_convert.spec import QUANTS, Extent, StoredTensor, nbytes_of
-from llava_convert.storage.files import listed, open_regular, read_fully, reject_stand_in, shown
+from llava_convert.storage.files import listed, open_regular, read_fully, reject_stand_in, shown, size_of
 from llava_convert.storage.gguf_types import GIVEN_UP, NUMBERS, TYPES, whole_blocks
 from llava_convert.storage.gguf_values import Cursor, Typed, encode_string, encode_value
 from llava_convert.storage.safetensors import Header, check_name
@@ -71,7 +70,7 @@ def read_gguf(path: Path) -> GgufFile:
     """
     where = shown(path)
     with open_regular(path) as stream:
-        size = os.fstat(stream.fileno()).st_size
+        size = size_of(stream)
 
         def read(offset: int, count: int) -> bytes:
             stream.seek(offset)

@@ -7,11 +7,12 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 from llava_convert.errors import InputError
-from llava_convert.storage.files import open_regular, os_reason, read_fully, require_regular, shown
+from llava_convert.storage.files import open_regular, os_reason, read_fully, require_regular, shown, size_of
+from llava_convert.storage.remote import remote_of
 from llava_convert.storage.safetensors import MAX_HEADER_BYTES, SUFFIX
 
 # A torch zip ends with its directory, about 100 bytes for each tensor, the CRC of its data among them (APPNOTE.TXT
@@ -29,7 +30,7 @@ def identity(files: Iterable[Path]) -> list[dict[str, str | int]]:
     found: list[dict[str, str | int]] = []
     for path in files:
         with open_regular(path) as stream:
-            size = os.fstat(stream.fileno()).st_size
+            size = size_of(stream)
             header = path.suffix.lower() == SUFFIX
             digest = _header_digest(stream, path) if header else _ends_digest(stream, path, size)
         found.append({"file": path.name, "size": size, "sha256": digest, "of": "header" if header else "ends"})
@@ -55,9 +56,12 @@ def contents(folder: Path, names: Iterable[str]) -> dict[str, dict[str, str | in
 
 @dataclass(frozen=True, slots=True)
 class _State:
+    """What changes with a file's content: its times and its number here, what its server says of it elsewhere."""
+
     size: int
-    mtime_ns: int
-    inode: int
+    mtime_ns: int = 0
+    inode: int = 0
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +103,20 @@ def _changed(path: Path, what: str) -> InputError:
 
 
 def _state(path: Path) -> _State:
+    remote = remote_of(path)
+    if remote is not None:
+        return _State(remote.size, version=remote.version())
     info = require_regular(path)
     return _State(info.st_size, info.st_mtime_ns, info.st_ino)
 
 
-def _header_digest(stream: BinaryIO, path: Path) -> str:
+def _header_digest(stream: RawIOBase, path: Path) -> str:
     field = read_fully(stream, 8, path)
     length = min(int.from_bytes(field, "little"), MAX_HEADER_BYTES)
     return hashlib.sha256(field + read_fully(stream, length, path)).hexdigest()
 
 
-def _ends_digest(stream: BinaryIO, path: Path, size: int) -> str:
+def _ends_digest(stream: RawIOBase, path: Path, size: int) -> str:
     digest = hashlib.sha256(read_fully(stream, END_BYTES, path))
     stream.seek(max(END_BYTES, size - END_BYTES))
     digest.update(read_fully(stream, END_BYTES, path))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.errors import InputError
-from llava_convert.storage.files import open_regular, read_fully, reject_stand_in, shown
+from llava_convert.storage.files import read_file, reject_stand_in, shown
 
 # The largest JSON file of a real model is a tokenizer.json of 33 MB (Gemma 3).
 MAX_JSON_BYTES = 64 << 20
@@ -33,10 +33,7 @@ def read_json(path: Path, *, limit: int = MAX_JSON_BYTES, unique_keys: bool = Fa
 
 def json_bytes(path: Path, *, limit: int = MAX_JSON_BYTES) -> bytes:
     """The bytes of a JSON file, unparsed. Raises InputError where it cannot be read, or is too large."""
-    with open_regular(path) as stream:
-        data = read_fully(stream, limit + 1, path)
-    if len(data) > limit:
-        raise InputError(f"{shown(path)}: larger than {limit:,} bytes, more than any file of its kind")
+    data = read_file(path, limit)
     reject_stand_in(path, data[:512])
     return data
 

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from llava_convert.errors import InputError
+from llava_convert.storage.remote import RemoteFile, remote_of
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 BLOCK = 4096  # offsets equal modulo this can share pages (copy_file_range) or blocks (clone)
 BUFFER = 128 << 10
 PIECE = 8 << 20  # between two steps of progress, and between two starts of writeback
+REMOTE_PIECE = 4 << 20  # one request; eight threads hold one or two each
 CLONE_PIECE = 1 << 30
 CLONE_LEAST = 64 << 10  # below this the system call and the unaligned ends cost more than they save
 
@@ -116,17 +118,66 @@ def copy_range(
 
 
 class FilePool:
-    """Source files, each opened once and read by any number of threads; a context manager."""
+    """Source files, each opened once and read by any number of threads; a context manager.
+
+    A path may stand for a remote file (`storage.remote`): its bytes then come over the network, in pieces.
+    """
 
     def __init__(self) -> None:
         self._fds: dict[Path, int] = {}
         self._mutex = threading.Lock()
+        self._ahead = threading.local()
+
+    def read_into(self, path: Path, offset: int, buffer: WriteableBuffer, *, until: int = 0) -> None:
+        """Fill `buffer` from byte `offset` of a file; the bytes up to `until` may be asked for next.
+
+        Raises InputError when it is missing, unreadable, no regular file or ends first; HubError for a remote one.
+        """
+        remote = remote_of(path)
+        if remote is None:
+            read_into(self.open(path), offset, buffer, where=path)
+        else:
+            self._fetch(remote, offset, _bytes_of(buffer), until)
+
+    def copy_to(
+        self, path: Path, offset: int, dst_fd: int, dst_off: int, length: int, *, progress: Callable[[int], None]
+    ) -> None:
+        """Copy `length` bytes of a file into an open one, as `copy_range` does. Raises what `read_into` raises."""
+        remote = remote_of(path)
+        if remote is None:
+            copy_range(self.open(path), offset, dst_fd, dst_off, length, progress=progress, where=path)
+            return
+        for done in range(0, length, REMOTE_PIECE):
+            piece = memoryview(bytearray(min(REMOTE_PIECE, length - done)))
+            remote.fetch_into(offset + done, piece)
+            write_all(dst_fd, dst_off + done, piece)
+            progress(len(piece))
+
+    def _fetch(self, remote: RemoteFile, offset: int, view: memoryview, until: int) -> None:
+        """Small reads one after another are served of one piece, which each thread keeps for a few files."""
+        windows = self._windows()
+        while len(view):
+            start, data = windows.get(id(remote), (0, b""))
+            if not start <= offset < start + len(data):
+                if len(view) >= REMOTE_PIECE or offset + len(view) >= until:  # nothing more to fetch along
+                    remote.fetch_into(offset, view)
+                    return
+                start, data = offset, remote.fetch(offset, min(offset + REMOTE_PIECE, until))
+                windows[id(remote)] = start, data
+            part = memoryview(data)[offset - start : offset - start + len(view)]
+            view[: len(part)] = part
+            view, offset = view[len(part) :], offset + len(part)
+
+    def _windows(self) -> dict[int, tuple[int, bytes]]:
+        found: dict[int, tuple[int, bytes]] | None = getattr(self._ahead, "windows", None)
+        if found is None:
+            found = self._ahead.windows = {}
+        while len(found) > 2:  # a source and what it is compared with
+            del found[next(iter(found))]
+        return found
 
     def open(self, path: Path) -> int:
-        """The descriptor of `path`, valid until the pool is closed.
-
-        Raises InputError when it is missing, unreadable or no regular file.
-        """
+        """The descriptor of an ordinary file, valid until the pool is closed. Raises InputError as `read_into`."""
         with self._mutex:
             fd = self._fds.get(path)
             if fd is None:

@@ -8,7 +8,6 @@ library is lenient and a conversion would go wrong: a name that is there twice, 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 
 from llava_convert.errors import InputError, UnsupportedError
 from llava_convert.spec import DTYPE_BITS, Extent, StoredTensor
-from llava_convert.storage.files import open_regular, read_fully, reject_stand_in, shown
+from llava_convert.storage.files import open_regular, read_fully, reject_stand_in, shown, size_of
 from llava_convert.storage.jsonfile import parse_json
 
 SUFFIX = ".safetensors"
@@ -74,7 +73,7 @@ def read_header(path: Path) -> SafetensorsFile:
     """
     where = shown(path)
     with open_regular(path) as stream:
-        size = os.fstat(stream.fileno()).st_size
+        size = size_of(stream)
         start = read_fully(stream, min(size, 512), path)
         _check_start(path, start)
         length = int.from_bytes(start[:_LENGTH_BYTES], "little")

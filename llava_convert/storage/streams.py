@@ -13,7 +13,7 @@ import numpy as np
 from llava_convert.numerics import Array
 from llava_convert.ops import as_array
 from llava_convert.spec import StoredTensor, nbytes_of
-from llava_convert.storage.ranges import FilePool, read_into
+from llava_convert.storage.ranges import FilePool
 
 BLOCK = 256 * 1024
 # Merges multiply blocks of at least so many rows. The number depends on the shape alone, so that sums are
@@ -49,17 +49,20 @@ def cuts(tensor: StoredTensor, first: int, last: int, step: int) -> Iterator[tup
         first = end
 
 
-def read_bytes(pool: FilePool, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
-    """Fill `buffer` with the tensor's stored bytes from `start` on, over its extents."""
+def read_bytes(pool: FilePool, tensor: StoredTensor, start: int, buffer: memoryview, *, until: int = 0) -> None:
+    """Fill `buffer` with the tensor's stored bytes from `start` on, over its extents; those up to `until` follow."""
     done = 0
     for extent in tensor.extents:
         if start >= extent.length:
             start -= extent.length
+            until -= extent.length
             continue
         take = min(extent.length - start, len(buffer) - done)
-        read_into(pool.open(extent.path), extent.offset + start, buffer[done : done + take], where=extent.path)
+        follow = extent.offset + min(max(until, 0), extent.length)
+        pool.read_into(extent.path, extent.offset + start, buffer[done : done + take], until=follow)
         done += take
         start = 0
+        until -= extent.length
         if done == len(buffer):
             return
 
@@ -90,7 +93,7 @@ def blocks(pool: FilePool, tensor: StoredTensor, first: int, last: int, together
     buffer = bytearray(max(step, min(last - first, step + LEAST_ROWS)) * row_bytes)
     for row, end in cuts(tensor, first, last, step):
         view = memoryview(buffer)[: (end - row) * row_bytes]
-        read_bytes(pool, tensor, row * row_bytes, view)
+        read_bytes(pool, tensor, row * row_bytes, view, until=last * row_bytes)
         yield as_array(view, tensor.dtype, columns)
 
 
@@ -101,8 +104,8 @@ def same_bytes(pool: FilePool, a: StoredTensor, b: StoredTensor) -> bool:
     one, other = bytearray(BLOCK), bytearray(BLOCK)
     for start in range(0, a.nbytes, BLOCK):
         size = min(BLOCK, a.nbytes - start)
-        read_bytes(pool, a, start, memoryview(one)[:size])
-        read_bytes(pool, b, start, memoryview(other)[:size])
+        read_bytes(pool, a, start, memoryview(one)[:size], until=a.nbytes)
+        read_bytes(pool, b, start, memoryview(other)[:size], until=b.nbytes)
         if one[:size] != other[:size]:
             return False
     return True

@@ -6,7 +6,6 @@ Neither torch nor the classes that a file names are imported; no weight is read.
 
 from __future__ import annotations
 
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from llava_convert.errors import InputError, UnsupportedError
 from llava_convert.spec import StoredTensor
-from llava_convert.storage.files import open_regular, os_reason, shown
+from llava_convert.storage.files import open_regular, os_reason, shown, size_of
 from llava_convert.storage.torch_legacy import read_legacy
 from llava_convert.storage.torch_tensors import OddTensor
 from llava_convert.storage.torch_zip import read_zip
@@ -56,7 +55,7 @@ def read_torch(path: Path) -> TorchFile:
     """
     with open_regular(path) as stream:
         try:
-            size = os.fstat(stream.fileno()).st_size
+            size = size_of(stream)
             head = stream.read(512)
             if head.startswith(b"PK"):
                 loaded = read_zip(path, stream, size)

@@ -7,8 +7,9 @@ Magic number, protocol, system, object and storage keys are pickles; for each ke
 from __future__ import annotations
 
 from dataclasses import replace
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from llava_convert.errors import InputError, UnsafeError, UnsupportedError
 from llava_convert.storage import unpickle
@@ -22,7 +23,7 @@ _PROTOCOL = 1001
 _HEADER_OPERATIONS = 1000  # torch writes about 30; these pickles are read anew for each window
 
 
-def read_legacy(path: Path, stream: BinaryIO, size: int) -> unpickle.Loaded:
+def read_legacy(path: Path, stream: RawIOBase, size: int) -> unpickle.Loaded:
     """The tree of the object; of the file, no more is read than its pickles and the lengths between the storages."""
     window = 1 << 22
     while True:
@@ -38,7 +39,7 @@ def read_legacy(path: Path, stream: BinaryIO, size: int) -> unpickle.Loaded:
             window = min(window * 4, unpickle.MAX_PICKLE_BYTES)
 
 
-def _parse(path: Path, stream: BinaryIO, size: int, data: bytes) -> unpickle.Loaded:
+def _parse(path: Path, stream: RawIOBase, size: int, data: bytes) -> unpickle.Loaded:
     try:
         magic = unpickle.load(data, path=path, operations=_HEADER_OPERATIONS)
     except InputError as error:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
+from io import RawIOBase
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from llava_convert.errors import InputError, UnsafeError, UnsupportedError
 from llava_convert.storage import unpickle
@@ -29,7 +30,7 @@ class _Record:
     crc: int
 
 
-def read_zip(path: Path, stream: BinaryIO, size: int) -> unpickle.Loaded:
+def read_zip(path: Path, stream: RawIOBase, size: int) -> unpickle.Loaded:
     records = _zip_records(path, stream, size)
     roots = [name.removesuffix("/data.pkl") for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:
@@ -73,7 +74,7 @@ def read_zip(path: Path, stream: BinaryIO, size: int) -> unpickle.Loaded:
     return unpickle.load(data, path=path, persistent=persistent, builders=BUILDERS, quiet=is_quiet)
 
 
-def _zip_records(path: Path, stream: BinaryIO, size: int) -> dict[str, _Record]:
+def _zip_records(path: Path, stream: RawIOBase, size: int) -> dict[str, _Record]:
     """Every record of an archive, located by its *local* header (APPNOTE.TXT 4.3.7, 4.3.12, 4.3.14 to 4.3.16)."""
     start, end, count = _zip_directory(path, stream, size)
     directory = read_at(path, stream, start, end - start)
@@ -113,7 +114,7 @@ def _zip_records(path: Path, stream: BinaryIO, size: int) -> dict[str, _Record]:
     return records
 
 
-def _zip_directory(path: Path, stream: BinaryIO, size: int) -> tuple[int, int, int]:
+def _zip_directory(path: Path, stream: RawIOBase, size: int) -> tuple[int, int, int]:
     """Start, end and number of entries of the central directory, zip64 or not."""
     tail_at = max(0, size - 65557)
     tail = read_at(path, stream, tail_at, size - tail_at)
@@ -189,7 +190,7 @@ def _torchscript(path: Path) -> UnsupportedError:
     return UnsupportedError(f"{path}: is a TorchScript program, not a state dict", hint=hint)
 
 
-def _data_offset(path: Path, stream: BinaryIO, header: int, name: bytes) -> int:
+def _data_offset(path: Path, stream: RawIOBase, header: int, name: bytes) -> int:
     local = read_at(path, stream, header, 30 + len(name))
     if local[:4] != b"PK\x03\x04" or local[30:] != name or local[26:28] != len(name).to_bytes(2, "little"):
         raise InputError(f"{path}: the header of record {shown(name.decode('latin-1'))} is damaged or not its own")
@@ -199,7 +200,7 @@ def _data_offset(path: Path, stream: BinaryIO, header: int, name: bytes) -> int:
     return header + 30 + len(name) + int.from_bytes(local[28:30], "little")
 
 
-def read_at(path: Path, stream: BinaryIO, offset: int, length: int) -> bytes:
+def read_at(path: Path, stream: RawIOBase, offset: int, length: int) -> bytes:
     if offset >> 63:
         raise InputError(f"{path}: truncated or damaged: it points to byte {offset}")
     stream.seek(offset)

@@ -81,7 +81,7 @@ def test_default_out_is_the_stem_and_the_layout(tiny: Path, tmp_path: Path, monk
         ({"to": "ggml"}, UsageError, 2),
         ({"to": "hf", "part": "x"}, UsageError, 2),
         ({"to": "hf", "max_shard_size": "x"}, UsageError, 2),
-        ({"to": "hf", "pretrained_pth": "absent.pth"}, UsageError, 2),
+        ({"to": "hf", "pretrained_pth": "absent.pth"}, InputError, 3),
         ({"to": "hf", "llm": "/absent", "part": "visual-encoder", "visual_encoder": "/absent"}, InputError, 3),
     ],
 )

@@ -212,13 +212,13 @@ def test_rotary_order_in_blocks_equals_the_formula(tmp_path: Path, strided: bool
 def reads(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Bytes that were read of each file."""
     found: dict[str, int] = {}
-    original = streams.read_into
+    original = FilePool.read_into
 
-    def counted(fd: int, offset: int, buffer: memoryview, *, where: object = None) -> None:
-        found[Path(str(where)).name] = found.get(Path(str(where)).name, 0) + len(buffer)
-        original(fd, offset, buffer, where=where)
+    def counted(pool: FilePool, path: Path, offset: int, buffer: memoryview, *, until: int = 0) -> None:
+        found[path.name] = found.get(path.name, 0) + len(buffer)
+        original(pool, path, offset, buffer, until=until)
 
-    monkeypatch.setattr(streams, "read_into", counted)
+    monkeypatch.setattr(FilePool, "read_into", counted)
     return found
 
 
