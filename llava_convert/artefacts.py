@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from llava_convert.bases import cached_id
 from llava_convert.checkpoint import LLM, PART_NAMES, PART_WORDS, VISION
 from llava_convert.configs import without_stale
 from llava_convert.errors import InputError
@@ -20,6 +19,7 @@ from llava_convert.model import EMBEDDING, Model
 from llava_convert.plan import to_json
 from llava_convert.processor import preprocessor_config
 from llava_convert.prompts import ChatTemplates, hf_templates, stop_ids
+from llava_convert.published import published
 from llava_convert.sidecars import folder_sidecars
 from llava_convert.tokenizer import Tokenizer, has_tokenizer, open_tokenizer
 from llava_convert.tokens import AddedToken, plain_files, require_rows, without_tokens
@@ -128,10 +128,10 @@ class Artefacts:
             if isinstance(name, str) and is_id(name) and not _is_local(name, base):
                 return published_id(name), None
         files = model.files(part)
-        if files is not None and (found := cached_id(files.where)) is not None:
+        if files is not None and (found := published(files.where).get("repo")) is not None:
             return found, None
-        if part == VISION and (published := id_by_shape(config)) is not None:
-            return published, None
+        if part == VISION and (by_shape := id_by_shape(config)) is not None:
+            return by_shape, None
         last = [str(n).rstrip("/").rpartition("/")[2] for n in (base.asked if base else None, *named) if n]
         name = last[0] if last else (files.where.name if files is not None else PART_WORDS[part])
         return name, (

@@ -6,7 +6,6 @@ then under the source's parents, since training configs name them relative to wh
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,21 +17,11 @@ from llava_convert.configs import named_config, old_flavour
 from llava_convert.errors import HubError, InputError, UnsupportedError
 from llava_convert.hub import is_id, parse, published_id
 from llava_convert.mapping import layout_table, lookup_errors
+from llava_convert.published import cached_id
 from llava_convert.sidecars import Sidecars, folder_sidecars
 from llava_convert.spec import StoredTensor
 from llava_convert.storage.jsonfile import read_object
 from llava_convert.storage.weights import Weights, open_weights
-
-_CACHED = re.compile(r"models--([^/]+?)--([^/]+)")
-
-
-def cached_id(folder: Path) -> str | None:
-    """The repo id of a folder that lies in a Hub cache (`models--org--name/snapshots/<revision>`)."""
-    for parent in (folder, *folder.parents):
-        found = _CACHED.fullmatch(parent.name)
-        if found:
-            return f"{found[1]}/{found[2]}"
-    return None
 
 
 @dataclass(frozen=True)

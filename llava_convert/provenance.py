@@ -17,6 +17,7 @@ from llava_convert.errors import InputError
 from llava_convert.execute import Outcome
 from llava_convert.model import Model
 from llava_convert.plan import Plan, Target, utf8
+from llava_convert.published import published
 from llava_convert.shards import Shard
 from llava_convert.spec import StoredTensor
 from llava_convert.storage.identity import identity
@@ -130,11 +131,12 @@ def record(
         "sources": [
             {
                 "role": role,
+                **published(root),
                 "files": [
                     {**found, "file": names[path][1]} for path, found in zip(files, identity(files), strict=True)
                 ],
             }
-            for role, _, files in places
+            for role, root, files in places
         ],
         "dropped": [{"name": d.name, "reason": d.reason} for d in (*model.checkpoint.dropped, *model.dropped)],
         "notes": [*model.checkpoint.notes, *model.notes],

@@ -66,7 +66,8 @@ def run_task(
     Raises what reading and writing raise, and InputError and UnsupportedError from ops.
     """
     if isinstance(task, Copy):
-        sink.copy(task)
+        if stopped is None or not stopped.is_set():
+            sink.copy(task)
         return
     losses = [CastLoss() for _ in task.tensors]
     hashers = [_hasher() for _ in task.tensors] if digest else []

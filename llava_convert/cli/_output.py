@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from llava_convert.aliases import called
 from llava_convert.errors import OutputError
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Output:
             self._progress = None
 
     def _talk(self, text: str, style: str | None = None) -> None:
+        text = called(text)
         # A closed pipe must not hide what the command did.
         with suppress(BrokenPipeError):
             if style is not None and sys.stderr.isatty():
@@ -95,6 +97,7 @@ class Output:
 
 
 def _print(text: str) -> None:
+    text = called(text)
     try:
         print(text, flush=True)  # now, so that a closed pipe or a full disk is noticed while it can be told
     except BrokenPipeError:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import huggingface_hub
 from huggingface_hub.errors import (
@@ -22,7 +23,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from llava_convert.errors import HubError
 from llava_convert.hub import Address
 from llava_convert.remotes.cache import fetched, is_enough
-from llava_convert.storage.remote import Remote, TransientError, patiently, refuse
+from llava_convert.storage.remote import WEIGHTS, Remote, TransientError, patiently, refuse
 
 _TIMEOUT = 30.0  # seconds to connect, and between two bytes
 
@@ -40,13 +41,23 @@ def open(address: Address) -> Remote:
 
     commit, files = patiently(where, ask)
 
+    places: dict[str, str] = {}  # where weights are sent from, which is asked once a file
+
     def read(name: str, start: int, end: int) -> bytes:
         with _asking(f"{where}/{name}"):
-            response = get_session().get(
-                huggingface_hub.hf_hub_url(address.repo, name, revision=commit),
-                headers={**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"},
-                timeout=_TIMEOUT,
-            )
+            url = huggingface_hub.hf_hub_url(address.repo, name, revision=commit)
+            place = places.get(name)
+            if not name.lower().endswith(WEIGHTS):
+                place = url
+            elif place is None:
+                place = places[name] = huggingface_hub.get_hf_file_metadata(url, timeout=_TIMEOUT).location
+            # A signed address of another host refuses the Hub's token, which is none of its business either.
+            mine = build_hf_headers() if urlsplit(place).netloc == urlsplit(url).netloc else {}
+            headers = {**mine, "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+            response = get_session().get(place, headers=headers, timeout=_TIMEOUT)
+            if response.status_code == 403 and not mine and place != url:
+                del places[name]
+                raise TransientError("the address that the Hub gave has expired")
             hf_raise_for_status(response)
             return bytes(response.content)
 

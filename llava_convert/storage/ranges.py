@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from llava_convert.errors import InputError
-from llava_convert.storage.remote import RemoteFile, remote_of
+from llava_convert.storage.remote import FIRST, RemoteFile, remote_of
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -154,7 +154,15 @@ class FilePool:
             progress(len(piece))
 
     def _fetch(self, remote: RemoteFile, offset: int, view: memoryview, until: int) -> None:
-        """Small reads one after another are served of one piece, which each thread keeps for a few files."""
+        """Small reads one after another are served of one piece, which each thread keeps for a few files.
+
+        What is small as a whole (a tower has two hundred biases) is fetched with what lies behind it, for all threads.
+        """
+        end = max(until, offset + len(view))
+        if end - offset < FIRST:
+            start, data = remote.kept_around(offset, end)
+            view[:] = memoryview(data)[offset - start : offset - start + len(view)]
+            return
         windows = self._windows()
         while len(view):
             start, data = windows.get(id(remote), (0, b""))

@@ -142,6 +142,14 @@ class RemoteFile:
         self.fetch_into(start, memoryview(data))
         return bytes(data)
 
+    def kept_around(self, start: int, end: int) -> tuple[int, bytes]:
+        """A part that holds bytes `start` to `end`: one that was read before, else FIRST bytes from there on."""
+        known = self.kept(start)
+        if known is None or known[0] + len(known[1]) < end:
+            known = start, self.fetch(start, min(self.size, max(end, start + FIRST)))
+            self.keep(*known)
+        return known
+
     def kept(self, at: int) -> tuple[int, bytes] | None:
         """A part of the file that was read before and holds byte `at`: where it starts, and its bytes."""
         with self._mutex:

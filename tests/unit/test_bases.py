@@ -14,8 +14,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import llava_convert
-from llava_convert.bases import cached_id, find_base
+from llava_convert.bases import find_base
 from llava_convert.errors import InputError, UnsupportedError
+from llava_convert.published import cached_id
 
 LLM, VISION = "language_model", "vision_tower"
 REVISION = "0" * 40
