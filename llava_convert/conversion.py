@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llava_convert import ggml
 from llava_convert.aliases import address_of, called, name_of
@@ -23,16 +23,19 @@ from llava_convert.model import Bases, Model
 from llava_convert.numerics import CastLoss
 from llava_convert.plan import KEEP, Plan, Target, make_plan, parse_size, utf8
 from llava_convert.provenance import RECORD, dropped_texts, dump, record, stored_of
-from llava_convert.remotes import reach
+from llava_convert.remotes import reach, url_of
 from llava_convert.report import Report, part_story, peak_memory
 from llava_convert.spec import FROM_TORCH_NAMES, QUANTS, TORCH_NAMES
 from llava_convert.stage_one import with_stage_one
-from llava_convert.storage.identity import Snapshot, contents
+from llava_convert.storage.identity import Snapshot
 from llava_convert.storage.mounts import mounts
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.staging import Staging
 from llava_convert.verdict import Verdict, compare_checkpoints
 from llava_convert.verification import FULL, OFF, QUICK, check_full, check_quick
+
+if TYPE_CHECKING:
+    from llava_convert.remotes.target import RemoteStaging
 
 
 class Say(Protocol):
@@ -119,19 +122,7 @@ def _convert(ready: Prepared, options: Options, say: Say) -> Report:
     warnings = list(ready.warnings)
     with (
         FilePool() as pool,
-        Staging(
-            ready.out,
-            _stamp(ready.plan, snapshot),
-            force=options.force,
-            # A digest is taken while a shard is written: kept ones would have none.
-            resume=options.resume and not options.digest,
-            needed_bytes=ready.plan.bytes_written,
-            reads=[
-                ready.checkpoint.root if ready.checkpoint.path.is_dir() else ready.checkpoint.path,
-                *(b.folder for b in ready.model.bases.values()),
-            ],
-            say=say.note,
-        ) as stage,
+        _staging(ready, options, _stamp(ready.plan, snapshot), say) as stage,
     ):
         total = sum(t.nbytes for t in ready.plan.tensors)
         outcome = execute(
@@ -158,7 +149,7 @@ def _convert(ready: Prepared, options: Options, say: Say) -> Report:
         verified: dict[str, Any] = {"level": options.verify}
         if options.verify == FULL:  # so that who passes the output on can prove that it is what was verified
             shards = [shard.name for shard in ready.plan.shards]
-            verified["files"] = contents(stage.path, (*shards, *ready.plan.files, *ready.plan.indexes))
+            verified["files"] = stage.contents((*shards, *ready.plan.files, *ready.plan.indexes))
         made = record(ready.plan, ready.target, ready.model, outcome, options=kept, verified=verified)
         stage.write_bytes(RECORD, dump(made))
         stage.write_bytes(
@@ -175,6 +166,23 @@ def _convert(ready: Prepared, options: Options, say: Say) -> Report:
         )
         stage.commit()
     return replace(report(ready, options), done=True, flushed=outcome.flushed, warnings=tuple(warnings))
+
+
+def _staging(ready: Prepared, options: Options, stamp: str, say: Say) -> Staging | RemoteStaging:
+    """Where the output is built, by where it goes."""
+    resume = options.resume and not options.digest  # taken while a shard is written: kept ones would have none
+    url = url_of(ready.out)
+    if url is not None:
+        from llava_convert.remotes.target import RemoteStaging  # fsspec is for those who need it
+
+        largest = max(sum(shard.size for shard in batch) for batch in ready.plan.batches)
+        return RemoteStaging(url, stamp, force=options.force, resume=resume, needed_bytes=largest, say=say.note)
+    reads = [
+        ready.checkpoint.root if ready.checkpoint.path.is_dir() else ready.checkpoint.path,
+        *(base.folder for base in ready.model.bases.values()),
+    ]
+    needed = ready.plan.bytes_written
+    return Staging(ready.out, stamp, force=options.force, resume=resume, needed_bytes=needed, reads=reads, say=say.note)
 
 
 @dataclass(frozen=True)
@@ -292,7 +300,7 @@ def report(ready: Prepared, options: Options) -> Report:
     dtypes = {t.dtype for t in plan.tensors if t.canonical.startswith(LLM)} or {t.dtype for t in plan.tensors}
     return Report(
         source=address_of(ready.checkpoint.path),
-        out=ready.out,
+        out=url_of(ready.out) or ready.out,
         layouts=(ready.checkpoint.layout, options.to),
         why=ready.why,
         plan=plan,

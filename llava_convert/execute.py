@@ -21,7 +21,7 @@ from llava_convert.sinks import FileSink, MemorySink, Progress, Sink
 from llava_convert.spec import TORCH_NAMES
 from llava_convert.storage.ranges import FilePool, write_all
 from llava_convert.storage.remote import remote_of
-from llava_convert.storage.staging import Staging
+from llava_convert.storage.staging import Stage
 from llava_convert.tasks import Copy, Work
 from llava_convert.tasks import tasks_of as tasks_of
 from llava_convert.work import Outcome as Outcome
@@ -29,7 +29,7 @@ from llava_convert.work import run_task as run_task
 
 
 def execute(
-    plan: Plan, stage: Staging, pool: FilePool, *, threads: int = 0, digest: bool = False, progress: Progress
+    plan: Plan, stage: Stage, pool: FilePool, *, threads: int = 0, digest: bool = False, progress: Progress
 ) -> Outcome:
     """Write every shard of the plan into the stage, then its files, indexes last.
 

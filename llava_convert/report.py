@@ -17,7 +17,7 @@ class Report:
     """What a conversion did, or would do."""
 
     source: Path | str
-    out: Path
+    out: Path | str
     layouts: tuple[str, str]
     why: str
     plan: Plan

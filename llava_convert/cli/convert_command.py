@@ -313,12 +313,12 @@ def _print_done(found: Report, output: Output, part: str) -> None:
 
 def _next(found: Report, part: str) -> str:
     """What to do with an output first."""
-    if found.layouts[1] == "hf" and part == "all":
+    if found.layouts[1] == "hf" and part == "all" and isinstance(found.out, Path):
         return f"AutoModelForImageTextToText.from_pretrained({str(found.out)!r})"
     names = [shard.name for shard in found.plan.shards]
     llm = next((name for name in names if "-mmproj-" not in name), None)
     mmproj = next((name for name in names if "-mmproj-" in name), None)
     if found.layouts[1] == "gguf" and llm is not None:
-        sees = f" --mmproj {found.out / mmproj}" if mmproj is not None else ""
-        return f"llama-server -m {found.out / llm}{sees}"
+        sees = f" --mmproj {found.out}/{mmproj}" if mmproj is not None else ""
+        return f"llama-server -m {found.out}/{llm}{sees}"
     return f"llava-convert verify {found.source} {found.out}"

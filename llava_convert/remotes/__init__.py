@@ -61,6 +61,19 @@ def reach(source: str | Path, *, cache: bool = False) -> Path:
         raise HubError(f"there is no {text} here, and {problem.message}", hint=problem.hint) from problem
 
 
+def url_of(out: Path) -> str | None:
+    """The URL that an output's place is, or None for a place here. Raises UsageError for a hub."""
+    url = _URL.fullmatch(out.as_posix())
+    if url is None:
+        return None
+    if url[1] in _HUBS:
+        raise UsageError(
+            f"{out.as_posix()}: outputs are sent to hubs when they are whole and verified",
+            hint=f"leave -o out, and give --push {url[2]}",
+        )
+    return f"{url[1]}://{url[2]}"
+
+
 def on_hub(address: Address, *, cache: bool = False, weights: bool = True) -> Path:
     """The folder, or the file, of a model on a hub; without `weights` its config is enough.
 

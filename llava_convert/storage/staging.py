@@ -21,11 +21,13 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Literal
+from typing import Literal, Protocol
 
 from llava_convert.errors import OutputError
+from llava_convert.storage.identity import contents
 from llava_convert.storage.interrupts import Terminated, fail_beyond_size_limit, interrupt_on_sigterm, uninterrupted
 from llava_convert.storage.locks import Lock
 from llava_convert.storage.output_places import NO_ROOM, as_output_error, check_name, place, refuse_overlap
@@ -36,6 +38,16 @@ __all__ = [
 
 RECORD = ".llava-convert-plan"  # in staging: the plan's hash, then a line for each finished file
 UNFINISHED = ".unfinished"
+
+
+class Stage(Protocol):
+    """What an output is built on, wherever it goes."""
+
+    def finished(self, name: str) -> bool: ...
+
+    def new_file(self, name: str, size: int) -> AbstractContextManager[int]: ...
+
+    def write_bytes(self, name: str, data: bytes) -> None: ...
 
 
 class Staging:
@@ -150,6 +162,10 @@ class Staging:
             unfinished.write_bytes(data)
             unfinished.replace(target)
             self._loose.add(target)
+
+    def contents(self, names: Iterable[str]) -> dict[str, dict[str, str | int]]:
+        """Size and sha256 of staged files. Raises InputError where one cannot be read."""
+        return contents(self.path, names)
 
     def commit(self) -> None:
         """Make everything durable and put it in OUT's place. Raises OutputError; what was at OUT is then still there.

@@ -1,0 +1,200 @@
+"""An output at a URL: each file is built here, sent and removed, so that the disk need hold one shard.
+
+Nothing there appears under one name at one moment, as a folder does. A record of what was sent is written first and
+taken away last, and config.json and the indexes come after the weights: what has the record, or lacks these, is not
+finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llava_convert.errors import HubError, OutputError, UsageError
+from llava_convert.remotes.urls import asking, file_system, shown
+from llava_convert.storage.mounts import mount, unmount
+from llava_convert.storage.output_places import NO_ROOM, as_output_error
+from llava_convert.storage.remote import Remote, RemoteFile, patiently, place
+from llava_convert.storage.staging import RECORD
+
+_LAST = ("config.json", ".index.json")  # in this order, after everything else
+
+
+class RemoteStaging:
+    """What `storage.staging.Staging` is for a folder here; a context manager with the same verbs.
+
+    `path` is where the output can be read back from: what was sent, by ranges. When the network fails, what was sent
+    stays for `resume`; after any other failure it is removed.
+
+    Raises UsageError where nothing can be written, OutputError (exit 6) where something is there already, HubError.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        plan_hash: str,
+        *,
+        force: bool,
+        resume: bool,
+        needed_bytes: int,
+        say: Callable[[str], None],
+    ) -> None:
+        if force:
+            raise UsageError(
+                f"--force cannot replace {shown(url)}: the old output would not survive a failure",
+                hint="delete it there, or name another place with -o",
+            )
+        self.out = shown(url)
+        self._fs, self._root = file_system(url)
+        self._protocol = url.partition("://")[0]
+        self._plan_hash, self._resume, self._needed, self._say = plan_hash, resume, needed_bytes, say
+        self._sent: dict[str, dict[str, Any]] = {}
+        self._small: dict[str, bytes] = {}
+        self._committed = False
+
+    def __enter__(self) -> RemoteStaging:
+        there = self._listing()
+        self._take_leftover(there)
+        self._remote = Remote(self.out, {}, self._read, lambda name: "")
+        self.path = mount(self._remote)
+        self._temporary = Path(tempfile.mkdtemp(prefix="llava-convert-"))
+        free = shutil.disk_usage(self._temporary).free
+        if free < self._needed:
+            raise OutputError(
+                f"{self._temporary} needs {self._needed:,} bytes for what is built before it is sent, "
+                f"and has {free:,} free",
+                hint=f"{NO_ROOM}, or name another place by TMPDIR; --max-shard-size makes shards smaller",
+            )
+        for name, sent in self._sent.items():
+            place(self.path / name, RemoteFile(self._remote, name, sent["size"]))
+        self._write_record()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
+        if not self._committed and isinstance(problem, HubError):
+            self._say(f"what was sent stays at {self.out}: the same command with --resume goes on from there")
+        elif not self._committed:
+            with contextlib.suppress(HubError):
+                self._remove([*self._sent, *self._small, RECORD])
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        unmount(self.path)
+
+    def finished(self, name: str) -> bool:
+        """Whether `name` was sent whole: by this run, or by an earlier one of the same plan."""
+        return name in self._sent
+
+    @contextlib.contextmanager
+    def new_file(self, name: str, size: int) -> Iterator[int]:
+        """A descriptor for writing `name`, which is sent when the block ends well. Raises OutputError and HubError."""
+        local = self._temporary / name.replace("/", "__")
+        try:
+            with local.open("w+b") as stream:
+                stream.truncate(size)
+                yield stream.fileno()
+        except OSError as problem:
+            if problem.filename not in (None, str(local)):
+                raise
+            raise as_output_error(problem, local) from problem
+        with local.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        self._put(local, name)
+        local.unlink()
+        self._sent[name] = {"size": size, "sha256": digest}
+        place(self.path / name, RemoteFile(self._remote, name, size))
+        self._write_record()
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """A small file, which `commit` sends."""
+        self._small[name] = data
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+
+    def contents(self, names: Iterable[str]) -> dict[str, dict[str, str | int]]:
+        """Size and sha256 of files, as they were sent."""
+        small = {n: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in self._small.items()}
+        return {name: {**self._sent, **small}[name] for name in sorted(names)}
+
+    def commit(self) -> None:
+        """Send the small files, those last that make it a model; then compare what is there. Raises HubError."""
+        for name in sorted(
+            self._small, key=lambda n: next((i for i, end in enumerate(_LAST, 1) if n.endswith(end)), 0)
+        ):
+            self._put(self.path / name, name)
+        there = self._listing()
+        wanted = {n: sent["size"] for n, sent in self._sent.items()} | {n: len(d) for n, d in self._small.items()}
+        wrong = [name for name, size in wanted.items() if there.get(name) != size]
+        if wrong:
+            raise HubError(f"{self.out}: {len(wrong)} files did not arrive whole, among them {wrong[0]}")
+        self._remove([RECORD])
+        self._committed = True
+
+    def _take_leftover(self, there: dict[str, int]) -> None:
+        if not there:
+            return
+        if RECORD not in there:
+            raise OutputError(f"{self.out} exists ({len(there)} files)", hint="name another place with -o")
+        try:
+            record = json.loads(self._read(RECORD, 0, there[RECORD]))
+        except ValueError:
+            record = {}
+        if self._resume and record.get("plan") == self._plan_hash:
+            self._sent = {name: one for name, one in record["files"].items() if there.get(name) == one["size"]}
+            sizes = sum(one["size"] for one in self._sent.values())
+            self._say(f"resuming: {len(self._sent)} files are there already, {sizes:,} bytes")
+            return
+        why = "it is of another plan" if self._resume else "--resume would keep what was sent"
+        self._say(f"removing what an unfinished run left at {self.out} ({why})")
+        self._remove([name for name in there if name in (RECORD, *record.get("files", {}))])
+        if left := self._listing():
+            raise OutputError(f"{self.out} exists ({len(left)} files)", hint="name another place with -o")
+
+    def _write_record(self) -> None:
+        data = json.dumps({"plan": self._plan_hash, "files": self._sent}).encode()
+        local = self._temporary / "record"
+        local.write_bytes(data)
+        self._put(local, RECORD)
+
+    # --- the store
+
+    def _at(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+    def _listing(self) -> dict[str, int]:
+        def ask() -> dict[str, int]:
+            with asking(self.out, self._protocol), contextlib.suppress(FileNotFoundError):
+                found = self._fs.find(self._root, detail=True)
+                return {full[len(self._root) :].lstrip("/"): int(one["size"]) for full, one in found.items()}
+            return {}
+
+        return patiently(self.out, ask)
+
+    def _read(self, name: str, start: int, end: int) -> bytes:
+        with asking(f"{self.out}/{name}", self._protocol):
+            return bytes(self._fs.cat_file(self._at(name), start=start, end=end))
+
+    def _put(self, local: Path, name: str) -> None:
+        where = f"{self.out}/{name}"
+
+        def send() -> None:
+            with asking(where, self._protocol):
+                try:
+                    self._fs.makedirs(os.path.dirname(self._at(name)), exist_ok=True)  # noqa: PTH120  # no path of here
+                    self._fs.put_file(str(local), self._at(name))
+                except NotImplementedError:
+                    raise UsageError(f"{where}: {self._protocol}:// can be read but not written") from None
+
+        patiently(where, send)
+
+    def _remove(self, names: list[str]) -> None:
+        with asking(self.out, self._protocol):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    self._fs.rm_file(self._at(name))
