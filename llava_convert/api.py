@@ -32,6 +32,7 @@ def convert(
     pretrained_pth: PathLike | None = None,
     config: PathLike | None = None,
     lora_alpha: float | Mapping[str, float] | None = None,
+    cache: bool = False,
     dequantize: bool = False,
     dtype: str | None = None,
     max_shard_size: str | None = None,
@@ -53,7 +54,7 @@ def convert(
     """Convert a checkpoint to another layout; with `dry_run` only plan it.
 
     The options are those of the command line, where `llava-convert convert --help` explains them. Raises
-    `llava_convert.errors.ConvertError`.
+    `llava_convert.errors.ConvertError`. A source may be a hub's model or a URL, as on the command line.
     """
     options = Options(
         to=to,
@@ -63,7 +64,7 @@ def convert(
         config=_path(config),
         pretrained_pth=_path(pretrained_pth),
         dequantize=dequantize,
-        bases=Bases(llm, visual_encoder, llm_id, visual_encoder_id, _alpha(lora_alpha)),
+        bases=Bases(llm, visual_encoder, llm_id, visual_encoder_id, _alpha(lora_alpha), cache),
         target=TargetOptions(
             dtype=None if dtype == "auto" else dtype,
             max_shard_size=max_shard_size,
@@ -81,7 +82,7 @@ def convert(
         threads=threads,
     )
     if dry_run:
-        return engine.report(engine.prepare(Path(source), options), options)
+        return engine.plan(source, options)
     return engine.convert(source, options, say)
 
 
@@ -93,9 +94,10 @@ def inspect(
     pretrained_pth: PathLike | None = None,
     config: PathLike | None = None,
     lora_alpha: float | Mapping[str, float] | None = None,
+    cache: bool = False,
 ) -> Inspection:
     """What a checkpoint is, what it lacks and what it can become; reads headers only."""
-    return look(source, _source_options(llm, visual_encoder, pretrained_pth, config, lora_alpha))
+    return look(source, _source_options(llm, visual_encoder, pretrained_pth, config, lora_alpha, cache))
 
 
 def verify(
@@ -107,10 +109,11 @@ def verify(
     pretrained_pth: PathLike | None = None,
     config: PathLike | None = None,
     lora_alpha: float | Mapping[str, float] | None = None,
+    cache: bool = False,
     part: str = ALL,
 ) -> Verdict:
     """Whether OUT holds the weights of SOURCE, tensor by tensor, whoever converted it. `Verdict.same` says so."""
-    options = _source_options(llm, visual_encoder, pretrained_pth, config, lora_alpha)
+    options = _source_options(llm, visual_encoder, pretrained_pth, config, lora_alpha, cache)
     return engine.verify(source, out, replace(options, target=TargetOptions(part=part)))
 
 
@@ -120,12 +123,13 @@ def _source_options(
     pretrained_pth: PathLike | None,
     config: PathLike | None,
     lora_alpha: float | Mapping[str, float] | None,
+    cache: bool,
 ) -> Options:
     return Options(
         to="",
         config=_path(config),
         pretrained_pth=_path(pretrained_pth),
-        bases=Bases(llm, visual_encoder, lora_alpha=_alpha(lora_alpha)),
+        bases=Bases(llm, visual_encoder, lora_alpha=_alpha(lora_alpha), cache=cache),
     )
 
 

@@ -10,7 +10,13 @@ import typer
 SOURCE_PANEL, OUTPUT_PANEL, CHECK_PANEL, TALK_PANEL = "Source", "Output", "Checks and safety", "Talk"
 GGUF_PANEL = "GGUF"
 
-Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="A file, a folder, or a training work_dir.")]
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A file, a folder, a training work_dir; a hub's model (ORG/NAME, hf://…, ms://…), or a URL (s3://…).",
+    ),
+]
 Llm = Annotated[
     str | None,
     typer.Option(
@@ -41,6 +47,14 @@ Config = Annotated[
         "--config",
         metavar="CFG.py",
         help="xtuner training config; read, never run. Not needed when the .pth carries it.",
+        rich_help_panel=SOURCE_PANEL,
+    ),
+]
+Cache = Annotated[
+    bool,
+    typer.Option(
+        "--cache",
+        help="Download what a hub holds to its client's cache, instead of reading it in place.",
         rich_help_panel=SOURCE_PANEL,
     ),
 ]

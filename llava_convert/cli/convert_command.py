@@ -48,7 +48,7 @@ def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads
                 "-o",
                 "--out",
                 metavar="OUT",
-                help="Output folder. Default: ./<source's stem>_<layout>.",
+                help="Output folder, or a URL (s3://…). Default: ./<source's stem>_<layout>.",
                 rich_help_panel=opt.OUTPUT_PANEL,
             ),
         ] = None,
@@ -63,6 +63,7 @@ def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads
         pretrained_pth: opt.PretrainedPth = None,
         config: opt.Config = None,
         lora_alpha: opt.LoraAlpha = None,
+        cache: opt.Cache = False,
         llm_id: Annotated[
             str | None,
             typer.Option(
@@ -221,6 +222,7 @@ def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads
                     llm_id=llm_id,
                     visual_encoder_id=visual_encoder_id,
                     lora_alpha=parse_alpha(lora_alpha),
+                    cache=cache,
                     dtype=dtype,
                     max_shard_size=max_shard_size,
                     part=part,

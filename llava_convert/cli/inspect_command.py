@@ -24,6 +24,7 @@ def _inspect(
     pretrained_pth: opt.PretrainedPth = None,
     config: opt.Config = None,
     lora_alpha: opt.LoraAlpha = None,
+    cache: opt.Cache = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -42,7 +43,7 @@ def _inspect(
                 to="",
                 config=config,
                 pretrained_pth=pretrained_pth,
-                bases=Bases(llm, visual_encoder, lora_alpha=parse_alpha(lora_alpha)),
+                bases=Bases(llm, visual_encoder, lora_alpha=parse_alpha(lora_alpha), cache=cache),
             ),
         )
         output.result(found.as_json())

@@ -29,6 +29,7 @@ def _verify(
     pretrained_pth: opt.PretrainedPth = None,
     config: opt.Config = None,
     lora_alpha: opt.LoraAlpha = None,
+    cache: opt.Cache = False,
     part: opt.PartOption = "all",
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -45,7 +46,7 @@ def _verify(
             to="",
             config=config,
             pretrained_pth=pretrained_pth,
-            bases=Bases(llm, visual_encoder, lora_alpha=parse_alpha(lora_alpha)),
+            bases=Bases(llm, visual_encoder, lora_alpha=parse_alpha(lora_alpha), cache=cache),
             target=TargetOptions(part=part),
         )
         verdict = verify(source, out, options, output)
