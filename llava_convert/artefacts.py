@@ -128,7 +128,9 @@ class Artefacts:
             if isinstance(name, str) and is_id(name) and not _is_local(name, base):
                 return published_id(name), None
         files = model.files(part)
-        if files is not None and (found := published(files.where).get("repo")) is not None:
+        # A LLaVA's own tower is at none of the addresses that a loader of towers can take.
+        own_tower = part == VISION and base is None
+        if files is not None and not own_tower and (found := published(files.where).get("repo")) is not None:
             return found, None
         if part == VISION and (by_shape := id_by_shape(config)) is not None:
             return by_shape, None

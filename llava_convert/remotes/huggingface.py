@@ -56,7 +56,7 @@ def open(address: Address) -> Remote:
             headers = {**mine, "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
             response = get_session().get(place, headers=headers, timeout=_TIMEOUT)
             if response.status_code == 403 and not mine and place != url:
-                del places[name]
+                places.pop(name, None)  # another thread may have been first
                 raise TransientError("the address that the Hub gave has expired")
             hf_raise_for_status(response)
             return bytes(response.content)

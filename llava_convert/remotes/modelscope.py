@@ -23,6 +23,8 @@ except ImportError as problem:
         hint="pip install 'llava-convert[modelscope]'",
     ) from problem
 
+_LISTINGS = 2  # the client itself repeats most of what fails there, but for an answer that breaks off
+
 
 def open(address: Address) -> Remote:
     """The model at a branch: the server names no commit, but each file's sha256, which is asked again at the end."""
@@ -33,12 +35,15 @@ def open(address: Address) -> Remote:
         with _asking(where):
             return HubApi(endpoint=HubApi().resolve_endpoint_for_read(address.repo))
 
-    api = patiently(where, connect)
+    api = patiently(where, connect, tries=_LISTINGS)
 
-    def listing() -> dict[str, tuple[int, str]]:
+    def ask() -> dict[str, tuple[int, str]]:
         with _asking(where):
             found = api.list_repo_files(address.repo, "model", revision=revision)
         return {one.path: (int(one.size), str(one.sha256)) for one in found if one.type != "tree"}
+
+    def listing() -> dict[str, tuple[int, str]]:
+        return patiently(where, ask, tries=_LISTINGS)
 
     def read(name: str, start: int, end: int) -> bytes:
         with _asking(f"{where}/{name}"):
@@ -51,7 +56,7 @@ def open(address: Address) -> Remote:
             )
             return bytes(response.content)
 
-    files = patiently(where, listing)
+    files = listing()
 
     def version(name: str) -> str:
         return listing().get(name, (0, "gone"))[1]

@@ -56,16 +56,16 @@ class TransientError(Exception):
         self.after = after
 
 
-def patiently(where: str, attempt: Callable[[], T]) -> T:
+def patiently(where: str, attempt: Callable[[], T], *, tries: int = TRIES) -> T:
     """What `attempt` gives, tried again after a TransientError with growing pauses. Raises HubError (exit 8)."""
-    for number in range(TRIES):
+    for number in range(tries):
         try:
             return attempt()
         except TransientError as problem:
             last = problem
-            if number + 1 < TRIES:
+            if number + 1 < tries:
                 time.sleep(min(problem.after or FIRST_PAUSE * 2.5**number, LONGEST_PAUSE))
-    raise HubError(f"{where}: {last.reason}, {TRIES} times in a row", hint="run the same command again later")
+    raise HubError(f"{where}: {last.reason}, {tries} times in a row", hint="run the same command again later")
 
 
 def refuse(where: str, status: int, headers: Mapping[str, str]) -> NoReturn:
