@@ -160,6 +160,7 @@ def _convert(ready: Prepared, options: Options, say: Say) -> Report:
                     ready.target,
                     ready.model,
                     ready.out.name if options.name is None else options.name,
+                    options=replace(options.target, ids=_asked_ids(options)),
                     verified=options.verify,
                 )
             ),
@@ -213,7 +214,7 @@ def assembled(source: str | Path, options: Options, opened: tuple[Checkpoint, st
         options.target,
         part=part,
         name=options.name or _out(checkpoint, options).name,
-        ids={p: i for p in (LLM, VISION) if (i := options.bases.asked_id(p)) is not None},
+        ids=_asked_ids(options),
         lora_alpha=options.bases.lora_alpha,
     )
     need = layout(options.to).needs(checkpoint, part)
@@ -272,6 +273,10 @@ def _open(
     checkpoint, why = opened or open_source(source, options)
     checkpoint, told = with_stage_one(checkpoint, options.pretrained_pth)
     return checkpoint, why, told
+
+
+def _asked_ids(options: Options) -> dict[str, str]:
+    return {p: i for p in (LLM, VISION) if (i := options.bases.asked_id(p)) is not None}
 
 
 def _stamp(plan: Plan, snapshot: Snapshot) -> str:

@@ -55,7 +55,8 @@ class TrainingConfig:
     `llm`, `visual_encoder`: path or id of the base model as written, `ms://ID` (`ms://ID@REVISION`) for ModelScope's
     `snapshot_download`, None when the config names none. `*_type`: the class, without `.from_pretrained`.
     `prompt_template`: xtuner's name for it ("llama3_chat"), or the template itself (SYSTEM, INSTRUCTION, ...).
-    `pad_image_to_square` is None when the datasets differ or there are none. `unresolved` tells, by setting, why one
+    `pad_image_to_square` is None when the datasets differ or there are none. `data_paths` are the datasets' files, as
+    far as the config tells them. `unresolved` tells, by setting, why one
     that an option can give could not be read; ask through `require`.
     """
 
@@ -75,6 +76,7 @@ class TrainingConfig:
     quantized_llm: bool = False
     llm_torch_dtype: str | None = None
     pad_image_to_square: bool | None = None
+    data_paths: tuple[str, ...] = ()
     unresolved: Mapping[str, str] = field(default_factory=dict)
 
     def require(self, setting: Setting) -> str | Mapping[str, Any] | None:
@@ -164,6 +166,7 @@ def training_config(values: Mapping[str, Any], *, filename: str) -> TrainingConf
         quantized_llm=any(llm.get(key) for key in ("quantization_config", "load_in_4bit", "load_in_8bit")),
         llm_torch_dtype=_last(llm.dotted("torch_dtype")),
         pad_image_to_square=squares.pop() if len(squares) == 1 else None,
+        data_paths=tuple(path for one in datasets if isinstance(path := one.values.get("data_path"), str)),
         unresolved=unresolved,
     )
 
