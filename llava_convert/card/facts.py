@@ -23,8 +23,8 @@ _WHOLE = {
     "questions about pictures.",
     "hf": "This is a LLaVA for transformers (`LlavaForConditionalGeneration`): a model that answers questions about "
     "pictures.",
-    "gguf": "This is a LLaVA as GGUF, for llama.cpp and Ollama: a model that answers questions about pictures. It is "
-    "in two files, a language model and an mmproj with its eyes.",
+    "gguf": "This is a LLaVA as GGUF, for llama.cpp and Ollama: a model that answers questions about pictures. It "
+    "takes two files, a language model and an mmproj, which holds its eyes.",
 }
 _ALONE = {
     LLM: "This is the language model of a LLaVA, on its own: it reads text and sees no pictures.",

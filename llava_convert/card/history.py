@@ -22,9 +22,11 @@ _SOURCES = {
     "gguf": "GGUF",
 }
 _LEVELS = {
-    "quick": "quick: names, dtypes, shapes and places of all tensors, the index and the small files, against the plan",
-    "full": "full: every byte was read back, copies compared with the source, the rest computed a second time",
-    "off": "none",
+    "quick": "After writing, the names, dtypes, shapes and places of all tensors, the index and the small files were "
+    "compared with what was planned (`--verify quick`).",
+    "full": "After writing, every byte was read back: what was copied was compared with the source, the rest was "
+    "computed a second time (`--verify full`).",
+    "off": "Nothing was checked after writing (`--verify off`).",
 }
 
 
@@ -36,7 +38,8 @@ def history(facts: Facts, origin: Origin, verified: str) -> list[str]:
         _parts(facts),
         "`conversion.json` tells of each tensor where its bytes come from and what was done to them.",
         "## What was checked",
-        _checks(facts, verified),
+        _LEVELS[verified],
+        _checks(facts),
         "To compare every tensor yourself, bit for bit, with the source that you have:",
         f"```shell\nllava-convert verify SOURCE {shlex.quote(facts.folder)}\n```",
         *_license(origin),
@@ -117,20 +120,17 @@ def _kind(tensor: PlannedTensor) -> str:
     return "values as they were, in another order or with rows added"
 
 
-def _checks(facts: Facts, verified: str) -> str:
+def _checks(facts: Facts) -> str:
     counts: dict[str, int] = {}
     for tensor in facts.plan.tensors:
         kind = _kind(tensor)
         counts[kind] = counts.get(kind, 0) + 1
-    rows = [
-        ("check", _LEVELS[verified]),
-        ("tensors", f"{len(facts.plan.tensors)}, in {_files(len(facts.plan.shards))}"),
-    ]
-    rows += [(kind, str(count)) for kind, count in sorted(counts.items())]
+    rows = [(kind, str(count)) for kind, count in sorted(counts.items())]
+    rows.append((f"all, in {_files(len(facts.plan.shards))}", str(len(facts.plan.tensors))))
     added = facts.target.added_rows
     if added is not None and added["rows"]["to"] > added["rows"]["from"]:
-        rows.append(("rows added to the vocabulary", f"{added['rows']['to'] - added['rows']['from']}"))
-    return table(("", ""), rows)
+        rows.append(("rows added to the vocabulary (below)", str(added["rows"]["to"] - added["rows"]["from"])))
+    return table(("what was done", "tensors"), rows)
 
 
 def _files(count: int) -> str:
@@ -165,5 +165,6 @@ def _remarks(facts: Facts) -> list[str]:
     notes = (*facts.model.checkpoint.notes, *facts.model.notes)
     # A warning with a slash in it may name a path of this machine.
     notes += tuple(warning for warning in facts.model.warnings if "/" not in warning)
-    said += [note[0].upper() + note[1:] + "." for note in notes]
+    # How many tensors LoRA was merged into, the table of parts tells.
+    said += [note[0].upper() + note[1:] + "." for note in notes if not note.startswith("merged LoRA into ")]
     return ["## Remarks", "\n".join(f"- {text}" for text in said)] if said else []

@@ -127,8 +127,8 @@ class Words:
         if not self._facts.has_chat_template:
             return f"prompt = {self.prompt_py}"
         return (
-            'messages = [{"role": "user", "content": [{"type": "image"}, '
-            f'{{"type": "text", "text": {self.question_py}}}]}}]\n'
+            f'content = [{{"type": "image"}}, {{"type": "text", "text": {self.question_py}}}]\n'
+            'messages = [{"role": "user", "content": content}]\n'
             "prompt = processor.apply_chat_template(messages, add_generation_prompt=True)"
         )
 
@@ -224,6 +224,11 @@ class Words:
         return self._facts.file(self._facts.mmproj_shards[0].name)
 
     @property
+    def other_types(self) -> str:
+        names = [shards[0].name for shards in self._facts.llm_shards[1:]]
+        return f"In its place, with the same options: {', '.join(f'`{name}`' for name in names)}." if names else ""
+
+    @property
     def modelfile_sh(self) -> str:
         """Of the type that the other commands name."""
         shards = self._facts.llm_shards[0]
@@ -257,7 +262,7 @@ class Words:
         llm = self.model_sh if "config.json" in facts.plan.files else shlex.quote(facts.base_id(LLM) or _BASES[LLM])
         lines = [f"xtuner chat {llm} --llava {self.model_sh}"]
         if not self._whole_tower:
-            lines[0] += f" --visual-encoder {shlex.quote(facts.base_id(VISION) or _BASES[VISION])}"
+            lines.append(f"--visual-encoder {shlex.quote(facts.base_id(VISION) or _BASES[VISION])}")
         prompt = facts.prompt
         template = f"--prompt-template {prompt.name} " if prompt is not None and prompt.name else ""
         return " \\\n  ".join([*lines, f"{template}--image picture.jpg"])

@@ -64,6 +64,11 @@ def python(code: str, shelf: Path, program: str | Path = sys.executable) -> str:
     return done.stdout.strip()
 
 
+def words(command: str) -> list[str]:
+    """The words of a command, of which a backslash may carry some to the next line."""
+    return shlex.split(command.replace("\\\n", ""))
+
+
 def peer(environment: str) -> Path:
     found = PEERS / environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not found.is_file():
@@ -160,7 +165,7 @@ def test_xtuner_chat(make: Make, shelf: Path, monkeypatch: pytest.MonkeyPatch, o
     """What a pretraining leaves takes both base models; their answer is of no projector that fits them."""
     code = block(make("xtuner", **options), "xtuner", "shell")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    job = {"words": shlex.split(code.replace("\\\n", "")), "said": [QUESTION]}
+    job = {"words": words(code), "said": [QUESTION]}
     printed = in_peer("xtuner", "run_xtuner_command.py", job, shelf)["printed"]
     if options:
         assert "Load LLM from org/tiny-llm\nLoad visual_encoder from openai/tiny-vit\n" in printed
@@ -177,7 +182,7 @@ def served(folder: Path, shelf: Path) -> Iterator[str]:
     """llama.cpp's server for the files that the printed `llama-server` names, at a port that is free."""
     xllamacpp = pytest.importorskip("xllamacpp")
     line = next(b.code for b in blocks(folder) if b.code.startswith("llama-server"))
-    options = dict(zip(*[iter(shlex.split(line)[1:])] * 2, strict=True))
+    options = dict(zip(*[iter(words(line)[1:])] * 2, strict=True))
     assert options.keys() == {"-m", "--mmproj"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -212,7 +217,7 @@ def test_the_request_to_llama_server(make: Make, shelf: Path) -> None:
 def test_llama_mtmd_cli(make: Make, shelf: Path, options: dict[str, str]) -> None:
     """As printed, but for where the program lies; it ends without waiting for its output, cut off now and then."""
     line = next(b.code for b in blocks(make("gguf", **options)) if b.code.startswith("llama-mtmd-cli"))
-    name, *arguments = shlex.split(line)
+    name, *arguments = words(line)
     program = PEERS / "llama.cpp" / "runtime" / "stock" / name
     if not program.is_file():
         pytest.skip("no environment llama.cpp: `make peers` builds it")
@@ -275,9 +280,9 @@ def test_no_command_has_an_option_that_was_not_looked_up(make: Make, to: str, pa
     lines = [line for b in blocks(folder) if b.language == "shell" for line in commands(b.code)]
     assert lines
     for line in lines:
-        words = shlex.split(line)
-        name = next(name for name in OPTIONS if words[: len(name.split())] == name.split())
-        found = {word for word in words[len(name.split()) :] if re.match(r"-{1,2}[A-Za-z]", word)}
+        said = shlex.split(line)
+        name = next(name for name in OPTIONS if said[: len(name.split())] == name.split())
+        found = {word for word in said[len(name.split()) :] if re.match(r"-{1,2}[A-Za-z]", word)}
         assert found <= OPTIONS[name], line
 
 

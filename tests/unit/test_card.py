@@ -318,7 +318,7 @@ def test_commands_name_the_repository(tiny: Path, to: str) -> None:
     assert any("org/pushed" in code for code in commands)
     assert ("hf download org/pushed --local-dir pushed\n" in text) == (to == "gguf")
     if to == "gguf":
-        assert "-m pushed/local-f16.gguf --mmproj pushed/local-mmproj-f16.gguf" in text
+        assert "-m pushed/local-f16.gguf \\\n  --mmproj pushed/local-mmproj-f16.gguf" in text
     if to == "hf":
         fetch = text.index("hf download org/pushed chat_template.jinja --local-dir pushed\n")
         assert fetch < text.index("vllm serve org/pushed --chat-template pushed/chat_template.jinja\n")
@@ -361,17 +361,17 @@ def test_names_are_quoted_for_whoever_reads_them(tiny: Path, tmp_path: Path, nam
 
 def test_what_it_says_of_hf(make: Make) -> None:
     text = make("hf", **IDS)
-    assert 'LlavaForConditionalGeneration.from_pretrained("my-llava", torch_dtype="auto", device_map="auto")' in text
+    assert 'from_pretrained(\n    "my-llava", torch_dtype="auto", device_map="auto"\n)' in text
     assert "Rows 512 to 575 of the vocabulary were added" in text
     assert "`--image-processor llava` pads" in text
     assert f"llava-convert {__version__} made this of a training checkpoint of xtuner (`.pth`)." in text
-    assert "| language model | the converted checkpoint's | 21 | float16 | 295.6 kB |" in text
+    assert "| language model | the converted checkpoint's | 21 | float16 | 295.6\u00a0kB |" in text
     tower = "those of the base model `openai/tiny`, with a trained LoRA merged into 18 tensors"
-    assert f"| vision tower | {tower} | 55 | float16 | 90.3 kB |" in text
-    assert "| check | quick: names, dtypes" in text and "| tensors | 80, in 1 file |" in text
+    assert f"| vision tower | {tower} | 55 | float16 | 90.3\u00a0kB |" in text
+    assert "(`--verify quick`)" in text and "| all, in 1 file | 80 |" in text
     assert "| LoRA merged in float32, rounded once | 18 |" in text
     assert "| cast to float16, rounded to nearest | 62 |" in text
-    assert "| rows added to the vocabulary | 64 |" in text
+    assert "| rows added to the vocabulary (below) | 64 |" in text
     assert "llava-convert verify SOURCE my-llava" in text
 
 
@@ -379,13 +379,13 @@ def test_what_it_does_not_say(make: Make) -> None:
     text = make("hf", image_processor="llava", verify="full", name="Other name")
     assert "`--image-processor llava` pads" not in text and "With transformers 4.52 or later" in text
     assert "# Other name\n" in text and "my-llava" not in text
-    assert "| check | full: every byte was read back" in text
+    assert "every byte was read back" in text and "(`--verify full`)" in text
 
 
 def test_official(make: Make) -> None:
     text = make("official", verify="off")
-    assert 'load_pretrained_model("my-llava", None, "llava-llama")' in text and "Rows " not in text
-    assert "| check | none |" in text
+    assert 'load_pretrained_model(\n    "my-llava", None, "llava-llama"\n)' in text and "Rows " not in text
+    assert "Nothing was checked after writing (`--verify off`)." in text
 
 
 def test_kinds_of_tensors_are_counted(make: Make, tmp_path: Path) -> None:
@@ -433,7 +433,12 @@ def test_every_text_is_used_and_every_word_known() -> None:
 
 def test_tables_and_sizes() -> None:
     assert table(("a", "b"), [("1|2", "3")]) == "| a | b |\n| --- | --- |\n| 1\\|2 | 3 |"
-    assert [size(n) for n in (7, 1500, 2_300_000, 16_060_000_000)] == ["7 B", "1.5 kB", "2.3 MB", "16.06 GB"]
+    assert [size(n) for n in (7, 1500, 2_300_000, 16_060_000_000)] == [
+        "7\u00a0B",
+        "1.5\u00a0kB",
+        "2.3\u00a0MB",
+        "16.06\u00a0GB",
+    ]
 
 
 def test_nothing_heavy_is_imported_for_a_card(tiny: Path, tmp_path: Path) -> None:

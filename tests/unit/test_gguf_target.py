@@ -43,7 +43,7 @@ def test_the_files(made: Path) -> None:
     assert record["tool"]["kernels"] == ggml.kernels()
     assert {name.split("/")[0] for name in record["tensors"]} == {p.name for p in made.glob("*.gguf")}
     card = (made / "README.md").read_text()
-    assert "llama-mtmd-cli -m tiny/tiny-f32.gguf --mmproj tiny/tiny-mmproj-f32.gguf" in card
+    assert "llama-mtmd-cli -m tiny/tiny-f32.gguf \\\n  --mmproj tiny/tiny-mmproj-f32.gguf" in card
     assert "ollama create tiny -f tiny/tiny-f32.Modelfile" in card and "#25814" in card
 
 
