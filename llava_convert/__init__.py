@@ -5,6 +5,7 @@
     report = llava_convert.convert("iter_39620.pth", to="official")
     llava_convert.inspect("iter_39620.pth").targets
     llava_convert.verify("iter_39620.pth", "iter_39620_official").same
+    llava_convert.upload("iter_39620_official", "me/my-llava")
 
 Errors are `llava_convert.errors.ConvertError`, one class per exit code of the command line.
 """
@@ -14,10 +15,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["convert", "inspect", "verify"]
+__all__ = ["convert", "inspect", "upload", "verify"]
 
 if TYPE_CHECKING:
-    from llava_convert.api import convert, inspect, verify
+    from llava_convert.api import convert, inspect, upload, verify
 
 
 def __getattr__(name: str) -> Any:

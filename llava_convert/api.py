@@ -8,13 +8,18 @@ from pathlib import Path
 
 from llava_convert import conversion as engine
 from llava_convert.conversion import Options, Say
+from llava_convert.errors import UsageError
 from llava_convert.inspection import Inspection
 from llava_convert.inspection import inspect as look
 from llava_convert.layouts.base import ALL, TargetOptions
 from llava_convert.model import Bases
+from llava_convert.publish import HUGGINGFACE, MESSAGE, Destination, Published, named_hubs
+from llava_convert.publish.upload import push_level, pushed
+from llava_convert.publish.upload import upload as publish_folder
+from llava_convert.remotes import url_of
 from llava_convert.report import Report
 from llava_convert.verdict import Verdict
-from llava_convert.verification import QUICK
+from llava_convert.verification import FULL, QUICK
 
 PathLike = str | Path
 
@@ -42,20 +47,31 @@ def convert(
     outtype: str | Sequence[str] | None = None,
     mmproj_outtype: str | Sequence[str] | None = None,
     pre: str | None = None,
-    verify: str = QUICK,
+    verify: str | None = None,
     digest: bool = False,
     dry_run: bool = False,
     source_layout: str | None = None,
     force: bool = False,
     resume: bool = False,
     threads: int = 0,
+    push: str | None = None,
+    hub: str = HUGGINGFACE,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
     say: Say | None = None,
 ) -> Report:
-    """Convert a checkpoint to another layout; with `dry_run` only plan it.
+    """Convert a checkpoint to another layout; with `dry_run` only plan it, with `push` publish it afterwards.
 
     The options are those of the command line, where `llava-convert convert --help` explains them. Raises
     `llava_convert.errors.ConvertError`. A source may be a hub's model or a URL, as on the command line.
     """
+    to_hub = Destination(push or "", named_hubs(hub), private, revision, create_pr)
+    if push is None and (private or revision is not None or create_pr):
+        raise UsageError("--private, --revision and --create-pr say how to publish", hint="--push REPO publishes")
+    level = (verify or QUICK) if push is None else push_level(verify)
+    if push is not None and out is not None and url_of(Path(out)) is not None:
+        raise UsageError(f"--push: {out} is a URL, and a folder of this machine is published")
     options = Options(
         to=to,
         out=_path(out),
@@ -71,11 +87,11 @@ def convert(
             part=part,
             prompt_template=prompt_template,
             image_processor=image_processor,
-            outtypes=_types(outtype),
-            mmproj_outtypes=_types(mmproj_outtype),
+            outtypes=type_names(outtype),
+            mmproj_outtypes=type_names(mmproj_outtype),
             pre=pre,
         ),
-        verify=verify,
+        verify=level,
         digest=digest,
         force=force,
         resume=resume,
@@ -83,6 +99,8 @@ def convert(
     )
     if dry_run:
         return engine.plan(source, options)
+    if push is not None:
+        return pushed(lambda: engine.convert(source, options, say), to_hub, say, level=level)
     return engine.convert(source, options, say)
 
 
@@ -117,6 +135,34 @@ def verify(
     return engine.verify(source, out, replace(options, target=TargetOptions(part=part)))
 
 
+def upload(
+    folder: PathLike,
+    repo: str,
+    *,
+    hub: str = HUGGINGFACE,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    verify: str = FULL,
+    source: PathLike | None = None,
+    llm: str | None = None,
+    visual_encoder: str | None = None,
+    pretrained_pth: PathLike | None = None,
+    config: PathLike | None = None,
+    lora_alpha: float | Mapping[str, float] | None = None,
+    cache: bool = False,
+    say: Say | None = None,
+) -> tuple[Published, ...]:
+    """Publish a folder, once it is proven to be what was converted; what each hub has then.
+
+    The options are those of `llava-convert upload`. Raises `llava_convert.errors.ConvertError`.
+    """
+    to = Destination(repo, named_hubs(hub), private, revision, create_pr, message or MESSAGE)
+    options = _source_options(llm, visual_encoder, pretrained_pth, config, lora_alpha, cache)
+    return publish_folder(Path(folder), to, say, level=verify, source=source, options=options)
+
+
 def _source_options(
     llm: str | None,
     visual_encoder: str | None,
@@ -139,7 +185,7 @@ def _alpha(value: float | Mapping[str, float] | None) -> dict[str, float]:
     return dict(value) if isinstance(value, Mapping) else dict.fromkeys(("llm", "visual-encoder"), float(value))
 
 
-def _types(value: str | Sequence[str] | None) -> tuple[str, ...]:
+def type_names(value: str | Sequence[str] | None) -> tuple[str, ...]:
     """`f16,q4_k_m`, or a list of such."""
     names = value.split(",") if isinstance(value, str) else value or ()
     return tuple(name.strip() for name in names if name.strip() not in ("", "auto"))

@@ -145,7 +145,7 @@ def _convert(ready: Prepared, options: Options, say: Say) -> Report:
             warnings.append(extra)
         if outcome.flushed:
             say.note(f"{outcome.flushed:,} nonzero values became zero in the cast")
-        kept = _recorded_options(options, ready)
+        kept = recorded_options(options, ready)
         verified: dict[str, Any] = {"level": options.verify}
         if options.verify == FULL:  # so that who passes the output on can prove that it is what was verified
             shards = [shard.name for shard in ready.plan.shards]
@@ -202,7 +202,7 @@ def assembled(source: str | Path, options: Options, opened: tuple[Checkpoint, st
         raise UsageError(f"--to {options.to}: this version writes {', '.join(TARGETS)}")
     _check_options(options)
     checkpoint, why, told = _open(source, options, opened)
-    if checkpoint.layout == options.to and _nothing_to_do(checkpoint, options):
+    if is_already(checkpoint, options):
         raise UnsupportedError(
             f"{checkpoint.path} is already {options.to} layout",
             hint="give --dtype, --max-shard-size or --part to change it within its layout",
@@ -328,8 +328,10 @@ def _part(word: str) -> str:
     raise UsageError(f"--part {word}: it is all, {', '.join(PART_WORDS.values())}")
 
 
-def _nothing_to_do(checkpoint: Checkpoint, options: Options) -> bool:
+def is_already(checkpoint: Checkpoint, options: Options) -> bool:
     """Whether a checkpoint is already what is asked for; one that is an adapter or a projector alone is not."""
+    if checkpoint.layout != options.to:
+        return False
     partial = checkpoint.layout != "xtuner" and checkpoint.parts[LLM].state != "full"
     return options.target == TargetOptions() and not partial
 
@@ -339,7 +341,7 @@ def _stem(path: Path) -> str:
     return name.removesuffix(path.suffix) if path.suffix in (".pth", ".pt", ".bin", ".safetensors", ".gguf") else name
 
 
-def _recorded_options(options: Options, ready: Prepared) -> dict[str, Any]:
+def recorded_options(options: Options, ready: Prepared) -> dict[str, Any]:
     """The options that shape the output, for conversion.json. Paths stay out."""
     target = options.target
     return {

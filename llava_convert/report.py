@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_convert.model import Model
 from llava_convert.ops import MergeLora
 from llava_convert.plan import Plan
+
+if TYPE_CHECKING:
+    from llava_convert.publish import Published
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Report:
     flushed: int = 0
     memory: int = 0
     parts: Mapping[str, str] = field(default_factory=dict)
+    published: tuple[Published, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         plan = self.plan
@@ -56,6 +60,7 @@ class Report:
             "notes": list(self.notes),
             "warnings": list(self.warnings),
             "plan": plan.hash,
+            "published": [one.as_json() for one in self.published],
         }
 
 

@@ -47,6 +47,17 @@ def with_stage_one(checkpoint: Checkpoint, named: Path | None) -> tuple[Checkpoi
     return checkpoint, []
 
 
+def stage_one(checkpoint: Checkpoint, named: str | Path | None) -> Path | None:
+    """Where the stage-1 checkpoint is: the one that is named, or the one that the training config names.
+
+    None where there is none. Raises what reaching `named` raises.
+    """
+    if named:
+        return reach(named)
+    asked = checkpoint.training.pretrained_pth if checkpoint.training else None
+    return _find(asked, checkpoint) if asked else None
+
+
 def _find(asked: str, checkpoint: Checkpoint) -> Path | None:
     path = Path(asked)
     places = [path]

@@ -15,7 +15,9 @@ from llava_convert.cli import (
     data_command,
     inspect_command,
     layouts_command,
+    release_command,
     train_command,
+    upload_command,
     verify_command,
 )
 
@@ -32,6 +34,8 @@ convert_command.add_to(app)
 inspect_command.add_to(app)
 verify_command.add_to(app)
 layouts_command.add_to(app)
+upload_command.add_to(app)
+release_command.add_to(app)
 train_command.add_to(app)
 data_command.add_to(app)
 

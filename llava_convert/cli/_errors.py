@@ -12,7 +12,9 @@ INTERRUPTED = 130
 OUR_BUG = 1
 
 
-def run(action: Callable[[], None], output: Output) -> int:
+def run(
+    action: Callable[[], None], output: Output, *, interrupted: str = "interrupted; nothing was left behind"
+) -> int:
     """Do what a command does; returns the exit code."""
     try:
         action()
@@ -23,7 +25,7 @@ def run(action: Callable[[], None], output: Output) -> int:
         output.result({"error": problem.message, "hint": problem.hint, "exit_code": problem.exit_code})
         return problem.exit_code
     except KeyboardInterrupt:
-        output.error("interrupted; nothing was left behind", None)
+        output.error(interrupted, None)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone: not an error of ours. Nothing more may be written to it.

@@ -50,9 +50,13 @@ class Output:
         if not self.as_json and not self.quiet:
             _print(text)
 
+    @property
+    def shows_progress(self) -> bool:
+        return not self.quiet and not self.as_json and sys.stderr.isatty()
+
     def start(self, what: str, total: int) -> Callable[[int], None]:
         """A bar for `total` bytes with rate and time left; returns what advances it."""
-        if self.quiet or self.as_json or not sys.stderr.isatty():
+        if not self.shows_progress:
             return lambda done: None
         from rich.console import Console
         from rich.progress import (

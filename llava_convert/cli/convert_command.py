@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llava_convert.cli import _hub_options as hubs
 from llava_convert.cli import _options as opt
 from llava_convert.cli._errors import run
 from llava_convert.cli._output import Output, human_bytes
@@ -154,15 +155,20 @@ def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads
                 rich_help_panel=opt.GGUF_PANEL,
             ),
         ] = False,
+        push: hubs.Push = None,
+        hub: hubs.HubOption = "huggingface",
+        private: hubs.Private = False,
+        revision: hubs.Revision = None,
+        create_pr: hubs.CreatePr = False,
         verify: Annotated[
-            str,
+            str | None,
             typer.Option(
                 "--verify",
                 metavar="quick|full|off",
-                help="quick: headers and files; full: every byte recomputed.",
+                help="quick: headers and files; full: every byte recomputed. Default: quick; full with --push.",
                 rich_help_panel=opt.CHECK_PANEL,
             ),
-        ] = "quick",
+        ] = None,
         digest: Annotated[
             bool,
             typer.Option("--digest", help="Record an xxh3-128 digest of each tensor.", rich_help_panel=opt.CHECK_PANEL),
@@ -207,7 +213,7 @@ def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads
             _one_of("--to", to, TARGETS)
             _one_of("--dtype", dtype, DTYPES)
             _one_of("--image-processor", image_processor, ("clip", "llava"))
-            _one_of("--verify", verify, ("quick", "full", "off"))
+            _one_of("--verify", verify or "quick", ("quick", "full", "off"))
             with interrupt_on_sigterm():
                 found = convert(
                     source,
@@ -238,13 +244,21 @@ def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads
                     force=force,
                     resume=resume,
                     threads=threads,
+                    push=push,
+                    hub=hub,
+                    private=private,
+                    revision=revision,
+                    create_pr=create_pr,
                     say=output,
                 )
             output.stop()
             if dry_run:
                 _print_plan(found, output)
+                if push is not None:
+                    output.line(f"then published: {push} ({hub})")
             else:
                 _print_done(found, output, part)
+                hubs.tell(found.published, output)
             output.result(found.as_json())
 
         raise typer.Exit(run(action, output))

@@ -16,12 +16,12 @@ from llava_convert.errors import ConvertError, InputError, OutputError, Unsuppor
 
 REPORT_KEYS = {
     "source", "out", "from", "to", "done", "dtype", "parts", "tensors", "ops", "bytes_read", "bytes_written",
-    "peak_memory", "shards", "files", "verified", "flushed_to_zero", "notes", "warnings", "plan",
+    "peak_memory", "shards", "files", "verified", "flushed_to_zero", "notes", "warnings", "plan", "published",
 }  # fmt: skip
 
 
 def test_names() -> None:
-    assert llava_convert.__all__ == ["convert", "inspect", "verify"]
+    assert llava_convert.__all__ == ["convert", "inspect", "upload", "verify"]
     with pytest.raises(AttributeError, match="no attribute 'merge'"):
         _ = llava_convert.merge
 

@@ -33,7 +33,7 @@ OPTIONS = sorted({o for c in COMMANDS.values() for p in c.params for o in p.opts
 HEAVY = ("torch", "transformers", "numpy", "peft", "huggingface_hub", "safetensors", "gguf")
 JSON_KEYS = {
     "source", "out", "from", "to", "done", "dtype", "parts", "tensors", "ops", "bytes_read", "bytes_written",
-    "peak_memory", "shards", "files", "verified", "flushed_to_zero", "notes", "warnings", "plan",
+    "peak_memory", "shards", "files", "verified", "flushed_to_zero", "notes", "warnings", "plan", "published",
 }  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def documents() -> str:
 def test_the_commands() -> None:
     assert set(COMMANDS) == {
         "pth", "xtuner", "official", "hf", "gguf", "convert", "inspect", "verify", "layouts", "train",
-        "data check", "data fix-ocrvqa",
+        "data check", "data fix-ocrvqa", "upload", "release",
     }  # fmt: skip
 
 

@@ -1,0 +1,54 @@
+"""Options of the commands that publish, and how they tell what they did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llava_convert.cli._output import Output, human_bytes
+
+if TYPE_CHECKING:
+    from llava_convert.publish import Published
+
+HUB_PANEL = "Publish"
+
+Push = Annotated[
+    str | None,
+    typer.Option(
+        "--push",
+        metavar="REPO",
+        help="Publish OUT afterwards, once every byte is verified.",
+        rich_help_panel=HUB_PANEL,
+    ),
+]
+HubOption = Annotated[
+    str,
+    typer.Option(
+        "--hub",
+        metavar="huggingface|modelscope|both",
+        help="Where to publish; the token is the one that the hub's own client keeps.",
+        rich_help_panel=HUB_PANEL,
+    ),
+]
+Private = Annotated[
+    bool,
+    typer.Option("--private", help="Make the repository private, if it is to be made.", rich_help_panel=HUB_PANEL),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="BRANCH", help="Publish on this branch of REPO.", rich_help_panel=HUB_PANEL),
+]
+CreatePr = Annotated[
+    bool,
+    typer.Option("--create-pr", help="Publish as a pull request (Hugging Face alone).", rich_help_panel=HUB_PANEL),
+]
+# When a transfer is cut by Ctrl-C.
+INTERRUPTED = "interrupted; run the same command again: what has arrived is not sent twice"
+
+
+def tell(published: Iterable[Published], output: Output) -> None:
+    for one in published:
+        there = f", {one.skipped} of them were there already" if one.skipped else ""
+        output.line(f"{one.url}: {one.files} files, {human_bytes(one.bytes)}, as they are here{there}")
