@@ -96,6 +96,7 @@ def convert(
         force=force,
         resume=resume,
         threads=threads,
+        repo=push if HUGGINGFACE in to_hub.hubs else None,
     )
     if dry_run:
         return engine.plan(source, options)

@@ -63,7 +63,10 @@ class Silence:
 
 @dataclass(frozen=True)
 class Options:
-    """Everything that a conversion can be told. None means the default, which depends on source and target."""
+    """Everything that a conversion can be told. None means the default, which depends on source and target.
+
+    `repo` is what the output is going to be called on the Hub: its card's commands then name that.
+    """
 
     to: str
     out: Path | None = None
@@ -79,6 +82,7 @@ class Options:
     force: bool = False
     resume: bool = False
     threads: int = 0
+    repo: str | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,7 @@ def _convert(ready: Prepared, options: Options, say: Say) -> Report:
                     ready.model,
                     ready.out.name if options.name is None else options.name,
                     options=replace(options.target, ids=_asked_ids(options)),
+                    repo=options.repo,
                     verified=options.verify,
                 )
             ),

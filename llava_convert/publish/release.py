@@ -19,7 +19,7 @@ from llava_convert.conversion import Options, Prepared, Say, Silence
 from llava_convert.errors import ConvertError, HubError, MismatchError, OutputError, UsageError
 from llava_convert.layouts.base import TargetOptions
 from llava_convert.provenance import RECORD, read_record, record
-from llava_convert.publish import Destination, Parcel, Published, check, publish
+from llava_convert.publish import HUGGINGFACE, Destination, Parcel, Published, check, publish
 from llava_convert.publish.contents import CARD, names, proven
 from llava_convert.stage_one import stage_one
 from llava_convert.storage.mounts import mounted, mounts
@@ -150,6 +150,7 @@ def _item(release: Release, row: Row, opened: tuple[Checkpoint, str]) -> Item | 
         name=base + row.title,
         target=TargetOptions(outtypes=release.outtypes if row.layout == "gguf" else ()),
         verify=FULL,
+        repo=release.name + row.suffix if HUGGINGFACE in release.to.hubs else None,
     )
     source = opened[0].path
     if row.stage_one:

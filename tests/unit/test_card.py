@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 import llava_convert
 from llava_convert import __version__
+from llava_convert import conversion as engine
 from llava_convert.card import card
 from llava_convert.card.front_matter import _scalar
 from llava_convert.card.origin import datasets_of
@@ -29,6 +30,9 @@ from llava_convert.card.words import Words
 from llava_convert.conversion import Options, prepare
 from llava_convert.layouts.base import TargetOptions
 from llava_convert.model import Bases
+from llava_convert.publish import Destination
+from llava_convert.publish.release import Release
+from llava_convert.publish.release import plan as plan_release
 from tests.interop.card_blocks import block, blocks
 
 Make = Callable[..., str]
@@ -322,6 +326,18 @@ def test_commands_name_the_repository(tiny: Path, to: str) -> None:
     if to == "hf":
         fetch = text.index("hf download org/pushed chat_template.jinja --local-dir pushed\n")
         assert fetch < text.index("vllm serve org/pushed --chat-template pushed/chat_template.jinja\n")
+
+
+def test_what_is_going_to_be_pushed_is_named_by_its_repository(tiny: Path, tmp_path: Path) -> None:
+    """The commands of ModelScope's clients are others: such a card names the folder."""
+    engine.convert(tiny / "iter_2.pth", Options(to="official", out=tmp_path / "out", repo="org/pushed"))
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert 'load_pretrained_model(\n    "org/pushed", None, "llava-llama"\n)' in text and text.count("# out\n") == 1
+    for hub, repo in (("huggingface", "org/tiny-transformers"), ("modelscope", None)):
+        release = Release(
+            tiny / "iter_2.pth", "org/tiny", Options(to=""), Destination("", (hub,)), ("hf",), tmp_path / hub
+        )
+        assert [item.options.repo for item in plan_release(release)] == [repo]
 
 
 def blocks_of(text: str) -> list[Any]:
