@@ -131,6 +131,11 @@ class Facts:
         found: dict[str, Any] = json.loads(self.plan.files.get(file, b"{}"))
         return found
 
+    @property
+    def llava_class(self) -> str:
+        """The class of the original code that config.json names."""
+        return str((self.config().get("architectures") or [""])[0])
+
     @cached_property
     def llm_shards(self) -> list[list[Shard]]:
         """The files of the language model: one list for each type that it is in."""

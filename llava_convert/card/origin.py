@@ -17,6 +17,7 @@ from llava_convert.hub import is_id
 from llava_convert.published import published
 from llava_convert.resources import data_dir
 from llava_convert.sidecars import folder_sidecars
+from llava_convert.storage.mounts import mounted
 
 # Meta's cards carry the license's text in their front matter: 40 kB.
 _MOST_FRONT_MATTER = 256 * 1024
@@ -51,7 +52,7 @@ def origin(facts: Facts) -> Origin:
     folder = checkpoint.path if checkpoint.path.is_dir() else None
     # A .pth's folder is a training's, whose README is about something else.
     own = _front_matter(folder) if folder is not None and checkpoint.layout != "pth" else {}
-    source = published(checkpoint.root).get("repo") if checkpoint.layout != "pth" else None
+    source = _published(checkpoint.root) if checkpoint.layout != "pth" else None
     paths = checkpoint.training.data_paths if checkpoint.training is not None else ()
     datasets = {*datasets_of(paths), *(i for i in _texts(own.get("datasets")) if is_id(i))}
     return Origin(
@@ -61,6 +62,13 @@ def origin(facts: Facts) -> Origin:
         datasets=tuple(sorted(datasets)),
         languages=tuple(i for i in _texts(own.get("language")) if _LANGUAGE.fullmatch(i)),
     )
+
+
+def _published(folder: Path) -> str | None:
+    """The id on the Hub; one of ModelScope names nothing there, or something else."""
+    remote = mounted(folder)
+    foreign = remote is not None and not remote.address.startswith("hf://")
+    return None if foreign else published(folder).get("repo")
 
 
 def datasets_of(paths: Iterable[str]) -> tuple[str, ...]:

@@ -47,6 +47,12 @@ def _adapter_of(part: str) -> Callable[[Facts], bool]:
     return lambda facts: facts.alone == part and facts.adapter
 
 
+def _official(*, known: bool) -> Callable[[Facts], bool]:
+    """Whether the original code has a class for the language model: for Llama and Mistral (llava/model/__init__.py)."""
+    return lambda facts: _whole("official")(facts) and (facts.llava_class in _LLAVA) == known
+
+
+_LLAVA = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")
 SECTIONS = (
     Section("transformers", "transformers.md", _whole("hf")),
     Section("vLLM", "vllm.md", _whole("hf")),
@@ -54,8 +60,9 @@ SECTIONS = (
     Section(
         "SGLang", "sglang.md", lambda f: _whole("hf")(f) and f.model.checkpoint.settings.select_strategy == "default"
     ),
-    Section("LLaVA", "llava.md", _whole("official")),
-    Section("LMDeploy", "lmdeploy_official.md", _whole("official")),
+    Section("LLaVA", "llava.md", _official(known=True)),
+    Section("LLaVA", "llava_forks.md", _official(known=False)),
+    Section("LMDeploy", "lmdeploy_official.md", _official(known=True)),
     Section("SGLang", "sglang_official.md", _whole("official")),
     Section("llama.cpp", "llama_cpp.md", _whole("gguf")),
     Section("Ollama", "ollama.md", _whole("gguf")),

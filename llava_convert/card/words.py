@@ -202,6 +202,10 @@ class Words:
         return json.dumps("llava-mistral" if kind == "mistral" else "llava-llama")
 
     @property
+    def llava_class(self) -> str:
+        return self._facts.llava_class
+
+    @property
     def official_type(self) -> str:
         return str(self._facts.config().get("model_type"))
 

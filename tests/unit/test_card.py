@@ -34,6 +34,7 @@ from llava_convert.publish import Destination
 from llava_convert.publish.release import Release
 from llava_convert.publish.release import plan as plan_release
 from tests.interop.card_blocks import block, blocks
+from tests.interop.wide_models import PUBLISHED, WIDES, make_wide
 
 Make = Callable[..., str]
 TEXTS = Path(llava_convert.__file__).parent / "card" / "texts"
@@ -466,3 +467,13 @@ def test_nothing_heavy_is_imported_for_a_card(tiny: Path, tmp_path: Path) -> Non
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     # torch, which the merge needs, brings jinja2 along on some paths of its own.
     assert done.stdout.strip() in ("[]", "['jinja2']")
+
+
+@pytest.mark.parametrize(("name", "known"), [("mistral", "llava-mistral"), ("qwen2", None), ("phi3", None)])
+def test_the_original_code_has_two_classes(tiny: Path, tmp_path: Path, name: str, known: str | None) -> None:
+    family = next(key for key, wide in WIDES.items() if wide.family == name and wide.tokenizer not in PUBLISHED)
+    source = make_wide(family, tmp_path, tiny)
+    llava_convert.convert(source, to="official", out=tmp_path / "out", name="llava")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert (f'None, "{known}"' in text) == ("lmdeploy<0.14" in text) == (known is not None)
+    assert ("is in forks of it" in text) == (known is None)
