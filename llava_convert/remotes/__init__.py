@@ -18,7 +18,7 @@ from llava_convert.storage.mounts import mount
 from llava_convert.storage.remote import WEIGHTS, Remote
 
 _HUBS = {"hf": "huggingface", "ms": "modelscope"}
-_URL = re.compile(r"([a-z][a-z0-9+.-]+)://?(?=[^/])(.*)")  # a Path keeps one of the slashes; C:/ is a drive
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,3}(?=[^/])(.*)")  # a Path keeps one of the slashes; C:/ is a drive
 
 
 class Hub(Protocol):

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from llava_convert.errors import HubError, OutputError, UsageError
 from llava_convert.remotes.urls import asking, file_system, shown
@@ -50,6 +51,10 @@ class RemoteStaging:
             raise UsageError(
                 f"--force cannot replace {shown(url)}: the old output would not survive a failure",
                 hint="delete it there, or name another place with -o",
+            )
+        if urlsplit(url).scheme in ("http", "https"):
+            raise UsageError(
+                f"{shown(url)}: the web can be read but not written", hint="name a folder or a store (s3://…)"
             )
         self.out = shown(url)
         self._fs, self._root = file_system(url)
@@ -104,6 +109,7 @@ class RemoteStaging:
             raise as_output_error(problem, local) from problem
         with local.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        self._write_record(name)
         self._put(local, name)
         local.unlink()
         self._sent[name] = {"size": size, "sha256": digest}
@@ -124,6 +130,7 @@ class RemoteStaging:
 
     def commit(self) -> None:
         """Send the small files, those last that make it a model; then compare what is there. Raises HubError."""
+        self._write_record(*self._small)
         for name in sorted(
             self._small, key=lambda n: next((i for i, end in enumerate(_LAST, 1) if n.endswith(end)), 0)
         ):
@@ -152,12 +159,13 @@ class RemoteStaging:
             return
         why = "it is of another plan" if self._resume else "--resume would keep what was sent"
         self._say(f"removing what an unfinished run left at {self.out} ({why})")
-        self._remove([name for name in there if name in (RECORD, *record.get("files", {}))])
+        self._remove([name for name in there if name in (RECORD, *record.get("files", {}), *record.get("begun", ()))])
         if left := self._listing():
             raise OutputError(f"{self.out} exists ({len(left)} files)", hint="name another place with -o")
 
-    def _write_record(self) -> None:
-        data = json.dumps({"plan": self._plan_hash, "files": self._sent}).encode()
+    def _write_record(self, *begun: str) -> None:
+        """What was sent whole, and what is sent next: whatever is there of either is ours."""
+        data = json.dumps({"plan": self._plan_hash, "files": self._sent, "begun": begun}).encode()
         local = self._temporary / "record"
         local.write_bytes(data)
         self._put(local, RECORD)
@@ -185,11 +193,8 @@ class RemoteStaging:
 
         def send() -> None:
             with asking(where, self._protocol):
-                try:
-                    self._fs.makedirs(os.path.dirname(self._at(name)), exist_ok=True)  # noqa: PTH120  # no path of here
-                    self._fs.put_file(str(local), self._at(name))
-                except NotImplementedError:
-                    raise UsageError(f"{where}: {self._protocol}:// can be read but not written") from None
+                self._fs.makedirs(os.path.dirname(self._at(name)), exist_ok=True)  # noqa: PTH120  # no path of here
+                self._fs.put_file(str(local), self._at(name))
 
         patiently(where, send)
 

@@ -15,6 +15,7 @@ from fsspec.registry import known_implementations
 from llava_convert.errors import HubError, UsageError
 from llava_convert.storage.remote import WEIGHTS, Remote, TransientError, patiently, refuse
 
+_MEND = "download it, and name the local file"
 _EXTRAS = {"s3": "s3", "s3a": "s3", "https": "https", "http": "https"}
 # What the libraries below raise beside OSError, by protocol.
 _TROUBLE = {
@@ -51,25 +52,23 @@ def open(url: str) -> tuple[Remote, str]:
     """
     fs, path = file_system(url)
     where, protocol = shown(url), url.partition("://")[0]
-    find = _on_the_web if protocol in ("http", "https") else _in_a_store
+    web = protocol in ("http", "https")
 
     def listing() -> tuple[str, dict[str, dict[str, Any]]]:
         with asking(where, protocol):
-            return find(fs, path)
+            return _on_the_web(fs, path) if web else _in_a_store(fs, path)
 
     file, found = patiently(where, listing)
     if not found:
         raise HubError(f"{where}: there is nothing")
-    without = [name for name, one in found.items() if one.get("size") is None or one.get("partial") is False]
-    if any(name.lower().endswith(WEIGHTS) for name in without):
-        raise HubError(
-            f"{where}: the server does not give parts of files, or does not tell their size",
-            hint="download it, and name the local file",
-        )
+    if not all(one.get("size") for name, one in found.items() if name.lower().endswith(WEIGHTS)):
+        raise HubError(f"{where}: the server does not tell the size of files", hint=_MEND)
     address = where.rpartition("/")[0] if file else where
 
     def read(name: str, start: int, end: int) -> bytes:
         with asking(f"{address}/{name}", protocol):
+            if web:
+                return _part(fs, found[name], start, end)
             return bytes(fs.cat_file(found[name]["name"], start=start, end=end))
 
     def version(name: str) -> str:
@@ -95,6 +94,16 @@ def _in_a_store(fs: Any, path: str) -> tuple[str, dict[str, dict[str, Any]]]:
     return name, {PurePosixPath(one["name"]).name: one for one in fs.ls(folder, detail=True) if one["type"] == "file"}
 
 
+def _part(fs: Any, one: dict[str, Any], start: int, end: int) -> bytes:
+    """Bytes of a file on the web. `cat_file` would take all of it where the server knows no ranges; this stops."""
+    with fs.open(one["name"], "rb", size=one["size"], block_size=end - start, cache_type="none") as stream:
+        stream.seek(start)
+        try:
+            return bytes(stream.read(end - start))
+        except ValueError:
+            raise HubError(f"{shown(one['name'])}: the server does not give parts of files", hint=_MEND) from None
+
+
 def _version(info: dict[str, Any]) -> str:
     """What changes with a file's content, by the name that its store has for it."""
     return str(next((info[key] for key in ("ETag", "etag", "LastModified", "mtime", "created") if key in info), ""))
@@ -105,7 +114,13 @@ def asking(where: str, protocol: str) -> Iterator[None]:
     """What a file system raises becomes HubError, or TransientError where asking again may help."""
     try:
         yield
-    except FileNotFoundError:
+    except FileNotFoundError as problem:
+        # fsspec says so of any page of the web that it cannot have; why is in the cause.
+        status = getattr(problem.__cause__, "status", 404)
+        if status != 404:
+            refuse(where, status, {})
+        if problem.__cause__ is not None and not hasattr(problem.__cause__, "status"):
+            raise TransientError(f"the connection failed ({type(problem.__cause__).__name__})") from None
         raise HubError(f"{where}: it is not there") from None
     except PermissionError:
         raise HubError(f"{where}: access is refused", hint="check the credentials in use") from None

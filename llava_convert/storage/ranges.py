@@ -158,20 +158,19 @@ class FilePool:
 
         What is small as a whole (a tower has two hundred biases) is fetched with what lies behind it, for all threads.
         """
-        end = max(until, offset + len(view))
-        if end - offset < FIRST:
-            start, data = remote.kept_around(offset, end)
-            view[:] = memoryview(data)[offset - start : offset - start + len(view)]
-            return
         windows = self._windows()
         while len(view):
             start, data = windows.get(id(remote), (0, b""))
             if not start <= offset < start + len(data):
-                if len(view) >= REMOTE_PIECE or offset + len(view) >= until:  # nothing more to fetch along
+                end = max(until, offset + len(view))
+                if end - offset < FIRST:
+                    start, data = remote.kept_around(offset, end)
+                elif len(view) >= REMOTE_PIECE or offset + len(view) == end:  # nothing more to fetch along
                     remote.fetch_into(offset, view)
                     return
-                start, data = offset, remote.fetch(offset, min(offset + REMOTE_PIECE, until))
-                windows[id(remote)] = start, data
+                else:
+                    start, data = offset, remote.fetch(offset, min(offset + REMOTE_PIECE, end))
+                    windows[id(remote)] = start, data
             part = memoryview(data)[offset - start : offset - start + len(view)]
             view[: len(part)] = part
             view, offset = view[len(part) :], offset + len(part)

@@ -146,7 +146,7 @@ class RemoteFile:
         """A part that holds bytes `start` to `end`: one that was read before, else FIRST bytes from there on."""
         known = self.kept(start)
         if known is None or known[0] + len(known[1]) < end:
-            known = start, self.fetch(start, min(self.size, max(end, start + FIRST)))
+            known = start, self.fetch(start, max(end, min(self.size, start + FIRST)))
             self.keep(*known)
         return known
 

@@ -1,0 +1,352 @@
+"""Sources and targets at URLs: an S3 endpoint (moto's server) and web servers of this machine, by the real clients."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+from werkzeug.serving import WSGIRequestHandler
+
+import llava_convert
+from tests.faults.corpus import Ran, shell, tree
+from tests.hubs.loopback import Answer, Loopback, Request, Status, folder_files
+from tests.remotes.conftest import HURRIED, weights_in
+
+KEY, SECRET = "AKIAofTheTests", "secretOfTheTests"
+
+
+class Quiet(WSGIRequestHandler):
+    def log_request(self, code: Any = "-", size: Any = "-") -> None:
+        pass
+
+
+@dataclass
+class Store:
+    """An S3 bucket, `models`, and the command beside it."""
+
+    client: Any
+    env: dict[str, str]
+
+    def objects(self, prefix: str = "") -> dict[str, bytes]:
+        found = self.client.list_objects_v2(Bucket="models", Prefix=prefix).get("Contents", [])
+        return {
+            one["Key"].removeprefix(prefix).lstrip("/"): self.client.get_object(Bucket="models", Key=one["Key"])[
+                "Body"
+            ].read()
+            for one in found
+        }
+
+    def put(self, folder: Path, prefix: str) -> None:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                key = f"{prefix}/{path.relative_to(folder).as_posix()}"
+                self.client.put_object(Bucket="models", Key=key, Body=path.read_bytes())
+
+    def run(self, cwd: Path, *arguments: str | Path, code: str = HURRIED, **more: str) -> Ran:
+        return shell(*arguments, code=code, environment={**self.env, **more}, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(endpoint: str) -> Store:
+    env = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",
+    }
+    client = boto3.client(
+        "s3", endpoint_url=endpoint, aws_access_key_id=KEY, aws_secret_access_key=SECRET, region_name="us-east-1"
+    )
+    resource = boto3.resource(
+        "s3", endpoint_url=endpoint, aws_access_key_id=KEY, aws_secret_access_key=SECRET, region_name="us-east-1"
+    )
+    client.create_bucket(Bucket="models")
+    resource.Bucket("models").objects.all().delete()
+    return Store(client, env)
+
+
+def read_back(s3: Store, prefix: str) -> dict[str, bytes]:
+    return {n: d for n, d in s3.objects(prefix).items() if n not in ("conversion.json", "README.md")}
+
+
+# --- S3
+
+
+@pytest.mark.parametrize("to", ["official", "gguf"])
+def test_from_s3_to_s3(s3: Store, layouts: dict[str, Path], tmp_path: Path, to: str) -> None:
+    s3.put(layouts["hf"], "in/tiny")
+    arguments = ["--to", to, "--name", "tiny", "--verify", "full"]
+    ran = s3.run(tmp_path, "convert", "s3://models/in/tiny", "-o", "s3://models/out/tiny", *arguments)
+    assert ran.code == 0, ran.stderr
+    assert "s3://models/out/tiny: " in ran.stdout and "every byte checked" in ran.stdout
+    local = s3.run(tmp_path, "convert", layouts["hf"], "-o", "local", *arguments)
+    assert local.code == 0, local.stderr
+    assert read_back(s3, "out/tiny") == weights_in(tmp_path / "local")
+    assert s3.objects("out/tiny")["README.md"].decode().startswith("---\n")
+    files = json.loads(s3.objects("out/tiny")["conversion.json"])["verified"]["files"]
+    assert files == json.loads((tmp_path / "local" / "conversion.json").read_text())["verified"]["files"]
+    back = s3.run(tmp_path, "verify", layouts["hf"], "s3://models/out/tiny")
+    assert back.code == 0 and "the same" in back.stdout, back.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["local"]
+
+
+def test_one_shard_is_on_the_disk_at_a_time(s3: Store, layouts: dict[str, Path], tmp_path: Path) -> None:
+    """What the run holds in its temporary folder never exceeds a shard and the small files."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    watched = (
+        "import os, sys, threading\n"
+        "from pathlib import Path\n"
+        "most = 0\n"
+        "def watch():\n"
+        "    global most\n"
+        "    while True:\n"
+        "        seen = 0\n"
+        "        for p in Path(os.environ['TMPDIR']).rglob('*.safetensors'):\n"
+        "            try: seen += p.stat().st_blocks * 512\n"
+        "            except FileNotFoundError: pass\n"
+        "        most = max(most, seen)\n"
+        "threading.Thread(target=watch, daemon=True).start()\n"
+        "from llava_convert.cli import main\n"
+        "try: main()\n"
+        "finally: print(most)\n"
+    )
+    ran = s3.run(
+        tmp_path, "convert", layouts["official"], "--to", "hf", "-o", "s3://models/out", "--max-shard-size", "150kB",
+        "--quiet", code=watched, TMPDIR=str(temporary),
+    )  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    shards = {n: len(d) for n, d in s3.objects("out").items() if n.endswith(".safetensors")}
+    assert len(shards) >= 3 and 0 < int(ran.stdout) <= max(shards.values()) + 3 * 4096
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_file_in_a_bucket_and_what_lies_beside_it(s3: Store, layouts: dict[str, Path], tmp_path: Path) -> None:
+    s3.put(layouts["gguf"], "gguf")
+    ran = s3.run(tmp_path, "inspect", "s3://models/gguf/tiny-f16.gguf", "--json")
+    assert ran.code == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert found["path"] == "s3://models/gguf/tiny-f16.gguf"
+    assert found["parts"]["visual-encoder"]["tensors"] > 0, "its mmproj lies beside it"
+
+
+def test_a_target_that_is_there(s3: Store, layouts: dict[str, Path], tmp_path: Path) -> None:
+    s3.client.put_object(Bucket="models", Key="out/notes.txt", Body=b"mine")
+    ran = s3.run(tmp_path, "convert", layouts["official"], "--to", "hf", "-o", "s3://models/out")
+    assert ran.code == 6 and "s3://models/out exists (1 files)" in ran.stderr, ran.stderr
+    forced = s3.run(tmp_path, "convert", layouts["official"], "--to", "hf", "-o", "s3://models/out", "--force")
+    assert forced.code == 2 and "the old output would not survive a failure" in forced.stderr
+    assert s3.objects() == {"out/notes.txt": b"mine"}
+
+
+def test_what_cannot_be_reached(s3: Store, layouts: dict[str, Path], tmp_path: Path) -> None:
+    for address, code, said in [
+        ("s3://models/absent", 8, "s3://models/absent: it is not there"),
+        ("s3://no-such-bucket/x", 8, "s3://no-such-bucket/x"),
+        ("nonsense://x/y", 2, "no protocol of this name is known (nonsense)"),
+        ("memory://x/y", 8, "memory://x/y"),
+    ]:
+        ran = s3.run(tmp_path, "inspect", address)
+        assert ran.code == code and said in ran.stderr and len(ran.errors) == 1, (address, ran.stderr)
+        assert SECRET not in ran.stderr
+    nowhere = s3.run(tmp_path, "inspect", "s3://models/x", AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    assert nowhere.code == 8 and "the connection failed" in nowhere.stderr, nowhere.stderr
+    hub = s3.run(tmp_path, "convert", layouts["official"], "--to", "hf", "-o", "hf://org/name")
+    assert hub.code == 2 and "--push org/name" in hub.stderr
+    cache = s3.run(tmp_path, "inspect", "s3://models/x", "--cache")
+    assert cache.code == 2 and "--cache is for models of the hubs" in cache.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "address", "extra"), [("s3fs", "s3://models/x", "s3"), ("aiohttp", "https://host/x.gguf", "https")]
+)
+def test_without_the_package(s3: Store, tmp_path: Path, package: str, address: str, extra: str) -> None:
+    hidden = tmp_path / "hidden" / package
+    hidden.mkdir(parents=True)
+    (hidden / "__init__.py").write_text("raise ImportError")
+    root = Path(llava_convert.__file__).resolve().parents[1]
+    ran = s3.run(tmp_path, "inspect", address, PYTHONPATH=f"{tmp_path / 'hidden'}:{root}")
+    assert ran.code == 2 and f"pip install 'llava-convert[{extra}]'" in ran.stderr, ran.stderr
+
+
+# A process that ends, or whose network does, once it has sent so many files.
+BREAKS = HURRIED.replace(
+    "from llava_convert.cli",
+    "import os, signal, sys\n"
+    "from llava_convert.errors import HubError\n"
+    "from llava_convert.remotes.target import RemoteStaging\n"
+    "left, how = int(os.environ['FILES']), os.environ['HOW']\n"
+    "put = RemoteStaging._put\n"
+    "def counted(self, local, name):\n"
+    "    global left\n"
+    "    left -= 1\n"
+    "    if left < 0 and how == 'killed': os.kill(os.getpid(), signal.SIGKILL)\n"
+    "    if left < 0 and how == 'interrupted': raise KeyboardInterrupt\n"
+    "    if left < 0 and how == 'network': raise HubError('the network is gone')\n"
+    "    put(self, local, name)\n"
+    "RemoteStaging._put = counted\n"
+    "from llava_convert.cli",
+)
+
+
+@pytest.mark.parametrize("how", ["killed", "network", "interrupted"])
+@pytest.mark.parametrize("files", [0, 1, 3, 4, 9, 14])
+def test_a_run_that_breaks_off(s3: Store, layouts: dict[str, Path], tmp_path: Path, how: str, files: int) -> None:
+    """After `files` files: never is there what looks whole and is not; the same command with --resume goes on."""
+    arguments = ["convert", layouts["official"], "--to", "hf", "-o", "s3://models/out", "--max-shard-size", "150kB"]
+    ran = s3.run(tmp_path, *arguments, code=BREAKS, FILES=str(files), HOW=how)
+    assert ran.code == {"killed": -signal.SIGKILL, "network": 8, "interrupted": 130}[how], ran.stderr
+    left = s3.objects("out")
+    assert not left or ".llava-convert-plan" in left or files >= 14
+    if how == "interrupted":
+        assert left == {}, "an interrupted run takes back what it sent"
+    sent = {n for n in left if n.endswith(".safetensors")}
+    resumed = s3.run(tmp_path, *arguments, "--resume")
+    assert resumed.code == 0, resumed.stderr
+    if sent:
+        assert f"resuming: {len(sent)} files are there already" in resumed.stderr or "resuming" in resumed.stderr
+    whole = s3.objects("out")
+    assert ".llava-convert-plan" not in whole and "config.json" in whole
+    assert s3.run(tmp_path, "verify", layouts["official"], "s3://models/out").code == 0
+
+
+def test_a_leftover_without_resume_is_removed_with_a_line(s3: Store, layouts: dict[str, Path], tmp_path: Path) -> None:
+    arguments = ["convert", layouts["official"], "--to", "hf", "-o", "s3://models/out", "--max-shard-size", "150kB"]
+    assert s3.run(tmp_path, *arguments, code=BREAKS, FILES="4", HOW="killed").code == -signal.SIGKILL
+    ran = s3.run(tmp_path, *arguments)
+    assert (
+        ran.code == 0 and "removing what an unfinished run left at s3://models/out (--resume would keep" in ran.stderr
+    )
+    other = [a if a != "150kB" else "100kB" for a in arguments]
+    s3.client.put_object(Bucket="models", Key="out/.llava-convert-plan", Body=b"{}")
+    ran = s3.run(tmp_path, *other, "--resume")
+    assert ran.code == 6 and "exists" in ran.stderr, "files that no record names are somebody's"
+
+
+def test_a_difference_found_leaves_nothing(s3: Store, layouts: dict[str, Path], tmp_path: Path) -> None:
+    """A byte that the store changes is found by --verify full, which reads back what was sent."""
+    spoiled = HURRIED.replace(
+        "from llava_convert.cli",
+        "from llava_convert.remotes.target import RemoteStaging\n"
+        "put = RemoteStaging._put\n"
+        "def spoil(self, local, name):\n"
+        "    if name.endswith('.safetensors'):\n"
+        "        data = bytearray(local.read_bytes()); data[-1] ^= 1; local.write_bytes(data)\n"
+        "    put(self, local, name)\n"
+        "RemoteStaging._put = spoil\n"
+        "from llava_convert.cli",
+    )
+    arguments = ["convert", layouts["official"], "--to", "hf", "-o", "s3://models/out", "--verify", "full"]
+    ran = s3.run(tmp_path, *arguments, code=spoiled)
+    assert ran.code == 7 and s3.objects() == {}, ran.stderr
+
+
+def test_a_source_that_changes_meanwhile(s3: Store, layouts: dict[str, Path], tmp_path: Path) -> None:
+    s3.put(layouts["official"], "in")
+    meddled = HURRIED.replace(
+        "from llava_convert.cli",
+        "import boto3\n"
+        "from llava_convert.storage.identity import Snapshot\n"
+        "recheck = Snapshot.recheck\n"
+        "def changed(self):\n"
+        "    s3 = boto3.client('s3')\n"
+        "    key = next(o['Key'] for o in s3.list_objects_v2(Bucket='models', Prefix='in/model-')['Contents'])\n"
+        "    data = s3.get_object(Bucket='models', Key=key)['Body'].read()\n"
+        "    s3.put_object(Bucket='models', Key=key, Body=data[:-1] + b'?')\n"
+        "    recheck(self)\n"
+        "Snapshot.recheck = changed\n"
+        "from llava_convert.cli",
+    )
+    ran = s3.run(tmp_path, "convert", "s3://models/in", "--to", "hf", "-o", "out", code=meddled)
+    assert ran.code == 3 and "changed while it was read" in ran.stderr, ran.stderr
+    assert tree(tmp_path) == {}
+
+
+# --- the web
+
+
+@dataclass
+class Web(Loopback):
+    """A web server with a folder; it lists it as a page, and gives parts of files or not."""
+
+    folder: Path = field(default_factory=Path)
+    parts: bool = True
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {"no_proxy": "127.0.0.1"}
+
+    def answer(self, request: Request) -> Answer:
+        files = folder_files(self.folder)
+        name = request.path.strip("/")
+        if not name:
+            links = "".join(f'<a href="/{n}">{n}</a>\n' for n in files)
+            return Answer(200, links.encode(), {"Content-Type": "text/html"})
+        if name not in files:
+            return Answer(404)
+        return Answer(200, files[name], {"ETag": f'"{name}"'}, ranged=self.parts)
+
+
+def test_a_file_on_the_web(layouts: dict[str, Path], tmp_path: Path) -> None:
+    with Web(layouts["gguf"]) as web:
+        ran = shell("inspect", f"{web.url}/tiny-f16.gguf?signature=secret", "--json", code=HURRIED, environment=web.env)
+        assert ran.code == 0, ran.stderr
+        assert json.loads(ran.stdout)["path"] == f"{web.url}/tiny-f16.gguf", "a signature is nobody's business"
+        assert all(seen.range for seen in web.requests if seen.method == "GET")
+        ran = shell("convert", f"{web.url}/tiny-f16.gguf", "--to", "hf", "--part", "llm", "-o", "out", code=HURRIED,
+                    environment=web.env, cwd=tmp_path)  # fmt: skip
+        assert ran.code == 0, ran.stderr
+        assert llava_convert.verify(layouts["gguf"] / "tiny-f16.gguf", tmp_path / "out", part="llm").same
+
+
+def test_a_folder_on_the_web(layouts: dict[str, Path], tmp_path: Path) -> None:
+    with Web(layouts["official"]) as web:
+        ran = shell(
+            "convert", web.url + "/", "--to", "hf", "-o", "out", code=HURRIED, environment=web.env, cwd=tmp_path
+        )
+        assert ran.code == 0, ran.stderr
+        assert llava_convert.verify(layouts["official"], tmp_path / "out").same
+
+
+def test_a_server_that_gives_no_parts(layouts: dict[str, Path], tmp_path: Path) -> None:
+    with Web(layouts["gguf"], parts=False) as web:
+        ran = shell("inspect", f"{web.url}/tiny-f16.gguf", code=HURRIED, environment=web.env)
+        assert ran.code == 8 and "the server does not give parts of files" in ran.stderr, ran.stderr
+        assert "download it" in ran.stderr
+
+
+def test_a_web_server_that_fails(layouts: dict[str, Path], tmp_path: Path) -> None:
+    with Web(layouts["gguf"]) as web:
+        web.fault = lambda number, request: Status(503) if number % 2 else None
+        ran = shell("inspect", f"{web.url}/tiny-f16.gguf", code=HURRIED, environment=web.env)
+        assert ran.code == 0, ran.stderr
+        web.fault = lambda number, request: Status(500)
+        ran = shell("inspect", f"{web.url}/tiny-f16.gguf", code=HURRIED, environment=web.env)
+        assert ran.code == 8 and "the server answered 500" in ran.stderr, ran.stderr
+        web.fault = lambda number, request: None
+        ran = shell("inspect", f"{web.url}/absent.gguf", code=HURRIED, environment=web.env)
+        assert ran.code == 8 and "it is not there" in ran.stderr, ran.stderr
+        ran = shell(
+            "convert", layouts["official"], "--to", "hf", "-o", f"{web.url}/out", code=HURRIED, environment=web.env
+        )
+        assert ran.code == 2 and "can be read but not written" in ran.stderr, ran.stderr

@@ -1,0 +1,277 @@
+"""Remote files as streams and ranges: the bytes that were asked for, whatever the server gives at a time."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llava_convert import aliases, hub
+from llava_convert.errors import HubError, InputError, UnsafeError
+from llava_convert.remotes import reach, url_of
+from llava_convert.storage import ranges, remote
+from llava_convert.storage.files import open_regular, read_fully, size_of
+from llava_convert.storage.mounts import mount, mounted, mounts
+from llava_convert.storage.ranges import FilePool
+from llava_convert.storage.remote import Remote, RemoteFile, RemoteStream, TransientError, patiently, remote_of
+
+DATA = random.Random(0).randbytes(300_000)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows and pieces small enough that a short file has many; no pauses."""
+    monkeypatch.setattr(remote, "FIRST", 1000)
+    monkeypatch.setattr(remote, "PIECE", 16_000)
+    monkeypatch.setattr(remote, "KEPT", 20_000)
+    monkeypatch.setattr(ranges, "FIRST", 1000)
+    monkeypatch.setattr(ranges, "REMOTE_PIECE", 8000)
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.0)
+
+
+class Server:
+    """Gives at most `most` bytes an answer; every `fails`-th fails."""
+
+    def __init__(self, most: int = 10**9, fails: int = 10**9, files: dict[str, bytes] | None = None) -> None:
+        self.most, self.fails, self.files = most, fails, files or {"w.safetensors": DATA}
+        self.asked: list[tuple[str, int, int]] = []
+
+    def read(self, name: str, start: int, end: int) -> bytes:
+        self.asked.append((name, start, end))
+        if len(self.asked) % self.fails == 0:
+            raise TransientError("busy")
+        return self.files[name][start : min(end, start + self.most)]
+
+    @property
+    def remote(self) -> Remote:
+        return Remote(
+            "hf://org/m", {n: len(d) for n, d in self.files.items()}, self.read, lambda name: "1", "org/m", "c0"
+        )
+
+    @property
+    def file(self) -> RemoteFile:
+        return RemoteFile(self.remote, "w.safetensors", len(DATA))
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    with mounts():
+        yield mount(Server(files={"w.safetensors": DATA, "config.json": b'{"a": 1}', "sub/x.gguf": b"GGUF"}).remote)
+
+
+# --- streams and ranges
+
+
+@given(
+    moves=st.lists(st.tuples(st.integers(0, len(DATA)), st.integers(1, 40_000)), max_size=12),
+    most=st.integers(1000, 50_000),
+    fails=st.integers(2, 9),
+)
+def test_a_stream_reads_what_a_file_reads(moves: list[tuple[int, int]], most: int, fails: int) -> None:
+    stream = RemoteStream(Server(most, fails).file)
+    for at, count in moves:
+        stream.seek(at)
+        assert read_fully(stream, count, Path("x")) == DATA[at : at + count]
+        assert stream.tell() == min(at + count, max(at, len(DATA)))
+
+
+@given(
+    reads=st.lists(
+        st.tuples(st.integers(0, len(DATA) - 1), st.integers(1, 30_000), st.integers(0, 60_000)), max_size=12
+    ),
+    most=st.integers(1000, 50_000),
+)
+def test_ranges_read_what_a_file_holds(reads: list[tuple[int, int, int]], most: int) -> None:
+    server = Server(most)
+    with mounts(), FilePool() as pool:
+        path = mount(server.remote) / "w.safetensors"
+        for at, count, more in reads:
+            count = min(count, len(DATA) - at)
+            buffer = bytearray(count)
+            pool.read_into(path, at, buffer, until=min(at + count + more, len(DATA)))
+            assert buffer == DATA[at : at + count]
+
+
+def test_reads_in_a_row_are_served_of_one_piece(root: Path) -> None:
+    server = Server()
+    with mounts(), FilePool() as pool:
+        path = mount(server.remote) / "w.safetensors"
+        for at in range(0, 80_000, 500):
+            buffer = bytearray(500)
+            pool.read_into(path, at, buffer, until=80_000)
+            assert buffer == DATA[at : at + 500]
+    assert [(start, end) for _, start, end in server.asked] == [(n, n + 8000) for n in range(0, 80_000, 8000)]
+
+
+def test_small_neighbours_are_fetched_together(root: Path) -> None:
+    server = Server()
+    with mounts(), FilePool() as pool:
+        path = mount(server.remote) / "w.safetensors"
+        for at in range(5000, 5900, 100):
+            pool.read_into(path, at, bytearray(100), until=at + 100)
+    assert server.asked == [("w.safetensors", 5000, 6000)]
+
+
+def test_a_header_costs_a_window_and_going_on_doubles_it() -> None:
+    server = Server()
+    stream = RemoteStream(server.file)
+    assert read_fully(stream, 8, Path("x")) == DATA[:8]
+    assert [end - start for _, start, end in server.asked] == [1000]
+    for _ in range(60):
+        stream.read(500)
+    assert [end - start for _, start, end in server.asked] == [1000, 2000, 4000, 8000, 16000]
+
+
+def test_what_was_read_of_headers_is_not_asked_for_again() -> None:
+    server = Server()
+    file = server.file
+    for _ in range(3):
+        assert read_fully(RemoteStream(file), 900, Path("x")) == DATA[:900]
+    assert len(server.asked) == 1
+
+
+def test_threads_share_a_file() -> None:
+    server = Server(most=3000)
+    wrong: list[int] = []
+    with mounts(), FilePool() as pool:
+        path = mount(server.remote) / "w.safetensors"
+
+        def walk(first: int) -> None:
+            for at in range(first, first + 50_000, 700):
+                buffer = bytearray(700)
+                pool.read_into(path, at, buffer, until=first + 60_000)
+                if buffer != DATA[at : at + 700]:
+                    wrong.append(at)
+
+        threads = [threading.Thread(target=walk, args=(n * 30_000,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+def test_what_lies_beyond_the_end_is_an_input_error(root: Path) -> None:
+    with FilePool() as pool, pytest.raises(InputError, match=r"hf://org/m/w\.safetensors ends at 300,000 bytes"):
+        pool.read_into(root / "w.safetensors", len(DATA) - 1, bytearray(2))
+
+
+# --- patience
+
+
+def test_what_passes_is_tried_again_and_what_stays_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.2)
+    monkeypatch.setattr(remote.time, "sleep", pauses.append)
+    answers = iter([TransientError("busy"), TransientError("busy", after=7.0), "done"])
+
+    def attempt() -> str:
+        answer = next(answers)
+        if isinstance(answer, TransientError):
+            raise answer
+        return str(answer)
+
+    assert patiently("there", attempt) == "done"
+    assert pauses == [0.2, 7.0]
+    pauses.clear()
+    with pytest.raises(HubError, match=r"^there: busy, 6 times in a row$") as caught:
+        patiently("there", lambda: (_ for _ in ()).throw(TransientError("busy")))
+    assert caught.value.exit_code == 8 and pauses == [pytest.approx(0.2 * 2.5**n) for n in range(5)]
+
+
+def test_a_server_that_ignores_the_range() -> None:
+    server = Server()
+    server.read = lambda name, start, end: DATA  # type: ignore[method-assign]
+    with pytest.raises(HubError, match="gives the whole file where a part was asked for"):
+        server.file.fetch(10, 20)
+
+
+# --- mounting
+
+
+def test_a_mounted_folder_looks_like_the_remote_one(root: Path) -> None:
+    assert root.name == "m" and sorted(p.name for p in root.iterdir()) == ["config.json", "sub", "w.safetensors"]
+    assert (root / "w.safetensors").stat().st_size == len(DATA)
+    with open_regular(root / "w.safetensors") as stream:
+        assert size_of(stream) == len(DATA) and stream.read(5) == DATA[:5]
+    found = mounted(root / "sub" / "x.gguf")
+    assert found is not None and (found.repo, found.commit) == ("org/m", "c0")
+
+
+def test_small_files_are_fetched_once_and_lie_there_then(root: Path) -> None:
+    assert remote_of(root / "config.json") is None
+    assert (root / "config.json").read_bytes() == b'{"a": 1}'
+    assert remote_of(root / "w.safetensors") is not None
+
+
+def test_nothing_is_left_of_a_mount() -> None:
+    with mounts():
+        with mounts():
+            root = mount(Server().remote)
+        assert root.exists(), "the outer block goes on"
+        assert aliases.called(root / "x") == "hf://org/m/x"
+    assert not root.parent.exists() and mounted(root) is None and remote_of(root / "w.safetensors") is None
+    assert aliases.called(root / "x") == str(root / "x")
+
+
+def test_errors_and_paths_speak_of_the_address(root: Path) -> None:
+    assert str(InputError(f"{root}/w.safetensors: broken")) == "hf://org/m/w.safetensors: broken"
+    assert aliases.address_of(root) == "hf://org/m" and aliases.address_of(Path("here")) == Path("here")
+    assert aliases.name_of(root) == "m"
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a\\..\\x", "C:x", ""])
+def test_names_that_lead_out(name: str) -> None:
+    with mounts(), pytest.raises(UnsafeError, match="is no name for a file inside a folder"):
+        mount(Server(files={name: b"x"}).remote)
+
+
+# --- addresses
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("org/name", ("hf", "org/name", None, "")),
+        ("org/name@v1.0", ("hf", "org/name", "v1.0", "")),
+        ("hf://org/name", ("hf", "org/name", None, "")),
+        ("hf://org/name/", ("hf", "org/name", None, "")),
+        ("hf://org/name@abc/sub/x.pth", ("hf", "org/name", "abc", "sub/x.pth")),
+        ("hf://org/name@refs/pr/7/x.gguf", ("hf", "org/name", "refs/pr/7", "x.gguf")),
+        ("ms://org/na-me_1.5", ("ms", "org/na-me_1.5", None, "")),
+        ("org/name/sub", None),
+        ("name", None),
+        ("./org/name", None),
+        ("/org/name", None),
+        ("hf://name", None),
+        ("s3://org/name", None),
+    ],
+)
+def test_addresses(text: str, found: tuple[str, str, str | None, str] | None) -> None:
+    address = hub.parse(text)
+    assert (address and (address.hub, address.repo, address.revision, address.path)) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "id"), [("org/name@v1", "org/name"), ("ms://org/name", "org/name"), ("hf://org/n", "org/n"), ("x", "x")]
+)
+def test_published_ids(text: str, id: str) -> None:
+    assert hub.published_id(text) == id
+
+
+def test_outputs_at_urls() -> None:
+    assert url_of(Path("s3://bucket/folder")) == "s3://bucket/folder"
+    assert url_of(Path("out/s3")) is None and url_of(Path("C:/out")) is None
+
+
+def test_a_local_source_is_a_local_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder here comes before a model of the same name on the Hub."""
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert reach("org/name") == Path("org/name")
+    assert reach(f"file://{tmp_path}/org") == tmp_path / "org"
