@@ -129,7 +129,7 @@ def _checks(facts: Facts) -> str:
     rows.append((f"all, in {_files(len(facts.plan.shards))}", str(len(facts.plan.tensors))))
     added = facts.target.added_rows
     if added is not None and added["rows"]["to"] > added["rows"]["from"]:
-        rows.append(("rows added to the vocabulary (below)", str(added["rows"]["to"] - added["rows"]["from"])))
+        rows.append(("added to the vocabulary", f"{added['rows']['to'] - added['rows']['from']} rows"))
     return table(("what was done", "tensors"), rows)
 
 
