@@ -97,6 +97,7 @@ class Hub(Protocol):
     TITLE: str
     BRANCH: str  # the one that a repository starts with
     LOGIN: str  # what gives its client a token
+    TRIES: int  # of `send`, by how much its client repeats by itself
 
     def require(self, to: Destination) -> None:
         """Raises UsageError where the client is not installed, or cannot do what is asked."""
@@ -158,8 +159,8 @@ def _publish(name: str, parcel: Parcel, say: Say) -> Published:
         if lacking:
             size = sum(parcel.files[path].size for path in lacking)
             say.note(f"{chosen.TITLE}: {len(lacking)} of {len(parcel.files)} files to {to.repo}, {size:,} bytes")
-            # A pull request is opened anew by each attempt.
-            sent = patiently(lambda: chosen.send(parcel, lacking), tries=1 if to.create_pr else 2)
+            # A pull request would be opened anew by each attempt.
+            sent = patiently(lambda: chosen.send(parcel, lacking), tries=1 if to.create_pr else chosen.TRIES)
         elif to.create_pr:
             say.note(f"{chosen.TITLE}: {to.repo} has all of it, so there is no pull request to open")
         left = _lacking(parcel, patiently(lambda: chosen.listing(to, sent.revision))) if lacking else []

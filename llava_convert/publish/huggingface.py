@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TITLE = "the Hugging Face Hub"
 BRANCH = "main"
+TRIES = 3  # it repeats neither the commit (without Xet) nor the check of the card
 LOGIN = "run `hf auth login`, or set HF_TOKEN"
 
 

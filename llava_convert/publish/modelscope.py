@@ -20,6 +20,7 @@ from llava_convert.publish.huggingface import already_public
 
 TITLE = "ModelScope"
 BRANCH = "master"
+TRIES = 1  # it repeats each request of an upload for minutes
 LOGIN = "run `modelscope login`, or set MODELSCOPE_API_TOKEN"
 
 _MODEL = "model"

@@ -73,7 +73,7 @@ def _serve(place: Path) -> None:
     import time
 
     patient = time.sleep
-    time.sleep = lambda seconds: patient(min(seconds, 0.005))
+    time.sleep = lambda seconds: patient(min(seconds, 0.001))
     # All that an upload imports, so that a fork has it.
     import huggingface_hub
     import modelscope_hub
