@@ -415,11 +415,27 @@ def test_kinds_of_tensors_are_counted(make: Make, tmp_path: Path) -> None:
     assert "| quantised | 16 |" in make("gguf", source, outtype="q8_0")
 
 
-def test_what_xtuner_leaves_elsewhere(make: Make) -> None:
+def test_what_xtuner_leaves_elsewhere(make: Make, tmp_path: Path) -> None:
     text = make("xtuner", **IDS)
     assert "named by the command: the vision tower `openai/tiny`." in text
     assert "| vision tower | a LoRA adapter, trained, for the base model `openai/tiny` | 36 |" in text
+    tower = "--visual-encoder openai/tiny \\\n  --prompt-template llama3_chat --image picture.jpg\n"
+    assert block(tmp_path / "my-llava", "xtuner", "shell") == f"xtuner chat my-llava --llava my-llava \\\n  {tower}"
+    pretrained = make("xtuner", part="projector", **IDS)
+    assert "the projector of a LLaVA in xtuner's layout" in pretrained
+    assert "the language model `meta/tiny` and the vision tower `openai/tiny`." in pretrained
+    assert block(tmp_path / "my-llava", "xtuner", "shell") == f"xtuner chat meta/tiny --llava my-llava \\\n  {tower}"
     assert "it is `BASE_VISION_TOWER` here" in make("xtuner")
+
+
+def test_a_layer_that_xtuner_chat_cannot_be_told(make: Make, tiny: Path, tmp_path: Path) -> None:
+    """Its `--visual-select-layer` has no type (xtuner 0.1.23, tools/chat.py): the index of a tuple is a text then."""
+    (tmp_path / "config.py").write_text(
+        "model = dict(type='LLaVAModel', visual_select_layer=-3, visual_encoder_lora=dict(type='LoraConfig', r=8))\n"
+    )
+    bases = {"llm": str(tiny / "llm"), "visual_encoder": str(tiny / "vit")}
+    assert "reads layer -3 of its vision tower" in make("xtuner", config=tmp_path / "config.py", **bases)
+    assert "of its vision tower. `xtuner chat`" not in make("xtuner")
 
 
 @pytest.mark.parametrize("to", ["hf", "official", "xtuner", "gguf"])
