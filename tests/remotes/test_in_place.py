@@ -19,10 +19,13 @@ from tests.remotes.conftest import command, weights_in
 MB = 1_000_000
 
 
-@pytest.mark.parametrize("scheme", ["hf", "ms"])
 @pytest.mark.parametrize(
-    ("layout", "to"), [("xtuner", "official"), ("official", "hf"), ("hf", "gguf"), ("gguf", "hf"), ("pth", "official")]
-)
+    ("scheme", "layout", "to"),
+    [
+        ("hf", "xtuner", "official"), ("hf", "official", "hf"), ("hf", "hf", "gguf"), ("hf", "gguf", "hf"),
+        ("hf", "pth", "official"), ("ms", "official", "gguf"), ("ms", "pth", "hf"),
+    ],
+)  # fmt: skip
 def test_every_layout_is_read_in_place(
     scheme: str,
     layout: str,
