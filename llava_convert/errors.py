@@ -58,6 +58,10 @@ class MismatchError(ConvertError):
     exit_code = 7
 
 
+class TransferInterrupted(KeyboardInterrupt):
+    """Ctrl-C, or a signal to end, while files go to a hub: some may still be under way. Its text says how to go on."""
+
+
 class HubError(ConvertError):
     """A hub or the network refused (exit 8)."""
 

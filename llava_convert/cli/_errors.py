@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from llava_convert.cli._output import Output
-from llava_convert.errors import ConvertError
+from llava_convert.errors import ConvertError, TransferInterrupted
 
 INTERRUPTED = 130
 OUR_BUG = 1
 
 
-def run(
-    action: Callable[[], None], output: Output, *, interrupted: str = "interrupted; nothing was left behind"
-) -> int:
+def run(action: Callable[[], None], output: Output) -> int:
     """Do what a command does; returns the exit code."""
     try:
         action()
@@ -24,8 +24,11 @@ def run(
         output.error(problem.message, problem.hint)
         output.result({"error": problem.message, "hint": problem.hint, "exit_code": problem.exit_code})
         return problem.exit_code
+    except TransferInterrupted as stop:
+        output.error(str(stop), None)
+        _end_now()
     except KeyboardInterrupt:
-        output.error(interrupted, None)
+        output.error("interrupted; nothing was left behind", None)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone: not an error of ours. Nothing more may be written to it.
@@ -43,6 +46,13 @@ def run(
     return 0
 
 
+def _end_now() -> NoReturn:
+    """Leave without waiting for the transfers that a hub's client has under way in threads, each of a whole file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
+
+
 def _traceback() -> None:
     import traceback
 
@@ -50,6 +60,4 @@ def _traceback() -> None:
 
 
 def _silence_stdout() -> None:
-    import os
-
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

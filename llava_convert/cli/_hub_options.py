@@ -44,8 +44,6 @@ CreatePr = Annotated[
     bool,
     typer.Option("--create-pr", help="Publish as a pull request (Hugging Face alone).", rich_help_panel=HUB_PANEL),
 ]
-# When a transfer is cut by Ctrl-C.
-INTERRUPTED = "interrupted; run the same command again: what has arrived is not sent twice"
 
 
 def tell(published: Iterable[Published], output: Output) -> None:

@@ -131,7 +131,7 @@ def _release(
         layouts = [item.as_json() for item in items]
         output.result({"name": name, "hubs": list(wanted.to.hubs), "done": not dry_run, "layouts": layouts})
 
-    raise typer.Exit(run(action, output, interrupted=hubs.INTERRUPTED))
+    raise typer.Exit(run(action, output))
 
 
 def _print_table(items: Sequence[Item], onto: Sequence[str], output: Output) -> None:

@@ -89,4 +89,4 @@ def _upload(
         hubs.tell(published, output)
         output.result({"published": [one.as_json() for one in published]})
 
-    raise typer.Exit(run(action, output, interrupted=hubs.INTERRUPTED))
+    raise typer.Exit(run(action, output))

@@ -20,7 +20,7 @@ from typing import Any, Protocol, cast
 
 from llava_convert.conversion import Say, Silence
 from llava_convert.errors import HubError, UsageError
-from llava_convert.publish.problems import patiently, told
+from llava_convert.publish.problems import RERUN, interruptible, patiently, told
 from llava_convert.storage.files import listed
 
 HUGGINGFACE, MODELSCOPE, BOTH = "huggingface", "modelscope", "both"
@@ -160,7 +160,9 @@ def _publish(name: str, parcel: Parcel, say: Say) -> Published:
             size = sum(parcel.files[path].size for path in lacking)
             say.note(f"{chosen.TITLE}: {len(lacking)} of {len(parcel.files)} files to {to.repo}, {size:,} bytes")
             # A pull request would be opened anew by each attempt.
-            sent = patiently(lambda: chosen.send(parcel, lacking), tries=1 if to.create_pr else chosen.TRIES)
+            sent = patiently(
+                lambda: interruptible(lambda: chosen.send(parcel, lacking)), tries=1 if to.create_pr else chosen.TRIES
+            )
         elif to.create_pr:
             say.note(f"{chosen.TITLE}: {to.repo} has all of it, so there is no pull request to open")
         left = _lacking(parcel, patiently(lambda: chosen.listing(to, sent.revision))) if lacking else []
@@ -168,7 +170,7 @@ def _publish(name: str, parcel: Parcel, say: Say) -> Published:
         raise HubError(
             f"{chosen.TITLE} has {len(parcel.files) - len(left)} of the {len(parcel.files)} files in {to.repo} as they "
             f"are here; not, or not the same: {listed(left)}",
-            hint="run the same command again: what has arrived is not sent twice",
+            hint=RERUN,
         )
     return Published(
         hub=name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 import time
 import traceback
 import warnings
@@ -17,15 +18,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from llava_convert.errors import HubError
+from llava_convert.errors import HubError, TransferInterrupted
 
 if TYPE_CHECKING:
     from llava_convert.publish import Destination, Hub
 
 T = TypeVar("T")
 
-_RERUN = "run the same command again: what has arrived is not sent twice"
-_LATER = f"later, {_RERUN}"
+RERUN = "run the same command again: what has arrived is not sent twice"
+_LATER = f"later, {RERUN}"
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,18 @@ _TABLE: tuple[tuple[Callable[[Cause], bool], str, str], ...] = (
     (_named("OfflineModeIsEnabled"), "{hub} was not asked: HF_HUB_OFFLINE is set", "set HF_HUB_OFFLINE=0"),
     (_status(401), "{hub} does not accept the token of this machine", "{login}; it needs the right to write"),
     (_named("LocalTokenNotFoundError", "AuthenticationError"), "{hub} asks for a token that it knows", "{login}"),
-    (_named("QuotaExceededError"), "the account's room on {hub} is used up: {detail}", "make room, then " + _RERUN),
-    (_status(402), "the account's room on {hub} is used up: {detail}", "make room, then " + _RERUN),
+    (_named("QuotaExceededError"), "the account's room on {hub} is used up: {detail}", "make room, then " + RERUN),
+    (_status(402), "the account's room on {hub} is used up: {detail}", "make room, then " + RERUN),
     (_status(403), "the token may not write to {repo} on {hub}", "{login}, by one with the right to write there"),
     (_named("RevisionNotFoundError"), "{repo} on {hub} has no revision {revision}", "leave --revision out, or make it"),
     (_status(404), "{hub} finds no {repo}, or hides it from this token", "is the name right? {login}"),
-    (_status(409), "{hub} refuses since {repo} was changed at the same time", _RERUN),
+    (_status(409), "{hub} refuses since {repo} was changed at the same time", RERUN),
     (_status(413), "{hub} takes no file so large: {detail}", "--max-shard-size makes smaller ones"),
     (_status(429), "{hub} asks to be left alone for a while (too many requests)", _LATER),
     (lambda cause: (cause.status or 0) >= 500, "{hub} has a fault of its own ({status})", _LATER),
     (lambda cause: cause.status is not None, "{hub} refused ({status}): {detail}", "llava-convert upload --help"),
-    (lambda cause: cause.network, "{hub} cannot be reached, or the connection broke ({detail})", _RERUN),
-    (lambda cause: True, "{hub}: the upload failed ({detail})", _RERUN),
+    (lambda cause: cause.network, "{hub} cannot be reached, or the connection broke ({detail})", RERUN),
+    (lambda cause: True, "{hub}: the upload failed ({detail})", RERUN),
 )
 
 
@@ -134,6 +135,28 @@ def patiently(action: Callable[[], T], tries: int = 4) -> T:
                 raise
             time.sleep(min(cause.wait if cause.wait is not None else 2.0 ** (attempt - 1), 60))
     return action()
+
+
+def interruptible(action: Callable[[], T]) -> T:
+    """Do it so that Ctrl-C ends it at once: the clients send in threads, and wait for them before they raise it."""
+    ended: list[T] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            ended.append(action())
+        except BaseException as problem:  # raised again below, whatever it is
+            failed.append(problem)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except KeyboardInterrupt as stop:
+        raise TransferInterrupted(f"interrupted; {RERUN}") from stop
+    if failed:
+        raise failed[0]
+    return ended[0]
 
 
 def _cause(problem: BaseException, logged: list[BaseException]) -> Cause:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llava_convert.conversion import Options, Say, Silence
-from llava_convert.errors import HubError, UsageError
+from llava_convert.errors import HubError, TransferInterrupted, UsageError
 from llava_convert.publish import BOTH, HUBS, Destination, Parcel, Published, check, publish
 from llava_convert.publish.contents import proven
 from llava_convert.report import Report
@@ -38,6 +38,8 @@ def pushed(convert: Callable[[], Report], to: Destination, say: Say | None = Non
     out = Path(made.out)
     try:
         return replace(made, published=upload(out, to, say, level=level))
+    except TransferInterrupted as stop:
+        raise TransferInterrupted(f"interrupted; {out} is converted, {command(out, to, level)} goes on") from stop
     except HubError as problem:
         raise HubError(
             f"{out} is converted and kept, but not published: {problem.message}",

@@ -15,10 +15,10 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
+from tests.hubs.huggingface_repo import Repo, is_lfs
 from tests.hubs.loopback import (
     Answer,
     Blob,
@@ -31,39 +31,6 @@ from tests.hubs.loopback import (
     sha256,
     size_of,
 )
-
-# What the .gitattributes of a new repository sends through LFS, as far as models go.
-LFS_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pth", ".pt", ".model", ".onnx", ".zip")
-LFS_BYTES = 10 * 1000 * 1000
-
-
-def is_lfs(path: str, size: int) -> bool:
-    return size > 0 and (path.endswith(LFS_SUFFIXES) or size >= LFS_BYTES)
-
-
-@dataclass
-class Repo:
-    """Branches point to commits, commits hold files."""
-
-    private: bool = False
-    gated: bool = False
-    branches: dict[str, str] = field(default_factory=dict)
-    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
-    messages: dict[str, str] = field(default_factory=dict)
-
-    def commit(self, branch: str, files: Mapping[str, Blob], message: str = "") -> str:
-        """A new commit on a branch, which is made where it is not there yet."""
-        listing = repr((branch, len(self.commits), [(name, size_of(blob)) for name, blob in sorted(files.items())]))
-        sha = hashlib.sha1(listing.encode()).hexdigest()
-        self.commits[sha], self.messages[sha] = dict(files), message
-        self.branches[branch] = sha
-        return sha
-
-    def find(self, revision: str) -> str | None:
-        return self.branches.get(revision) or (revision if revision in self.commits else None)
-
-    def files(self, revision: str = "main") -> dict[str, Blob]:
-        return self.commits[self.branches[revision]]
 
 
 class HuggingFace(Loopback):

@@ -88,13 +88,15 @@ def test_ctrl_c(side: Side, runner: Runner, outputs: dict[str, Path]) -> None:
         if request.method == "PUT" and not stopped:
             stopped.append(n)
             os.kill(runner.pid, signal.SIGINT)
-            time.sleep(0.2)
+            time.sleep(3)
             return Drop()
         return None
 
     side.server.fault = stop
+    begun = time.monotonic()
     found = runner("upload", folder, "org/model", "--hub", side.name)
     assert (found.code, found.stdout) == (130, ""), found.said
+    assert time.monotonic() - begun < 2.5  # the file under way is not waited for
     assert "the same command again" in found.stderr and "Traceback" not in found.stderr
     heal(side.server)
     assert runner("upload", folder, "org/model", "--hub", side.name).code == 0
