@@ -286,7 +286,7 @@ def _asked_ids(options: Options) -> dict[str, str]:
 
 def _stamp(plan: Plan, snapshot: Snapshot) -> str:
     """What a resumed run must have in common with the killed one: the plan, and sources that nobody touched since."""
-    states = [[str(path), state.size, state.mtime_ns, state.inode] for path, state in snapshot.states.items()]
+    states = [[called(path), s.size, s.mtime_ns, s.inode, s.version] for path, s in snapshot.states.items()]
     return hashlib.sha256(json.dumps([plan.hash, states]).encode()).hexdigest()
 
 

@@ -108,6 +108,7 @@ def run_all(
             future.result()
     except BaseException:
         stopped.set()
+        pool.stop()
         for future in running:
             future.cancel()
         wait(running)

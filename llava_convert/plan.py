@@ -15,6 +15,7 @@ from decimal import Decimal
 from functools import cached_property
 from typing import Any
 
+from llava_convert.aliases import called
 from llava_convert.errors import UsageError
 from llava_convert.shards import KEEP as KEEP
 from llava_convert.shards import FileSet as FileSet
@@ -22,6 +23,7 @@ from llava_convert.shards import Output as Output
 from llava_convert.shards import PlannedTensor as PlannedTensor
 from llava_convert.shards import Shard as Shard
 from llava_convert.shards import shards_of
+from llava_convert.spec import Extent
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -105,11 +107,16 @@ class Plan:
             digest.update(f"{shard.name}\0{shard.size}\0".encode() + shard.header)
             for t in shard.tensors:
                 stored = [t.source, *(i for op in t.ops for i in op.inputs())]
-                places = [[s.dtype, s.shape, *([str(e.path), e.offset, e.length] for e in s.extents)] for s in stored]
+                places = [[s.dtype, s.shape, *map(_place, s.extents)] for s in stored]
                 digest.update(json.dumps([t.describe(), places, t.source.strides]).encode())
         for name, data in sorted({**self.files, **self.indexes}.items()):
             digest.update(name.encode() + b"\0" + hashlib.sha256(data).digest())
         return digest.hexdigest()
+
+
+def _place(extent: Extent) -> list[Any]:
+    """Where bytes are, in words that mean the same to the next run: a remote file by its address."""
+    return [called(extent.path), extent.offset, extent.length]
 
 
 def make_plan(target: Target, *, tags: Mapping[str, Any] | None = None) -> Plan:

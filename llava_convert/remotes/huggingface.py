@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -25,7 +26,7 @@ from llava_convert.hub import Address
 from llava_convert.remotes.cache import fetched, is_enough
 from llava_convert.storage.remote import WEIGHTS, Remote, TransientError, patiently, refuse
 
-_TIMEOUT = 30.0  # seconds to connect, and between two bytes
+_TIMEOUT = constants.HF_HUB_DOWNLOAD_TIMEOUT  # seconds to connect, and between two bytes; set by the variable
 
 
 def open(address: Address) -> Remote:

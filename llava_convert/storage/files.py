@@ -87,6 +87,12 @@ def size_of(stream: RawIOBase) -> int:
     return size
 
 
+def will_read(stream: RawIOBase, spans: Iterable[tuple[int, int]]) -> None:
+    """Say which (offset, length) are read next: over the network they are then fetched side by side."""
+    if isinstance(stream, RemoteStream):
+        stream.file.prefetch(spans)
+
+
 def read_file(path: Path, limit: int) -> bytes:
     """The bytes of a small file. Raises InputError where it cannot be read, or is larger than `limit` bytes."""
     with open_regular(path) as stream:

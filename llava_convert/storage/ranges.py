@@ -127,6 +127,11 @@ class FilePool:
         self._fds: dict[Path, int] = {}
         self._mutex = threading.Lock()
         self._ahead = threading.local()
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Let threads that still fetch something give up after the piece that they are at: nobody wants it any more."""
+        self._stopped.set()
 
     def read_into(self, path: Path, offset: int, buffer: WriteableBuffer, *, until: int = 0) -> None:
         """Fill `buffer` from byte `offset` of a file; the bytes up to `until` may be asked for next.
@@ -148,6 +153,8 @@ class FilePool:
             copy_range(self.open(path), offset, dst_fd, dst_off, length, progress=progress, where=path)
             return
         for done in range(0, length, REMOTE_PIECE):
+            if self._stopped.is_set():
+                return
             piece = memoryview(bytearray(min(REMOTE_PIECE, length - done)))
             remote.fetch_into(offset + done, piece)
             write_all(dst_fd, dst_off + done, piece)

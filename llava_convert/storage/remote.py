@@ -11,7 +11,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import SEEK_CUR, SEEK_END, RawIOBase
 from pathlib import Path
@@ -142,6 +143,20 @@ class RemoteFile:
         self.fetch_into(start, memoryview(data))
         return bytes(data)
 
+    def prefetch(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Keep small (offset, length) that are read next, in any order: fetched side by side, neighbours together."""
+        groups: list[tuple[int, int]] = []
+        for start, end in sorted((at, min(at + length, self.size)) for at, length in spans if at < self.size):
+            if groups and start - groups[-1][1] < FIRST // 8:
+                groups[-1] = groups[-1][0], max(end, groups[-1][1])
+            elif self.kept(start) is None:
+                groups.append((start, end))
+        if len(groups) < 2:
+            return
+        with ThreadPoolExecutor(8) as workers:
+            for (start, _), data in zip(groups, workers.map(lambda span: self.fetch(*span), groups), strict=True):
+                self.keep(start, data)
+
     def kept_around(self, start: int, end: int) -> tuple[int, bytes]:
         """A part that holds bytes `start` to `end`: one that was read before, else FIRST bytes from there on."""
         known = self.kept(start)
@@ -166,7 +181,7 @@ class RemoteStream(RawIOBase):
     """A remote file as a stream, for what reads headers: small windows at first, doubling while reads go on."""
 
     def __init__(self, file: RemoteFile) -> None:
-        self._file = file
+        self.file = file
         self._at = 0
         self._start, self._window, self._next = 0, b"", FIRST
 
@@ -177,7 +192,7 @@ class RemoteStream(RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + {SEEK_CUR: self._at, SEEK_END: self._file.size}.get(whence, 0)
+        self._at = offset + {SEEK_CUR: self._at, SEEK_END: self.file.size}.get(whence, 0)
         return self._at
 
     def tell(self) -> int:
@@ -185,7 +200,7 @@ class RemoteStream(RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer).cast("B")
-        wanted = min(len(view), self._file.size - self._at)
+        wanted = min(len(view), self.file.size - self._at)
         if wanted <= 0:
             return 0
         if not self._start <= self._at < self._start + len(self._window):
@@ -197,13 +212,13 @@ class RemoteStream(RawIOBase):
         return len(part)
 
     def _move(self, wanted: int) -> None:
-        known = self._file.kept(self._at)
+        known = self.file.kept(self._at)
         if known is None:
             goes_on = self._window and self._at == self._start + len(self._window)
             self._next = min(2 * self._next, PIECE) if goes_on else FIRST
-            end = min(self._file.size, self._at + max(self._next, min(wanted, PIECE)))
-            known = self._at, self._file.fetch(self._at, end)
-            self._file.keep(*known)
+            end = min(self.file.size, self._at + max(self._next, min(wanted, PIECE)))
+            known = self._at, self.file.fetch(self._at, end)
+            self.file.keep(*known)
         self._start, self._window = known
 
 

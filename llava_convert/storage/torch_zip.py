@@ -17,7 +17,7 @@ from typing import Any
 
 from llava_convert.errors import InputError, UnsafeError, UnsupportedError
 from llava_convert.storage import unpickle
-from llava_convert.storage.files import shown
+from llava_convert.storage.files import shown, will_read
 from llava_convert.storage.torch_tensors import BUILDERS, Storage, is_quiet, storage_at, storage_id
 
 MAX_DIRECTORY_BYTES = 64 << 20  # about 600,000 records
@@ -78,8 +78,7 @@ def _zip_records(path: Path, stream: RawIOBase, size: int) -> dict[str, _Record]
     """Every record of an archive, located by its *local* header (APPNOTE.TXT 4.3.7, 4.3.12, 4.3.14 to 4.3.16)."""
     start, end, count = _zip_directory(path, stream, size)
     directory = read_at(path, stream, start, end - start)
-    records: dict[str, _Record] = {}
-    spans: list[tuple[int, int, str]] = []
+    found: list[tuple[str, bytes, int, int, int]] = []
     at = 0
     while at < len(directory):
         if directory[at : at + 4] != b"PK\x01\x02" or at + 46 > len(directory):
@@ -98,6 +97,11 @@ def _zip_records(path: Path, stream: RawIOBase, size: int) -> dict[str, _Record]
             raise InputError(f"{path}: its zip directory holds a name that is no text") from None
         unpacked, packed, header = _zip64_fields(path, extra, unpacked, packed, header)
         _check_record(path, name, flags, method, packed, unpacked)
+        found.append((name, raw, header, packed, crc))
+    will_read(stream, [(header, 30 + len(raw)) for _, raw, header, _, _ in found])
+    records: dict[str, _Record] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, raw, header, packed, crc in found:
         if name in records:
             raise UnsafeError(f"{path}: has two records named {shown(name)}, so that readers may see different files")
         offset = _data_offset(path, stream, header, raw)

@@ -10,11 +10,11 @@ import pytest
 
 import llava_convert
 from benchmarks.make import make_header_only, make_official
-from tests.faults.corpus import tree
+from tests.faults.corpus import shell, tree
 from tests.hubs.huggingface import HuggingFace
 from tests.hubs.loopback import Request, Status
 from tests.hubs.modelscope import ModelScope
-from tests.remotes.conftest import command, weights_in
+from tests.remotes.conftest import HURRIED, command, weights_in
 
 MB = 1_000_000
 
@@ -219,6 +219,30 @@ def test_the_address_that_the_hub_gave_expires(hf: HuggingFace, layouts: dict[st
     assert ran.code == 0 and refused == 3, ran.stderr
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
     assert llava_convert.verify(layouts["official"], tmp_path / "out").same
+
+
+def test_a_killed_run_is_resumed(hf: HuggingFace, layouts: dict[str, Path], tmp_path: Path) -> None:
+    """By another process, whose placeholders lie elsewhere; and not when the branch has moved meanwhile."""
+    hf.add("org/tiny", layouts["official"])
+    killed = HURRIED.replace(
+        "from llava_convert.cli",
+        "import os\n"
+        "from llava_convert.storage.staging import Staging\n"
+        "Staging.write_bytes = lambda self, name, data: os.kill(os.getpid(), 9)\n"
+        "from llava_convert.cli",
+    )
+    arguments = ["convert", "hf://org/tiny", "--to", "hf", "-o", "out"]
+    assert shell(*arguments, code=killed, environment=hf.env, cwd=tmp_path).code == -9
+    hf.forget()
+    ran = command(hf, tmp_path, *arguments, "--resume")
+    assert ran.code == 0 and "resuming: 2 finished files kept" in ran.stderr, ran.stderr
+    assert all(seen.range == "bytes=0-65535" for seen in hf.requests if "/cdn/" in seen.path), "headers alone"
+    assert llava_convert.verify(layouts["official"], tmp_path / "out").same
+    shutil.rmtree(tmp_path / "out")
+    assert shell(*arguments, code=killed, environment=hf.env, cwd=tmp_path).code == -9
+    hf.add("org/tiny", {p.name: p for p in layouts["official"].iterdir()} | {"NEWS": b"another commit"})
+    ran = command(hf, tmp_path, *arguments, "--resume")
+    assert ran.code == 0 and "it belongs to another plan" in ran.stderr, ran.stderr
 
 
 def test_modelscope_without_its_client(tmp_path: Path, hf: HuggingFace) -> None:

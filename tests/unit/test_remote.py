@@ -135,6 +135,19 @@ def test_what_was_read_of_headers_is_not_asked_for_again() -> None:
     assert len(server.asked) == 1
 
 
+def test_places_that_are_read_next_are_fetched_apart_and_once() -> None:
+    """The records of a torch file lie between its tensors: a window at each would fetch a thousand times as much."""
+    server = Server()
+    file = server.file
+    places = [(at, 40) for at in range(5000, 200_000, 10_000)] + [(100_050, 40), (299_990, 40)]
+    file.prefetch(places)
+    stream = RemoteStream(file)
+    for at, length in places:
+        stream.seek(at)
+        assert read_fully(stream, length, Path("x")) == DATA[at : at + length]
+    assert len(server.asked) == 22 and sum(end - start for _, start, end in server.asked) < 1000
+
+
 def test_threads_share_a_file() -> None:
     server = Server(most=3000)
     wrong: list[int] = []
