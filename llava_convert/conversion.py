@@ -28,7 +28,7 @@ from llava_convert.report import Report, part_story, peak_memory
 from llava_convert.spec import FROM_TORCH_NAMES, QUANTS, TORCH_NAMES
 from llava_convert.stage_one import with_stage_one
 from llava_convert.storage.identity import Snapshot
-from llava_convert.storage.mounts import mounts
+from llava_convert.storage.mounts import fetched, mounts
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.staging import Staging
 from llava_convert.verdict import Verdict, compare_checkpoints
@@ -321,6 +321,7 @@ def report(ready: Prepared, options: Options) -> Report:
         done=False,
         memory=peak_memory(plan),
         parts={PART_WORDS[part]: part_story(model, plan, part) for part in PARTS},
+        fetched=fetched(),
     )
 
 

@@ -14,7 +14,8 @@ from llava_convert.layouts import TARGETS
 from llava_convert.layouts.options import refuse_quantised
 from llava_convert.provenance import dropped_texts
 from llava_convert.spec import TORCH_NAMES
-from llava_convert.storage.mounts import mounted, mounts
+from llava_convert.storage.mounts import fetched, mounted, mounts
+from llava_convert.storage.remote import Traffic
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Inspection:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     details: tuple[str, ...] = field(default=())
+    fetched: Traffic = field(default_factory=Traffic)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -63,6 +65,7 @@ class Inspection:
             "notes": list(self.notes),
             "warnings": list(self.warnings),
             "details": list(self.details),
+            "bytes_fetched": self.fetched.bytes,
         }
 
 
@@ -88,6 +91,7 @@ def _inspect(source: str | Path, options: Options) -> Inspection:
         notes=tuple(map(called, (*checkpoint.notes, *dropped_texts(checkpoint)))),
         warnings=tuple(map(called, checkpoint.warnings)),
         details=stubs,
+        fetched=fetched(),
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llava_convert.model import Model
 from llava_convert.ops import MergeLora
 from llava_convert.plan import Plan
+from llava_convert.storage.remote import Traffic
 
 if TYPE_CHECKING:
     from llava_convert.publish import Published
@@ -32,6 +33,7 @@ class Report:
     flushed: int = 0
     memory: int = 0
     parts: Mapping[str, str] = field(default_factory=dict)
+    fetched: Traffic = field(default_factory=Traffic)
     published: tuple[Published, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
@@ -52,6 +54,7 @@ class Report:
             "ops": dict(sorted(ops.items())),
             "bytes_read": plan.bytes_read,
             "bytes_written": plan.bytes_written,
+            "bytes_fetched": self.fetched.bytes,
             "peak_memory": self.memory,
             "shards": [{"name": s.name, "size": s.size, "tensors": len(s.tensors)} for s in plan.shards],
             "files": sorted(n for n in (*plan.files, *plan.indexes)),

@@ -15,6 +15,8 @@ from llava_convert.errors import OutputError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from llava_convert.storage.remote import Traffic
+
 
 @dataclass
 class Output:
@@ -38,6 +40,11 @@ class Output:
         self._talk(f"error: {message}", style="bold red")
         if hint:
             self._talk(f"  → {hint}")
+
+    def fetched(self, traffic: Traffic) -> None:
+        """What a source that lies elsewhere has cost."""
+        if traffic.requests:
+            self.note(f"fetched {human_bytes(traffic.bytes)} in {traffic.requests} requests")
 
     def result(self, value: Mapping[str, Any]) -> None:
         """The run's data, when it was asked for as JSON."""

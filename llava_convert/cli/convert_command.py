@@ -252,6 +252,7 @@ def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads
                     say=output,
                 )
             output.stop()
+            output.fetched(found.fetched)
             if dry_run:
                 _print_plan(found, output)
                 if push is not None:

@@ -62,6 +62,7 @@ def _inspect(
         output.line("can become:")
         for target, problem in found.targets.items():
             output.line(f"  {target:<9} " + ("yes" if problem is None else f"no: {problem}"))
+        output.fetched(found.fetched)
         for text in found.notes:
             output.note(text)
         for text in found.warnings:

@@ -12,7 +12,7 @@ from pathlib import Path
 from llava_convert import aliases
 from llava_convert.errors import UnsafeError
 from llava_convert.storage.files import relative_name, shown
-from llava_convert.storage.remote import Remote, RemoteFile, forget, place
+from llava_convert.storage.remote import Remote, RemoteFile, Traffic, forget, place
 
 _folders: dict[Path, Remote] = {}
 _mutex = threading.Lock()
@@ -48,6 +48,14 @@ def unmount(root: Path) -> None:
     forget(root)
     aliases.forget(root)
     shutil.rmtree(root.parent, ignore_errors=True)
+
+
+def fetched() -> Traffic:
+    """What was fetched of everything that is mounted now."""
+    found = Traffic()
+    for remote in _folders.values():
+        found.add(remote.traffic.requests, remote.traffic.bytes)
+    return found
 
 
 @contextmanager

@@ -77,6 +77,22 @@ def refuse(where: str, status: int, headers: Mapping[str, str]) -> NoReturn:
     raise HubError(f"{where}: the server answered {status}{_MEANINGS.get(status, '')}")
 
 
+@dataclass
+class Traffic:
+    """How much was fetched: requests for bytes of files, and those bytes."""
+
+    requests: int = 0
+    bytes: int = 0
+
+    def add(self, requests: int, count: int) -> None:
+        with _counting:
+            self.requests += requests
+            self.bytes += count
+
+
+_counting = threading.Lock()
+
+
 @dataclass(frozen=True)
 class Remote:
     """A folder elsewhere. `read` gives bytes `start` to `end` of a file and may give fewer; `version` what changes with
@@ -91,6 +107,7 @@ class Remote:
     version: Callable[[str], str]
     repo: str | None = None
     commit: str | None = None
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
 
 
 @dataclass
@@ -128,6 +145,7 @@ class RemoteFile:
 
     def _once(self, start: int, view: memoryview) -> int:
         data = self.remote.read(self.name, start, start + len(view))
+        self.remote.traffic.add(1, len(data))
         if len(data) > len(view):
             raise HubError(
                 f"{self.address}: the server gives the whole file where a part was asked for",

@@ -71,6 +71,9 @@ def test_inspect_of_an_8b_model_costs_kilobytes(
     assert all(target["possible"] for target in found["targets"].values())
     sent = sum(seen.sent for seen in hf.requests)
     assert sent < 400_000 and len(hf.requests) <= 12, (sent, hf.lines())
+    assert found["bytes_fetched"] == sent - sum(seen.sent for seen in hf.requests if seen.path.startswith("/api/"))
+    told = command(hf, tmp_path, "inspect", "hf://org/llava-8b").stderr
+    assert f"fetched {found['bytes_fetched'] / 1000:.1f} kB in 6 requests" in told
 
 
 def test_no_byte_twice_and_no_copy(hf: HuggingFace, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import llava_convert
 from llava_convert.errors import InputError, UnsupportedError
 
-JSON_KEYS = {"path", "layout", "why", "parts", "settings", "targets", "notes", "warnings", "details"}
+JSON_KEYS = {"path", "layout", "why", "parts", "settings", "targets", "notes", "warnings", "details", "bytes_fetched"}
 
 
 @pytest.fixture(scope="module")
