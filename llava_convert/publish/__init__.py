@@ -161,7 +161,7 @@ def _publish(name: str, parcel: Parcel, say: Say) -> Published:
             say.note(f"{chosen.TITLE}: {len(lacking)} of {len(parcel.files)} files to {to.repo}, {size:,} bytes")
             # A pull request would be opened anew by each attempt.
             sent = patiently(
-                lambda: interruptible(lambda: chosen.send(parcel, lacking)), tries=1 if to.create_pr else chosen.TRIES
+                lambda: interruptible(lambda: chosen.send(parcel, lacking)), 1 if to.create_pr else chosen.TRIES
             )
         elif to.create_pr:
             say.note(f"{chosen.TITLE}: {to.repo} has all of it, so there is no pull request to open")

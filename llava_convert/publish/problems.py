@@ -121,8 +121,8 @@ def client_errors() -> tuple[type[Exception], ...]:
     return tuple(found)
 
 
-def patiently(action: Callable[[], T], tries: int = 4) -> T:
-    """Do it; again after 1, 2 and 4 seconds where the hub or the network fails in passing.
+def patiently(action: Callable[[], T], tries: int = 3) -> T:
+    """Do it; again after 1 and 2 seconds where the hub or the network fails in passing.
 
     The clients do so for most of their requests, but not for those that create, list and commit.
     """
