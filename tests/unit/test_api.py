@@ -16,7 +16,8 @@ from llava_convert.errors import ConvertError, InputError, OutputError, Unsuppor
 
 REPORT_KEYS = {
     "source", "out", "from", "to", "done", "dtype", "parts", "tensors", "ops", "bytes_read", "bytes_fetched",
-    "bytes_written", "peak_memory", "shards", "files", "verified", "flushed_to_zero", "notes", "warnings", "plan", "published",
+    "bytes_written", "peak_memory", "shards", "files", "verified", "flushed_to_zero", "notes",
+    "warnings", "plan", "published",
 }  # fmt: skip
 
 
