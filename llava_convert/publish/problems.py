@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import threading
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from llava_convert import patience
 from llava_convert.errors import HubError, TransferInterrupted
 
 if TYPE_CHECKING:
@@ -126,15 +126,14 @@ def patiently(action: Callable[[], T], tries: int = 3) -> T:
 
     The clients do so for most of their requests, but not for those that create, list and commit.
     """
-    for attempt in range(1, tries):
-        try:
-            return action()
-        except client_errors() as problem:
-            cause = _cause(problem, [])
-            if not cause.transient:
-                raise
-            time.sleep(min(cause.wait if cause.wait is not None else 2.0 ** (attempt - 1), 60))
-    return action()
+
+    def pause(problem: Exception, number: int) -> float | None:
+        cause = _cause(problem, [])
+        if not cause.transient:
+            return None
+        return cause.wait if cause.wait is not None else 2.0 ** (number - 1)
+
+    return patience.patiently(action, client_errors(), pause, tries=tries)
 
 
 def interruptible(action: Callable[[], T]) -> T:

@@ -9,7 +9,6 @@ are fetched whole when they are first opened, and are ordinary files from then o
 from __future__ import annotations
 
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from io import SEEK_CUR, SEEK_END, RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+from llava_convert import patience
 from llava_convert.errors import HubError, InputError
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".onnx", ".h
 
 TRIES = 6  # in a row without a byte; with these pauses they take 12 seconds
 FIRST_PAUSE = 0.2
-LONGEST_PAUSE = 60.0  # what a server may ask for by Retry-After
 
 
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may pass
@@ -59,14 +58,17 @@ class TransientError(Exception):
 
 def patiently(where: str, attempt: Callable[[], T], *, tries: int = TRIES) -> T:
     """What `attempt` gives, tried again after a TransientError with growing pauses. Raises HubError (exit 8)."""
-    for number in range(tries):
-        try:
-            return attempt()
-        except TransientError as problem:
-            last = problem
-            if number + 1 < tries:
-                time.sleep(min(problem.after or FIRST_PAUSE * 2.5**number, LONGEST_PAUSE))
-    raise HubError(f"{where}: {last.reason}, {tries} times in a row", hint="run the same command again later")
+
+    def pause(problem: Exception, number: int) -> float:
+        asked = problem.after if isinstance(problem, TransientError) else None
+        return asked if asked is not None else FIRST_PAUSE * 2.5 ** (number - 1)
+
+    try:
+        return patience.patiently(attempt, TransientError, pause, tries=tries)
+    except TransientError as last:
+        raise HubError(
+            f"{where}: {last.reason}, {tries} times in a row", hint="run the same command again later"
+        ) from None
 
 
 def refuse(where: str, status: int, headers: Mapping[str, str]) -> NoReturn:

@@ -180,7 +180,7 @@ def test_what_lies_beyond_the_end_is_an_input_error(root: Path) -> None:
 def test_what_passes_is_tried_again_and_what_stays_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(remote, "FIRST_PAUSE", 0.2)
-    monkeypatch.setattr(remote.time, "sleep", pauses.append)
+    monkeypatch.setattr("time.sleep", pauses.append)
     answers = iter([TransientError("busy"), TransientError("busy", after=7.0), "done"])
 
     def attempt() -> str:
