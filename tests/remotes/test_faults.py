@@ -11,24 +11,23 @@ import llava_convert
 from tests.faults.corpus import Ran, tree
 from tests.hubs.huggingface import HuggingFace
 from tests.hubs.loopback import Drop, Fault, Request, Status, Truncate, closed_port
-from tests.hubs.modelscope import ModelScope
-from tests.remotes.conftest import command, weights_in
+from tests.remotes.conftest import Command, Hub, weights_in
 
 HUBS = ["hf", "ms"]
 
 
 @pytest.fixture
-def hub(request: pytest.FixtureRequest, layouts: dict[str, Path]) -> HuggingFace | ModelScope:
-    found: HuggingFace | ModelScope = request.getfixturevalue(request.param)
+def hub(request: pytest.FixtureRequest, layouts: dict[str, Path]) -> Hub:
+    found: Hub = request.getfixturevalue(request.param)
     found.add("org/tiny", layouts["official"])
     return found
 
 
-def address(hub: HuggingFace | ModelScope) -> str:
+def address(hub: Hub) -> str:
     return f"{'hf' if isinstance(hub, HuggingFace) else 'ms'}://org/tiny"
 
 
-def refused(ran: Ran, hub: HuggingFace | ModelScope, out: Path, *fragments: str) -> None:
+def refused(ran: Ran, hub: Hub, out: Path, *fragments: str) -> None:
     assert ran.code == 8, ran.stderr
     assert len(ran.errors) == 1 and all(fragment in ran.stderr for fragment in fragments), ran.stderr
     assert "Traceback" not in ran.stderr and hub.token not in ran.stdout + ran.stderr
@@ -50,7 +49,7 @@ FAULTS: dict[str, Callable[[], Fault]] = {
     indirect=["hub"],
 )
 def test_every_third_answer_fails_and_the_output_is_the_same(
-    hub: HuggingFace | ModelScope, fault: str, layouts: dict[str, Path], tmp_path: Path
+    command: Command, hub: Hub, fault: str, layouts: dict[str, Path], tmp_path: Path
 ) -> None:
     broken = 0
 
@@ -62,7 +61,7 @@ def test_every_third_answer_fails_and_the_output_is_the_same(
         return FAULTS[fault]()
 
     hub.fault = every_third
-    ran = command(hub, tmp_path, "convert", address(hub), "--to", "hf", "-o", "out")
+    ran = command("convert", address(hub), "--to", "hf", "-o", "out")
     assert ran.code == 0 and broken > 5, ran.stderr
     llava_convert.convert(layouts["official"], to="hf", out=tmp_path / "local")
     theirs, ours = weights_in(tmp_path / "out"), weights_in(tmp_path / "local")
@@ -76,67 +75,69 @@ def test_every_third_answer_fails_and_the_output_is_the_same(
     ("status", "said"), [(401, "401"), (403, "403"), (404, ""), (429, "429"), (500, "500"), (503, "503")]
 )
 @pytest.mark.parametrize("hub", HUBS, indirect=True)
-def test_a_status_that_stays(hub: HuggingFace | ModelScope, status: int, said: str, tmp_path: Path) -> None:
+def test_a_status_that_stays(command: Command, hub: Hub, status: int, said: str, tmp_path: Path) -> None:
     hub.fault = lambda number, request: Status(status, {"Retry-After": "0"})
-    refused(command(hub, tmp_path, "inspect", address(hub)), hub, tmp_path, address(hub), said)
+    refused(command("inspect", address(hub)), hub, tmp_path, address(hub), said)
 
 
 @pytest.mark.parametrize("status", [404, 410, 503])
 @pytest.mark.parametrize("hub", HUBS, indirect=True)
-def test_weights_that_are_gone_when_they_are_read(hub: HuggingFace | ModelScope, status: int, tmp_path: Path) -> None:
+def test_weights_that_are_gone_when_they_are_read(command: Command, hub: Hub, status: int, tmp_path: Path) -> None:
     hub.fault = lambda number, request: (
         Status(status) if request.headers.get("Range", "bytes=0-").partition("=")[2].split("-")[0] != "0" else None
     )
-    ran = command(hub, tmp_path, "convert", address(hub), "--to", "hf", "-o", "out")
+    ran = command("convert", address(hub), "--to", "hf", "-o", "out")
     refused(ran, hub, tmp_path, f"{address(hub)}/model-0000", "it" if status == 404 else str(status))
 
 
 @pytest.mark.parametrize("hub", HUBS, indirect=True)
-def test_answers_that_always_break_off(hub: HuggingFace | ModelScope, tmp_path: Path) -> None:
+def test_answers_that_always_break_off(command: Command, hub: Hub, tmp_path: Path) -> None:
     hub.fault = lambda number, request: Truncate(0) if "Range" in request.headers else None
-    ran = command(hub, tmp_path, "convert", address(hub), "--to", "hf", "-o", "out")
+    ran = command("convert", address(hub), "--to", "hf", "-o", "out")
     refused(ran, hub, tmp_path, "6 times in a row")
 
 
 @pytest.mark.parametrize("hub", HUBS, indirect=True)
-def test_no_network(hub: HuggingFace | ModelScope, tmp_path: Path) -> None:
+def test_no_network(command: Command, hub: Hub, tmp_path: Path) -> None:
     nowhere = f"http://127.0.0.1:{closed_port()}"
     env = {"HF_ENDPOINT": nowhere, "MODELSCOPE_ENDPOINT": nowhere, "MODELSCOPE_DOMAIN": nowhere}
-    ran = command(hub, tmp_path, "inspect", address(hub), **env)
+    ran = command("inspect", address(hub), **env)
     refused(ran, hub, tmp_path, address(hub), "the connection failed")
 
 
-def test_offline_mode(hf: HuggingFace, tmp_path: Path) -> None:
-    ran = command(hf, tmp_path, "inspect", "hf://org/tiny", HF_HUB_OFFLINE="1")
+def test_offline_mode(command: Command, hf: HuggingFace, tmp_path: Path) -> None:
+    ran = command("inspect", "hf://org/tiny", HF_HUB_OFFLINE="1")
     refused(ran, hf, tmp_path, "offline mode is on (HF_HUB_OFFLINE)")
     assert not hf.requests
 
 
 @pytest.mark.parametrize("hub", HUBS, indirect=True)
-def test_a_wrong_token(hub: HuggingFace | ModelScope, tmp_path: Path) -> None:
+def test_a_wrong_token(command: Command, hub: Hub, tmp_path: Path) -> None:
     wrong = "hf_wrongTokenOfTheTests" if isinstance(hub, HuggingFace) else "ms-9999-wrong-token-of-the-tests"
     hub.repos["org/tiny"].private = True
-    ran = command(hub, tmp_path, "inspect", address(hub), "--verbose", HF_TOKEN=wrong, MODELSCOPE_API_TOKEN=wrong)
+    ran = command("inspect", address(hub), "--verbose", HF_TOKEN=wrong, MODELSCOPE_API_TOKEN=wrong)
     assert ran.code == 8, ran.stderr
     assert wrong not in ran.stdout + ran.stderr and tree(tmp_path) == {}
 
 
-def test_a_gated_model(hf: HuggingFace, layouts: dict[str, Path], tmp_path: Path) -> None:
+def test_a_gated_model(command: Command, hf: HuggingFace, layouts: dict[str, Path], tmp_path: Path) -> None:
     hf.add("org/gated", layouts["hf"], gated=True)
-    ran = command(hf, tmp_path, "inspect", "hf://org/gated", HF_TOKEN="")
+    ran = command("inspect", "hf://org/gated", HF_TOKEN="")
     refused(ran, hf, tmp_path, "access is given on request")
 
 
-def test_a_typing_error_in_a_path_is_told_as_such(hf: HuggingFace, tmp_path: Path) -> None:
+def test_a_typing_error_in_a_path_is_told_as_such(command: Command, hf: HuggingFace, tmp_path: Path) -> None:
     """`work_dirs/run` looks like a hub's id; `work_dirs/iter_1.pth` can be none."""
-    ran = command(hf, tmp_path, "inspect", "work_dirs/run")
+    ran = command("inspect", "work_dirs/run")
     refused(ran, hf, tmp_path, "there is no work_dirs/run here, and hf://work_dirs/run: there is no such model")
     hf.forget()
-    ran = command(hf, tmp_path, "inspect", "work_dirs/iter_1.pth")
+    ran = command("inspect", "work_dirs/iter_1.pth")
     assert ran.code == 3 and "work_dirs/iter_1.pth does not exist" in ran.stderr and not hf.requests
 
 
-def test_a_base_that_the_hub_refuses_is_a_missing_input(hf: HuggingFace, tiny: Path, tmp_path: Path) -> None:
-    ran = command(hf, tmp_path, "pth", tiny / "iter_2.pth", "--to", "hf", "--visual-encoder", "org/absent")
+def test_a_base_that_the_hub_refuses_is_a_missing_input(
+    command: Command, hf: HuggingFace, tiny: Path, tmp_path: Path
+) -> None:
+    ran = command("pth", tiny / "iter_2.pth", "--to", "hf", "--visual-encoder", "org/absent")
     assert ran.code == 3 and "--visual-encoder" in ran.stderr and "org/absent" in ran.stderr
     assert tree(tmp_path) == {}
