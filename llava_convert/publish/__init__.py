@@ -20,7 +20,7 @@ from typing import Any, Protocol, cast
 
 from llava_convert.conversion import Say, Silence
 from llava_convert.errors import HubError, UsageError
-from llava_convert.publish.problems import RERUN, interruptible, patiently, told
+from llava_convert.publish.problems import RERUN, client_errors, interruptible, no_such_call, patiently, told
 from llava_convert.storage.files import listed
 
 HUGGINGFACE, MODELSCOPE, BOTH = "huggingface", "modelscope", "both"
@@ -153,8 +153,8 @@ def _publish(name: str, parcel: Parcel, say: Say) -> Published:
     with told(chosen, to):
         url = patiently(lambda: chosen.place(to))
         revision = to.revision or chosen.BRANCH
-        there = patiently(lambda: chosen.listing(to, revision))
-        lacking = _lacking(parcel, there)
+        there = _listing(chosen, to, revision)
+        lacking = _lacking(parcel, there or {})
         sent = Sent(revision)
         if lacking:
             size = sum(parcel.files[path].size for path in lacking)
@@ -165,7 +165,10 @@ def _publish(name: str, parcel: Parcel, say: Say) -> Published:
             )
         elif to.create_pr:
             say.note(f"{chosen.TITLE}: {to.repo} has all of it, so there is no pull request to open")
-        left = _lacking(parcel, patiently(lambda: chosen.listing(to, sent.revision))) if lacking else []
+        there = _listing(chosen, to, sent.revision) if lacking else there
+        left = _lacking(parcel, there) if there is not None else []
+    if there is None:
+        say.warn(f"{chosen.TITLE} lists no files there: that all have arrived is its client's word alone")
     if left:
         raise HubError(
             f"{chosen.TITLE} has {len(parcel.files) - len(left)} of the {len(parcel.files)} files in {to.repo} as they "
@@ -182,6 +185,16 @@ def _publish(name: str, parcel: Parcel, say: Say) -> Published:
         bytes=sum(content.size for content in parcel.files.values()),
         skipped=len(parcel.files) - len(lacking),
     )
+
+
+def _listing(chosen: Hub, to: Destination, revision: str) -> Mapping[str, Content] | None:
+    """What is there; None where the server has no such call, though it takes uploads."""
+    try:
+        return patiently(lambda: chosen.listing(to, revision))
+    except client_errors() as problem:
+        if not no_such_call(problem):
+            raise
+        return None
 
 
 def _lacking(parcel: Parcel, there: Mapping[str, Content]) -> list[str]:

@@ -121,6 +121,19 @@ def client_errors() -> tuple[type[Exception], ...]:
     return tuple(found)
 
 
+def no_such_call(problem: BaseException) -> bool:
+    """Whether a server does not know what it was asked at all, as mirrors of a part of a hub: the hubs say why not."""
+    for error in _chain(problem):
+        if _status_of(error) in (404, 405, 501):
+            body, response = getattr(error, "response_body", None), getattr(error, "response", None)
+            if body is None and response is not None:
+                with suppress(ValueError):
+                    body = response.json()
+            told = isinstance(body, dict) and {"error", "Code", "Message", "code", "message"} & body.keys()
+            return not told and "X-Error-Code" not in (getattr(response, "headers", None) or {})
+    return False
+
+
 def patiently(action: Callable[[], T], tries: int = 3) -> T:
     """Do it; again after 1 and 2 seconds where the hub or the network fails in passing.
 
@@ -160,16 +173,22 @@ def interruptible(action: Callable[[], T]) -> T:
 
 def _cause(problem: BaseException, logged: list[BaseException]) -> Cause:
     """An error by what is behind it. ModelScope's client tells the reason of a failed file to its log alone."""
-    chain: list[BaseException] = []
-    for start in (problem, *reversed(logged)):
-        step: BaseException | None = start
-        while step is not None and step not in chain and len(chain) < 20:
-            chain.append(step)
-            step = step.__cause__ or step.__context__
+    chain = _chain(problem, *reversed(logged))
     statuses = [code for error in chain if (code := _status_of(error)) is not None]
     names = frozenset(base.__name__ for error in chain for base in type(error).__mro__)
     waits = [w for error in chain if (w := _wait_of(error)) is not None]
     return Cause(names, statuses[0] if statuses else None, _line(chain), waits[0] if waits else None)
+
+
+def _chain(*problems: BaseException) -> list[BaseException]:
+    """Errors and those that led to them."""
+    chain: list[BaseException] = []
+    for start in problems:
+        step: BaseException | None = start
+        while step is not None and step not in chain and len(chain) < 20:
+            chain.append(step)
+            step = step.__cause__ or step.__context__
+    return chain
 
 
 def _status_of(error: BaseException) -> int | None:

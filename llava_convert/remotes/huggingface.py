@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from llava_convert.errors import HubError
@@ -35,10 +36,7 @@ def open(address: Address) -> Remote:
 
     def ask() -> tuple[str, dict[str, int]]:
         with _asking(where):
-            info = huggingface_hub.HfApi().model_info(
-                address.repo, revision=address.revision, files_metadata=True, timeout=_TIMEOUT
-            )
-        return str(info.sha), {one.rfilename: int(one.size or 0) for one in info.siblings or ()}
+            return _files(address)
 
     commit, files = patiently(where, ask)
 
@@ -51,7 +49,7 @@ def open(address: Address) -> Remote:
             if not name.lower().endswith(WEIGHTS):
                 place = url
             elif place is None:
-                place = places[name] = huggingface_hub.get_hf_file_metadata(url, timeout=_TIMEOUT).location
+                place = places[name] = _place(url)
             # A signed address of another host refuses the Hub's token, which is none of its business either.
             mine = build_hf_headers() if urlsplit(place).netloc == urlsplit(url).netloc else {}
             headers = {**mine, "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
@@ -65,6 +63,32 @@ def open(address: Address) -> Remote:
     # At a commit nothing changes.
     root = str(Address(address.hub, address.repo, address.revision))
     return Remote(root, files, read, lambda name: commit, repo=address.repo, commit=commit)
+
+
+def _files(address: Address) -> tuple[str, dict[str, int]]:
+    """The commit and the size of each file. One request at the Hub; a mirror may know less of its calls."""
+    api = huggingface_hub.HfApi()
+    commit, sizes = address.revision or "main", {}
+    try:
+        info = api.model_info(address.repo, revision=address.revision, files_metadata=True, timeout=_TIMEOUT)
+        commit, sizes = info.sha or commit, {one.rfilename: one.size for one in info.siblings or ()}
+    except HfHubHTTPError as problem:
+        if problem.response.status_code != 404 or "X-Error-Code" in problem.response.headers:
+            raise
+    if not sizes or None in sizes.values():
+        tree = api.list_repo_tree(address.repo, recursive=True, revision=commit)
+        sizes = {one.path: one.size for one in tree if isinstance(one, RepoFile)}
+    return commit, {name: int(size or 0) for name, size in sizes.items()}
+
+
+def _place(url: str) -> str:
+    """Where the Hub sends who asks for a file; the same address where it cannot be asked that."""
+    try:
+        return huggingface_hub.get_hf_file_metadata(url, timeout=_TIMEOUT).location
+    except HfHubHTTPError as problem:
+        if problem.response.status_code not in (404, 405, 501):
+            raise
+        return url
 
 
 def cached(address: Address, *, whole: bool) -> Path | None:

@@ -74,6 +74,18 @@ def test_each_status(side: Side, runner: Runner, outputs: dict[str, Path], step:
         assert side.puts() == []
 
 
+@pytest.mark.parametrize("code", [404, 501])
+def test_a_server_that_takes_uploads_and_lists_nothing(
+    side: Side, runner: Runner, outputs: dict[str, Path], code: int
+) -> None:
+    """A mirror with a part of the hub's calls says nothing of why: all is sent, and that nobody compared it is told."""
+    page = Status(code, {"Content-Type": "text/html"}, b"<html><body>Not here</body></html>")
+    side.server.fault = lambda n, request: page if step_of(side, request) == "list" else None
+    found = runner("upload", outputs["official"], "org/model", "--hub", side.name)
+    assert found.code == 0 and "its client's word alone" in found.stderr, found.said
+    arrived(side, "org/model", outputs["official"])
+
+
 def test_a_hub_that_is_busy_for_a_moment(side: Side, runner: Runner, outputs: dict[str, Path]) -> None:
     """Each kind of request, the first time: 429 and 503 in turn. The upload ends well."""
     seen: list[str] = []

@@ -218,6 +218,19 @@ def test_a_name_that_leads_out_is_refused(
     assert tree(tmp_path) == {}
 
 
+def test_a_mirror_with_a_part_of_the_hubs_calls(
+    command: Command, hf: HuggingFace, layouts: dict[str, Path], tmp_path: Path
+) -> None:
+    """Only the tree and the files: no description of the model, no HEAD."""
+    hf.add("org/tiny", layouts["official"])
+    hf.fault = lambda number, request: (
+        Status(404, {}, b"") if request.path == "/api/models/org/tiny" or request.method == "HEAD" else None
+    )
+    ran = command("convert", "hf://org/tiny", "--to", "hf", "-o", "out")
+    assert ran.code == 0, ran.stderr
+    assert llava_convert.verify(layouts["official"], tmp_path / "out").same
+
+
 def test_the_address_that_the_hub_gave_expires(
     command: Command, hf: HuggingFace, layouts: dict[str, Path], tmp_path: Path
 ) -> None:
