@@ -49,4 +49,5 @@ CreatePr = Annotated[
 def tell(published: Iterable[Published], output: Output) -> None:
     for one in published:
         there = f", {one.skipped} of them were there already" if one.skipped else ""
-        output.line(f"{one.url}: {one.files} files, {human_bytes(one.bytes)}, as they are here{there}")
+        state = "as they are here" if one.compared else "sent"
+        output.line(f"{one.url}: {one.files} files, {human_bytes(one.bytes)}, {state}{there}")

@@ -76,7 +76,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Published:
-    """A folder that is on a hub, compared file by file with the hub's own listing."""
+    """A folder that is on a hub; `compared` file by file with the hub's own listing, where it has one."""
 
     hub: str
     repo: str
@@ -86,6 +86,7 @@ class Published:
     files: int
     bytes: int
     skipped: int = field(default=0)  # files that were there already
+    compared: bool = field(default=True)
 
     def as_json(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -184,6 +185,7 @@ def _publish(name: str, parcel: Parcel, say: Say) -> Published:
         files=len(parcel.files),
         bytes=sum(content.size for content in parcel.files.values()),
         skipped=len(parcel.files) - len(lacking),
+        compared=there is not None,
     )
 
 

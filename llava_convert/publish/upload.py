@@ -9,8 +9,9 @@ from pathlib import Path
 
 from llava_convert.conversion import Options, Say, Silence
 from llava_convert.errors import HubError, TransferInterrupted, UsageError
+from llava_convert.provenance import RECORD
 from llava_convert.publish import BOTH, HUBS, Destination, Parcel, Published, check, publish
-from llava_convert.publish.contents import proven
+from llava_convert.publish.contents import CARD, proven
 from llava_convert.report import Report
 from llava_convert.verification import FULL, OFF
 
@@ -28,6 +29,9 @@ def upload(
     say = say or Silence()
     check(to)
     files = proven(folder, say, level=level, source=source, options=options)
+    card = folder / CARD
+    if {CARD, RECORD} <= files.keys() and to.repo not in card.read_text(encoding="utf-8"):
+        say.note(f"the commands in {card} do not name {to.repo}: a conversion with --push writes them so")
     return publish(Parcel(folder, files, to), say)
 
 

@@ -83,6 +83,7 @@ def test_a_server_that_takes_uploads_and_lists_nothing(
     side.server.fault = lambda n, request: page if step_of(side, request) == "list" else None
     found = runner("upload", outputs["official"], "org/model", "--hub", side.name)
     assert found.code == 0 and "its client's word alone" in found.stderr, found.said
+    assert found.stdout.endswith(", sent\n")
     arrived(side, "org/model", outputs["official"])
 
 
