@@ -73,6 +73,147 @@ PartOption = Annotated[
         "--part", metavar="all|llm|projector|visual-encoder", help="Only one part.", rich_help_panel=OUTPUT_PANEL
     ),
 ]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "-o",
+        "--out",
+        metavar="OUT",
+        help="Output folder, or a URL (s3://…). Default: ./<source's stem>_<layout>.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
+Name = Annotated[
+    str | None,
+    typer.Option("--name", help="Name in the card. Default: OUT's last part.", rich_help_panel=OUTPUT_PANEL),
+]
+LlmId = Annotated[
+    str | None,
+    typer.Option(
+        "--llm-id",
+        metavar="ID",
+        help="Hub id of the LLM to write into configs.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
+VisualEncoderId = Annotated[
+    str | None,
+    typer.Option(
+        "--visual-encoder-id",
+        metavar="ID",
+        help="Hub id of the tower, likewise.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="auto|float16|bfloat16|float32",
+        help="auto: float16 for a .pth or the xtuner layout, else the source's.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
+MaxShardSize = Annotated[
+    str | None,
+    typer.Option(
+        "--max-shard-size",
+        metavar="keep|5GB|…",
+        help="Default: shards follow the source's; 2GB (5GB for hf) for a .pth.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
+PromptTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-template",
+        metavar="NAME",
+        help="Chat template, by xtuner's name for it. Default: the one trained with.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
+ImageProcessor = Annotated[
+    str,
+    typer.Option(
+        "--image-processor",
+        metavar="clip|llava",
+        help="clip crops pictures to squares and loads everywhere; llava pads them, as training did.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
+Outtype = Annotated[
+    str | None,
+    typer.Option(
+        "--outtype",
+        metavar="auto|f16|q8_0|q4_k_m|…[,…]",
+        help="Types of the language model, one file each. auto: bf16 for a bf16 source, else f16.",
+        rich_help_panel=GGUF_PANEL,
+    ),
+]
+MmprojOuttype = Annotated[
+    str | None,
+    typer.Option(
+        "--mmproj-outtype",
+        metavar="f16|q8_0|…[,…]",
+        help="Types of the mmproj (tower and projector). Default: f16.",
+        rich_help_panel=GGUF_PANEL,
+    ),
+]
+Pre = Annotated[
+    str | None,
+    typer.Option(
+        "--pre",
+        metavar="NAME",
+        help="llama.cpp's name of the pre-tokenizer. Default: recognised by how it cuts text.",
+        rich_help_panel=GGUF_PANEL,
+    ),
+]
+Dequantize = Annotated[
+    bool,
+    typer.Option(
+        "--dequantize",
+        help="Make floats of a quantised source; its rounding stays.",
+        rich_help_panel=GGUF_PANEL,
+    ),
+]
+Verify = Annotated[
+    str | None,
+    typer.Option(
+        "--verify",
+        metavar="quick|full|off",
+        help="quick: headers and files; full: every byte recomputed. Default: quick; full with --push.",
+        rich_help_panel=CHECK_PANEL,
+    ),
+]
+Digest = Annotated[
+    bool,
+    typer.Option("--digest", help="Record an xxh3-128 digest of each tensor.", rich_help_panel=CHECK_PANEL),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print the plan; write nothing.", rich_help_panel=CHECK_PANEL),
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Replace OUT; the old one survives any failure.", rich_help_panel=CHECK_PANEL),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Keep the finished shards of a killed run of the same plan.",
+        rich_help_panel=CHECK_PANEL,
+    ),
+]
+Threads = Annotated[
+    int,
+    typer.Option(
+        "--threads",
+        metavar="N",
+        help="Threads; 0: one a core, at most 4. Changes no byte.",
+        rich_help_panel=CHECK_PANEL,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.", rich_help_panel=TALK_PANEL)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.", rich_help_panel=TALK_PANEL)]
 Verbose = Annotated[

@@ -43,163 +43,36 @@ def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads
     def command(
         source: opt.Source,
         to: Annotated[str, typer.Option("--to", metavar=_choice(*TARGETS), help="Layout to convert to.")],
-        out: Annotated[
-            Path | None,
-            typer.Option(
-                "-o",
-                "--out",
-                metavar="OUT",
-                help="Output folder, or a URL (s3://…). Default: ./<source's stem>_<layout>.",
-                rich_help_panel=opt.OUTPUT_PANEL,
-            ),
-        ] = None,
-        name: Annotated[
-            str | None,
-            typer.Option(
-                "--name", help="Name in the card. Default: OUT's last part.", rich_help_panel=opt.OUTPUT_PANEL
-            ),
-        ] = None,
+        out: opt.Out = None,
+        name: opt.Name = None,
         llm: opt.Llm = None,
         visual_encoder: opt.VisualEncoder = None,
         pretrained_pth: opt.PretrainedPth = None,
         config: opt.Config = None,
         lora_alpha: opt.LoraAlpha = None,
         cache: opt.Cache = False,
-        llm_id: Annotated[
-            str | None,
-            typer.Option(
-                "--llm-id",
-                metavar="ID",
-                help="Hub id of the LLM to write into configs.",
-                rich_help_panel=opt.OUTPUT_PANEL,
-            ),
-        ] = None,
-        visual_encoder_id: Annotated[
-            str | None,
-            typer.Option(
-                "--visual-encoder-id",
-                metavar="ID",
-                help="Hub id of the tower, likewise.",
-                rich_help_panel=opt.OUTPUT_PANEL,
-            ),
-        ] = None,
-        dtype: Annotated[
-            str,
-            typer.Option(
-                "--dtype",
-                metavar=_choice(*DTYPES),
-                help="auto: float16 for a .pth or the xtuner layout, else the source's.",
-                rich_help_panel=opt.OUTPUT_PANEL,
-            ),
-        ] = "auto",
-        max_shard_size: Annotated[
-            str | None,
-            typer.Option(
-                "--max-shard-size",
-                metavar="keep|5GB|…",
-                help="Default: shards follow the source's; 2GB (5GB for hf) for a .pth.",
-                rich_help_panel=opt.OUTPUT_PANEL,
-            ),
-        ] = None,
+        llm_id: opt.LlmId = None,
+        visual_encoder_id: opt.VisualEncoderId = None,
+        dtype: opt.Dtype = "auto",
+        max_shard_size: opt.MaxShardSize = None,
         part: opt.PartOption = "all",
-        prompt_template: Annotated[
-            str | None,
-            typer.Option(
-                "--prompt-template",
-                metavar="NAME",
-                help="Chat template, by xtuner's name for it. Default: the one trained with.",
-                rich_help_panel=opt.OUTPUT_PANEL,
-            ),
-        ] = None,
-        image_processor: Annotated[
-            str,
-            typer.Option(
-                "--image-processor",
-                metavar="clip|llava",
-                help="clip crops pictures to squares and loads everywhere; llava pads them, as training did.",
-                rich_help_panel=opt.OUTPUT_PANEL,
-            ),
-        ] = "clip",
-        outtype: Annotated[
-            str | None,
-            typer.Option(
-                "--outtype",
-                metavar="auto|f16|q8_0|q4_k_m|…[,…]",
-                help="Types of the language model, one file each. auto: bf16 for a bf16 source, else f16.",
-                rich_help_panel=opt.GGUF_PANEL,
-            ),
-        ] = None,
-        mmproj_outtype: Annotated[
-            str | None,
-            typer.Option(
-                "--mmproj-outtype",
-                metavar="f16|q8_0|…[,…]",
-                help="Types of the mmproj (tower and projector). Default: f16.",
-                rich_help_panel=opt.GGUF_PANEL,
-            ),
-        ] = None,
-        pre: Annotated[
-            str | None,
-            typer.Option(
-                "--pre",
-                metavar="NAME",
-                help="llama.cpp's name of the pre-tokenizer. Default: recognised by how it cuts text.",
-                rich_help_panel=opt.GGUF_PANEL,
-            ),
-        ] = None,
-        dequantize: Annotated[
-            bool,
-            typer.Option(
-                "--dequantize",
-                help="Make floats of a quantised source; its rounding stays.",
-                rich_help_panel=opt.GGUF_PANEL,
-            ),
-        ] = False,
+        prompt_template: opt.PromptTemplate = None,
+        image_processor: opt.ImageProcessor = "clip",
+        outtype: opt.Outtype = None,
+        mmproj_outtype: opt.MmprojOuttype = None,
+        pre: opt.Pre = None,
+        dequantize: opt.Dequantize = False,
         push: hubs.Push = None,
         hub: hubs.HubOption = "huggingface",
         private: hubs.Private = False,
         revision: hubs.Revision = None,
         create_pr: hubs.CreatePr = False,
-        verify: Annotated[
-            str | None,
-            typer.Option(
-                "--verify",
-                metavar="quick|full|off",
-                help="quick: headers and files; full: every byte recomputed. Default: quick; full with --push.",
-                rich_help_panel=opt.CHECK_PANEL,
-            ),
-        ] = None,
-        digest: Annotated[
-            bool,
-            typer.Option("--digest", help="Record an xxh3-128 digest of each tensor.", rich_help_panel=opt.CHECK_PANEL),
-        ] = False,
-        dry_run: Annotated[
-            bool,
-            typer.Option("--dry-run", help="Print the plan; write nothing.", rich_help_panel=opt.CHECK_PANEL),
-        ] = False,
-        force: Annotated[
-            bool,
-            typer.Option(
-                "--force", help="Replace OUT; the old one survives any failure.", rich_help_panel=opt.CHECK_PANEL
-            ),
-        ] = False,
-        resume: Annotated[
-            bool,
-            typer.Option(
-                "--resume",
-                help="Keep the finished shards of a killed run of the same plan.",
-                rich_help_panel=opt.CHECK_PANEL,
-            ),
-        ] = False,
-        threads: Annotated[
-            int,
-            typer.Option(
-                "--threads",
-                metavar="N",
-                help="Threads; 0: one a core, at most 4. Changes no byte.",
-                rich_help_panel=opt.CHECK_PANEL,
-            ),
-        ] = 0,
+        verify: opt.Verify = None,
+        digest: opt.Digest = False,
+        dry_run: opt.DryRun = False,
+        force: opt.Force = False,
+        resume: opt.Resume = False,
+        threads: opt.Threads = 0,
         as_json: opt.Json = False,
         quiet: opt.Quiet = False,
         verbose: opt.Verbose = False,

@@ -57,32 +57,11 @@ def _release(
             rich_help_panel=opt.OUTPUT_PANEL,
         ),
     ] = None,
-    outtype: Annotated[
-        str | None,
-        typer.Option(
-            "--outtype",
-            metavar="f16,q4_k_m,…",
-            help="Types of the GGUF, one file each.",
-            rich_help_panel=opt.OUTPUT_PANEL,
-        ),
-    ] = None,
+    outtype: opt.Outtype = None,
     llm: opt.Llm = None,
     visual_encoder: opt.VisualEncoder = None,
-    llm_id: Annotated[
-        str | None,
-        typer.Option(
-            "--llm-id", metavar="ID", help="Hub id of the LLM to write into configs.", rich_help_panel=opt.OUTPUT_PANEL
-        ),
-    ] = None,
-    visual_encoder_id: Annotated[
-        str | None,
-        typer.Option(
-            "--visual-encoder-id",
-            metavar="ID",
-            help="Hub id of the tower, likewise.",
-            rich_help_panel=opt.OUTPUT_PANEL,
-        ),
-    ] = None,
+    llm_id: opt.LlmId = None,
+    visual_encoder_id: opt.VisualEncoderId = None,
     pretrained_pth: opt.PretrainedPth = None,
     config: opt.Config = None,
     lora_alpha: opt.LoraAlpha = None,
