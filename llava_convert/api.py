@@ -7,17 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from llava_convert import conversion as engine
-from llava_convert.conversion import Options, Say
+from llava_convert.conversion import Options
 from llava_convert.errors import UsageError
 from llava_convert.inspection import Inspection
 from llava_convert.inspection import inspect as look
 from llava_convert.layouts.base import ALL, TargetOptions
 from llava_convert.model import Bases
-from llava_convert.publish import HUGGINGFACE, MESSAGE, Destination, Published, named_hubs
+from llava_convert.publish import HUGGINGFACE, MESSAGE, Destination, named_hubs
 from llava_convert.publish.upload import push_level, pushed
 from llava_convert.publish.upload import upload as publish_folder
 from llava_convert.remotes import url_of
-from llava_convert.report import Report
+from llava_convert.report import Published, Report
+from llava_convert.say import Say
 from llava_convert.verdict import Verdict
 from llava_convert.verification import FULL, QUICK
 

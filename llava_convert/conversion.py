@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from llava_convert import ggml
 from llava_convert.aliases import address_of, called, name_of
@@ -25,6 +25,7 @@ from llava_convert.plan import KEEP, Plan, Target, make_plan, parse_size, utf8
 from llava_convert.provenance import RECORD, dropped_texts, dump, record, stored_of
 from llava_convert.remotes import reach, url_of
 from llava_convert.report import Report, part_story, peak_memory
+from llava_convert.say import Say, Silence
 from llava_convert.spec import FROM_TORCH_NAMES, QUANTS, TORCH_NAMES
 from llava_convert.stage_one import with_stage_one
 from llava_convert.storage.identity import Snapshot
@@ -36,29 +37,6 @@ from llava_convert.verification import FULL, OFF, QUICK, check_full, check_quick
 
 if TYPE_CHECKING:
     from llava_convert.remotes.target import RemoteStaging
-
-
-class Say(Protocol):
-    """Where a conversion talks to: lines, and progress in bytes. The default is silence."""
-
-    def note(self, text: str) -> None: ...
-
-    def warn(self, text: str) -> None: ...
-
-    def start(self, what: str, total: int) -> Callable[[int], None]: ...
-
-
-class Silence:
-    """Says nothing."""
-
-    def note(self, text: str) -> None:
-        pass
-
-    def warn(self, text: str) -> None:
-        pass
-
-    def start(self, what: str, total: int) -> Callable[[int], None]:
-        return lambda done: None
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,34 @@
-"""What a conversion did, or would do, told of its plan."""
+"""What a conversion did, or would do, told of its plan; and what was published of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_convert.model import Model
 from llava_convert.ops import MergeLora
 from llava_convert.plan import Plan
 from llava_convert.storage.remote import Traffic
 
-if TYPE_CHECKING:
-    from llava_convert.publish import Published
+
+@dataclass(frozen=True)
+class Published:
+    """A folder that is on a hub; `compared` file by file with the hub's own listing, where it has one."""
+
+    hub: str
+    repo: str
+    url: str
+    revision: str
+    commit: str | None
+    files: int
+    bytes: int
+    skipped: int = field(default=0)  # files that were there already
+    compared: bool = field(default=True)
+
+    def as_json(self) -> dict[str, Any]:
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)

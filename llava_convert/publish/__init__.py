@@ -13,14 +13,15 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
-from llava_convert.conversion import Say, Silence
 from llava_convert.errors import HubError, UsageError
 from llava_convert.publish.problems import RERUN, client_errors, interruptible, no_such_call, patiently, told
+from llava_convert.report import Published
+from llava_convert.say import Say, Silence
 from llava_convert.storage.files import listed
 
 HUGGINGFACE, MODELSCOPE, BOTH = "huggingface", "modelscope", "both"
@@ -72,24 +73,6 @@ class Sent:
     revision: str
     commit: str | None = None
     url: str | None = None
-
-
-@dataclass(frozen=True)
-class Published:
-    """A folder that is on a hub; `compared` file by file with the hub's own listing, where it has one."""
-
-    hub: str
-    repo: str
-    url: str
-    revision: str
-    commit: str | None
-    files: int
-    bytes: int
-    skipped: int = field(default=0)  # files that were there already
-    compared: bool = field(default=True)
-
-    def as_json(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 class Hub(Protocol):

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_convert.conversion import Options, Say, verify
+from llava_convert.conversion import Options, verify
 from llava_convert.errors import InputError, MismatchError, UsageError
 from llava_convert.layouts import open_checkpoint
 from llava_convert.provenance import RECORD, read_record
 from llava_convert.publish import Content
+from llava_convert.say import Say
 from llava_convert.storage.files import listed
 from llava_convert.storage.identity import contents
 from llava_convert.verification import FULL, OFF

@@ -15,12 +15,14 @@ from typing import Any
 
 from llava_convert import conversion as engine
 from llava_convert.checkpoint import Checkpoint
-from llava_convert.conversion import Options, Prepared, Say, Silence
+from llava_convert.conversion import Options, Prepared
 from llava_convert.errors import ConvertError, HubError, MismatchError, OutputError, UsageError
 from llava_convert.layouts.base import TargetOptions
 from llava_convert.provenance import RECORD, read_record, record
-from llava_convert.publish import HUGGINGFACE, Destination, Parcel, Published, check, publish
+from llava_convert.publish import HUGGINGFACE, Destination, Parcel, check, publish
 from llava_convert.publish.contents import CARD, names, proven
+from llava_convert.report import Published
+from llava_convert.say import Say, Silence
 from llava_convert.stage_one import stage_one
 from llava_convert.storage.mounts import mounted, mounts
 from llava_convert.verification import FULL

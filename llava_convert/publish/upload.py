@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from llava_convert.conversion import Options, Say, Silence
+from llava_convert.conversion import Options
 from llava_convert.errors import HubError, TransferInterrupted, UsageError
 from llava_convert.provenance import RECORD
-from llava_convert.publish import BOTH, HUBS, Destination, Parcel, Published, check, publish
+from llava_convert.publish import BOTH, HUBS, Destination, Parcel, check, publish
 from llava_convert.publish.contents import CARD, proven
-from llava_convert.report import Report
+from llava_convert.report import Published, Report
+from llava_convert.say import Say, Silence
 from llava_convert.verification import FULL, OFF
 
 
