@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import io
+import warnings
 from collections.abc import Collection
 from contextlib import redirect_stdout
 from importlib.util import find_spec
@@ -17,6 +18,9 @@ from typing import Any
 from llava_convert.errors import UsageError
 from llava_convert.publish import Content, Destination, Parcel, Sent
 from llava_convert.publish.huggingface import already_public
+
+# MODELSCOPE_DOMAIN is called deprecated since 0.5, and is what `modelscope` itself still reads.
+warnings.filterwarnings("ignore", "Environment variable MODELSCOPE_", FutureWarning)
 
 TITLE = "ModelScope"
 BRANCH = "master"

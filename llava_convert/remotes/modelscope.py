@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,9 @@ except ImportError as problem:
         "models of ModelScope are read by its client, which is not installed",
         hint="pip install 'llava-convert[modelscope]'",
     ) from problem
+
+# MODELSCOPE_DOMAIN is called deprecated since 0.5, and is what `modelscope` itself still reads.
+warnings.filterwarnings("ignore", "Environment variable MODELSCOPE_", FutureWarning)
 
 _LISTINGS = 2  # the client itself repeats most of what fails there, but for an answer that breaks off
 

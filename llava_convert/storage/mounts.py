@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llava_convert import aliases
-from llava_convert.errors import UnsafeError
-from llava_convert.storage.files import relative_name, shown
+from llava_convert.errors import HubError, UnsafeError
+from llava_convert.storage.files import os_reason, relative_name, shown
 from llava_convert.storage.remote import Remote, RemoteFile, Traffic, forget, place
+
+MOST_FILES = 100_000  # a dataset may have as many; a model has some dozens
 
 _folders: dict[Path, Remote] = {}
 _mutex = threading.Lock()
@@ -22,8 +24,11 @@ _running = 0
 def mount(remote: Remote) -> Path:
     """A folder of placeholders for a remote one, under its last name, which outputs are named after.
 
-    Raises UnsafeError where the name of a file would lead out of it.
+    Raises UnsafeError where the name of a file would lead out of it, or where the listing would exhaust the machine;
+    HubError where it makes no sense.
     """
+    if len(remote.files) > MOST_FILES:
+        raise UnsafeError(f"{remote.address}: {len(remote.files):,} files, more than any model has")
     name = remote.address.rstrip("/").rpartition("/")[2].partition("@")[0]
     root = Path(tempfile.mkdtemp(prefix="llava-convert-")).resolve() / name
     root.mkdir()
@@ -33,7 +38,12 @@ def mount(remote: Remote) -> Path:
         plain = relative_name(file)
         if plain is None:
             raise UnsafeError(f"{remote.address}: {shown(file)} is no name for a file inside a folder")
-        place(root / plain, RemoteFile(remote, plain, size))
+        try:
+            place(root / plain, RemoteFile(remote, plain, size))
+        except (OSError, ValueError) as problem:  # a size that no file has; a file and a folder of one name
+            raise HubError(
+                f"{remote.address}: {shown(file)} of {size:,} bytes cannot be: {os_reason(problem)}"
+            ) from problem
     return root
 
 

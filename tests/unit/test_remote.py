@@ -244,6 +244,19 @@ def test_names_that_lead_out(name: str) -> None:
         mount(Server(files={name: b"x"}).remote)
 
 
+@pytest.mark.parametrize("files", [{"w.safetensors": -1}, {"w.safetensors": 1 << 62}, {"a": 1, "a/b": 1}])
+def test_listings_that_make_no_sense(files: dict[str, int]) -> None:
+    server = Server()
+    with mounts(), pytest.raises(HubError, match="cannot be"):
+        mount(Remote("hf://org/m", files, server.read, lambda name: "1"))
+
+
+def test_a_listing_that_would_exhaust_the_machine() -> None:
+    files = {f"{n}.json": 1 for n in range(100_001)}
+    with mounts(), pytest.raises(UnsafeError, match="100,001 files"):
+        mount(Remote("hf://org/m", files, Server().read, lambda name: "1"))
+
+
 # --- addresses
 
 
