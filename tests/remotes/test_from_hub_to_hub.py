@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from tests.faults.corpus import tree
 from tests.hubs.conftest import Side, arrived
 from tests.hubs.huggingface import HuggingFace
+from tests.hubs.loopback import read
 from tests.hubs.modelscope import ModelScope
-from tests.remotes.conftest import Command
+from tests.remotes.conftest import Command, weights_in
 
 
 def sides(hf: HuggingFace, ms: ModelScope) -> list[Side]:
@@ -75,3 +79,19 @@ def test_what_was_read_from_a_hub_is_in_the_card(
     assert command("convert", "hf://org/tiny", "--to", "gguf", "-o", "out", "--outtype", "q8_0").code == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "- org/tiny\n" in card and "base_model_relation: quantized" in card, card
+
+
+def test_the_cards_way_to_get_the_files(command: Command, hf: HuggingFace, tiny: Path, tmp_path: Path) -> None:
+    """The `hf download` of a pushed GGUF's card, run as it is printed."""
+    bases = ["--llm", str(tiny / "llm"), "--visual-encoder", str(tiny / "vit")]
+    arguments = ["pth", tiny / "iter_2.pth", "--to", "gguf", "-o", "out", *bases]
+    ran = command(*arguments, "--push", "me/tiny-gguf")
+    assert ran.code == 0, ran.stderr
+    card = read(hf.repos["me/tiny-gguf"].files()["README.md"]).decode()
+    (line,) = [line for line in card.splitlines() if line.startswith("hf download")]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = os.environ | hf.env | {"PATH": path}
+    done = subprocess.run(line, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    got = weights_in(tmp_path / "tiny-gguf")
+    assert {name: data for name, data in got.items() if not name.startswith(".")} == weights_in(tmp_path / "out")
