@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +27,6 @@ except ImportError as problem:
 # MODELSCOPE_DOMAIN is called deprecated since 0.5, and is what `modelscope` itself still reads.
 warnings.filterwarnings("ignore", "Environment variable MODELSCOPE_", FutureWarning)
 
-_FRESH = 0.1  # seconds
 _LISTINGS = 2  # the client itself repeats most of what fails there, but for an answer that breaks off
 
 
@@ -48,13 +46,13 @@ def open(address: Address) -> Remote:
             found = api.list_repo_files(address.repo, "model", revision=revision)
         return {one.path: (int(one.size), str(one.sha256)) for one in found if one.type != "tree"}
 
-    asked: list[tuple[float, dict[str, tuple[int, str]]]] = []
+    answers: list[dict[str, tuple[int, str]]] = []
 
     def listing() -> dict[str, tuple[int, str]]:
-        """One answer for all who ask at once, as every file does at the beginning and at the end."""
-        if not asked or time.monotonic() - asked[-1][0] > _FRESH:
-            asked[:] = [(time.monotonic(), patiently(where, ask, tries=_LISTINGS))]
-        return asked[-1][1]
+        """Asked anew when something was read since: each file asks at the beginning and at the end."""
+        if not answers:
+            answers.append(patiently(where, ask, tries=_LISTINGS))
+        return answers[-1]
 
     def read(name: str, start: int, end: int) -> bytes:
         with _asking(f"{where}/{name}"):
@@ -68,7 +66,9 @@ def open(address: Address) -> Remote:
             with response:
                 if int(response.headers.get("Content-Length", 0)) > end - start:
                     raise HubError(f"{where}/{name}: the server gives the whole file where a part was asked for")
-                return bytes(response.content)
+                data = bytes(response.content)
+        answers.clear()
+        return data
 
     files = listing()
 
