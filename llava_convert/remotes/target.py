@@ -62,34 +62,36 @@ class RemoteStaging:
         self._plan_hash, self._resume, self._needed, self._say = plan_hash, resume, needed_bytes, say
         self._sent: dict[str, dict[str, Any]] = {}
         self._small: dict[str, bytes] = {}
+        self._begun: tuple[str, ...] = ()
         self._committed = False
 
     def __enter__(self) -> RemoteStaging:
-        there = self._listing()
-        self._take_leftover(there)
-        self._remote = Remote(self.out, {}, self._read, lambda name: "")
-        self.path = mount(self._remote)
-        self._temporary = Path(tempfile.mkdtemp(prefix="llava-convert-"))
-        free = shutil.disk_usage(self._temporary).free
+        free = shutil.disk_usage(tempfile.gettempdir()).free
         if free < self._needed:
             raise OutputError(
-                f"{self._temporary} needs {self._needed:,} bytes for what is built before it is sent, "
-                f"and has {free:,} free",
+                f"{tempfile.gettempdir()} needs {self._needed:,} bytes for what is built before it is sent, and has "
+                f"{free:,} free",
                 hint=f"{NO_ROOM}, or name another place by TMPDIR; --max-shard-size makes shards smaller",
             )
-        for name, sent in self._sent.items():
-            place(self.path / name, RemoteFile(self._remote, name, sent["size"]))
-        self._write_record()
+        self._take_leftover(self._listing())
+        self._remote = Remote(self.out, {}, self._read, lambda name: "")
+        with contextlib.ExitStack() as undo:
+            self.path = mount(self._remote)
+            undo.callback(unmount, self.path)
+            self._temporary = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="llava-convert-")))
+            for name, sent in self._sent.items():
+                place(self.path / name, RemoteFile(self._remote, name, sent["size"]))
+            self._write_record()
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
-        if not self._committed and isinstance(problem, HubError):
-            self._say(f"what was sent stays at {self.out}: the same command with --resume goes on from there")
-        elif not self._committed:
-            with contextlib.suppress(HubError):
-                self._remove([*self._sent, *self._small, RECORD])
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        unmount(self.path)
+        with self._undo:
+            if not self._committed and isinstance(problem, HubError):
+                self._say(f"what was sent stays at {self.out}: the same command with --resume goes on from there")
+            elif not self._committed:
+                with contextlib.suppress(HubError):
+                    self._remove([*self._sent, *self._begun, *self._small, RECORD])
 
     def finished(self, name: str) -> bool:
         """Whether `name` was sent whole: by this run, or by an earlier one of the same plan."""
@@ -148,23 +150,22 @@ class RemoteStaging:
             return
         if RECORD not in there:
             raise OutputError(f"{self.out} exists ({len(there)} files)", hint="name another place with -o")
-        try:
-            record = json.loads(self._read(RECORD, 0, there[RECORD]))
-        except ValueError:
-            record = {}
-        if self._resume and record.get("plan") == self._plan_hash:
-            self._sent = {name: one for name, one in record["files"].items() if there.get(name) == one["size"]}
+        plan, sent, begun = _read_record(patiently(self.out, lambda: self._read(RECORD, 0, there[RECORD])))
+        if self._resume and plan == self._plan_hash:
+            self._sent = {name: one for name, one in sent.items() if there.get(name) == one["size"]}
             sizes = sum(one["size"] for one in self._sent.values())
             self._say(f"resuming: {len(self._sent)} files are there already, {sizes:,} bytes")
             return
         why = "it is of another plan" if self._resume else "--resume would keep what was sent"
         self._say(f"removing what an unfinished run left at {self.out} ({why})")
-        self._remove([name for name in there if name in (RECORD, *record.get("files", {}), *record.get("begun", ()))])
-        if left := self._listing():
+        self._remove([name for name in there if name in sent or name in begun])
+        if left := self._listing().keys() - {RECORD}:
             raise OutputError(f"{self.out} exists ({len(left)} files)", hint="name another place with -o")
+        self._remove([RECORD])
 
     def _write_record(self, *begun: str) -> None:
         """What was sent whole, and what is sent next: whatever is there of either is ours."""
+        self._begun = begun
         data = json.dumps({"plan": self._plan_hash, "files": self._sent, "begun": begun}).encode()
         local = self._temporary / "record"
         local.write_bytes(data)
@@ -198,8 +199,22 @@ class RemoteStaging:
 
         patiently(where, send)
 
-    def _remove(self, names: list[str]) -> None:
-        with asking(self.out, self._protocol):
-            for name in names:
-                with contextlib.suppress(FileNotFoundError):
-                    self._fs.rm_file(self._at(name))
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in dict.fromkeys(names):
+            patiently(self.out, lambda name=name: self._remove_one(name))  # type: ignore[misc]
+
+    def _remove_one(self, name: str) -> None:
+        with asking(self.out, self._protocol), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._at(name))
+
+
+def _read_record(data: bytes) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
+    """The plan, the files that were sent whole, and those that were begun; of what is no record of ours, nothing."""
+    try:
+        found = json.loads(data)
+        files = {
+            str(name): {"size": int(one["size"]), "sha256": str(one["sha256"])} for name, one in found["files"].items()
+        }
+        return str(found["plan"]), files, [str(name) for name in found["begun"]]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return "", {}, []

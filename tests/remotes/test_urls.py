@@ -243,9 +243,12 @@ def test_a_leftover_without_resume_is_removed_with_a_line(s3: Store, layouts: di
         ran.code == 0 and "removing what an unfinished run left at s3://models/out (--resume would keep" in ran.stderr
     )
     other = [a if a != "150kB" else "100kB" for a in arguments]
-    s3.client.put_object(Bucket="models", Key="out/.llava-convert-plan", Body=b"{}")
-    ran = s3.run(tmp_path, *other, "--resume")
-    assert ran.code == 6 and "exists" in ran.stderr, "files that no record names are somebody's"
+    for record in (b"{}", b"[1]", b"\xff", b'{"plan": 1, "files": {"config.json": 3}, "begun": null}'):
+        s3.client.put_object(Bucket="models", Key="out/.llava-convert-plan", Body=record)
+        before = s3.objects()
+        ran = s3.run(tmp_path, *other, "--resume")
+        assert ran.code == 6 and "exists" in ran.stderr, "files that no record names are somebody's"
+        assert s3.objects() == before
 
 
 def test_a_difference_found_leaves_nothing(s3: Store, layouts: dict[str, Path], tmp_path: Path) -> None:
