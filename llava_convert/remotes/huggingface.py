@@ -25,7 +25,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from llava_convert.errors import HubError
 from llava_convert.hub import Address
 from llava_convert.remotes.cache import fetched, is_enough
-from llava_convert.storage.remote import WEIGHTS, Remote, TransientError, patiently, refuse
+from llava_convert.storage.remote import FIRST_TRIES, WEIGHTS, Remote, TransientError, patiently, refuse
 
 _TIMEOUT = constants.HF_HUB_DOWNLOAD_TIMEOUT  # seconds to connect, and between two bytes; set by the variable
 
@@ -38,7 +38,7 @@ def open(address: Address) -> Remote:
         with _asking(where):
             return _files(address)
 
-    commit, files = patiently(where, ask)
+    commit, files = patiently(where, ask, tries=FIRST_TRIES)
 
     places: dict[str, str] = {}  # where weights are sent from, which is asked once a file
 

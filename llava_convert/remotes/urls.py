@@ -13,7 +13,7 @@ import fsspec
 from fsspec.registry import known_implementations
 
 from llava_convert.errors import HubError, UsageError
-from llava_convert.storage.remote import WEIGHTS, Remote, TransientError, patiently, refuse
+from llava_convert.storage.remote import FIRST_TRIES, WEIGHTS, Remote, TransientError, patiently, refuse
 
 _MEND = "download it, and name the local file"
 _EXTRAS = {"s3": "s3", "s3a": "s3", "https": "https", "http": "https"}
@@ -58,7 +58,7 @@ def open(url: str) -> tuple[Remote, str]:
         with asking(where, protocol):
             return _on_the_web(fs, path) if web else _in_a_store(fs, path)
 
-    file, found = patiently(where, listing)
+    file, found = patiently(where, listing, tries=FIRST_TRIES)
     if not found:
         raise HubError(f"{where}: there is nothing")
     if not all(one.get("size") for name, one in found.items() if name.lower().endswith(WEIGHTS)):

@@ -32,6 +32,7 @@ SMALL = 64 << 20  # no config or tokenizer of a model is larger
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot")
 
 TRIES = 6  # in a row without a byte; with these pauses they take 12 seconds
+FIRST_TRIES = 3  # of what is asked first: a name may be a typing error, and nothing is lost yet
 FIRST_PAUSE = 0.2
 
 
