@@ -97,7 +97,7 @@ def convert(
         force=force,
         resume=resume,
         threads=threads,
-        repo=push if HUGGINGFACE in to_hub.hubs else None,
+        repo=to_hub.address if push is not None else None,
     )
     if dry_run:
         return engine.plan(source, options)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 class Options:
     """Everything that a conversion can be told. None means the default, which depends on source and target.
 
-    `repo` is what the output is going to be called on the Hub: its card's commands then name that.
+    `repo` is what the output is going to be called on a hub (ms://… on ModelScope): its card's commands name that.
     """
 
     to: str

@@ -27,8 +27,9 @@ def card(
 ) -> str:
     """Markdown with the hub's front matter.
 
-    Commands name `repo`, the hub id that the output is going to have, else the folder `name`: they are for the folder
-    that holds it. `options` are those that the plan was made with, `verified` is the level of the check.
+    Commands name `repo`, the hub id that the output is going to have (ms://… on ModelScope), else the folder `name`:
+    they are for the folder that holds it. `options` are those that the plan was made with, `verified` is the level of
+    the check.
     """
     facts = Facts(plan, target, model, name, options or TargetOptions(), repo)
     found = origin(facts)

@@ -93,9 +93,13 @@ class Facts:
         return self.name if self.repo is None else self.repo.rpartition("/")[2]
 
     @property
+    def on_modelscope(self) -> bool:
+        return self.repo is not None and self.repo.startswith("ms://")
+
+    @property
     def reference(self) -> str:
-        """What a library that knows the hub is given."""
-        return self.repo or self.name
+        """What a library that knows the Hugging Face Hub is given: of what is on another, the folder."""
+        return self.folder if self.repo is None or self.on_modelscope else self.repo
 
     def file(self, name: str) -> str:
         """A file of the output as a shell's word."""

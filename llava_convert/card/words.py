@@ -67,9 +67,15 @@ class Words:
     def download(self) -> str:
         """How the files get here, where commands name files and the output is on a hub."""
         facts = self._facts
-        if facts.repo is None or not (facts.layout == "gguf" or facts.alone is not None):
+        if facts.repo is None:
             return ""
-        return f"Get the files:\n\n```shell\nhf download {self.model_sh} --local-dir {shlex.quote(facts.folder)}\n```"
+        if facts.on_modelscope:  # which no runtime asks by itself
+            command = f"modelscope download {shlex.quote(facts.repo.removeprefix('ms://'))}"
+        elif facts.layout == "gguf" or facts.alone is not None:
+            command = f"hf download {self.model_sh}"
+        else:
+            return ""
+        return f"Get the files:\n\n```shell\n{command} --local-dir {shlex.quote(facts.folder)}\n```"
 
     # The prompt.
 
@@ -175,7 +181,7 @@ class Words:
     @property
     def vllm_fetch(self) -> str:
         facts = self._facts
-        if facts.repo is None or not self.vllm_template_sh:
+        if facts.repo is None or facts.on_modelscope or not self.vllm_template_sh:
             return ""
         return f"```shell\nhf download {self.model_sh} {TEMPLATE} --local-dir {shlex.quote(facts.folder)}\n```"
 

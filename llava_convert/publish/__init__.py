@@ -46,6 +46,11 @@ class Destination:
     create_pr: bool = False
     message: str = MESSAGE
 
+    @property
+    def address(self) -> str:
+        """What a card names: the id on the Hugging Face Hub where it goes there, which most readers know."""
+        return self.repo if HUGGINGFACE in self.hubs else f"ms://{self.repo}"
+
 
 @dataclass(frozen=True)
 class Content:

@@ -19,7 +19,7 @@ from llava_convert.conversion import Options, Prepared
 from llava_convert.errors import ConvertError, HubError, MismatchError, OutputError, UsageError
 from llava_convert.layouts.base import TargetOptions
 from llava_convert.provenance import RECORD, read_record, record
-from llava_convert.publish import HUGGINGFACE, Destination, Parcel, check, publish
+from llava_convert.publish import Destination, Parcel, check, publish
 from llava_convert.publish.contents import CARD, names, proven
 from llava_convert.report import Published
 from llava_convert.say import Say, Silence
@@ -152,7 +152,7 @@ def _item(release: Release, row: Row, opened: tuple[Checkpoint, str]) -> Item | 
         name=base + row.title,
         target=TargetOptions(outtypes=release.outtypes if row.layout == "gguf" else ()),
         verify=FULL,
-        repo=release.name + row.suffix if HUGGINGFACE in release.to.hubs else None,
+        repo=replace(release.to, repo=release.name + row.suffix).address,
     )
     source = opened[0].path
     if row.stage_one:

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.faults.corpus import tree
 from tests.hubs.conftest import Side, arrived
 from tests.hubs.huggingface import HuggingFace
-from tests.hubs.loopback import read
 from tests.hubs.modelscope import ModelScope
 from tests.remotes.conftest import Command, weights_in
 
@@ -81,17 +82,23 @@ def test_what_was_read_from_a_hub_is_in_the_card(
     assert "- org/tiny\n" in card and "base_model_relation: quantized" in card, card
 
 
-def test_the_cards_way_to_get_the_files(command: Command, hf: HuggingFace, tiny: Path, tmp_path: Path) -> None:
-    """The `hf download` of a pushed GGUF's card, run as it is printed."""
+@pytest.mark.parametrize(("hub", "to"), [("huggingface", "gguf"), ("modelscope", "gguf"), ("modelscope", "hf")])
+def test_the_cards_way_to_get_the_files(
+    command: Command, hf: HuggingFace, ms: ModelScope, tiny: Path, tmp_path: Path, hub: str, to: str
+) -> None:
+    """The download of a pushed output's card, run as it is printed; the other commands are for what it leaves."""
     bases = ["--llm", str(tiny / "llm"), "--visual-encoder", str(tiny / "vit")]
-    arguments = ["pth", tiny / "iter_2.pth", "--to", "gguf", "-o", "out", *bases]
-    ran = command(*arguments, "--push", "me/tiny-gguf")
+    arguments = ["pth", tiny / "iter_2.pth", "--to", to, "-o", "out", *bases]
+    ran = command(*arguments, "--push", "me/tiny-model", "--hub", hub)
     assert ran.code == 0, ran.stderr
-    card = read(hf.repos["me/tiny-gguf"].files()["README.md"]).decode()
-    (line,) = [line for line in card.splitlines() if line.startswith("hf download")]
+    (side,) = [side for side in sides(hf, ms) if side.name == hub]
+    card = side.files("me/tiny-model")["README.md"].decode()
+    (line,) = [line for line in card.splitlines() if " download me/tiny-model" in line and "jinja" not in line]
+    assert line.startswith({"huggingface": "hf ", "modelscope": "modelscope "}[hub])
+    assert card.count("me/tiny-model") == 1, "all other commands name the folder"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = os.environ | hf.env | {"PATH": path}
+    env = os.environ | hf.env | ms.env | {"PATH": path}
     done = subprocess.run(line, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    got = weights_in(tmp_path / "tiny-gguf")
-    assert {name: data for name, data in got.items() if not name.startswith(".")} == weights_in(tmp_path / "out")
+    got = {name: data for name, data in weights_in(tmp_path / "tiny-model").items() if not name.startswith(".")}
+    assert got == weights_in(tmp_path / "out")

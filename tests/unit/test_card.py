@@ -330,11 +330,11 @@ def test_commands_name_the_repository(tiny: Path, to: str) -> None:
 
 
 def test_what_is_going_to_be_pushed_is_named_by_its_repository(tiny: Path, tmp_path: Path) -> None:
-    """The commands of ModelScope's clients are others: such a card names the folder."""
+    """Or by the folder that a download from ModelScope leaves, since no runtime asks there by itself."""
     engine.convert(tiny / "iter_2.pth", Options(to="official", out=tmp_path / "out", repo="org/pushed"))
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert 'load_pretrained_model(\n    "org/pushed", None, "llava-llama"\n)' in text and text.count("# out\n") == 1
-    for hub, repo in (("huggingface", "org/tiny-transformers"), ("modelscope", None)):
+    for hub, repo in (("huggingface", "org/tiny-transformers"), ("modelscope", "ms://org/tiny-transformers")):
         release = Release(
             tiny / "iter_2.pth", "org/tiny", Options(to=""), Destination("", (hub,)), ("hf",), tmp_path / hub
         )
