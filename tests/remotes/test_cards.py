@@ -8,10 +8,12 @@ from huggingface_hub import ModelCard
 
 from tests.hubs.huggingface import HuggingFace
 from tests.hubs.modelscope import ModelScope
-from tests.remotes.conftest import command
+from tests.remotes.conftest import Command
 
 
-def test_what_the_hubs_card_says(hf: HuggingFace, ms: ModelScope, layouts: dict[str, Path], tmp_path: Path) -> None:
+def test_what_the_hubs_card_says(
+    command: Command, hf: HuggingFace, ms: ModelScope, layouts: dict[str, Path], tmp_path: Path
+) -> None:
     """An id of ModelScope is none of the Hub's, so that the base models are named there."""
     source = tmp_path / "source"
     source.mkdir()
@@ -24,7 +26,7 @@ def test_what_the_hubs_card_says(hf: HuggingFace, ms: ModelScope, layouts: dict[
     ):
         hub.add("org/ours", source)
         out = f"from-{address[:2]}"
-        ran = command(hub, tmp_path, "convert", address, "--to", "hf", "-o", out)
+        ran = command("convert", address, "--to", "hf", "-o", out)
         assert ran.code == 0, ran.stderr
         data = ModelCard((tmp_path / out / "README.md").read_text()).data
         assert (data.base_model, data.license, data.license_name) == (bases, "other", "ours")
