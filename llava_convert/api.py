@@ -72,7 +72,10 @@ def convert(
         raise UsageError("--private, --revision and --create-pr say how to publish", hint="--push REPO publishes")
     level = (verify or QUICK) if push is None else push_level(verify)
     if push is not None and out is not None and url_of(Path(out)) is not None:
-        raise UsageError(f"--push: {out} is a URL, and a folder of this machine is published")
+        raise UsageError(
+            f"--push with -o {url_of(Path(out))}: a folder of this machine is published",
+            hint="leave -o out, or name one",
+        )
     options = Options(
         to=to,
         out=_path(out),

@@ -270,6 +270,8 @@ def _stamp(plan: Plan, snapshot: Snapshot) -> str:
 
 def _check_options(options: Options) -> None:
     """Refuse what no source or target could make right, whichever of them would look at it."""
+    if options.out is not None:
+        url_of(options.out)  # which refuses a hub
     if options.target.max_shard_size not in (None, KEEP):
         parse_size(options.target.max_shard_size)
     if options.target.dtype not in (None, *FROM_TORCH_NAMES):

@@ -89,9 +89,10 @@ def run_all(
                 return
             run_task(task, pool, sink, outcome)
 
-    # Over the network one thread waits most of the time.
-    remote = [task for task in tasks if isinstance(task, Copy) and remote_of(task.path) is not None]
-    copies = [task for task in tasks if isinstance(task, Copy) and task not in remote]
+    copies: list[Copy] = []
+    remote: list[Copy] = []  # over the network one thread waits most of the time
+    for task in (task for task in tasks if isinstance(task, Copy)):
+        (copies if remote_of(task.path) is None else remote).append(task)
     work = [task for task in tasks if isinstance(task, Work)]
     try:
         # One thread copies: two writing to one file spin on its lock, which takes the other core from the writeback.

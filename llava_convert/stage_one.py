@@ -26,7 +26,7 @@ def with_stage_one(checkpoint: Checkpoint, named: Path | None) -> tuple[Checkpoi
     absent = [part for part in PARTS if checkpoint.parts[part].state == "absent"]
     if asked is None or not (absent or named):
         return checkpoint, []
-    found = reach(named) if named else _find(asked, checkpoint)
+    found = stage_one(checkpoint, named)
     if found is None:
         name = Path(asked).name
         return checkpoint, [

@@ -56,8 +56,8 @@ class TrainingConfig:
     `snapshot_download`, None when the config names none. `*_type`: the class, without `.from_pretrained`.
     `prompt_template`: xtuner's name for it ("llama3_chat"), or the template itself (SYSTEM, INSTRUCTION, ...).
     `pad_image_to_square` is None when the datasets differ or there are none. `data_paths` are the datasets' files, as
-    far as the config tells them. `unresolved` tells, by setting, why one
-    that an option can give could not be read; ask through `require`.
+    far as the config tells them. `unresolved` tells, by setting, why one that an option can give could not be read; ask
+    through `require`.
     """
 
     llm: str | None

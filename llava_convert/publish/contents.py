@@ -14,6 +14,7 @@ from llava_convert.publish import Content
 from llava_convert.say import Say
 from llava_convert.storage.files import listed
 from llava_convert.storage.identity import contents
+from llava_convert.storage.remote import WEIGHTS
 from llava_convert.verification import FULL, OFF
 
 CARD = "README.md"
@@ -25,7 +26,6 @@ _LEFT_OUT = frozenset(
     {".cache", ".git", ".ms_upload_cache", ".ms_upload_progress", ".mdl", ".msc", ".mv", "__pycache__", ".DS_Store"}
 )
 _STAGING = ".partial"  # of an output that is not whole: .NAME.partial
-_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".onnx")
 
 
 def names(folder: Path) -> list[str]:
@@ -92,7 +92,7 @@ def _compare(folder: Path, found: Mapping[str, Content], vouched: Mapping[str, A
         for name, entry in vouched.items()
         if name in found and (found[name].size, found[name].sha256) != (entry.get("size"), entry.get("sha256"))
     ]
-    foreign = [n for n in found if n not in vouched and n not in _UNVOUCHED and n.lower().endswith(_WEIGHTS)]
+    foreign = [n for n in found if n not in vouched and n not in _UNVOUCHED and n.lower().endswith(WEIGHTS)]
     said = (("not there", missing), ("not as it was", changed), ("weights of another origin", foreign))
     problems = [f"{what}: {listed(which)}" for what, which in said if which]
     if problems:

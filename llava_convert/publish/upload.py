@@ -11,7 +11,7 @@ from llava_convert.conversion import Options
 from llava_convert.errors import HubError, TransferInterrupted, UsageError
 from llava_convert.provenance import RECORD
 from llava_convert.publish import BOTH, HUBS, Destination, Parcel, check, publish
-from llava_convert.publish.contents import CARD, proven
+from llava_convert.publish.contents import CARD, names, proven
 from llava_convert.report import Published, Report
 from llava_convert.say import Say, Silence
 from llava_convert.verification import FULL, OFF
@@ -28,6 +28,7 @@ def upload(
 ) -> tuple[Published, ...]:
     """Publish a folder once it is proven to be what was converted. Raises what `proven` and `publish` raise."""
     say = say or Silence()
+    names(folder)  # a folder that is not there is told before a token that is missing
     check(to)
     files = proven(folder, say, level=level, source=source, options=options)
     card = folder / CARD

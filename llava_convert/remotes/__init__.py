@@ -38,14 +38,18 @@ def reach(source: str | Path, *, cache: bool = False) -> Path:
     for a source which is not there, HubError where a hub or server refuses, UsageError for what is missing here.
     """
     text = source.as_posix() if isinstance(source, Path) else source
-    if (url := _URL.fullmatch(text)) is not None and url[1] not in ("file", *_HUBS):
-        return _at_url(f"{url[1]}://{url[2]}", cache)
-    if url is not None and url[1] == "file":
-        return Path("/" + url[2].lstrip("/"))
-    if url is not None:
-        address = hub.parse(f"{url[1]}://{url[2]}")
+    if (url := _URL.fullmatch(text)) is not None:
+        scheme, rest = url.groups()
+        if scheme == "file":
+            return Path("/" + rest)
+        if scheme not in _HUBS:
+            return _at_url(f"{scheme}://{rest}", cache)
+        address = hub.parse(f"{scheme}://{rest}")
         if address is None:
-            raise UsageError(f"{text}: a model is called {url[1]}://ORG/NAME, with @REVISION and /PATH where needed")
+            raise UsageError(
+                f"{scheme}://{rest} is no model's address",
+                hint=f"a model is called {scheme}://ORG/NAME, with @REVISION and /PATH where needed",
+            )
         return on_hub(address, cache=cache)
     if _is_here(text):
         return Path(text).expanduser()
@@ -68,7 +72,7 @@ def url_of(out: Path) -> str | None:
         return None
     if url[1] in _HUBS:
         raise UsageError(
-            f"{out.as_posix()}: outputs are sent to hubs when they are whole and verified",
+            f"-o {url[1]}://{url[2]}: outputs are sent to hubs when they are whole and verified",
             hint=f"leave -o out, and give --push {url[2]}",
         )
     return f"{url[1]}://{url[2]}"

@@ -180,7 +180,8 @@ class RemoteStaging:
         def ask() -> dict[str, int]:
             with asking(self.out, self._protocol), contextlib.suppress(FileNotFoundError):
                 found = self._fs.find(self._root, detail=True)
-                return {full[len(self._root) :].lstrip("/"): int(one["size"]) for full, one in found.items()}
+                names = {full: full[len(self._root) :].lstrip("/") for full in found}
+                return {name: int(found[full]["size"]) for full, name in names.items() if name}
             return {}
 
         return patiently(self.out, ask)

@@ -61,8 +61,9 @@ def open(url: str) -> tuple[Remote, str]:
     file, found = patiently(where, listing, tries=FIRST_TRIES)
     if not found:
         raise HubError(f"{where}: there is nothing")
-    if not all(one.get("size") for name, one in found.items() if name.lower().endswith(WEIGHTS)):
-        raise HubError(f"{where}: the server does not tell the size of files", hint=_MEND)
+    sizes = {name: one["size"] for name, one in found.items() if name and one.get("size") is not None}
+    if untold := [name for name in found if name.lower().endswith((*WEIGHTS, ".json")) and name not in sizes]:
+        raise HubError(f"{where}: the server does not tell the size of {untold[0]}", hint=_MEND)
     address = where.rpartition("/")[0] if file else where
 
     def read(name: str, start: int, end: int) -> bytes:
@@ -75,7 +76,7 @@ def open(url: str) -> tuple[Remote, str]:
         with asking(f"{address}/{name}", protocol):
             return _version(fs.info(found[name]["name"]))
 
-    return Remote(address, {name: int(one["size"]) for name, one in found.items() if one["size"]}, read, version), file
+    return Remote(address, {name: int(size) for name, size in sizes.items()}, read, version), file
 
 
 def _on_the_web(fs: Any, url: str) -> tuple[str, dict[str, dict[str, Any]]]:
@@ -129,7 +130,7 @@ def asking(where: str, protocol: str) -> Iterator[None]:
         if isinstance(status, int) and status >= 400:
             refuse(where, status, {})
         if type(problem).__name__ in ("NoCredentialsError", "ProfileNotFound"):
-            raise HubError(f"{where}: no credentials are set") from None
+            raise HubError(f"{where}: no credentials are set", hint="set them as its own client reads them") from None
         raise TransientError(f"the connection failed ({type(problem).__name__})") from None
 
 
