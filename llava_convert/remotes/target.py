@@ -22,7 +22,7 @@ from llava_convert.errors import HubError, OutputError, UsageError
 from llava_convert.remotes.urls import asking, file_system, shown
 from llava_convert.storage.mounts import mount, unmount
 from llava_convert.storage.output_places import NO_ROOM, as_output_error
-from llava_convert.storage.remote import Remote, RemoteFile, patiently, place
+from llava_convert.storage.remote import FIRST_TRIES, Remote, RemoteFile, patiently, place
 from llava_convert.storage.staging import RECORD
 
 _LAST = ("config.json", ".index.json")  # in this order, after everything else
@@ -198,7 +198,7 @@ class RemoteStaging:
                 self._fs.makedirs(os.path.dirname(self._at(name)), exist_ok=True)  # noqa: PTH120  # no path of here
                 self._fs.put_file(str(local), self._at(name))
 
-        patiently(where, send)
+        patiently(where, send, tries=FIRST_TRIES)  # the clients of stores repeat by themselves, too
 
     def _remove(self, names: Iterable[str]) -> None:
         for name in dict.fromkeys(names):

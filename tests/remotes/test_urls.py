@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -244,6 +247,66 @@ def test_a_run_that_breaks_off(s3: Store, layouts: dict[str, Path], tmp_path: Pa
     assert not left or f"resuming: {len(record['files'])} files are there already" in resumed.stderr
     whole = s3.objects("out")
     assert ".llava-convert-plan" not in whole and "config.json" in whole
+    assert s3.run(tmp_path, "verify", layouts["official"], "s3://models/out").code == 0
+
+
+class Line:
+    """A connection to the endpoint that is cut for good once so many bytes were sent over it; a context manager."""
+
+    def __init__(self, endpoint: str, limit: int) -> None:
+        host, port = endpoint.removeprefix("http://").split(":")
+        self._there, self._left, self._lock = (host, int(port)), limit, threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self) -> Line:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left = 0
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                if self._left <= 0:
+                    client.close()
+                    continue
+                server = socket.create_connection(self._there)
+                for pair in ((client, server, True), (server, client, False)):
+                    threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(16384):
+                if counted:
+                    with self._lock:
+                        self._left -= len(data)
+                if self._left <= 0:
+                    break
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("limit", [60_000, 420_000])
+def test_the_network_ends_in_the_middle_of_a_file(
+    s3: Store, layouts: dict[str, Path], tmp_path: Path, limit: int
+) -> None:
+    """The real client loses its connection within the first shard, or the last."""
+    arguments = ["convert", layouts["official"], "--to", "hf", "-o", "s3://models/out", "--max-shard-size", "150kB"]
+    with Line(s3.env["AWS_ENDPOINT_URL"], limit) as line:
+        ran = s3.run(tmp_path, *arguments, AWS_ENDPOINT_URL=line.url)
+    assert ran.code == 8 and len(ran.errors) == 1 and "s3://models/out" in ran.errors[0], ran.stderr
+    assert "with --resume goes on from there" in ran.stderr and SECRET not in ran.stderr
+    left = s3.objects("out")
+    assert "config.json" not in left
+    ran = s3.run(tmp_path, *arguments, "--resume")
+    finished = len(json.loads(left[".llava-convert-plan"])["files"])
+    assert ran.code == 0 and f"resuming: {finished} files are there already" in ran.stderr, ran.stderr
     assert s3.run(tmp_path, "verify", layouts["official"], "s3://models/out").code == 0
 
 
