@@ -11,6 +11,7 @@ import json
 import socket
 import tempfile
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -154,7 +155,7 @@ def folder_files(folder: Path) -> dict[str, Blob]:
     return {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-class Loopback:
+class Loopback(ABC):
     """A server in threads, as a context manager. `requests` is its log; `fault` can break any request.
 
     `fault` is called with the request's number (from 0) and the request; it may also do something, such as to kill the
@@ -182,12 +183,13 @@ class Loopback:
         self._home.cleanup()
 
     @property
+    @abstractmethod
     def env(self) -> dict[str, str]:
         """The environment that makes the real client use this server."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answer(self, request: Request) -> Answer:
-        raise NotImplementedError
+        """What a request gets, but for faults."""
 
     def forget(self) -> None:
         """Empty the log, so that requests are counted from 0 again."""
