@@ -130,7 +130,10 @@ def asking(where: str, protocol: str) -> Iterator[None]:
         if isinstance(status, int) and status >= 400:
             refuse(where, status, {})
         if type(problem).__name__ in ("NoCredentialsError", "ProfileNotFound"):
-            raise HubError(f"{where}: no credentials are set", hint="set them as its own client reads them") from None
+            raise HubError(
+                f"{where}: no credentials are set",
+                hint="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile by AWS_PROFILE",
+            ) from None
         raise TransientError(f"the connection failed ({type(problem).__name__})") from None
 
 
