@@ -20,7 +20,6 @@ from llava_convert.mapping import layout_table, lookup_errors
 from llava_convert.published import cached_id
 from llava_convert.sidecars import Sidecars, folder_sidecars
 from llava_convert.spec import StoredTensor
-from llava_convert.storage.jsonfile import read_object
 from llava_convert.storage.weights import Weights, open_weights
 
 
@@ -45,7 +44,7 @@ class Base:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The part's own config, in the old flavour, complete (a CLIPModel's vision half for the tower)."""
-        raw = read_object(self.folder / "config.json")
+        raw = self.files.read_object("config.json")
         config = old_flavour(raw)
         if self.part != LLM and isinstance(config.get("vision_config"), dict):
             nested = old_flavour(config["vision_config"])

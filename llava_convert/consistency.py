@@ -15,7 +15,6 @@ from llava_convert.hub import is_id, published_id
 from llava_convert.mapping import grouped, printable
 from llava_convert.model import Recipe
 from llava_convert.storage.identity import identity
-from llava_convert.storage.jsonfile import read_json
 
 
 def refuse_unknown(checkpoint: Checkpoint, part: str, known: Mapping[str, Expected]) -> None:
@@ -84,8 +83,7 @@ def check_base(
 
 def _refuse_second_merge(checkpoint: Checkpoint, part: str, base: Base) -> None:
     """A base that was itself made by merging this very adapter is told by its conversion.json."""
-    file = base.folder / "conversion.json"
-    record = read_json(file) if file.is_file() else None
+    record = base.files.read_json("conversion.json") if base.files.has("conversion.json") else None
     if not isinstance(record, dict) or "merge_lora" not in str(record.get("tensors")):
         return
     sources = str(record.get("sources"))

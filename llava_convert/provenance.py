@@ -19,9 +19,9 @@ from llava_convert.model import Model
 from llava_convert.plan import Plan, Target, utf8
 from llava_convert.published import published
 from llava_convert.shards import Shard
+from llava_convert.sidecars import folder_sidecars
 from llava_convert.spec import StoredTensor
 from llava_convert.storage.identity import identity
-from llava_convert.storage.jsonfile import read_json
 
 RECORD = "conversion.json"
 # Raised when a table changes what it means, so that records of older tables are told apart.
@@ -30,12 +30,14 @@ TABLES = 1
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What an earlier conversion wrote into a folder, or None."""
-    file = folder / RECORD
-    if not file.is_file():
+    files = folder_sidecars(folder)
+    if not files.has(RECORD):
         return None
-    found = read_json(file)
+    found = files.read_json(RECORD)
     if not isinstance(found, dict) or not _sound(found.get("added")):
-        raise InputError(f"{file}: not what a conversion writes", hint="delete it: the weights do not need it")
+        raise InputError(
+            f"{folder / RECORD}: not what a conversion writes", hint="delete it: the weights do not need it"
+        )
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from llava_convert.assembly import assemble, without_added
 from llava_convert.checkpoint import LLM, PARTS, VISION, Checkpoint
 from llava_convert.compare import Difference, compare
-from llava_convert.errors import ConvertError, MismatchError
+from llava_convert.errors import InputError, MismatchError
 from llava_convert.layouts import layout, open_each
 from llava_convert.layouts.base import ALL, TargetOptions
 from llava_convert.mapping import grouped
@@ -19,8 +19,9 @@ from llava_convert.numerics import FLOATS
 from llava_convert.op import Op
 from llava_convert.ops import PadRows, steps
 from llava_convert.plan import Output, PlannedTensor
+from llava_convert.provenance import RECORD
+from llava_convert.sidecars import folder_sidecars
 from llava_convert.spec import QUANTS, StoredTensor
-from llava_convert.storage.jsonfile import read_json, read_object
 from llava_convert.storage.ranges import FilePool
 
 
@@ -207,10 +208,10 @@ def _untied(extra: set[str], tied: bool) -> set[str]:
 
 
 def _recorded(out: Path) -> dict[str, Any] | None:
-    file = out / "conversion.json"
+    files = folder_sidecars(out)
     try:
-        found = read_json(file) if file.is_file() else None
-    except ConvertError:
+        found = files.read_json(RECORD) if files.has(RECORD) else None
+    except InputError:
         return None
     options = found.get("options") if isinstance(found, dict) else None
     return options if isinstance(options, dict) else None
@@ -253,7 +254,7 @@ def _settings(source: Checkpoint, theirs: Checkpoint) -> tuple[str, ...]:
         if mine.select_strategy != other.select_strategy:
             said.append(f"feature selection is {mine.select_strategy} in the source, {other.select_strategy} in OUT")
     if theirs.layout == "official" and theirs.parts[VISION].state == "full":
-        config = read_object(theirs.root / "config.json")
+        config = folder_sidecars(theirs.root).read_object("config.json")
         if not config.get("unfreeze_mm_vision_tower"):
             said.append("OUT holds a vision tower that its loader ignores (unfreeze_mm_vision_tower is not true)")
     return tuple(said)

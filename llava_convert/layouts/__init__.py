@@ -13,8 +13,8 @@ from typing import cast
 from llava_convert.checkpoint import Checkpoint
 from llava_convert.errors import InputError, UnsupportedError
 from llava_convert.layouts.base import Found, Layout, OpenOptions
-from llava_convert.storage.files import open_regular, read_fully, shown
-from llava_convert.storage.jsonfile import read_json
+from llava_convert.sidecars import folder_sidecars
+from llava_convert.storage.files import open_regular, read_fully, require_inside, shown
 
 SOURCES = ("pth", "xtuner", "official", "hf", "gguf")
 TARGETS = ("xtuner", "official", "hf", "gguf")
@@ -30,7 +30,7 @@ def locate(path: Path) -> Path:
     pointer = path / "last_checkpoint"
     if not path.is_dir() or not pointer.is_file():
         return path
-    with open_regular(pointer) as stream:
+    with open_regular(require_inside(path, pointer.name)) as stream:
         text = read_fully(stream, 4096, pointer).decode("utf-8", "replace").strip()
     # It is a path on the machine that trained: the file itself moved along with the folder, and keeps its last name.
     name = PureWindowsPath(text).name
@@ -47,7 +47,7 @@ def look(path: Path) -> Found:
     """What every layout judges by. Raises InputError for a broken config.json."""
     if path.is_dir():
         names = frozenset(p.name for p in path.iterdir())
-        config = read_json(path / "config.json") if "config.json" in names else None
+        config = folder_sidecars(path).read_json("config.json") if "config.json" in names else None
         return Found(path, config if isinstance(config, dict) else None, names)
     return Found(path, None, frozenset())
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_convert.errors import InputError, UnsupportedError
-from llava_convert.storage.files import listed, open_regular, read_fully, shown
+from llava_convert.errors import InputError, UnsafeError, UnsupportedError
+from llava_convert.storage.files import listed, open_regular, read_fully, require_inside, shown
 from llava_convert.storage.gguf import open_gguf
 
 SUFFIX = ".gguf"
@@ -119,15 +119,20 @@ def _sorted_out(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     llms: list[Path] = []
     mmprojs: list[Path] = []
     for path in paths:
+        require_inside(path.parent, path.name)
         (mmprojs if architecture_of(path) == VISION_ARCHITECTURE else llms).append(path)
     return llms, mmprojs
 
 
 def _may_be_mmproj(path: Path) -> bool:
-    """Whether a file beside a language model is an mmproj; one that is broken only counts when it is called so."""
+    """Whether a file beside a language model is an mmproj.
+
+    One that is broken, or a link out of the folder, only counts when it is called so.
+    """
     try:
+        require_inside(path.parent, path.name)
         return architecture_of(path) == VISION_ARCHITECTURE
-    except (InputError, UnsupportedError):
+    except (InputError, UnsafeError, UnsupportedError):
         if "mmproj" in path.name.lower():
             raise
         return False

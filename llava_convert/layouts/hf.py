@@ -27,7 +27,6 @@ from llava_convert.projector import projector_config
 from llava_convert.provenance import read_record
 from llava_convert.sidecars import folder_sidecars
 from llava_convert.spec import TORCH_NAMES
-from llava_convert.storage.jsonfile import read_object
 from llava_convert.storage.weights import open_weights
 from llava_convert.tokens import TokenPlan, plain_files, plan_llava_tokens, undo_record, with_tokens
 
@@ -58,7 +57,8 @@ def detect(found: Found) -> str | None:
 
 def open(path: Path, options: OpenOptions) -> Checkpoint:
     """Open a folder. Raises UnsupportedError for LLaVA-NeXT and its kin, and for names of no dialect."""
-    raw = read_object(path / "config.json")
+    beside = folder_sidecars(path)
+    raw = beside.read_object("config.json")
     if raw.get("model_type") != "llava":
         raise UnsupportedError(f"{path}: {raw.get('model_type')} is not supported, only llava")
     config = old_flavour(raw)
@@ -66,8 +66,7 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
     sorted_ = sort_tensors(found.tensors, layout_table(NAME), path)
     text, vision = _text_config(config), _vision_config(config)
     configs: dict[str, dict[str, Any] | None] = {LLM: text, VISION: vision, PROJECTOR: None}
-    files = folder_sidecars(path)
-    parts = {name: Part(sorted_.weights[name], None, None, configs[name], files) for name in PARTS}
+    parts = {name: Part(sorted_.weights[name], None, None, configs[name], beside) for name in PARTS}
     layer = config.get("vision_feature_layer", -2)
     if isinstance(layer, list):
         raise UnsupportedError(f"{path}: vision_feature_layer {layer!r}: only one layer can be carried over")

@@ -27,11 +27,12 @@ from llava_convert.projector import projector_config
 from llava_convert.provenance import read_record
 from llava_convert.sidecars import folder_sidecars
 from llava_convert.spec import TORCH_NAMES, StoredTensor
-from llava_convert.storage.jsonfile import read_object
+from llava_convert.storage.files import require_inside
 from llava_convert.storage.weights import open_weights
 
 NAME = "official"
 PROJECTOR_FILE = "mm_projector.bin"
+_ADAPTER_CONFIG = "adapter_config.json"
 # What LLaVA adds to a text model's config.
 _OWN_KEYS = (
     "mm_",
@@ -67,26 +68,26 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
     Raises what the readers raise; UnsupportedError for names that the layout does not have.
     """
     folder = path if path.is_dir() else path.parent
-    config_file = folder / "config.json"
-    config = old_flavour(read_object(config_file)) if config_file.is_file() else None
+    beside = folder_sidecars(folder)
+    config = old_flavour(beside.read_object("config.json")) if beside.has("config.json") else None
     tensors, files, shard_of, warnings = _weights(path)
     sorted_ = sort_tensors(tensors, layout_table(NAME), path)
-    adapter_file = folder / "adapter_config.json"
-    lora = settings_from_json(read_object(adapter_file), adapter_file) if adapter_file.is_file() else None
+    adapter = beside.read_object(_ADAPTER_CONFIG) if beside.has(_ADAPTER_CONFIG) else None
+    lora = settings_from_json(adapter, folder / _ADAPTER_CONFIG) if adapter is not None else None
     parts: dict[str, Part] = {}
     dropped = list(sorted_.dropped)
     for name in (LLM, VISION, PROJECTOR):
         parts[name], left = sorted_.part(name, lora if name == LLM else None, str(path))
         dropped += left
     text, own = _split(config)
-    base = str(own.get("_name_or_path") or "") or (_lora_base(adapter_file) if lora else None)
+    base = str(own.get("_name_or_path") or "") or (_lora_base(adapter) if adapter else None)
     has_llm = parts[LLM].state == "full"
     parts[LLM] = Part(
         parts[LLM].weights,
         parts[LLM].adapter,
         None if has_llm else base,
         text if has_llm else None,
-        folder_sidecars(folder) if has_llm else None,
+        beside if has_llm else None,
     )
     parts[VISION] = Part(parts[VISION].weights, parts[VISION].adapter, own.get("mm_vision_tower"))
     return Checkpoint(
@@ -110,9 +111,12 @@ def _weights(path: Path) -> tuple[dict[str, StoredTensor], tuple[Path, ...], dic
         return dict(found.tensors), found.files, dict(found.shard_of), found.warnings
     names = {p.name for p in path.iterdir()}
     if "non_lora_trainables.bin" in names:
-        sets = [open_weights(path / "non_lora_trainables.bin"), open_weights(path, stems=("adapter_model",))]
+        sets = [
+            open_weights(require_inside(path, "non_lora_trainables.bin")),
+            open_weights(path, stems=("adapter_model",)),
+        ]
     elif PROJECTOR_FILE in names and not any(n.startswith(("model", "pytorch_model")) for n in names):
-        sets = [open_weights(path / PROJECTOR_FILE)]
+        sets = [open_weights(require_inside(path, PROJECTOR_FILE))]
     else:
         sets = [open_weights(path)]
     tensors: dict[str, StoredTensor] = {}
@@ -126,8 +130,8 @@ def _weights(path: Path) -> tuple[dict[str, StoredTensor], tuple[Path, ...], dic
     )
 
 
-def _lora_base(adapter_file: Path) -> str | None:
-    base = read_object(adapter_file).get("base_model_name_or_path")
+def _lora_base(adapter: Mapping[str, Any]) -> str | None:
+    base = adapter.get("base_model_name_or_path")
     return str(base) if base else None
 
 

@@ -26,7 +26,7 @@ from llava_convert.projector import projector_config
 from llava_convert.provenance import read_record
 from llava_convert.sidecars import folder_sidecars
 from llava_convert.spec import StoredTensor
-from llava_convert.storage.jsonfile import read_object
+from llava_convert.storage.files import require_inside
 from llava_convert.storage.weights import open_weights
 from llava_convert.training_config import LoraSettings, TrainingConfig, load_training_config
 
@@ -40,6 +40,7 @@ LLM_ADAPTER, VISION_ADAPTER, VISION_FOLDER, PROJECTOR_FOLDER = (
 _FOLDERS = (LLM_ADAPTER, VISION_ADAPTER, VISION_FOLDER, PROJECTOR_FOLDER)
 _CODE = Path(__file__).parent / "projector_code"
 _FIXED = "F32"
+_CONFIG, _ADAPTER_CONFIG = "xtuner_config.py", "adapter_config.json"
 
 
 def detect(found: Found) -> str | None:
@@ -54,7 +55,7 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
     shard_of: dict[str, str] = {}
     warnings: list[str] = []
     sets = {"root": path} if _has_weights(path) else {}
-    sets |= {name: path / name for name in _FOLDERS if (path / name).is_dir()}
+    sets |= {name: require_inside(path, name) for name in _FOLDERS if (path / name).is_dir()}
     for name, folder in sets.items():
         stems = ("adapter_model",) if name.endswith("_adapter") else ("model", "pytorch_model")
         found = open_weights(folder, stems=stems)
@@ -76,7 +77,7 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         dropped += left
         own = folder if part.weights else None
         beside = folder_sidecars(own) if own is not None else None
-        config = old_flavour(read_object(own / "config.json")) if own is not None and name != PROJECTOR else None
+        config = old_flavour(beside.read_object("config.json")) if beside is not None and name != PROJECTOR else None
         parts[name] = Part(part.weights, part.adapter, _base(path, adapter, name, training), config, beside)
     return Checkpoint(
         layout=NAME,
@@ -101,8 +102,9 @@ def _has_weights(path: Path) -> bool:
 
 
 def _training(path: Path, options: OpenOptions) -> TrainingConfig | None:
-    config = options.config or path / "xtuner_config.py"
-    return load_training_config(config) if options.config is not None or config.is_file() else None
+    if options.config is None and not (path / _CONFIG).is_file():
+        return None
+    return load_training_config(options.config or require_inside(path, _CONFIG))
 
 
 def _settings(training: TrainingConfig | None, record: Mapping[str, Any] | None) -> Settings:
@@ -113,17 +115,20 @@ def _settings(training: TrainingConfig | None, record: Mapping[str, Any] | None)
 
 
 def _settings_of(folder: Path) -> LoraSettings | None:
-    file = folder / "adapter_config.json"
-    return settings_from_json(read_object(file), file) if file.is_file() else None
+    config = _adapter_config_in(folder)
+    return settings_from_json(config, folder / _ADAPTER_CONFIG) if config is not None else None
+
+
+def _adapter_config_in(folder: Path) -> dict[str, Any] | None:
+    files = folder_sidecars(folder)
+    return files.read_object(_ADAPTER_CONFIG) if files.has(_ADAPTER_CONFIG) else None
 
 
 def _base(path: Path, adapter: str | None, part: str, training: TrainingConfig | None) -> str | None:
     """The base model of a part: what its adapter names, else what the training config names."""
-    file = path / adapter / "adapter_config.json" if adapter else None
-    if file is not None and file.is_file():
-        name = read_object(file).get("base_model_name_or_path")
-        if name:
-            return str(name)
+    config = _adapter_config_in(path / adapter) if adapter else None
+    if config and (name := config.get("base_model_name_or_path")):
+        return str(name)
     if training is None:
         return None
     return {LLM: training.llm, VISION: training.visual_encoder}.get(part)

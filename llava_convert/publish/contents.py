@@ -12,7 +12,7 @@ from llava_convert.layouts import open_checkpoint
 from llava_convert.provenance import RECORD, read_record
 from llava_convert.publish import Content
 from llava_convert.say import Say
-from llava_convert.storage.files import listed
+from llava_convert.storage.files import listed, require_inside
 from llava_convert.storage.identity import contents
 from llava_convert.storage.remote import WEIGHTS
 from llava_convert.verification import FULL, OFF
@@ -29,12 +29,16 @@ _STAGING = ".partial"  # of an output that is not whole: .NAME.partial
 
 
 def names(folder: Path) -> list[str]:
-    """The files of a folder that are published, by their path in it. Raises InputError."""
+    """The regular files of a folder, by their path in it: what is published.
+
+    Raises InputError; UnsafeError for a link that leaves the folder, unless it is a hub cache's own.
+    """
     if not folder.is_dir():
         what = "is a file; a folder is published" if folder.exists() else "does not exist"
         raise InputError(f"{folder} {what}")
-    found = (p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file())
-    wanted = [path.as_posix() for path in found if not any(map(_left_out, path.parts))]
+    found = [path.relative_to(folder) for path in sorted(folder.rglob("*"))]
+    inside = (path.as_posix() for path in found if not any(map(_left_out, path.parts)))
+    wanted = [name for name in inside if require_inside(folder, name).is_file()]
     if not wanted:
         raise InputError(f"{folder} holds nothing to publish")
     return wanted

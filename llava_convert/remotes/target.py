@@ -114,7 +114,7 @@ class RemoteStaging:
         self._write_record(name)
         self._put(local, name)
         local.unlink()
-        self._sent[name] = {"size": size, "sha256": digest}
+        self._sent[name] = {"size": size, "sha256": digest, "version": self._version(name)}
         place(self.path / name, RemoteFile(self._remote, name, size))
         self._write_record()
 
@@ -128,7 +128,8 @@ class RemoteStaging:
     def contents(self, names: Iterable[str]) -> dict[str, dict[str, str | int]]:
         """Size and sha256 of files, as they were sent."""
         small = {n: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in self._small.items()}
-        return {name: {**self._sent, **small}[name] for name in sorted(names)}
+        sent = {n: {key: one[key] for key in ("size", "sha256")} for n, one in self._sent.items()}
+        return {name: (sent | small)[name] for name in sorted(names)}
 
     def commit(self) -> None:
         """Send the small files, those last that make it a model; then compare what is there. Raises HubError."""
@@ -152,7 +153,8 @@ class RemoteStaging:
             raise OutputError(f"{self.out} exists ({len(there)} files)", hint="name another place with -o")
         plan, sent, begun = _read_record(patiently(self.out, lambda: self._read(RECORD, 0, there[RECORD])))
         if self._resume and plan == self._plan_hash:
-            self._sent = {name: one for name, one in sent.items() if there.get(name) == one["size"]}
+            same = {name: one for name, one in sent.items() if there.get(name) == one["size"]}
+            self._sent = {name: one for name, one in same.items() if self._version(name) == one["version"]}
             sizes = sum(one["size"] for one in self._sent.values())
             self._say(f"resuming: {len(self._sent)} files are there already, {sizes:,} bytes")
             return
@@ -200,6 +202,15 @@ class RemoteStaging:
 
         patiently(where, send, tries=FIRST_TRIES)  # the clients of stores repeat by themselves, too
 
+    def _version(self, name: str) -> str:
+        """What the store calls this content of a file (S3: its ETag): equal only while nobody writes it again."""
+
+        def ask() -> str:
+            with asking(f"{self.out}/{name}", self._protocol):
+                return str(self._fs.checksum(self._at(name)))
+
+        return patiently(f"{self.out}/{name}", ask)
+
     def _remove(self, names: Iterable[str]) -> None:
         for name in dict.fromkeys(names):
             patiently(self.out, lambda name=name: self._remove_one(name))  # type: ignore[misc]
@@ -214,7 +225,8 @@ def _read_record(data: bytes) -> tuple[str, dict[str, dict[str, Any]], list[str]
     try:
         found = json.loads(data)
         files = {
-            str(name): {"size": int(one["size"]), "sha256": str(one["sha256"])} for name, one in found["files"].items()
+            str(name): {"size": int(one["size"]), "sha256": str(one["sha256"]), "version": str(one["version"])}
+            for name, one in found["files"].items()
         }
         return str(found["plan"]), files, [str(name) for name in found["begun"]]
     except (ValueError, TypeError, KeyError, AttributeError):

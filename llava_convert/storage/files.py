@@ -157,7 +157,7 @@ def require_inside(root: Path, name: str) -> Path:
         return path
     raise UnsafeError(
         f"{shown(path)}: is a link that leaves its folder, to {shown(target)}",
-        hint="copy the file into the folder, or name the file itself as the source",
+        hint="put the file itself in the place of the link, if you trust it and want it there",
     )
 
 

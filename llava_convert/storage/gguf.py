@@ -16,7 +16,15 @@ from pathlib import Path
 
 from llava_convert.errors import InputError, UnsupportedError
 from llava_convert.spec import QUANTS, Extent, StoredTensor, nbytes_of
-from llava_convert.storage.files import listed, open_regular, read_fully, reject_stand_in, shown, size_of
+from llava_convert.storage.files import (
+    listed,
+    open_regular,
+    read_fully,
+    reject_stand_in,
+    require_inside,
+    shown,
+    size_of,
+)
 from llava_convert.storage.gguf_types import GIVEN_UP, NUMBERS, TYPES, whole_blocks
 from llava_convert.storage.gguf_values import Cursor, Typed, encode_string, encode_value
 from llava_convert.storage.safetensors import Header, check_name
@@ -125,7 +133,7 @@ def open_gguf(path: Path) -> Gguf:
             f"{shown(path)}: {len(missing)} of its {count} parts are missing: {listed(missing)}",
             hint="download them into the same folder",
         )
-    parts = [first if p == path else read_gguf(p) for p in paths]
+    parts = [first if p == path else read_gguf(require_inside(p.parent, p.name)) for p in paths]
     for number, part in enumerate(parts):
         if (_count(part.metadata, "split.no"), _count(part.metadata, "split.count")) != (number, count):
             raise InputError(

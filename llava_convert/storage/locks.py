@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from llava_convert.errors import OutputError
+from llava_convert.storage.own_files import open_own
 from llava_convert.storage.ranges import write_all
+
+# The holder's id and the mark; less, where a power loss left half of it.
+_OURS = re.compile(rb"\d{0,20}(?:\n[aside]{0,5}\n?)?")
 
 
 class Lock:
@@ -23,7 +28,7 @@ class Lock:
     def __init__(self, path: Path, out: Path, say: Callable[[str], None]) -> None:
         self.path = path
         while True:
-            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+            self.fd = open_own(path)
             try:
                 if not _lock(self.fd):
                     holder = os.read(self.fd, 64).split(b"\n")[0].decode("ascii", "replace")
@@ -35,10 +40,17 @@ class Lock:
                 os.close(self.fd)
                 raise
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self.fd), path.stat()):
+                if os.path.samestat(os.fstat(self.fd), path.lstat()):
                     break
             os.close(self.fd)
-        self.aside = b"\naside\n" in os.read(self.fd, 64)
+        text = os.read(self.fd, 64)
+        if not _OURS.fullmatch(text):
+            os.close(self.fd)
+            raise OutputError(
+                f"{path} holds something else than a lock of a conversion; a conversion needs that name",
+                hint="see what it is, and move it away; or choose another place with -o",
+            )
+        self.aside = text.endswith(b"\naside\n")
         try:
             self.record(aside=self.aside)
         except BaseException:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import stat
@@ -27,16 +26,18 @@ from types import TracebackType
 from typing import Literal, Protocol
 
 from llava_convert.errors import OutputError
+from llava_convert.storage.finished import RECORD, FinishedFiles
 from llava_convert.storage.identity import contents
 from llava_convert.storage.interrupts import Terminated, fail_beyond_size_limit, interrupt_on_sigterm, uninterrupted
 from llava_convert.storage.locks import Lock
 from llava_convert.storage.output_places import NO_ROOM, as_output_error, check_name, place, refuse_overlap
+from llava_convert.storage.own_files import create_own
+from llava_convert.storage.ranges import write_all
 
 __all__ = [
     "RECORD", "UNFINISHED", "Staging", "Terminated", "as_output_error", "check_name", "interrupt_on_sigterm",
 ]  # fmt: skip
 
-RECORD = ".llava-convert-plan"  # in staging: the plan's hash, then a line for each finished file
 UNFINISHED = ".unfinished"
 
 
@@ -77,17 +78,17 @@ class Staging:
         self.out = place(out)
         self.path = self.out.with_name(f".{self.out.name}.partial")
         self._aside = self.out.with_name(f".{self.out.name}.old")
-        self._plan_hash, self._force, self._resume, self._kind = plan_hash, force, resume, kind
+        self._force, self._resume, self._kind = force, resume, kind
         self._needed, self._reads, self._say = needed_bytes, tuple(reads), say
         self._mutex = threading.Lock()
         self._finished: dict[str, int] = {}
         self._names: dict[str, str] = {}  # as a case-insensitive file system sees them -> as given
         self._loose: set[Path] = set()  # small files, whose fsync waits for commit
         self._open: set[int] = set()
-        self._record = -1
+        self._record = FinishedFiles(self.path, plan_hash)
         self._lock: Lock | None = None
         self._made: list[Path] = []
-        self._owned = self._committed = self._lost = False
+        self._owned = self._committed = self._lost = self._taken_over = False
 
     def __enter__(self) -> Staging:
         refuse_overlap([self.out, self.path, self._aside], self._reads)
@@ -136,8 +137,7 @@ class Staging:
         unfinished = target.with_name(target.name + UNFINISHED)
         with self._writing(name):
             target.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-            fd = os.open(unfinished, flags, 0o666)
+            fd = create_own(unfinished)
             self._open.add(fd)
             if size is not None:
                 os.ftruncate(fd, size)
@@ -149,8 +149,8 @@ class Staging:
             self._open.discard(fd)
             os.close(fd)
             unfinished.replace(target)
-            with self._mutex:  # after the fsync: a line that survives a power loss vouches for its file
-                os.write(self._record, json.dumps([name, length]).encode() + b"\n")
+            self._record.add(name, length)
+            with self._mutex:
                 self._finished[name] = length
 
     def write_bytes(self, name: str, data: bytes) -> None:
@@ -159,7 +159,11 @@ class Staging:
         with self._writing(name):
             target.parent.mkdir(parents=True, exist_ok=True)
             unfinished = target.with_name(target.name + UNFINISHED)
-            unfinished.write_bytes(data)
+            fd = create_own(unfinished)
+            try:
+                write_all(fd, 0, data)
+            finally:
+                os.close(fd)
             unfinished.replace(target)
             self._loose.add(target)
 
@@ -177,7 +181,7 @@ class Staging:
         with self._writing(""):
             with ThreadPoolExecutor(8) as pool:  # together they share the file system's journal commits
                 list(pool.map(_sync, self._loose))
-            self._close_record()
+            self._record.close()
             (self.path / RECORD).unlink()
             for folder, _, _ in os.walk(self.path):
                 _sync(Path(folder))
@@ -207,41 +211,20 @@ class Staging:
     def _take_leftover(self) -> None:
         if not os.path.lexists(self.path):
             return
-        kept = self._read_record() if self._resume and not self.path.is_symlink() else None
+        kept = self._record.take_over() if self._resume else None
         if kept is None:
             why = "it belongs to another plan" if self._resume else "--resume would keep its finished files"
             self._say(f"discarding {self.path}, left by a killed run ({why})")
             _remove(self.path)
             return
-        self._finished = kept
+        self._finished, self._taken_over = kept, True
         self._say(f"resuming: {len(kept)} finished files kept, {sum(kept.values()):,} bytes")
-
-    def _read_record(self) -> dict[str, int] | None:
-        try:
-            lines = (self.path / RECORD).read_bytes().split(b"\n")[:-1]  # the last is empty, or a torn line
-        except OSError:
-            return None
-        if not lines or lines[0] != self._plan_hash.encode():
-            return None
-        kept: dict[str, int] = {}
-        for line in lines[1:]:
-            with contextlib.suppress(ValueError, OSError):
-                name, length = json.loads(line)
-                info = os.lstat(self.path / name)
-                if stat.S_ISREG(info.st_mode) and info.st_size == length:
-                    kept[name] = length
-        return kept
 
     def _start(self) -> None:
         self._owned = True
-        self.path.mkdir(exist_ok=True)
-        for folder, _, files in os.walk(self.path):
-            for file in (Path(folder, f) for f in files):
-                if file.relative_to(self.path).as_posix() not in self._finished:
-                    file.unlink()
-        self._record = os.open(self.path / RECORD, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        lines = [self._plan_hash, *(json.dumps([name, length]) for name, length in self._finished.items())]
-        os.write(self._record, "".join(f"{line}\n" for line in lines).encode())
+        if not self._taken_over:
+            self.path.mkdir()
+        self._record.start()
         fail_beyond_size_limit()
 
     def _claim(self, name: str) -> Path:
@@ -306,7 +289,7 @@ class Staging:
     def _clean(self) -> None:
         while self._open:
             os.close(self._open.pop())
-        self._close_record()
+        self._record.close()
         if self._owned:  # after an exchange the old output is here
             self._remove_or_say(self.path)
             self._owned = False
@@ -318,11 +301,6 @@ class Staging:
         while self._made and not self._committed:
             with contextlib.suppress(OSError):
                 self._made.pop().rmdir()
-
-    def _close_record(self) -> None:
-        if self._record >= 0:
-            os.close(self._record)
-            self._record = -1
 
     def _remove_or_say(self, path: Path) -> None:
         try:

@@ -56,7 +56,7 @@ def state_folder(folder: Path) -> Path:
     if LATEST not in names:
         raise InputError(f"{shown(folder)}: no file of a DeepSpeed checkpoint (*_model_states.pt) in it", hint=MEND)
     pointer = folder / LATEST
-    with open_regular(pointer) as stream:
+    with open_regular(require_inside(folder, LATEST)) as stream:
         tag = read_fully(stream, 4096, pointer).decode("utf-8", "replace").strip()
     plain = relative_name(tag)
     if plain is None:

@@ -753,3 +753,129 @@ def test_row_73_modes_follow_the_umask(umask: int, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "a").rglob("*")) == sorted(
         ["out", "sub", "a.safetensors", "b.safetensors", "config.json", "model.safetensors.index.json"]
     )
+
+
+# Names of ours that something else has taken
+
+
+def taken(place: Path, kind: str) -> None:
+    """Put something at a name that a conversion needs for a file of its own."""
+    precious = place.with_name("precious")
+    precious.write_text("precious")
+    if kind == "link":
+        place.symlink_to(precious)
+    elif kind == "link to nowhere":
+        place.symlink_to("made-by-the-link")
+    elif kind == "hard link":
+        os.link(precious, place)
+    elif kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "folder":
+        place.mkdir()
+    else:
+        place.write_text("notes of somebody")
+
+
+@posix
+@pytest.mark.parametrize("kind", ["link", "link to nowhere", "hard link", "pipe", "folder", "foreign file"])
+def test_a_lock_that_is_not_ours_is_refused_and_left(kind: str, tmp_path: Path) -> None:
+    taken(tmp_path / ".out.partial.lock", kind)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(OutputError, match=r"\.out\.partial\.lock"), stage(tmp_path / "out"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert (tmp_path / "precious").read_text() == "precious"
+    if kind == "foreign file":
+        assert (tmp_path / ".out.partial.lock").read_text() == "notes of somebody"
+
+
+@posix
+@pytest.mark.parametrize("text", [b"", b"12", b"1234\n", b"1234\nas", b"1234\naside\n"])
+def test_a_lock_that_a_killed_run_left_is_taken(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / ".out.partial.lock").write_bytes(text)
+    build(tmp_path / "out")
+    assert snapshot(tmp_path) == {"out": NEW}
+
+
+@posix
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe", "folder"])
+def test_a_record_that_is_not_ours_vouches_for_nothing(kind: str, tmp_path: Path) -> None:
+    leave_half(tmp_path / "out")
+    record = tmp_path / ".out.partial" / staging.RECORD
+    kept = record.read_bytes()
+    record.unlink()
+    taken(record, kind)
+    if kind in ("link", "hard link"):
+        (record.parent / "precious").write_bytes(kept)  # it says what the record did
+    with stage(tmp_path / "out", resume=True) as staged:
+        assert not staged.finished("a.safetensors")
+        fill(staged)
+        staged.commit()
+    assert snapshot(tmp_path) == {"out": NEW}
+
+
+@posix
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe"])
+def test_a_finished_file_that_is_not_ours_is_made_anew(kind: str, tmp_path: Path) -> None:
+    leave_half(tmp_path / "out")
+    file = tmp_path / ".out.partial" / "a.safetensors"
+    file.rename(tmp_path / "precious")
+    if kind == "link":
+        file.symlink_to(tmp_path / "precious")
+    elif kind == "hard link":
+        os.link(tmp_path / "precious", file)
+    else:
+        os.mkfifo(file)
+    with stage(tmp_path / "out", resume=True) as staged:
+        assert not staged.finished("a.safetensors")
+        fill(staged)
+        staged.commit()
+    assert (tmp_path / "precious").read_bytes() == SHARDS["a.safetensors"]
+    assert snapshot(tmp_path) == {"out": NEW, "precious": SHARDS["a.safetensors"]}
+    assert (tmp_path / "out" / "a.safetensors").stat().st_nlink == 1
+
+
+@posix
+def test_nothing_is_written_through_a_linked_folder(tmp_path: Path) -> None:
+    leave_half(tmp_path / "out")
+    shutil.rmtree(tmp_path / ".out.partial" / "sub")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / ".out.partial" / "sub").symlink_to(tmp_path / "theirs")
+    with stage(tmp_path / "out", resume=True) as staged:
+        fill(staged)
+        staged.commit()
+    assert list((tmp_path / "theirs").iterdir()) == []
+    assert snapshot(tmp_path) == {"out": NEW, "theirs": {}}
+
+
+@pytest.mark.parametrize("change", ["last bit", "zeros"])
+def test_a_finished_file_is_proven_by_its_digest(change: str, tmp_path: Path) -> None:
+    """Of the same size, and of the same time of change."""
+    leave_half(tmp_path / "out")
+    file = tmp_path / ".out.partial" / "a.safetensors"
+    before, data = file.stat(), bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data if change == "last bit" else bytes(len(data)))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    lines: list[str] = []
+    with stage(tmp_path / "out", resume=True, say=lines.append) as staged:
+        assert not staged.finished("a.safetensors")
+        fill(staged)
+        staged.commit()
+    assert snapshot(tmp_path) == {"out": NEW}
+    assert lines == ["resuming: 0 finished files kept, 0 bytes"]
+
+
+def test_large_files_are_vouched_for_too(tmp_path: Path) -> None:
+    """They are hashed in a thread: each has its line once the next one is finished."""
+    size = 3 << 20
+    with stage(tmp_path / "out") as staged:
+        for name in ("1.safetensors", "2.safetensors", "3.safetensors"):
+            with staged.new_file(name, size) as fd:
+                write_all(fd, 0, name.encode() * (size // len(name) + 1))
+                os.ftruncate(fd, size)
+        assert (staged.path / staging.RECORD).read_bytes().count(b"\n") in (3, 4)  # the plan's, two or three files'
+        saved = shutil.copytree(staged.path, tmp_path / "saved")
+    saved.rename(tmp_path / ".out.partial")
+    with stage(tmp_path / "out", resume=True) as staged:
+        assert staged.finished("1.safetensors") and staged.finished("2.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -220,3 +221,26 @@ def test_dropped_for_good_names_the_command(side: Side, runner: Runner, tiny: Pa
     heal(side.server)
     assert runner(*command.split()[1:]).code == 0
     arrived(side, "org/model", out)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "nowhere"])
+def test_a_link_out_of_the_folder(side: Side, runner: Runner, copied: Path, tmp_path: Path, kind: str) -> None:
+    """Nothing is sent, not even asked."""
+    away = tmp_path / "away"
+    if kind == "file":
+        away.write_text("secret")
+    elif kind == "folder":
+        away.mkdir()
+        (away / "id").write_text("secret")
+    (copied / "link").symlink_to(away)
+    found = runner("upload", copied, "org/model", "--hub", side.name)
+    assert found.code == 5 and "link: is a link that leaves its folder" in found.stderr
+    assert side.server.requests == []
+
+
+def test_a_link_within_the_folder_is_its_content(side: Side, runner: Runner, copied: Path) -> None:
+    (copied / "again.json").symlink_to("config.json")
+    os.mkfifo(copied / "pipe")
+    assert runner("upload", copied, "org/model", "--hub", side.name).code == 0
+    there = side.files("org/model")
+    assert there["again.json"] == (copied / "config.json").read_bytes() and "pipe" not in there

@@ -439,3 +439,17 @@ def test_a_web_server_that_fails(layouts: dict[str, Path], tmp_path: Path) -> No
             "convert", layouts["official"], "--to", "hf", "-o", f"{web.url}/out", code=HURRIED, environment=web.env
         )
         assert ran.code == 2 and "can be read but not written" in ran.stderr, ran.stderr
+
+
+def test_what_was_sent_is_proven_before_it_is_kept(s3: Store, layouts: dict[str, Path], tmp_path: Path) -> None:
+    """A shard that somebody wrote again since, in the same size, is sent again."""
+    arguments = ["convert", layouts["official"], "--to", "hf", "-o", "s3://models/out", "--max-shard-size", "150kB"]
+    assert s3.run(tmp_path, *arguments, code=BREAKS, FILES="9", HOW="killed").code == -signal.SIGKILL
+    left = s3.objects("out")
+    first, *others = json.loads(left[".llava-convert-plan"])["files"]
+    changed = bytearray(left[first])
+    changed[-1] ^= 1
+    s3.client.put_object(Bucket="models", Key=f"out/{first}", Body=bytes(changed))
+    ran = s3.run(tmp_path, *arguments, "--resume")
+    assert ran.code == 0 and f"resuming: {len(others)} files are there already" in ran.stderr, ran.stderr
+    assert s3.run(tmp_path, "verify", layouts["official"], "s3://models/out").code == 0
