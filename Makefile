@@ -11,7 +11,7 @@ ARGS ?=
 SECONDS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench bench-8b peers test-peers fuzz clean
+.PHONY: help install demo test manifest lint format bench bench-8b peers test-peers fuzz clean
 
 help:  ## list these verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ demo: $(STAMP)  ## train a small LLaVA, convert it to every layout, ask each abo
 
 test: $(STAMP)  ## run the tests
 	$(PY) -m pytest $(ARGS)
+
+manifest: $(STAMP)  ## say which files of every golden conversion changed; ARGS=--write takes them as right
+	$(PY) -m tests.golden.manifest $(ARGS)
 
 lint: $(STAMP)  ## ruff (rules and format) and mypy, as .ci/run does
 	$(PY) -m ruff check .
