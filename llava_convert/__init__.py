@@ -7,7 +7,7 @@
     llava_convert.verify("iter_39620.pth", "iter_39620_official").same
     llava_convert.upload("iter_39620_official", "me/my-llava")
 
-Errors are `llava_convert.errors.ConvertError`, one class per exit code of the command line.
+Errors are `llava_convert.core.errors.ConvertError`, one class per exit code of the command line.
 """
 
 from __future__ import annotations

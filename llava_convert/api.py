@@ -6,21 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from llava_convert import conversion as engine
-from llava_convert.conversion import Options
-from llava_convert.errors import UsageError
-from llava_convert.inspection import Inspection
-from llava_convert.inspection import inspect as look
+from llava_convert.app import convert as engine
+from llava_convert.app.convert import Options
+from llava_convert.app.inspect import Inspection
+from llava_convert.app.inspect import inspect as look
+from llava_convert.app.publish.publish import HUGGINGFACE, MESSAGE, Destination, named_hubs
+from llava_convert.app.publish.upload import push_level, pushed
+from llava_convert.app.publish.upload import upload as publish_folder
+from llava_convert.app.verify import Verdict
+from llava_convert.core.errors import UsageError
+from llava_convert.core.progress import Say
+from llava_convert.engine.check import FULL, QUICK
+from llava_convert.engine.report import Published, Report
 from llava_convert.layouts.base import ALL, TargetOptions
-from llava_convert.model import Bases
-from llava_convert.publish import HUGGINGFACE, MESSAGE, Destination, named_hubs
-from llava_convert.publish.upload import push_level, pushed
-from llava_convert.publish.upload import upload as publish_folder
-from llava_convert.remotes import url_of
-from llava_convert.report import Published, Report
-from llava_convert.say import Say
-from llava_convert.verdict import Verdict
-from llava_convert.verification import FULL, QUICK
+from llava_convert.model.recipe import Bases
+from llava_convert.storage.remote.reach import url_of
 
 PathLike = str | Path
 
@@ -65,7 +65,7 @@ def convert(
     """Convert a checkpoint to another layout; with `dry_run` only plan it, with `push` publish it afterwards.
 
     The options are those of the command line, where `llava-convert convert --help` explains them. Raises
-    `llava_convert.errors.ConvertError`. A source may be a hub's model or a URL, as on the command line.
+    `llava_convert.core.errors.ConvertError`. A source may be a hub's model or a URL, as on the command line.
     """
     to_hub = Destination(push or "", named_hubs(hub), private, revision, create_pr)
     if push is None and (private or revision is not None or create_pr):
@@ -161,7 +161,7 @@ def upload(
 ) -> tuple[Published, ...]:
     """Publish a folder, once it is proven to be what was converted; what each hub has then.
 
-    The options are those of `llava-convert upload`. Raises `llava_convert.errors.ConvertError`.
+    The options are those of `llava-convert upload`. Raises `llava_convert.core.errors.ConvertError`.
     """
     to = Destination(repo, named_hubs(hub), private, revision, create_pr, message or MESSAGE)
     options = _source_options(llm, visual_encoder, pretrained_pth, config, lora_alpha, cache)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_convert.errors import ConvertError, InputError
+from llava_convert.core.errors import ConvertError, InputError
 
 from .data import read_rows
 from .recipe import Recipe

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from llava_convert.errors import InputError, OutputError
-from llava_convert.spec import StoredTensor
+from llava_convert.core.errors import InputError, OutputError
+from llava_convert.core.tensors import StoredTensor
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import read_whole
-from llava_convert.storage.torch_file import read_torch
-from llava_convert.storage.zero import read_zero
+from llava_convert.storage.torch.file import read_torch
+from llava_convert.storage.zero.checkpoint import read_zero
 
 from .model import State, as_tensor
 

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
-from llava_convert.errors import InputError
-from llava_convert.prompts import PromptTemplate, prompt_template
+from llava_convert.assets.prompts import PromptTemplate, prompt_template
+from llava_convert.core.errors import InputError
 
 from .recipe import DataRecipe, DataSet
 

@@ -17,8 +17,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, patch_environment
 
-from llava_convert.errors import InputError, UsageError
-from llava_convert.storage.zero import read_zero
+from llava_convert.core.errors import InputError, UsageError
+from llava_convert.storage.zero.checkpoint import read_zero
 
 from .checkpoint import Progress, pickled_as_mmengines, point_at, unwritten
 from .recipe import Recipe

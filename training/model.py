@@ -17,15 +17,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
 
-from llava_convert.checkpoint import LLM, PROJECTOR, VISION
-from llava_convert.errors import InputError, UnsupportedError, UsageError
-from llava_convert.layouts import open_checkpoint
+from llava_convert.core.errors import InputError, UnsupportedError, UsageError
+from llava_convert.core.tensors import StoredTensor
 from llava_convert.layouts.base import OpenOptions
-from llava_convert.spec import StoredTensor
+from llava_convert.layouts.registry import open_checkpoint
+from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import read_whole
-from llava_convert.storage.torch_file import read_torch, state_dict
-from llava_convert.storage.zero import read_zero
+from llava_convert.storage.torch.file import read_torch, state_dict
+from llava_convert.storage.zero.checkpoint import read_zero
 
 from .data import IGNORE_INDEX, IMAGE_INDEX
 from .recipe import Lora, ModelRecipe

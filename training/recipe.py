@@ -16,8 +16,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from llava_convert.errors import InputError, UsageError
-from llava_convert.resources import data_dir
+from llava_convert.core.errors import InputError, UsageError
+from llava_convert.core.resources import data_dir
 
 DTYPES = ("fp32", "bf16", "fp16")
 ON_BAD_IMAGE = ("fail", "skip")

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llava_convert.errors import InputError, UsageError
-from llava_convert.say import Say
+from llava_convert.core.errors import InputError, UsageError
+from llava_convert.core.progress import Say
 
 from .recipe import Recipe
 

@@ -22,7 +22,7 @@ from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from llava_convert.errors import ConvertError, InputError, UsageError
+from llava_convert.core.errors import ConvertError, InputError, UsageError
 
 from . import distributed
 from .checkpoint import Progress, Resumable, checkpoints, prune, read_checkpoint, write_checkpoint

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
-from llava_convert.errors import UnsupportedError
+from llava_convert.core.errors import UnsupportedError
 
 from .recipe import Lora, Recipe
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from llava_convert.cli._output import Output
-from llava_convert.errors import ConvertError, TransferInterrupted
+from llava_convert.core.errors import ConvertError, TransferInterrupted
 
 INTERRUPTED = 130
 OUR_BUG = 1

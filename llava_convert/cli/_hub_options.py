@@ -10,7 +10,7 @@ import typer
 from llava_convert.cli._output import Output, human_bytes
 
 if TYPE_CHECKING:
-    from llava_convert.report import Published
+    from llava_convert.engine.report import Published
 
 HUB_PANEL = "Publish"
 

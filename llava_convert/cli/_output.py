@@ -9,13 +9,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from llava_convert.aliases import called
-from llava_convert.errors import OutputError
+from llava_convert.core.addresses import called
+from llava_convert.core.errors import OutputError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from llava_convert.storage.remote import Traffic
+    from llava_convert.storage.remote.files import Traffic
 
 
 @dataclass

@@ -13,7 +13,7 @@ from llava_convert.cli._errors import run
 from llava_convert.cli._output import Output, human_bytes
 
 if TYPE_CHECKING:
-    from llava_convert.report import Report
+    from llava_convert.engine.report import Report
 
 # Kept here as words, so that `--help` need not import the layouts.
 SOURCES = {
@@ -81,7 +81,7 @@ def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads
 
         def action() -> None:
             from llava_convert.api import convert
-            from llava_convert.storage.staging import interrupt_on_sigterm
+            from llava_convert.storage.output.staging import interrupt_on_sigterm
 
             _one_of("--to", to, TARGETS)
             _one_of("--dtype", dtype, DTYPES)
@@ -142,7 +142,7 @@ def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads
 
 def parse_alpha(text: str | None) -> dict[str, float]:
     """`16`, or `llm=256,visual-encoder=16`. Raises UsageError."""
-    from llava_convert.errors import UsageError
+    from llava_convert.core.errors import UsageError
 
     if text is None:
         return {}
@@ -157,7 +157,7 @@ def parse_alpha(text: str | None) -> dict[str, float]:
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
-    from llava_convert.errors import UsageError
+    from llava_convert.core.errors import UsageError
 
     if value not in known:
         raise UsageError(f"{option} {value}: it is one of {', '.join(known)}")

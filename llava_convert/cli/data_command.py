@@ -34,8 +34,8 @@ def check(
     output = Output(as_json, quiet, verbose)
 
     def action() -> None:
-        from llava_convert.errors import InputError
-        from llava_convert.resources import training
+        from llava_convert.core.errors import InputError
+        from llava_convert.core.resources import training
 
         found = []
         for stage in training("recipe").load_recipe(recipe, changes or ()):
@@ -63,7 +63,7 @@ def fix_ocrvqa(
     output = Output(as_json, quiet, verbose)
 
     def action() -> None:
-        from llava_convert.resources import training
+        from llava_convert.core.resources import training
 
         copied, there = training("check").fix_ocrvqa(folder)
         output.line(f"{folder}: {copied:,} pictures copied to .jpg, {there:,} had one")

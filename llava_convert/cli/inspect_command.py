@@ -32,10 +32,10 @@ def _inspect(
     output = Output(as_json, quiet, verbose)
 
     def action() -> None:
+        from llava_convert.app.convert import Options
+        from llava_convert.app.inspect import inspect
         from llava_convert.cli.convert_command import parse_alpha
-        from llava_convert.conversion import Options
-        from llava_convert.inspection import inspect
-        from llava_convert.model import Bases
+        from llava_convert.model.recipe import Bases
 
         found = inspect(
             source,

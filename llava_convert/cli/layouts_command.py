@@ -21,11 +21,11 @@ def _layouts(as_json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.V
     output = Output(as_json, quiet, verbose)
 
     def action() -> None:
-        from llava_convert.architecture import architectures
-        from llava_convert.gguf.names import tables
-        from llava_convert.layouts import SOURCES, TARGETS
-        from llava_convert.mapping import layout_table
-        from llava_convert.ops import OPS
+        from llava_convert.layouts.gguf.names import tables
+        from llava_convert.layouts.registry import SOURCES, TARGETS
+        from llava_convert.model.tables.families import architectures
+        from llava_convert.model.tables.names import layout_table
+        from llava_convert.ops.ops import OPS
 
         gguf = {"gguf": sorted(table.architecture for table in tables())}
         dialects = gguf | {

@@ -15,7 +15,7 @@ from llava_convert.cli._output import Output, human_bytes
 from llava_convert.cli.convert_command import parse_alpha
 
 if TYPE_CHECKING:
-    from llava_convert.publish.release import Item
+    from llava_convert.app.publish.release import Item
 
 
 def add_to(app: typer.Typer) -> None:
@@ -80,12 +80,12 @@ def _release(
 
     def action() -> None:
         from llava_convert.api import type_names
-        from llava_convert.conversion import Options
-        from llava_convert.model import Bases
-        from llava_convert.publish import Destination, named_hubs
-        from llava_convert.publish.release import Release, plan, run_release
-        from llava_convert.storage.interrupts import interrupt_on_sigterm
-        from llava_convert.storage.mounts import mounts
+        from llava_convert.app.convert import Options
+        from llava_convert.app.publish.publish import Destination, named_hubs
+        from llava_convert.app.publish.release import Release, plan, run_release
+        from llava_convert.model.recipe import Bases
+        from llava_convert.storage.output.signals import interrupt_on_sigterm
+        from llava_convert.storage.remote.mounts import mounts
 
         wanted = Release(
             source,

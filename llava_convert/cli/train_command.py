@@ -72,7 +72,7 @@ def train(
         # a core, an iteration of a small model then takes up to sixty times as long.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         gc.enable()  # what training throws away holds whole tensors
-        from llava_convert.resources import training
+        from llava_convert.core.resources import training
 
         stages = training("recipe").load_recipe(recipe, changes or ())
         runs = training("runs")

@@ -64,7 +64,7 @@ def _upload(
 
     def action() -> None:
         from llava_convert.api import upload
-        from llava_convert.storage.interrupts import interrupt_on_sigterm
+        from llava_convert.storage.output.signals import interrupt_on_sigterm
 
         with interrupt_on_sigterm():
             published = upload(

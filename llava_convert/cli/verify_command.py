@@ -38,9 +38,9 @@ def _verify(
     output = Output(as_json, quiet, verbose)
 
     def action() -> None:
-        from llava_convert.conversion import Options, verify
+        from llava_convert.app.convert import Options, verify
         from llava_convert.layouts.base import TargetOptions
-        from llava_convert.model import Bases
+        from llava_convert.model.recipe import Bases
 
         options = Options(
             to="",

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from llava_convert.checkpoint import Checkpoint
-from llava_convert.model import Model
-from llava_convert.plan import Target
+from llava_convert.engine.plan import Target
+from llava_convert.model.checkpoint import Checkpoint
+from llava_convert.model.recipe import Model
 
 ALL = "all"
 

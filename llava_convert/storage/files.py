@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from io import SEEK_END, RawIOBase
 from pathlib import Path, PurePosixPath
 
-from llava_convert.errors import InputError, UnsafeError
-from llava_convert.storage.remote import RemoteStream, remote_of
+from llava_convert.core.errors import InputError, UnsafeError
+from llava_convert.storage.remote.files import RemoteStream, remote_of
 
 # 255 bytes is the longest path part of common file systems; the longest tensor name seen in a real model is 107.
 _SHOWN_CHARACTERS = 120

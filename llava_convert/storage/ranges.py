@@ -23,8 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from llava_convert.errors import InputError
-from llava_convert.storage.remote import FIRST, RemoteFile, remote_of
+from llava_convert.core.errors import InputError
+from llava_convert.storage.remote.files import FIRST, RemoteFile, remote_of
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer

@@ -16,10 +16,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from llava_convert.errors import InputError, UnsupportedError
-from llava_convert.spec import DTYPE_BITS, Extent, StoredTensor
+from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.tensors import DTYPE_BITS, Extent, StoredTensor
 from llava_convert.storage.files import open_regular, read_fully, reject_stand_in, shown, size_of
-from llava_convert.storage.jsonfile import parse_json
+from llava_convert.storage.json_files import parse_json
 
 SUFFIX = ".safetensors"
 MAX_HEADER_BYTES = 100_000_000  # of safetensors itself: MAX_HEADER_SIZE

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_convert.errors import InputError, UnsafeError, UnsupportedError
-from llava_convert.spec import StoredTensor
+from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
+from llava_convert.core.tensors import StoredTensor
 from llava_convert.storage.files import listed, os_reason, relative_name, require_inside, require_regular, shown
-from llava_convert.storage.jsonfile import read_json
+from llava_convert.storage.json_files import read_json
 from llava_convert.storage.safetensors import SUFFIX as SAFETENSORS_SUFFIX
 from llava_convert.storage.safetensors import read_header
 
@@ -159,7 +159,7 @@ def _read_file(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     if path.suffix.lower() == SAFETENSORS_SUFFIX:
         return read_header(path).tensors, []
     require_regular(path)
-    from llava_convert.storage.torch_file import read_torch, state_dict  # most sources have no torch file
+    from llava_convert.storage.torch.file import read_torch, state_dict  # most sources have no torch file
 
     found = state_dict(read_torch(path))
     notes = [f"{shown(path.name)}: weights taken from within {listed(found.unwrapped)}"] if found.unwrapped else []

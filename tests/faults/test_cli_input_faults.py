@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_convert import conversion, execute
+from llava_convert.app import convert as conversion
+from llava_convert.engine import execute
 from llava_convert.storage.ranges import FilePool
 from tests.faults.corpus import (
     EMBED,

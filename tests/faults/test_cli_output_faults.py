@@ -22,9 +22,9 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import load_file, save_file
 
-from llava_convert.architecture import architecture_for
-from llava_convert.checkpoint import LLM, PROJECTOR, VISION
-from llava_convert.mapping import layout_table
+from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION
+from llava_convert.model.tables.families import architecture_for
+from llava_convert.model.tables.names import layout_table
 from tests.faults.corpus import (
     ROOT,
     TINY,

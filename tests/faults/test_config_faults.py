@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_convert.errors import ConvertError, InputError, UnsafeError
-from llava_convert.training_config import load_training_config, parse_training_config
-from llava_convert.xtuner_config import Unknown, evaluate
+from llava_convert.core.errors import ConvertError, InputError, UnsafeError
+from llava_convert.layouts.training_config import load_training_config, parse_training_config
+from llava_convert.storage.pyconfig.evaluate import Unknown, evaluate
 
 RUNS_CODE = [
     "__import__('os').system('touch {canary}')",

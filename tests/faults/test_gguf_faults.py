@@ -15,9 +15,9 @@ from pathlib import Path
 import gguf
 import pytest
 
-from llava_convert.errors import ConvertError, InputError, UnsupportedError
-from llava_convert.storage import gguf_values
-from llava_convert.storage.gguf import GgufFile, Typed, open_gguf, read_gguf
+from llava_convert.core.errors import ConvertError, InputError, UnsupportedError
+from llava_convert.storage.gguf import values as gguf_values
+from llava_convert.storage.gguf.file import GgufFile, Typed, open_gguf, read_gguf
 from tests.fuzz.guard import bounded
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STR, ARRAY, U64, I64, F64 = range(13)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import llava_convert
-from llava_convert.errors import InputError, MismatchError, UnsupportedError
+from llava_convert.core.errors import InputError, MismatchError, UnsupportedError
 from tests.gguf_models import CLIP_KEYS, llm_keys, llm_tensors, vision_tensors, write, write_llm, write_mmproj
 
 Floats = dict[str, Any]

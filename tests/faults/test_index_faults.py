@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from llava_convert.errors import ConvertError, InputError, UnsafeError, UnsupportedError
+from llava_convert.core.errors import ConvertError, InputError, UnsafeError, UnsupportedError
 from llava_convert.storage.files import relative_name, require_inside
 from llava_convert.storage.safetensors import encode_header
 from llava_convert.storage.weights import MAX_INDEX_BYTES, open_weights

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_convert.architecture import architecture_for, architectures
-from llava_convert.mapping import TableError, layout_table, parse_layout_table
+from llava_convert.model.tables.families import architecture_for, architectures
+from llava_convert.model.tables.names import TableError, layout_table, parse_layout_table
 from tests.faults.corpus import (
     EMBED,
     HEAD,

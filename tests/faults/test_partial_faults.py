@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import llava_convert
-from llava_convert.conversion import Options, prepare
-from llava_convert.errors import InputError, UnsupportedError
-from llava_convert.provenance import stored_of
-from llava_convert.storage.torch_file import read_torch
+from llava_convert.app.convert import Options, prepare
+from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.engine.record import stored_of
+from llava_convert.storage.torch.file import read_torch
 
 
 def test_fault_37_history_and_optimizer_are_ignored(tiny: Path, tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_convert.errors import ConvertError, InputError, UnsafeError, UnsupportedError
-from llava_convert.spec import StoredTensor
-from llava_convert.storage import unpickle
-from llava_convert.storage.pickle_limits import MAX_OPCODES
-from llava_convert.storage.torch_file import read_torch, state_dict
-from llava_convert.storage.unpickle import Inert
+from llava_convert.core.errors import ConvertError, InputError, UnsafeError, UnsupportedError
+from llava_convert.core.tensors import StoredTensor
+from llava_convert.storage.pickle import machine as unpickle
+from llava_convert.storage.pickle.limits import MAX_OPCODES
+from llava_convert.storage.pickle.machine import Inert
+from llava_convert.storage.torch.file import read_torch, state_dict
 
 STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04tQ"
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import pytest
 
-from llava_convert.errors import ConvertError, InputError, UnsupportedError
-from llava_convert.spec import StoredTensor
+from llava_convert.core.errors import ConvertError, InputError, UnsupportedError
+from llava_convert.core.tensors import StoredTensor
 from llava_convert.storage.files import open_regular, require_regular, shown
-from llava_convert.storage.jsonfile import MAX_JSON_VALUES, read_json
+from llava_convert.storage.json_files import MAX_JSON_VALUES, read_json
 from llava_convert.storage.safetensors import read_header
 from llava_convert.storage.weights import open_weights, reject_ungathered
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
-from llava_convert.errors import OutputError, UsageError
-from llava_convert.storage import locks, staging
+from llava_convert.core.errors import OutputError, UsageError
+from llava_convert.storage.output import locks, staging
+from llava_convert.storage.output.staging import Staging, Terminated, interrupt_on_sigterm
 from llava_convert.storage.ranges import write_all
-from llava_convert.storage.staging import Staging, Terminated, interrupt_on_sigterm
 
 posix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals, limits or permissions")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux's mount or renameat2")
@@ -302,8 +302,8 @@ CHILD = textwrap.dedent(
     import os, signal, sys
     from pathlib import Path
     sys.path.insert(0, {root!r})
-    from llava_convert.errors import ConvertError
-    from llava_convert.storage import staging
+    from llava_convert.core.errors import ConvertError
+    from llava_convert.storage.output import staging
     from llava_convert.storage.ranges import write_all
 
     SHARDS, SMALL = {shards!r}, {small!r}

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from llava_convert.errors import ConvertError, InputError, UnsafeError, UnsupportedError
-from llava_convert.layouts import open_checkpoint
-from llava_convert.storage import zero
-from llava_convert.storage.zero import read_zero
+from llava_convert.core.errors import ConvertError, InputError, UnsafeError, UnsupportedError
+from llava_convert.layouts.registry import open_checkpoint
+from llava_convert.storage.zero import checkpoint as zero
+from llava_convert.storage.zero.checkpoint import read_zero
 from tests.zero_folders import Save, write
 
 SAVE = Save({"llm.a": torch.randn(9, 5), "llm.b": torch.randn(7)}, ranks=3)

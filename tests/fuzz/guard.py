@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava_convert.errors import ConvertError, InputError, UnsafeError, UnsupportedError
+from llava_convert.core.errors import ConvertError, InputError, UnsafeError, UnsupportedError
 
 SECONDS = 10.0  # for inputs of at most 64 KiB, which take milliseconds
 PEAK_BYTES = 192 << 20

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llava_convert.storage.gguf import Typed, encode_gguf
+from llava_convert.storage.gguf.file import Typed, encode_gguf
 from llava_convert.storage.safetensors import encode_header
 
 TINY = Path(__file__).resolve().parents[2] / "fixtures" / "tiny"
@@ -385,7 +385,7 @@ def sentencepiece_seeds() -> Seeds:
 
 def tokenizer_seeds() -> Seeds:
     """Files of a folder, each behind the byte which is its place in `tokens.FILES`."""
-    from llava_convert.tokenizer import FILES
+    from llava_convert.assets.tokenizer.files import FILES
 
     def folder(**files: object) -> bytes:
         named = {name.replace(".", "_"): number for number, name in enumerate(FILES)}

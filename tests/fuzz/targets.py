@@ -12,21 +12,22 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from llava_convert import tokenizer, tokens
-from llava_convert.architecture import architectures
-from llava_convert.configs import family, named_config, old_flavour
-from llava_convert.sentencepiece import read_pieces
-from llava_convert.sidecars import folder_sidecars
-from llava_convert.spec import StoredTensor
-from llava_convert.storage import unpickle
-from llava_convert.storage.gguf import encode_gguf, open_gguf
-from llava_convert.storage.jsonfile import parse_json
+from llava_convert.assets.tokenizer import files as tokenizer
+from llava_convert.assets.tokenizer import llava_tokens as tokens
+from llava_convert.core.tensors import StoredTensor
+from llava_convert.layouts.training_config import parse_training_config
+from llava_convert.model.configs import family, named_config, old_flavour
+from llava_convert.model.tables.families import architectures
+from llava_convert.storage.gguf.file import encode_gguf, open_gguf
+from llava_convert.storage.json_files import parse_json
+from llava_convert.storage.pickle import machine as unpickle
+from llava_convert.storage.pyconfig.evaluate import evaluate
 from llava_convert.storage.safetensors import read_header
-from llava_convert.storage.torch_file import read_torch, state_dict
+from llava_convert.storage.sentencepiece import read_pieces
+from llava_convert.storage.sidecars import folder_sidecars
+from llava_convert.storage.torch.file import read_torch, state_dict
 from llava_convert.storage.weights import open_weights
-from llava_convert.storage.zero import read_zero
-from llava_convert.training_config import parse_training_config
-from llava_convert.xtuner_config import evaluate
+from llava_convert.storage.zero.checkpoint import read_zero
 from tests.fuzz import seeds
 
 Read = Callable[[], None]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_convert.errors import InputError, OutputError
+from llava_convert.core.errors import InputError, OutputError
 from tests.fuzz.guard import FindingError, accepts, bounded
 from tests.fuzz.mutations import mutated
 from tests.fuzz.targets import TARGETS

@@ -69,7 +69,7 @@ def _bases(case: str) -> Options:
 def manifest() -> dict[str, Entry]:
     """What every conversion writes now: file → sha256, or the exit code where it is refused."""
     from llava_convert import convert
-    from llava_convert.errors import ConvertError
+    from llava_convert.core.errors import ConvertError
 
     found: dict[str, Entry] = {}
     with tempfile.TemporaryDirectory() as temporary:

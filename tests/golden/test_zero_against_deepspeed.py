@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava_convert.storage.zero import read_zero
+from llava_convert.storage.zero.checkpoint import read_zero
 from tests.conftest import CHECKOUT
 
 pytestmark = pytest.mark.peers

@@ -79,12 +79,6 @@ def _serve(place: Path) -> None:
     import modelscope_hub
     import yaml  # noqa: F401
 
-    import llava_convert.api
-    import llava_convert.cli
-    import llava_convert.publish.huggingface
-    import llava_convert.publish.modelscope
-    import llava_convert.publish.release  # noqa: F401
-
     assert huggingface_hub.HfApi and modelscope_hub.HubApi  # their submodules are imported by name only
     for line in sys.stdin:
         wish = json.loads(line)

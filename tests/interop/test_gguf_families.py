@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 import llava_convert
-from llava_convert.resources import data_dir
+from llava_convert.core.resources import data_dir
 from tests.interop.conftest import Converter, gap
 from tests.interop.llama_cpp import PRE, LlamaCpp, differing, llm_file, metadata, mmproj_file, tensors
 from tests.interop.made_tokenizers import MADE, ByteLevel

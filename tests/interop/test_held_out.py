@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import llava_convert
-from llava_convert.errors import UnsupportedError
+from llava_convert.core.errors import UnsupportedError
 from tests.golden.oracle import assert_same_weights, load
 from tests.interop.conftest import Converter, Source
 from tests.interop.peer_programs import PEERS

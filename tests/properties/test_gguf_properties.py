@@ -15,10 +15,10 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llava_convert.errors import ConvertError
-from llava_convert.spec import QUANTS, nbytes_of
-from llava_convert.storage.gguf import GgufFile, Typed, encode_gguf, read_gguf
-from llava_convert.storage.gguf_types import TYPES
+from llava_convert.core.errors import ConvertError
+from llava_convert.core.ggml_types import TYPES
+from llava_convert.core.tensors import QUANTS, nbytes_of
+from llava_convert.storage.gguf.file import GgufFile, Typed, encode_gguf, read_gguf
 
 # No deadline: the machines that run this are shared.
 RANDOM = settings(deadline=None, max_examples=150)

@@ -12,10 +12,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from llava_convert.numerics import NUMPY_TYPES, CastLoss
-from llava_convert.op import Context, Op
-from llava_convert.ops import Cast, MergeLora, PadRows, Quantize, RopePermute, TakeRows
-from llava_convert.spec import Extent, StoredTensor
+from llava_convert.core.tensors import Extent, StoredTensor
+from llava_convert.ops.base import Context, Op
+from llava_convert.ops.cast import NUMPY_TYPES, CastLoss
+from llava_convert.ops.ops import Cast, MergeLora, PadRows, Quantize, RopePermute, TakeRows
 
 dtypes = st.sampled_from(sorted(NUMPY_TYPES))
 cuts = st.lists(st.integers(0, 20), max_size=4).map(sorted)

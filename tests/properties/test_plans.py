@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from llava_convert.model import Recipe
-from llava_convert.ops import PadRows
-from llava_convert.plan import KEEP, FileSet, Output, Plan, Target, make_plan, parse_size
-from llava_convert.shards import size_of
-from llava_convert.spec import DTYPE_BITS, Extent, StoredTensor
+from llava_convert.core.tensors import DTYPE_BITS, Extent, StoredTensor
+from llava_convert.engine.plan import KEEP, FileSet, Output, Plan, Target, make_plan, parse_size
+from llava_convert.engine.shards import size_of
+from llava_convert.model.recipe import Recipe
+from llava_convert.ops.ops import PadRows
 
 names = st.text(string.ascii_lowercase + "._0", min_size=1, max_size=8).filter(lambda n: ".." not in n)
 dtypes = st.sampled_from(["F16", "BF16", "F32"])

@@ -257,7 +257,7 @@ def test_a_killed_run_is_resumed(command: Command, hf: HuggingFace, layouts: dic
     killed = HURRIED.replace(
         "from llava_convert.cli",
         "import os\n"
-        "from llava_convert.storage.staging import Staging\n"
+        "from llava_convert.storage.output.staging import Staging\n"
         "Staging.write_bytes = lambda self, name, data: os.kill(os.getpid(), 9)\n"
         "from llava_convert.cli",
     )

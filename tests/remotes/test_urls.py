@@ -195,8 +195,8 @@ def test_without_the_package(s3: Store, tmp_path: Path, package: str, address: s
 BREAKS = HURRIED.replace(
     "from llava_convert.cli",
     "import os, signal, sys\n"
-    "from llava_convert.errors import HubError\n"
-    "from llava_convert.remotes.target import RemoteStaging\n"
+    "from llava_convert.core.errors import HubError\n"
+    "from llava_convert.storage.output.remote_staging import RemoteStaging\n"
     "left, how = int(os.environ['FILES']), os.environ['HOW']\n"
     "put = RemoteStaging._put\n"
     "def counted(self, local, name):\n"
@@ -330,7 +330,7 @@ def test_a_difference_found_leaves_nothing(s3: Store, layouts: dict[str, Path], 
     """A byte that the store changes is found by --verify full, which reads back what was sent."""
     spoiled = HURRIED.replace(
         "from llava_convert.cli",
-        "from llava_convert.remotes.target import RemoteStaging\n"
+        "from llava_convert.storage.output.remote_staging import RemoteStaging\n"
         "put = RemoteStaging._put\n"
         "def spoil(self, local, name):\n"
         "    if name.endswith('.safetensors'):\n"
@@ -349,7 +349,7 @@ def test_a_source_that_changes_meanwhile(s3: Store, layouts: dict[str, Path], tm
     meddled = HURRIED.replace(
         "from llava_convert.cli",
         "import boto3\n"
-        "from llava_convert.storage.identity import Snapshot\n"
+        "from llava_convert.storage.fingerprints import Snapshot\n"
         "recheck = Snapshot.recheck\n"
         "def changed(self):\n"
         "    s3 = boto3.client('s3')\n"

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava_convert.resources import training
+from llava_convert.core.resources import training
 
 recipes = training("recipe")
 WORDS = ("a", "red", "boat", "on", "the", "sea", "and", "two", "small", "hats", "in", "front", "of", "old", "trees")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llava_convert.resources import training
+from llava_convert.core.resources import training
 from tests.conftest import CHECKOUT
 from tests.interop.peer_programs import PEERS, in_peer
 

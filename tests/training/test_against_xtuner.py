@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from llava_convert.resources import training
-from llava_convert.storage.torch_file import read_torch, state_dict
+from llava_convert.core.resources import training
+from llava_convert.storage.torch.file import read_torch, state_dict
 from tests.training.programs import ROUNDING_ALONE
 
 checkpoint, recipes = training("checkpoint"), training("recipe")

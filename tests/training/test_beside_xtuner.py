@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import llava_convert
-from llava_convert.resources import training
+from llava_convert.core.resources import training
 from tests.training.drawn import KINDS, draw, recipe
 from tests.training.programs import convert, furthest, losses, xtuner
 

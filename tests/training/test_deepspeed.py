@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import llava_convert
-from llava_convert.errors import UsageError
-from llava_convert.resources import training
+from llava_convert.core.errors import UsageError
+from llava_convert.core.resources import training
 from tests.interop.peer_programs import PEERS
 from tests.training.drawn import draw, recipe
 from tests.training.programs import command, convert, losses, train, xtuner

@@ -14,11 +14,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import llava_convert
+from llava_convert.assets.prompts import prompt_template
 from llava_convert.cli import app
-from llava_convert.errors import InputError, UsageError
-from llava_convert.prompts import prompt_template
-from llava_convert.resources import training
-from llava_convert.training_config import parse_training_config
+from llava_convert.core.errors import InputError, UsageError
+from llava_convert.core.resources import training
+from llava_convert.layouts.training_config import parse_training_config
 from tests.training.drawn import draw, recipe
 
 data, recipes, sampler = training("data"), training("recipe"), training("sampler")

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from llava_convert.errors import InputError, UsageError
-from llava_convert.resources import training
+from llava_convert.core.errors import InputError, UsageError
+from llava_convert.core.resources import training
 from tests.training.drawn import draw, recipe
 from tests.training.programs import command, environment, furthest, losses, train
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llava_convert.resources import training
+from llava_convert.core.resources import training
 from tests.interop.peer_programs import in_peer
 
 pytestmark = pytest.mark.peers

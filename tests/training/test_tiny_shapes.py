@@ -18,7 +18,7 @@ from rich.console import Console
 import llava_convert
 from fixtures.demo import __main__ as demo
 from fixtures.demo import runtimes
-from llava_convert.resources import training
+from llava_convert.core.resources import training
 from tests.interop.peer_programs import in_peer
 
 shapes = training("shapes")

@@ -12,7 +12,7 @@ import typer
 
 import llava_convert
 from llava_convert.cli import app
-from llava_convert.errors import ConvertError, InputError, OutputError, UnsupportedError, UsageError
+from llava_convert.core.errors import ConvertError, InputError, OutputError, UnsupportedError, UsageError
 
 REPORT_KEYS = {
     "source", "out", "from", "to", "done", "dtype", "parts", "tensors", "ops", "bytes_read", "bytes_fetched",

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from llava_convert.architecture import MOST_LAYERS, architecture_for, architectures, parse_architecture
-from llava_convert.configs import named_config
-from llava_convert.errors import InputError
+from llava_convert.core.errors import InputError
+from llava_convert.model.configs import named_config
+from llava_convert.model.tables.families import MOST_LAYERS, architecture_for, architectures, parse_architecture
 
 LLM, VISION = "language_model", "vision_tower"
 SIZES: dict[str, Any] = {

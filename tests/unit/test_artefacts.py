@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 import llava_convert
-from llava_convert import towers
-from llava_convert.checkpoint import VISION
-from llava_convert.configs import named_config
-from llava_convert.conversion import Options, Prepared, prepare
-from llava_convert.errors import UsageError
+from llava_convert.app.convert import Options, Prepared, prepare
+from llava_convert.core.errors import UsageError
 from llava_convert.layouts.base import TargetOptions
-from llava_convert.model import Bases
-from llava_convert.storage.torch_file import read_torch
+from llava_convert.model import towers
+from llava_convert.model.checkpoint import VISION
+from llava_convert.model.configs import named_config
+from llava_convert.model.recipe import Bases
+from llava_convert.storage.torch.file import read_torch
 
 GUESS = "the hub id of the {} is not known"
 

@@ -14,9 +14,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import llava_convert
-from llava_convert.bases import find_base
-from llava_convert.errors import InputError, UnsupportedError
-from llava_convert.published import cached_id
+from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.model.bases import find_base
+from llava_convert.storage.remote.origin import cached_id
 
 LLM, VISION = "language_model", "vision_tower"
 REVISION = "0" * 40

@@ -19,25 +19,25 @@ from transformers import AutoTokenizer
 
 import llava_convert
 from llava_convert import __version__
-from llava_convert import conversion as engine
-from llava_convert.card import card
-from llava_convert.card.front_matter import _scalar
-from llava_convert.card.origin import datasets_of
-from llava_convert.card.quickstarts import SECTIONS
-from llava_convert.card.tables import size, table
-from llava_convert.card.traps import lmdeploy_template
-from llava_convert.card.words import Words
-from llava_convert.conversion import Options, prepare
+from llava_convert.app import convert as engine
+from llava_convert.app.card import card
+from llava_convert.app.card.front_matter import _scalar
+from llava_convert.app.card.origin import datasets_of
+from llava_convert.app.card.quickstarts import SECTIONS
+from llava_convert.app.card.tables import size, table
+from llava_convert.app.card.traps import lmdeploy_template
+from llava_convert.app.card.words import Words
+from llava_convert.app.convert import Options, prepare
+from llava_convert.app.publish.publish import Destination
+from llava_convert.app.publish.release import Release
+from llava_convert.app.publish.release import plan as plan_release
 from llava_convert.layouts.base import TargetOptions
-from llava_convert.model import Bases
-from llava_convert.publish import Destination
-from llava_convert.publish.release import Release
-from llava_convert.publish.release import plan as plan_release
+from llava_convert.model.recipe import Bases
 from tests.interop.card_blocks import block, blocks
 from tests.interop.wide_models import PUBLISHED, WIDES, make_wide
 
 Make = Callable[..., str]
-TEXTS = Path(llava_convert.__file__).parent / "card" / "texts"
+TEXTS = Path(llava_convert.__file__).parent / "app" / "card" / "texts"
 IDS = {"llm_id": "meta/tiny", "visual_encoder_id": "openai/tiny"}
 
 

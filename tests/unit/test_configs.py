@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from llava_convert.configs import family, named_config, old_flavour, ordered, without_stale
-from llava_convert.errors import InputError, UnsupportedError
+from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.model.configs import family, named_config, old_flavour, ordered, without_stale
 
 LLM = "language_model"
 SIZES: dict[str, Any] = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4}

@@ -15,22 +15,23 @@ import numpy as np
 import pytest
 import torch
 
-from llava_convert import execute, ggml, sinks
-from llava_convert.compare import compare
-from llava_convert.errors import InputError
-from llava_convert.model import Recipe
-from llava_convert.op import Op
-from llava_convert.ops import Cast, MergeLora, PadRows, Quantize, RopePermute, constant
-from llava_convert.plan import FileSet, Output, Plan, PlannedTensor, Target, make_plan
-from llava_convert.sinks import FileSink
-from llava_convert.spec import Extent, StoredTensor, nbytes_of
+from llava_convert.core.errors import InputError
+from llava_convert.core.tensors import Extent, StoredTensor, nbytes_of
+from llava_convert.engine import execute, sinks
+from llava_convert.engine.compare import compare
+from llava_convert.engine.plan import FileSet, Output, Plan, PlannedTensor, Target, make_plan
+from llava_convert.engine.run import Outcome, run_task
+from llava_convert.engine.sinks import FileSink
+from llava_convert.engine.tasks import Copy, Work, tasks_of
+from llava_convert.model.recipe import Recipe
+from llava_convert.ops import kernels as ggml
+from llava_convert.ops.base import Op
+from llava_convert.ops.ops import Cast, MergeLora, PadRows, Quantize, RopePermute, constant
 from llava_convert.storage import streams
+from llava_convert.storage.output.staging import Staging
 from llava_convert.storage.ranges import PIECE, FilePool
 from llava_convert.storage.safetensors import read_header
-from llava_convert.storage.staging import Staging
 from llava_convert.storage.streams import LEAST_ROWS, blocks, cuts, rows_per_block
-from llava_convert.tasks import Copy, Work, tasks_of
-from llava_convert.work import Outcome, run_task
 
 
 def stored(folder: Path, name: str, values: np.ndarray) -> StoredTensor:

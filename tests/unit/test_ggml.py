@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from llava_convert import ggml
-from llava_convert.errors import UsageError
-from llava_convert.spec import QUANTS
+from llava_convert.core.errors import UsageError
+from llava_convert.core.tensors import QUANTS
+from llava_convert.ops import kernels as ggml
 
 RNG = np.random.default_rng(0)
 # Root mean square error on normal weights, by gguf-py's reader: each type's own bits, with room for half a bit.
@@ -120,8 +120,8 @@ def test_the_wheel_is_loaded_without_its_python_and_leaves_arithmetic_alone() ->
     script = """
 import sys, threading
 import numpy as np
-from llava_convert import ggml
-from llava_convert.numerics import _flushes_subnormals
+from llava_convert.ops import kernels as ggml
+from llava_convert.ops.cast import _flushes_subnormals
 ggml.quantize("Q4_K", np.ones((1, 256), np.float32))
 assert ggml._library() is not None
 assert not {"xllamacpp", "gguf", "torch"} & sys.modules.keys()

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
-from llava_convert.errors import InputError
-from llava_convert.spec import DTYPE_BITS, QUANTS, nbytes_of
-from llava_convert.storage.gguf import Header, Typed, encode_gguf, open_gguf, read_gguf
-from llava_convert.storage.gguf_types import TYPES
+from llava_convert.core.errors import InputError
+from llava_convert.core.ggml_types import TYPES
+from llava_convert.core.tensors import DTYPE_BITS, QUANTS, nbytes_of
+from llava_convert.storage.gguf.file import Header, Typed, encode_gguf, open_gguf, read_gguf
 
 Tensors = Sequence[tuple[str, str, tuple[int, ...]]]
 

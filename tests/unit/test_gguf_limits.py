@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_convert.errors import InputError, UnsupportedError
-from llava_convert.gguf import limits, rope, token_flags
-from llava_convert.gguf.names import config_of, metadata_of, table_for_family
-from llava_convert.sidecars import folder_sidecars
-from llava_convert.tokenizer import open_tokenizer
+from llava_convert.assets.tokenizer.files import open_tokenizer
+from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.layouts.gguf import limits, rope, token_flags
+from llava_convert.layouts.gguf.names import config_of, metadata_of, table_for_family
+from llava_convert.storage.sidecars import folder_sidecars
 from tests.unit.test_gguf_words import config, stored
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}

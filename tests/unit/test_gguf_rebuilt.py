@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava_convert.gguf.rebuilt import tokenizer_files
-from llava_convert.sentencepiece import read_model
-from llava_convert.storage.gguf import Typed
+from llava_convert.layouts.gguf.rebuilt import tokenizer_files
+from llava_convert.storage.gguf.file import Typed
+from llava_convert.storage.sentencepiece import read_model
 
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 SPM = ["<unk>", "<s>", "</s>", *BYTES, "▁a", "a", "<|endoftext|>", "<|end|>", "<image>"]

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llava_convert
-from llava_convert.errors import InputError, UnsupportedError
-from llava_convert.layouts.gguf_files import Files, find, find_all, stem_of
+from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.layouts.gguf.files import Files, find, find_all, stem_of
 from tests.gguf_models import (
     floats,
     llm_keys,
@@ -206,7 +206,7 @@ def test_which_layer_the_projector_reads(
 
 def test_a_published_tower_is_recognised(tmp_path: Path) -> None:
     """CLIP-L's own depth without a word on the layer: LLaVA's, and the tower's name and text width are known."""
-    from llava_convert.layouts.gguf_vision import completed, feature_layer
+    from llava_convert.layouts.gguf.mmproj import completed, feature_layer
 
     config = {
         "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,

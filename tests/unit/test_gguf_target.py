@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import llava_convert
-from llava_convert import ggml
-from llava_convert.errors import ConvertError, UnsupportedError, UsageError
-from llava_convert.layouts.gguf_target import size_label
+from llava_convert.core.errors import ConvertError, UnsupportedError, UsageError
+from llava_convert.layouts.gguf.write import size_label
+from llava_convert.ops import kernels as ggml
 
 
 @pytest.fixture(scope="module")

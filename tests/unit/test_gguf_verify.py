@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import llava_convert
-from llava_convert.errors import MismatchError
+from llava_convert.core.errors import MismatchError
 from tests.gguf_models import llm_keys, llm_tensors, write, write_llm, write_mmproj
 
 POST = "vision_tower.vision_model.post_layernorm"

@@ -14,21 +14,21 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_convert.architecture import architecture_for
-from llava_convert.checkpoint import LLM
-from llava_convert.errors import InputError, UnsupportedError, UsageError
-from llava_convert.gguf import mixes, rope
-from llava_convert.gguf.modelfile import go_template, modelfile
-from llava_convert.gguf.names import config_of, metadata_of, missing, table_for_arch, table_for_family
-from llava_convert.gguf.pre_tokenizers import pre_tokenizer_of, pre_tokenizers
-from llava_convert.gguf.rebuilt import tokenizer_files
-from llava_convert.gguf.vocabulary import tokenizer_metadata
-from llava_convert.prompts import chat_template, prompt_templates
-from llava_convert.sentencepiece import Piece, read_model, write_model
-from llava_convert.sidecars import folder_sidecars, made_sidecars
-from llava_convert.spec import StoredTensor
-from llava_convert.storage.gguf import Typed
-from llava_convert.tokenizer import Tokenizer, open_tokenizer
+from llava_convert.assets.prompts import chat_template, prompt_templates
+from llava_convert.assets.tokenizer.files import Tokenizer, open_tokenizer
+from llava_convert.core.errors import InputError, UnsupportedError, UsageError
+from llava_convert.core.tensors import StoredTensor
+from llava_convert.layouts.gguf import mixes, rope
+from llava_convert.layouts.gguf.modelfile import go_template, modelfile
+from llava_convert.layouts.gguf.names import config_of, metadata_of, missing, table_for_arch, table_for_family
+from llava_convert.layouts.gguf.pre_tokenizers import pre_tokenizer_of, pre_tokenizers
+from llava_convert.layouts.gguf.rebuilt import tokenizer_files
+from llava_convert.layouts.gguf.vocabulary import tokenizer_metadata
+from llava_convert.model.checkpoint import LLM
+from llava_convert.model.tables.families import architecture_for
+from llava_convert.storage.gguf.file import Typed
+from llava_convert.storage.sentencepiece import Piece, read_model, write_model
+from llava_convert.storage.sidecars import folder_sidecars, made_sidecars
 
 # --- names and keys
 

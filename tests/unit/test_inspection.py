@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import llava_convert
-from llava_convert.errors import InputError, UnsupportedError
+from llava_convert.core.errors import InputError, UnsupportedError
 
 JSON_KEYS = {"path", "layout", "why", "parts", "settings", "targets", "notes", "warnings", "details", "bytes_fetched"}
 

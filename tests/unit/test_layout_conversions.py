@@ -14,7 +14,7 @@ import xxhash
 from safetensors import safe_open
 
 import llava_convert
-from llava_convert.errors import MismatchError, UnsupportedError, UsageError
+from llava_convert.core.errors import MismatchError, UnsupportedError, UsageError
 from llava_convert.storage.safetensors import read_header
 
 LAYOUTS = ("xtuner", "official", "hf")

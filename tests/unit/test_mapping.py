@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from llava_convert.architecture import architecture_for, architectures
-from llava_convert.mapping import (
+from llava_convert.core.resources import data_dir
+from llava_convert.model.tables.families import architecture_for, architectures
+from llava_convert.model.tables.names import (
     Pattern,
     TableError,
     grouped,
@@ -19,7 +20,6 @@ from llava_convert.mapping import (
     parse_layout_table,
     printable,
 )
-from llava_convert.resources import data_dir
 
 SHIPPED = sorted(path.stem for path in (data_dir("mappings") / "layouts").glob("*.toml"))
 SMALL: dict[str, Any] = {"num_hidden_layers": 2, "vocab_size": 8, "hidden_size": 8, "num_attention_heads": 2}
@@ -250,7 +250,7 @@ def test_against_xtuner(golden: Path, layout: str) -> None:
 
 def test_against_xtuner_training(golden: Path) -> None:
     """The real `.pth` of a run that trained everything holds the frozen names."""
-    from llava_convert.storage.torch_file import read_torch, state_dict
+    from llava_convert.storage.torch.file import read_torch, state_dict
 
     path = golden / "cases" / "d_full_fullvit" / "pth" / "iter_2.pth"
     assert set(state_dict(read_torch(path)).tensors) == FROZEN["pth"]

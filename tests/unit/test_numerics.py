@@ -9,8 +9,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from llava_convert import numerics
-from llava_convert.numerics import CHUNK, CastLoss, cast, count_nonfinite, widen
+from llava_convert.ops import cast as numerics
+from llava_convert.ops.cast import CHUNK, CastLoss, cast, count_nonfinite, widen
 
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
-from llava_convert.errors import InputError, UnsupportedError
-from llava_convert.model import Recipe
-from llava_convert.numerics import NUMPY_TYPES, CastLoss
-from llava_convert.op import Context, Op
-from llava_convert.ops import (
+from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.tensors import QUANTS, TORCH_NAMES, Extent, StoredTensor, nbytes_of
+from llava_convert.model.recipe import Recipe
+from llava_convert.ops.base import Context, Op
+from llava_convert.ops.cast import NUMPY_TYPES, CastLoss
+from llava_convert.ops.ops import (  # fmt: skip
     OPS,
     Cast,
     Constant,
@@ -30,8 +31,7 @@ from llava_convert.ops import (
     as_array,
     constant,
     steps,
-)  # fmt: skip
-from llava_convert.spec import QUANTS, TORCH_NAMES, Extent, StoredTensor, nbytes_of
+)
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 TORCH = {dtype: getattr(torch, TORCH_NAMES[dtype]) for dtype in FLOATS}

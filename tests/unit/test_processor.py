@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from llava_convert.errors import InputError, UnsupportedError, UsageError
-from llava_convert.processor import preprocessor_config, processor_config
+from llava_convert.assets.processor import preprocessor_config, processor_config
+from llava_convert.core.errors import InputError, UnsupportedError, UsageError
 
 CLIP = {"model_type": "clip_vision_model", "image_size": 56, "patch_size": 14}
 SIGLIP = {"model_type": "siglip_vision_model", "image_size": 56, "patch_size": 14}

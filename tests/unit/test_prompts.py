@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from llava_convert.errors import UsageError
-from llava_convert.prompts import (
+from llava_convert.assets.prompts import (
     chat_template,
     hf_templates,
     prompt_template,
@@ -18,8 +17,9 @@ from llava_convert.prompts import (
     stop_ids,
     wrap_chat_template,
 )
-from llava_convert.sidecars import folder_sidecars
-from llava_convert.tokenizer import open_tokenizer
+from llava_convert.assets.tokenizer.files import open_tokenizer
+from llava_convert.core.errors import UsageError
+from llava_convert.storage.sidecars import folder_sidecars
 
 # Two turns put through xtuner's template_map_fn and joined as its encode_fn joins them, <BOS> and <EOS> for the ids
 # that it puts in. minicpm has no system text.

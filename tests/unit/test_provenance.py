@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 import llava_convert
 from llava_convert import __version__
-from llava_convert.checkpoint import Dropped
-from llava_convert.errors import InputError
-from llava_convert.provenance import RECORD, dropped_texts, dump, read_record
+from llava_convert.core.errors import InputError
+from llava_convert.engine.record import RECORD, dropped_texts, dump, read_record
+from llava_convert.model.checkpoint import Dropped
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_a_record_of_other_rows_is_not_believed(folders: dict[str, Path], tmp_pa
 
 
 def test_drops_are_told_once_a_reason(tiny: Path) -> None:
-    from llava_convert.conversion import Options, prepare
+    from llava_convert.app.convert import Options, prepare
 
     checkpoint = prepare(tiny / "iter_2.pth", Options(to="official")).checkpoint
     drops = [Dropped("a.inv_freq", "a buffer"), Dropped("b.inv_freq", "a buffer"), Dropped("c", "no use")]

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llava_convert.errors import InputError
+from llava_convert.core.errors import InputError
 from llava_convert.storage import ranges
 
 SIZE = 700_001  # not a multiple of anything

@@ -11,14 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_convert import aliases, hub
-from llava_convert.errors import HubError, InputError, UnsafeError
-from llava_convert.remotes import reach, url_of
-from llava_convert.storage import ranges, remote
+from llava_convert.core import addresses as aliases
+from llava_convert.core import hub_names as hub
+from llava_convert.core.errors import HubError, InputError, UnsafeError
+from llava_convert.storage import ranges
 from llava_convert.storage.files import open_regular, read_fully, size_of
-from llava_convert.storage.mounts import mount, mounted, mounts
 from llava_convert.storage.ranges import FilePool
-from llava_convert.storage.remote import Remote, RemoteFile, RemoteStream, TransientError, patiently, remote_of
+from llava_convert.storage.remote import files as remote
+from llava_convert.storage.remote.files import Remote, RemoteFile, RemoteStream, TransientError, patiently, remote_of
+from llava_convert.storage.remote.mounts import mount, mounted, mounts
+from llava_convert.storage.remote.reach import reach, url_of
 
 DATA = random.Random(0).randbytes(300_000)
 

@@ -13,8 +13,8 @@ import safetensors
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from llava_convert.errors import UnsupportedError
-from llava_convert.spec import DTYPE_BITS
+from llava_convert.core.errors import UnsupportedError
+from llava_convert.core.tensors import DTYPE_BITS
 from llava_convert.storage import safetensors as ours
 from llava_convert.storage.safetensors import PAGE, Header, encode_header, read_header
 

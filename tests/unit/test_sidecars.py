@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_convert.errors import InputError
-from llava_convert.sidecars import folder_sidecars, made_sidecars
-from llava_convert.tokenizer import has_tokenizer, open_tokenizer
+from llava_convert.assets.tokenizer.files import has_tokenizer, open_tokenizer
+from llava_convert.core.errors import InputError
+from llava_convert.storage.sidecars import folder_sidecars, made_sidecars
 
 
 def test_those_of_a_folder(tmp_path: Path) -> None:

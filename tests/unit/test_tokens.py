@@ -13,12 +13,10 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoProcessor, AutoTokenizer
 
-from llava_convert.errors import InputError, UnsupportedError
-from llava_convert.processor import preprocessor_config, processor_config
-from llava_convert.prompts import hf_templates
-from llava_convert.sidecars import folder_sidecars
-from llava_convert.tokenizer import Tokenizer, open_tokenizer
-from llava_convert.tokens import (
+from llava_convert.assets.processor import preprocessor_config, processor_config
+from llava_convert.assets.prompts import hf_templates
+from llava_convert.assets.tokenizer.files import Tokenizer, open_tokenizer
+from llava_convert.assets.tokenizer.llava_tokens import (
     AddedToken,
     TokenPlan,
     plain_files,
@@ -27,6 +25,8 @@ from llava_convert.tokens import (
     with_tokens,
     without_tokens,
 )
+from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.storage.sidecars import folder_sidecars
 
 TEXTS = ["What is in the picture?", "naïve café, 描述\n\n  two  spaces", "<|eot_id|>x</s>y", ""]
 VISION = {"model_type": "clip_vision_model", "image_size": 56, "patch_size": 14}

@@ -17,10 +17,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llava_convert.errors import InputError, UnsupportedError
-from llava_convert.spec import DTYPE_BITS, StoredTensor
-from llava_convert.storage.torch_file import OddTensor, TorchFile, read_torch, state_dict
-from llava_convert.storage.unpickle import Elided, Inert
+from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.tensors import DTYPE_BITS, StoredTensor
+from llava_convert.storage.pickle.machine import Elided, Inert
+from llava_convert.storage.torch.file import OddTensor, TorchFile, read_torch, state_dict
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
 TORCH_DTYPES = {

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 import llava_convert
-from llava_convert import towers
-from llava_convert.architecture import architectures
-from llava_convert.checkpoint import VISION
-from llava_convert.configs import named_config
-from llava_convert.errors import InputError
-from llava_convert.spec import Extent, StoredTensor
-from llava_convert.towers import fits, id_by_shape, tower_config
+from llava_convert.core.errors import InputError
+from llava_convert.core.tensors import Extent, StoredTensor
+from llava_convert.model import towers
+from llava_convert.model.checkpoint import VISION
+from llava_convert.model.configs import named_config
+from llava_convert.model.tables.families import architectures
+from llava_convert.model.towers import fits, id_by_shape, tower_config
 
 CLIP = "openai/clip-vit-large-patch14-336"
 

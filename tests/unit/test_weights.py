@@ -12,8 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from llava_convert.errors import InputError, UnsupportedError
-from llava_convert.storage.identity import Snapshot, identity
+from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.storage.fingerprints import Snapshot, identity
 from llava_convert.storage.safetensors import read_header
 from llava_convert.storage.weights import Weights, open_weights
 

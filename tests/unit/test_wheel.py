@@ -99,7 +99,9 @@ def test_the_sdist_builds_the_same_wheel(tmp_path: Path) -> None:
 
 
 def test_the_installed_package_is_the_wheels_own(installed: Path, tmp_path: Path) -> None:
-    code = "import llava_convert as p, llava_convert.resources as r; print(p.__file__); print(r.data_dir('mappings'))"
+    code = (
+        "import llava_convert as p, llava_convert.core.resources as r; print(p.__file__); print(r.data_dir('mappings'))"
+    )
     package, mappings = map(Path, run(installed / Path(PYTHON).name, "-c", code, cwd=tmp_path).splitlines())
     assert installed.parent in package.parents
     assert mappings == package.parent / "mappings"

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from llava_convert.errors import InputError
-from llava_convert.xtuner_config import Call, Dotted, Unknown, evaluate
+from llava_convert.core.errors import InputError
+from llava_convert.storage.pyconfig.evaluate import Call, Dotted, Unknown, evaluate
 
 
 def read(text: str, files: dict[str, str] | None = None, filename: str = "configs/my.py") -> dict[str, Any]:

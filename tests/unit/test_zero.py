@@ -15,13 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_convert.conversion import Options, convert
-from llava_convert.inspection import inspect
-from llava_convert.spec import StoredTensor
+from llava_convert.app.convert import Options, convert
+from llava_convert.app.inspect import inspect
+from llava_convert.core.tensors import StoredTensor
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import read_whole
-from llava_convert.storage.torch_file import read_torch, state_dict
-from llava_convert.storage.zero import ZeroCheckpoint, read_zero, recognise
+from llava_convert.storage.torch.file import read_torch, state_dict
+from llava_convert.storage.zero.checkpoint import ZeroCheckpoint, read_zero, recognise
 from tests.zero_folders import Save, write
 
 RANKS = (1, 2, 3, 5, 8)
@@ -269,7 +269,7 @@ def test_reads_indexes_only(tmp_path: Path) -> None:
 def test_imports_neither_torch_nor_deepspeed(tmp_path: Path) -> None:
     write(tmp_path, Save(weights((4,))))
     code = (
-        "import sys; from pathlib import Path; from llava_convert.storage.zero import read_zero; "
+        "import sys; from pathlib import Path; from llava_convert.storage.zero.checkpoint import read_zero; "
         "read_zero(Path(sys.argv[1])); assert not {'torch', 'deepspeed', 'mmengine'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

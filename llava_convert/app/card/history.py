@@ -1,0 +1,170 @@
+"""How an output was made, and what was checked of it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from llava_convert import __version__
+from llava_convert.app.card.facts import Facts
+from llava_convert.app.card.origin import Origin
+from llava_convert.app.card.tables import size, table
+from llava_convert.core.tensors import TORCH_NAMES
+from llava_convert.engine.shards import PlannedTensor
+from llava_convert.model.checkpoint import LLM, PART_NAMES, PARTS, VISION
+from llava_convert.ops.ops import Dequantize, MergeLora, Quantize
+
+_SOURCES = {
+    "pth": "a training checkpoint of xtuner (`.pth`)",
+    "xtuner": "xtuner's layout",
+    "official": "the layout of the original LLaVA code",
+    "hf": "the transformers layout",
+    "gguf": "GGUF",
+}
+_LEVELS = {
+    "quick": "After writing, the names, dtypes, shapes and places of all tensors, the index and the small files were "
+    "compared with what was planned (`--verify quick`).",
+    "full": "After writing, every byte was read back: what was copied was compared with the source, the rest was "
+    "computed a second time (`--verify full`).",
+    "off": "Nothing was checked after writing (`--verify off`).",
+}
+
+
+def history(facts: Facts, origin: Origin, verified: str) -> list[str]:
+    """The paragraphs from "How it was made" on."""
+    return [
+        "## How it was made",
+        _made(facts, origin),
+        _parts(facts),
+        "`conversion.json` tells of each tensor where its bytes come from and what was done to them.",
+        "## What was checked",
+        _LEVELS[verified],
+        _checks(facts),
+        "To compare every tensor yourself, bit for bit, with the source that you have:",
+        f"```shell\nllava-convert verify SOURCE {shlex.quote(facts.folder)}\n```",
+        *_license(origin),
+        *_remarks(facts),
+    ]
+
+
+def _made(facts: Facts, origin: Origin) -> str:
+    source = f" [{origin.source}](https://huggingface.co/{origin.source})," if origin.source else ""
+    said = f"llava-convert {__version__} made this of{source} {_SOURCES[facts.model.checkpoint.layout]}."
+    bases = [
+        f"{PART_NAMES[part]} [{name}](https://huggingface.co/{name})"
+        for part in (LLM, VISION)
+        if (name := facts.base_id(part)) is not None
+    ]
+    return said + (f" Base models: {', '.join(bases)}." if bases else "")
+
+
+def _parts(facts: Facts) -> str:
+    """One row a part. Of GGUF, which may hold a part in several types, the files' table tells types and sizes."""
+    rows = []
+    for part in PARTS:
+        mine = {t.canonical: t for t in facts.plan.tensors if t.canonical.startswith(f"{part}.")}
+        tensors = list(mine.values())
+        if not tensors:
+            rows.append((PART_NAMES[part], _elsewhere(facts, part), "", "", ""))
+            continue
+        dtypes = ", ".join(sorted({TORCH_NAMES.get(t.dtype, t.dtype) for t in tensors}))
+        cells = ("", "") if facts.layout == "gguf" else (dtypes, size(sum(t.nbytes for t in tensors)))
+        rows.append((PART_NAMES[part], _weights(facts, part, tensors), str(len(tensors)), *cells))
+    columns = 3 if facts.layout == "gguf" else 5
+    head = ("part", "its weights are", "tensors", "dtype", "size")
+    return table(head[:columns], (row[:columns] for row in rows))
+
+
+def _elsewhere(facts: Facts, part: str) -> str:
+    name = facts.base_id(part)
+    whole = facts.whole and facts.layout in ("xtuner", "official")
+    return f"not here: those of the base model{f' `{name}`' if name else ''}" if whole else "not here"
+
+
+def _weights(facts: Facts, part: str, tensors: Sequence[PlannedTensor]) -> str:
+    name = facts.base_id(part)
+    base = f"the base model{f' `{name}`' if name else ''}"
+    if any(".lora_" in t.canonical for t in tensors):
+        return f"a LoRA adapter, trained, for {base}"
+    words = {
+        "checkpoint": "the converted checkpoint's",
+        "base": f"those of {base}",
+        "stage 1": "the stage-1 checkpoint's",
+    }
+    origins = sorted({t.origin for t in tensors if t.origin != "synthetic"})
+    said = " and ".join(words.get(o, o) for o in origins) or "made up"
+    merged = sum(_merged(t) for t in tensors)
+    return f"{said}, with a trained LoRA merged into {merged} tensors" if merged else said
+
+
+def _merged(tensor: PlannedTensor) -> bool:
+    return any(isinstance(op, MergeLora) for op in tensor.ops)
+
+
+def _kind(tensor: PlannedTensor) -> str:
+    """What was done to a tensor: the one thing that changes its values most."""
+    if tensor.origin == "synthetic":
+        return "made up, since LLaVA never reads them and no source has them"
+    if any(isinstance(op, Quantize) for op in tensor.ops):
+        return "quantised"
+    if _merged(tensor):
+        return "LoRA merged in float32, rounded once"
+    if any(isinstance(op, Dequantize) for op in tensor.ops):
+        return "dequantised"
+    if tensor.is_copy:
+        return "copied bit for bit"
+    if any(op.name == "cast" for op in tensor.ops):
+        if tensor.source.dtype in ("F16", "BF16") and tensor.dtype == "F32":
+            return "widened to float32, exactly"
+        return f"cast to {TORCH_NAMES.get(tensor.dtype, tensor.dtype)}, rounded to nearest"
+    return "values as they were, in another order or with rows added"
+
+
+def _checks(facts: Facts) -> str:
+    counts: dict[str, int] = {}
+    for tensor in facts.plan.tensors:
+        kind = _kind(tensor)
+        counts[kind] = counts.get(kind, 0) + 1
+    rows = [(kind, str(count)) for kind, count in sorted(counts.items())]
+    rows.append((f"all, in {_files(len(facts.plan.shards))}", str(len(facts.plan.tensors))))
+    added = facts.target.added_rows
+    if added is not None and added["rows"]["to"] > added["rows"]["from"]:
+        rows.append(("added to the vocabulary", f"{added['rows']['to'] - added['rows']['from']} rows"))
+    return table(("what was done", "tensors"), rows)
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
+
+
+def _license(origin: Origin) -> list[str]:
+    if origin.license is None:
+        return []
+    shown = f"[{origin.license.id}]({origin.license.link})" if origin.license.link else f"`{origin.license.id}`"
+    return [
+        "## License",
+        f"{shown}: {origin.license.where}. The vision tower and the training data have licenses of their own.",
+    ]
+
+
+def _remarks(facts: Facts) -> list[str]:
+    said: list[str] = []
+    added = facts.target.added_rows
+    if added is not None and added["rows"]["to"] > added["rows"]["from"]:
+        said.append(
+            f"Rows {added['rows']['from']} to {added['rows']['to'] - 1} of the vocabulary were added for "
+            "`<image>`, `<pad>` and padding: each is the mean of the old rows, and means nothing."
+        )
+    processor = facts.plan.files.get("preprocessor_config.json")
+    if facts.layout == "hf" and facts.whole and processor is not None and b'"CLIPImageProcessor"' in processor:
+        said.append(
+            "Training padded pictures to squares. The image processor here crops their middle, since that loads "
+            "in every transformers version; on pictures that are not square the model sees other pixels. "
+            "`--image-processor llava` pads."
+        )
+    notes = (*facts.model.checkpoint.notes, *facts.model.notes)
+    # A warning with a slash in it may name a path of this machine.
+    notes += tuple(warning for warning in facts.model.warnings if "/" not in warning)
+    # How many tensors LoRA was merged into, the table of parts tells.
+    said += [note[0].upper() + note[1:] + "." for note in notes if not note.startswith("merged LoRA into ")]
+    return ["## Remarks", "\n".join(f"- {text}" for text in said)] if said else []

@@ -1,0 +1,381 @@
+"""The whole way: open, map, plan, execute, verify, commit. What the command line and Python callers share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_convert.app.card import card
+from llava_convert.app.stage_one import with_stage_one
+from llava_convert.app.verify import Verdict, compare_checkpoints
+from llava_convert.core.addresses import address_of, called, name_of
+from llava_convert.core.errors import UnsupportedError, UsageError
+from llava_convert.core.progress import Say, Silence
+from llava_convert.core.tensors import FROM_TORCH_NAMES, QUANTS, TORCH_NAMES
+from llava_convert.engine.check import FULL, OFF, QUICK, check_full, check_quick
+from llava_convert.engine.execute import Outcome, execute
+from llava_convert.engine.plan import KEEP, Plan, Target, make_plan, parse_size, utf8
+from llava_convert.engine.record import RECORD, dropped_texts, dump, record, stored_of
+from llava_convert.engine.report import Report, part_story, peak_memory
+from llava_convert.layouts.base import ALL, OpenOptions, TargetOptions
+from llava_convert.layouts.registry import TARGETS, detect, layout, locate, open_checkpoint
+from llava_convert.model.assemble import assemble, without_added
+from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS, VISION, Checkpoint
+from llava_convert.model.recipe import Bases, Model
+from llava_convert.ops import kernels as ggml
+from llava_convert.ops.cast import CastLoss
+from llava_convert.storage.fingerprints import Snapshot
+from llava_convert.storage.output.staging import Staging
+from llava_convert.storage.ranges import FilePool
+from llava_convert.storage.remote.mounts import fetched, mounts
+from llava_convert.storage.remote.reach import reach, url_of
+
+if TYPE_CHECKING:
+    from llava_convert.storage.output.remote_staging import RemoteStaging
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that a conversion can be told. None means the default, which depends on source and target.
+
+    `repo` is what the output is going to be called on a hub (ms://… on ModelScope): its card's commands name that.
+    """
+
+    to: str
+    out: Path | None = None
+    name: str | None = None
+    source_layout: str | None = None
+    config: Path | None = None
+    pretrained_pth: Path | None = None
+    dequantize: bool = False
+    bases: Bases = field(default_factory=Bases)
+    target: TargetOptions = field(default_factory=TargetOptions)
+    verify: str = QUICK
+    digest: bool = False
+    force: bool = False
+    resume: bool = False
+    threads: int = 0
+    repo: str | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion that is planned and not yet run."""
+
+    checkpoint: Checkpoint
+    why: str
+    model: Model
+    target: Target
+    plan: Plan
+    out: Path
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def convert(source: str | Path, options: Options, say: Say | None = None) -> Report:
+    """Convert a checkpoint; returns what was done.
+
+    OUT appears whole or not at all. Raises ConvertError, whose `exit_code` says which kind.
+    """
+    with mounts():
+        return _convert(prepare(source, options), options, say or Silence())
+
+
+def plan(source: str | Path, options: Options) -> Report:
+    """What `convert` would do; reads headers, writes nothing. Raises what `convert` raises."""
+    with mounts():
+        return report(prepare(source, options), options)
+
+
+def _convert(ready: Prepared, options: Options, say: Say) -> Report:
+    for text in ready.notes:
+        say.note(text)
+    for text in ready.warnings:
+        say.warn(text)
+    if options.resume and options.digest:
+        say.note("--digest reads every tensor, so that --resume keeps nothing")
+    reads = sorted({extent.path for t in ready.plan.tensors for s in stored_of(t) for extent in s.extents})
+    snapshot = Snapshot.take(reads)
+    warnings = list(ready.warnings)
+    with (
+        FilePool() as pool,
+        _staging(ready, options, _stamp(ready.plan, snapshot), say) as stage,
+    ):
+        total = sum(t.nbytes for t in ready.plan.tensors)
+        outcome = execute(
+            ready.plan,
+            stage,
+            pool,
+            threads=options.threads,
+            digest=options.digest,
+            progress=say.start("converting", total),
+        )
+        snapshot.recheck()
+        if options.verify != OFF:
+            written = check_quick(ready.plan, stage.path)
+            if options.verify == FULL:
+                bad = check_full(ready.plan, written, pool, progress=say.start("verifying", total))
+                outcome = _with_nonfinite(outcome, bad)
+        extra = _nonfinite_warning(outcome)
+        if extra:
+            say.warn(extra)
+            warnings.append(extra)
+        if outcome.flushed:
+            say.note(f"{outcome.flushed:,} nonzero values became zero in the cast")
+        kept = recorded_options(options, ready)
+        verified: dict[str, Any] = {"level": options.verify}
+        if options.verify == FULL:  # so that who passes the output on can prove that it is what was verified
+            shards = [shard.name for shard in ready.plan.shards]
+            verified["files"] = stage.contents((*shards, *ready.plan.files, *ready.plan.indexes))
+        made = record(ready.plan, ready.target, ready.model, outcome, options=kept, verified=verified)
+        stage.write_bytes(RECORD, dump(made))
+        stage.write_bytes(
+            "README.md",
+            utf8(
+                card(
+                    ready.plan,
+                    ready.target,
+                    ready.model,
+                    ready.out.name if options.name is None else options.name,
+                    options=replace(options.target, ids=_asked_ids(options)),
+                    repo=options.repo,
+                    verified=options.verify,
+                )
+            ),
+        )
+        stage.commit()
+    return replace(report(ready, options), done=True, flushed=outcome.flushed, warnings=tuple(warnings))
+
+
+def _staging(ready: Prepared, options: Options, stamp: str, say: Say) -> Staging | RemoteStaging:
+    """Where the output is built, by where it goes."""
+    resume = options.resume and not options.digest  # taken while a shard is written: kept ones would have none
+    url = url_of(ready.out)
+    if url is not None:
+        from llava_convert.storage.output.remote_staging import RemoteStaging  # fsspec is for those who need it
+
+        largest = max(sum(shard.size for shard in batch) for batch in ready.plan.batches)
+        return RemoteStaging(url, stamp, force=options.force, resume=resume, needed_bytes=largest, say=say.note)
+    reads = [
+        ready.checkpoint.root if ready.checkpoint.path.is_dir() else ready.checkpoint.path,
+        *(base.folder for base in ready.model.bases.values()),
+    ]
+    needed = ready.plan.bytes_written
+    return Staging(ready.out, stamp, force=options.force, resume=resume, needed_bytes=needed, reads=reads, say=say.note)
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A source that was opened and made whole, as far as a target needs it."""
+
+    checkpoint: Checkpoint
+    why: str
+    model: Model
+    target: TargetOptions
+
+
+def assembled(source: str | Path, options: Options, opened: tuple[Checkpoint, str] | None = None) -> Assembled:
+    """What a conversion starts from; `opened` is the source where it has been opened already. Reads headers only."""
+    if options.to not in TARGETS:
+        raise UsageError(f"--to {options.to}: this version writes {', '.join(TARGETS)}")
+    _check_options(options)
+    checkpoint, why, told = _open(source, options, opened)
+    if is_already(checkpoint, options):
+        raise UnsupportedError(
+            f"{checkpoint.path} is already {options.to} layout",
+            hint="give --dtype, --max-shard-size or --part to change it within its layout",
+        )
+    part = _part(options.target.part)
+    if part == ALL:
+        part = checkpoint.default_part
+    target_options = replace(
+        options.target,
+        part=part,
+        name=options.name or _out(checkpoint, options).name,
+        ids=_asked_ids(options),
+        lora_alpha=options.bases.lora_alpha,
+    )
+    need = layout(options.to).needs(checkpoint, part)
+    model = assemble(
+        checkpoint,
+        options.bases,
+        weights=need.weights,
+        configs=need.configs,
+        optional_configs=need.optional_configs,
+    )
+    if checkpoint.layout != options.to and not need.keep_added:
+        model = without_added(model)
+    return Assembled(checkpoint, why, replace(model, warnings=(*told, *model.warnings)), target_options)
+
+
+def prepare(source: str | Path, options: Options, opened: tuple[Checkpoint, str] | None = None) -> Prepared:
+    """Open the source and plan the conversion; writes nothing, reads headers only."""
+    found = assembled(source, options, opened)
+    checkpoint, model = found.checkpoint, found.model
+    target = layout(options.to).lower(model, found.target)
+    tags = {"from": checkpoint.layout, "to": options.to, "digest": options.digest}
+    plan = make_plan(target, tags=tags | _kernels(target))
+    out = _out(checkpoint, options)
+    return Prepared(
+        checkpoint,
+        found.why,
+        model,
+        target,
+        plan,
+        out,
+        notes=(*checkpoint.notes, *model.notes, *target.notes, *dropped_texts(checkpoint, model.dropped)),
+        warnings=(*checkpoint.warnings, *model.warnings, *target.warnings),
+    )
+
+
+def _kernels(target: Target) -> dict[str, str]:
+    """Whose kernels quantise, where any do: they decide the bytes."""
+    quantises = any(o.dtype in QUANTS and o.recipe.dtype != o.dtype for files in target.sets for o in files.outputs)
+    return {"kernels": ggml.kernels()} if quantises else {}
+
+
+def _out(checkpoint: Checkpoint, options: Options) -> Path:
+    return options.out or Path(f"{_stem(checkpoint.path)}_{options.to}")
+
+
+def open_source(source: str | Path, options: Options) -> tuple[Checkpoint, str]:
+    """The source by its headers, and why it was taken for what it is."""
+    path = reach(source, cache=options.bases.cache)
+    return open_checkpoint(path, options.source_layout, OpenOptions(options.config, options.dequantize))
+
+
+def _open(
+    source: str | Path, options: Options, opened: tuple[Checkpoint, str] | None = None
+) -> tuple[Checkpoint, str, list[str]]:
+    """The source, why it was taken for what it is, and what there is to tell of its stage 1."""
+    checkpoint, why = opened or open_source(source, options)
+    checkpoint, told = with_stage_one(checkpoint, options.pretrained_pth)
+    return checkpoint, why, told
+
+
+def _asked_ids(options: Options) -> dict[str, str]:
+    return {p: i for p in (LLM, VISION) if (i := options.bases.asked_id(p)) is not None}
+
+
+def _stamp(plan: Plan, snapshot: Snapshot) -> str:
+    """What a resumed run must have in common with the killed one: the plan, and sources that nobody touched since."""
+    states = [[called(path), s.size, s.mtime_ns, s.inode, s.version] for path, s in snapshot.states.items()]
+    return hashlib.sha256(json.dumps([plan.hash, states]).encode()).hexdigest()
+
+
+def _check_options(options: Options) -> None:
+    """Refuse what no source or target could make right, whichever of them would look at it."""
+    if options.out is not None:
+        url_of(options.out)  # which refuses a hub
+    if options.target.max_shard_size not in (None, KEEP):
+        parse_size(options.target.max_shard_size)
+    if options.target.dtype not in (None, *FROM_TORCH_NAMES):
+        raise UsageError(f"--dtype {options.target.dtype}: it is one of auto, {', '.join(FROM_TORCH_NAMES)}")
+    if options.verify not in (QUICK, FULL, OFF):
+        raise UsageError(f"--verify {options.verify}: it is one of {QUICK}, {FULL}, {OFF}")
+    if options.threads < 0:
+        raise UsageError(f"--threads {options.threads}: a count, or 0 for one a core")
+    if options.digest and find_spec("xxhash") is None:
+        raise UsageError("--digest needs xxhash, which is not installed", hint="pip install 'llava-convert[digest]'")
+
+
+def report(ready: Prepared, options: Options) -> Report:
+    """The report of a plan that is not (yet) run."""
+    plan, model = ready.plan, ready.model
+    dtypes = {t.dtype for t in plan.tensors if t.canonical.startswith(LLM)} or {t.dtype for t in plan.tensors}
+    return Report(
+        source=address_of(ready.checkpoint.path),
+        out=url_of(ready.out) or ready.out,
+        layouts=(ready.checkpoint.layout, options.to),
+        why=ready.why,
+        plan=plan,
+        dtype=", ".join(sorted(TORCH_NAMES.get(d, d) for d in dtypes)),
+        notes=tuple(map(called, ready.notes)),
+        warnings=tuple(map(called, ready.warnings)),
+        verified=options.verify,
+        done=False,
+        memory=peak_memory(plan),
+        parts={PART_WORDS[part]: part_story(model, plan, part) for part in PARTS},
+        fetched=fetched(),
+    )
+
+
+def _part(word: str) -> str:
+    if word == ALL:
+        return ALL
+    for part, name in PART_WORDS.items():
+        if word in (name, part):
+            return part
+    raise UsageError(f"--part {word}: it is all, {', '.join(PART_WORDS.values())}")
+
+
+def is_already(checkpoint: Checkpoint, options: Options) -> bool:
+    """Whether a checkpoint is already what is asked for; one that is an adapter or a projector alone is not."""
+    if checkpoint.layout != options.to:
+        return False
+    partial = checkpoint.layout != "xtuner" and checkpoint.parts[LLM].state != "full"
+    return options.target == TargetOptions() and not partial
+
+
+def _stem(path: Path) -> str:
+    name = name_of(path)
+    return name.removesuffix(path.suffix) if path.suffix in (".pth", ".pt", ".bin", ".safetensors", ".gguf") else name
+
+
+def recorded_options(options: Options, ready: Prepared) -> dict[str, Any]:
+    """The options that shape the output, for conversion.json. Paths stay out."""
+    target = options.target
+    return {
+        "dtype": target.dtype or "auto",
+        "max_shard_size": target.max_shard_size or "auto",
+        "part": target.part,
+        "prompt_template": target.prompt_template,
+        "image_processor": target.image_processor,
+    }
+
+
+def _with_nonfinite(outcome: Outcome, found: Mapping[str, int]) -> Outcome:
+    for name, count in found.items():
+        if name not in outcome.losses:
+            outcome.losses[name] = CastLoss(nonfinite=count)
+    return outcome
+
+
+def _nonfinite_warning(outcome: Outcome) -> str | None:
+    bad = outcome.nonfinite
+    if not bad:
+        return None
+    name = max(bad, key=lambda n: bad[n])
+    return f"{sum(bad.values()):,} NaN or infinite values in {len(bad)} tensors, kept as they are (most in {name})"
+
+
+def verify(source: str | Path, out: str | Path, options: Options, say: Say | None = None) -> Verdict:
+    """Compare OUT with SOURCE, tensor by tensor; the caller decides what a difference means."""
+    say = say or Silence()
+    with mounts():
+        return _verify(source, out, options, say)
+
+
+def _verify(source: str | Path, theirs: str | Path, options: Options, say: Say) -> Verdict:
+    checkpoint, _, told = _open(source, options)
+    out = reach(theirs, cache=options.bases.cache)
+    quantised = any(tensor.dtype in QUANTS for tensor in checkpoint.tensors().values())
+    if quantised and checkpoint.layout not in detect(locate(out)):
+        # In another layout they have become floats.
+        checkpoint, _, told = _open(source, replace(options, dequantize=True))
+    for text in told:
+        say.warn(text)
+    total = out.stat().st_size if out.is_file() else sum(p.stat().st_size for p in out.rglob("*"))
+    target = replace(options.target, part=_part(options.target.part), lora_alpha=options.bases.lora_alpha)
+    return compare_checkpoints(
+        checkpoint,
+        out,
+        bases=options.bases,
+        options=target,
+        progress=say.start("comparing", total),
+    )

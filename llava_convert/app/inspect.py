@@ -1,0 +1,145 @@
+"""What a checkpoint is, by its headers: parts, sizes, what it lacks, and what it can become."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from llava_convert.app.convert import Options, assembled, open_source, prepare
+from llava_convert.core.addresses import address_of, called
+from llava_convert.core.errors import ConvertError
+from llava_convert.core.tensors import TORCH_NAMES
+from llava_convert.engine.record import dropped_texts
+from llava_convert.layouts.defaults import refuse_quantised
+from llava_convert.layouts.registry import TARGETS
+from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS, Checkpoint
+from llava_convert.storage.remote.files import Traffic
+from llava_convert.storage.remote.mounts import fetched, mounted, mounts
+
+
+@dataclass(frozen=True)
+class PartFound:
+    """One part of a checkpoint."""
+
+    name: str
+    state: str
+    tensors: int
+    bytes: int
+    dtypes: tuple[str, ...]
+    detail: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found. `targets` maps each layout to None, or to why it cannot be made as things are."""
+
+    path: Path | str
+    layout: str
+    why: str
+    parts: tuple[PartFound, ...]
+    settings: dict[str, Any]
+    targets: dict[str, str | None]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    details: tuple[str, ...] = field(default=())
+    fetched: Traffic = field(default_factory=Traffic)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "layout": self.layout,
+            "why": self.why,
+            "parts": {
+                p.name: {
+                    "state": p.state,
+                    "tensors": p.tensors,
+                    "bytes": p.bytes,
+                    "dtypes": list(p.dtypes),
+                    "detail": p.detail,
+                }
+                for p in self.parts
+            },
+            "settings": self.settings,
+            "targets": {k: {"possible": v is None, "missing": v} for k, v in self.targets.items()},
+            "notes": list(self.notes),
+            "warnings": list(self.warnings),
+            "details": list(self.details),
+            "bytes_fetched": self.fetched.bytes,
+        }
+
+
+def inspect(source: str | Path, options: Options | None = None) -> Inspection:
+    """Look at a checkpoint without reading a weight. Raises what opening raises."""
+    with mounts():
+        return _inspect(source, options or Options(to=""))
+
+
+def _inspect(source: str | Path, options: Options) -> Inspection:
+    checkpoint, why = open_source(source, options)
+    targets = {
+        to: _problem(source, (checkpoint, why), replace(options, to=to)) for to in TARGETS if to != checkpoint.layout
+    }
+    stubs = (f"pickled names left inert: {', '.join(checkpoint.stubs)}",) if checkpoint.stubs else ()
+    return Inspection(
+        path=address_of(checkpoint.path),
+        layout=checkpoint.layout,
+        why=why,
+        parts=tuple(_part(checkpoint, name) for name in PARTS),
+        settings=_settings(checkpoint),
+        targets=targets,
+        notes=tuple(map(called, (*checkpoint.notes, *dropped_texts(checkpoint)))),
+        warnings=tuple(map(called, checkpoint.warnings)),
+        details=stubs,
+        fetched=fetched(),
+    )
+
+
+def _part(checkpoint: Checkpoint, name: str) -> PartFound:
+    part = checkpoint.parts[name]
+    tensors = {**part.weights, **(part.adapter.tensors if part.adapter else {})}
+    detail = ""
+    if part.adapter is not None:
+        ranks = sorted({module.rank for module in part.adapter.modules.values()})
+        alpha = part.adapter.settings.lora_alpha if part.adapter.settings else "unknown"
+        detail = f"LoRA r={'/'.join(map(str, ranks))} alpha={alpha} on {len(part.adapter.modules)} modules; "
+    if part.state != "full" and name != "projector":
+        detail += f"base model {part.base}" if part.base else f"base model not named: --{PART_WORDS[name]}"
+    return PartFound(
+        name=PART_WORDS[name],
+        state=part.state,
+        tensors=len(tensors),
+        bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        dtypes=tuple(sorted({TORCH_NAMES.get(tensor.dtype, tensor.dtype) for tensor in tensors.values()})),
+        detail=detail.removesuffix("; "),
+    )
+
+
+def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    settings = checkpoint.settings
+    found: dict[str, Any] = {"feature layer": settings.select_layer, "features": settings.select_strategy}
+    if settings.prompt_template is not None:
+        found["prompt template"] = str(settings.prompt_template)
+    if checkpoint.training is not None and checkpoint.training.pretrained_pth:
+        found["stage 1"] = checkpoint.training.pretrained_pth
+    text = checkpoint.parts[LLM].config
+    if text is not None:
+        found["family"] = text.get("model_type")
+    return {**found, **checkpoint.facts}
+
+
+def _problem(source: str | Path, opened: tuple[Checkpoint, str], options: Options) -> str | None:
+    """Why a target cannot be planned as things are, or None.
+
+    Where the files beside the weights would first have to be made of metadata, or fetched (a tokenizer has megabytes),
+    the weights alone are looked at.
+    """
+    files = opened[0].parts[LLM].files
+    try:
+        if files is None or (files.in_folder and mounted(files.where) is None):
+            prepare(source, options, opened)
+        else:
+            refuse_quantised(assembled(source, options, opened).model.recipes)
+    except ConvertError as problem:
+        return problem.message + (f" ({problem.hint})" if problem.hint else "")
+    return None

@@ -1,0 +1,123 @@
+"""What of a folder is published, and whether it may be: only what is proven to be what was converted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_convert.app.convert import Options, verify
+from llava_convert.app.publish.publish import Content
+from llava_convert.core.errors import InputError, MismatchError, UsageError
+from llava_convert.core.progress import Say
+from llava_convert.engine.check import FULL, OFF
+from llava_convert.engine.record import RECORD, read_record
+from llava_convert.layouts.registry import open_checkpoint
+from llava_convert.storage.files import listed, require_inside
+from llava_convert.storage.fingerprints import contents
+from llava_convert.storage.remote.files import WEIGHTS
+
+CARD = "README.md"
+# Written after the verification, so not among the files that it vouches for.
+_UNVOUCHED = frozenset({CARD, RECORD})
+
+# Caches that the hubs' clients keep in folders, git's own, and what Python and file managers leave.
+_LEFT_OUT = frozenset(
+    {".cache", ".git", ".ms_upload_cache", ".ms_upload_progress", ".mdl", ".msc", ".mv", "__pycache__", ".DS_Store"}
+)
+_STAGING = ".partial"  # of an output that is not whole: .NAME.partial
+
+
+def names(folder: Path) -> list[str]:
+    """The regular files of a folder, by their path in it: what is published.
+
+    Raises InputError; UnsafeError for a link that leaves the folder, unless it is a hub cache's own.
+    """
+    if not folder.is_dir():
+        what = "is a file; a folder is published" if folder.exists() else "does not exist"
+        raise InputError(f"{folder} {what}")
+    found = [path.relative_to(folder) for path in sorted(folder.rglob("*"))]
+    inside = (path.as_posix() for path in found if not any(map(_left_out, path.parts)))
+    wanted = [name for name in inside if require_inside(folder, name).is_file()]
+    if not wanted:
+        raise InputError(f"{folder} holds nothing to publish")
+    return wanted
+
+
+def _left_out(part: str) -> bool:
+    return part in _LEFT_OUT or (part.startswith(".") and part.endswith(_STAGING))
+
+
+def proven(
+    folder: Path, say: Say, *, level: str = FULL, source: str | Path | None = None, options: Options | None = None
+) -> Mapping[str, Content]:
+    """The files to publish with their sizes and sha256, after they were proven to be what was converted.
+
+    By `source`, with which the weights are compared now; else by the sha256 that a conversion recorded when it verified
+    in full. A folder without a record is someone else's: it has to open as a checkpoint. `level` off asks for nothing.
+
+    Raises MismatchError (exit 7) for a difference, UsageError (exit 2) where nothing proves it, InputError (exit 3).
+    """
+    wanted = names(folder)
+    if level not in (FULL, OFF):
+        raise UsageError(f"--verify {level}: before a folder is published it is {FULL} or {OFF}")
+    _check_card(folder)
+    vouched: Mapping[str, Any] | None = None
+    if level == OFF:
+        say.warn(f"{folder} is published unverified (--verify {OFF})")
+    elif source is not None:
+        verify(source, folder, options or Options(to=""), say).refuse()
+    elif (record := read_record(folder)) is not None:
+        vouched = _vouched(folder, record)
+    else:
+        opened, why = open_checkpoint(folder)
+        say.note(f"{folder} is {opened.layout} ({why}); it has no {RECORD}, so there is nothing to compare it with")
+    found = {name: Content(int(c["size"]), str(c["sha256"])) for name, c in contents(folder, wanted).items()}
+    if vouched is not None:
+        _compare(folder, found, vouched)
+    return found
+
+
+def _vouched(folder: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    verified = record.get("verified")
+    files = verified.get("files") if isinstance(verified, dict) and verified.get("level") == FULL else None
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise UsageError(
+            f"{folder} was not verified in full when it was converted, and nothing else proves it",
+            hint="--source SOURCE compares it now; --verify off publishes it as it is",
+        )
+    return files
+
+
+def _compare(folder: Path, found: Mapping[str, Content], vouched: Mapping[str, Any]) -> None:
+    missing = [name for name in vouched if name not in found]
+    changed = [
+        name
+        for name, entry in vouched.items()
+        if name in found and (found[name].size, found[name].sha256) != (entry.get("size"), entry.get("sha256"))
+    ]
+    foreign = [n for n in found if n not in vouched and n not in _UNVOUCHED and n.lower().endswith(WEIGHTS)]
+    said = (("not there", missing), ("not as it was", changed), ("weights of another origin", foreign))
+    problems = [f"{what}: {listed(which)}" for what, which in said if which]
+    if problems:
+        raise MismatchError(
+            f"{folder} is not what was verified; {'; '.join(problems)}",
+            hint="convert it again; or --source SOURCE compares it anew, --verify off publishes it as it is",
+        )
+
+
+def _check_card(folder: Path) -> None:
+    """The front matter has to parse, or the hub refuses the upload after all weights were sent. Offline."""
+    import yaml
+    from huggingface_hub import ModelCard
+
+    card = folder / CARD
+    if not card.is_file():
+        return
+    try:
+        ModelCard(card.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, TypeError) as problem:
+        first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        raise InputError(
+            f"{card}: the metadata between its --- lines cannot be read: {first}", hint="mend it, hubs refuse it"
+        ) from problem

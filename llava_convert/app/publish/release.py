@@ -1,0 +1,232 @@
+"""A release: the layouts of one model, each in a repository of its own, named as xtuner's releases are.
+
+The names are data (ROWS). Everything is planned before anything is done; then each row is converted with full
+verification and published, one after the other. What a rerun finds done it leaves: an output whose record is the one
+that the conversion would write now, and whose files have the recorded sha256; and on the hubs the files that are there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from llava_convert.app import convert as engine
+from llava_convert.app.convert import Options, Prepared
+from llava_convert.app.publish.contents import CARD, names, proven
+from llava_convert.app.publish.publish import Destination, Parcel, check, publish
+from llava_convert.app.stage_one import stage_one
+from llava_convert.core.errors import ConvertError, HubError, MismatchError, OutputError, UsageError
+from llava_convert.core.progress import Say, Silence
+from llava_convert.engine.check import FULL
+from llava_convert.engine.record import RECORD, read_record, record
+from llava_convert.engine.report import Published
+from llava_convert.layouts.base import TargetOptions
+from llava_convert.model.checkpoint import Checkpoint
+from llava_convert.storage.remote.mounts import mounted, mounts
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layout of a release: `word` is what --only takes; files and card are named NAME + `title`."""
+
+    word: str
+    suffix: str
+    layout: str
+    title: str
+    stage_one: bool = False
+
+
+# As https://huggingface.co/xtuner publishes llava-llama-3-8b-v1_1; the files in -gguf have no suffix in their names.
+ROWS = (
+    Row("xtuner", "", "xtuner", ""),
+    Row("official", "-hf", "official", "-hf"),
+    Row("hf", "-transformers", "hf", "-transformers"),
+    Row("gguf", "-gguf", "gguf", ""),
+    Row("pretrain", "-pretrain", "xtuner", "-pretrain", stage_one=True),
+)
+
+
+@dataclass(frozen=True)
+class Release:
+    """What to release: `name` is ORG/NAME. `out` holds a folder for each layout; default ./NAME."""
+
+    source: str | Path
+    name: str
+    options: Options
+    to: Destination
+    only: tuple[str, ...] = ()
+    out: Path | None = None
+    outtypes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Item:
+    """A layout with its folder and repository; `plan` is absent where the source is in this layout already."""
+
+    row: Row
+    repo: str
+    folder: Path
+    source: Path
+    options: Options
+    plan: Prepared | None = None
+    there: bool = False  # converted by an earlier run
+    published: tuple[Published, ...] = field(default=())
+
+    @property
+    def size(self) -> int:
+        if self.plan is None:
+            return sum((self.folder / name).stat().st_size for name in names(self.folder))
+        return self.plan.plan.bytes_written
+
+    @property
+    def files(self) -> list[str]:
+        if self.plan is None:
+            return names(self.folder)
+        plan = self.plan.plan
+        return sorted([*(shard.name for shard in plan.shards), *plan.files, *plan.indexes, CARD, RECORD])
+
+    @property
+    def story(self) -> str:
+        return "as it is" if self.plan is None else "there already" if self.there else "convert"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "layout": self.row.layout,
+            "repo": self.repo,
+            "folder": str(self.folder),
+            "conversion": self.story,
+            "bytes": self.size,
+            "files": self.files,
+            "published": [one.as_json() for one in self.published],
+        }
+
+
+def plan(release: Release) -> list[Item]:
+    """What a release does, read from headers; writes nothing and asks no hub.
+
+    Raises UsageError for an unknown layout or name, and what hinders a layout, with the command that leaves it out.
+    """
+    check_name(release.name)
+    rows = _rows(release.only)
+    opened = engine.open_source(release.source, release.options)
+    items = []
+    for row in rows:
+        try:
+            item = _item(release, row, opened)
+        except ConvertError as problem:
+            others = ",".join(other.word for other in rows if other != row)
+            hints = [problem.hint, f"--only {others} leaves it out" if others else None]
+            raise type(problem)(
+                f"the release's {row.word} layout cannot be made: {problem.message}",
+                hint="; ".join(filter(None, hints)) or None,
+            ) from problem
+        if item is not None:
+            items.append(item)
+    return items
+
+
+def check_name(name: str) -> None:
+    org, _, last = name.partition("/")
+    if not org or not last or "/" in last:
+        raise UsageError(f"--name {name}: a release is named ORG/NAME", hint="for instance me/llava-llama-3-8b")
+
+
+def _rows(only: Sequence[str]) -> list[Row]:
+    known = {row.word: row for row in ROWS}
+    unknown = [word for word in only if word not in known]
+    if unknown:
+        raise UsageError(f"--only {','.join(unknown)}: a release has {', '.join(known)}")
+    return [row for row in ROWS if not only or row.word in only]
+
+
+def _item(release: Release, row: Row, opened: tuple[Checkpoint, str]) -> Item | None:
+    """The item of a row; None for the stage-1 projector where there was no stage 1 and nobody asked for it."""
+    base = release.name.partition("/")[2]
+    options = replace(
+        release.options,
+        to=row.layout,
+        out=(release.out or Path(base)) / (base + row.suffix),
+        name=base + row.title,
+        target=TargetOptions(outtypes=release.outtypes if row.layout == "gguf" else ()),
+        verify=FULL,
+        repo=replace(release.to, repo=release.name + row.suffix).address,
+    )
+    source = opened[0].path
+    if row.stage_one:
+        first = stage_one(opened[0], options.pretrained_pth)
+        if first is None:
+            if release.only:
+                raise UsageError("there is no stage-1 checkpoint", hint="--pretrained-pth PATH names it")
+            return None
+        # What is told of the later stage does not hold of the first.
+        bases = replace(options.bases, lora_alpha={})
+        target = replace(options.target, part="projector")
+        source = first
+        options = replace(options, config=None, pretrained_pth=None, bases=bases, target=target)
+    elif engine.is_already(opened[0], options):
+        if not source.is_dir():
+            raise UsageError(f"{source} is of this layout, and a folder is published", hint="give its folder")
+        if (remote := mounted(source)) is not None:
+            raise UsageError(f"{remote.address} is of this layout, and is not here", hint="--cache fetches it")
+        return Item(row, release.name + row.suffix, source, source, options)
+    ready = engine.prepare(source, options, None if row.stage_one else opened)
+    there = _is_there(ready, options)
+    if ready.out.exists() and not there:
+        raise OutputError(
+            f"{ready.out} exists, and is not what this release makes of {source.name}",
+            hint="remove it, or give another folder by -o",
+        )
+    return Item(row, release.name + row.suffix, ready.out, source, options, ready, there)
+
+
+def _is_there(ready: Prepared, options: Options) -> bool:
+    """Whether an output is what the conversion would make, by its record alone."""
+    try:
+        found = read_record(ready.out)
+    except ConvertError:
+        return False
+    verified = (found or {}).get("verified")
+    if found is None or not isinstance(verified, dict) or verified.get("level") != FULL:
+        return False
+    # The record names plan, options and the identity of every source, and nothing that two runs could differ in.
+    kept = engine.recorded_options(options, ready)
+    wanted = record(ready.plan, ready.target, ready.model, None, options=kept, verified=verified)
+    return bool(found == json.loads(json.dumps(wanted)))
+
+
+def run_release(release: Release, say: Say | None = None) -> list[Item]:
+    """Convert and publish every layout. Raises what converting and publishing raise; a rerun continues."""
+    with mounts():  # of a remote source, for all its conversions
+        return _run(release, plan(release), say or Silence())
+
+
+def _run(release: Release, items: list[Item], say: Say) -> list[Item]:
+    for item in items:
+        check(replace(release.to, repo=item.repo))
+    done: list[Item] = []
+    for item in items:
+        say.note(f"{item.repo}: {item.row.layout}, {item.story}")
+        try:
+            done.append(_do(item, release, say))
+        except HubError as problem:
+            raise HubError(f"{item.repo} is not published: {problem.message}", hint=problem.hint) from problem
+    return done
+
+
+def _do(item: Item, release: Release, say: Say) -> Item:
+    options, files = item.options, None
+    if item.there:
+        try:
+            files = proven(item.folder, say)
+        except MismatchError as problem:
+            say.note(f"{problem.message}: it is converted again")
+            options = replace(options, force=True)
+    if files is None:
+        if item.plan is not None:
+            engine.convert(item.source, options, say)
+        files = proven(item.folder, say)
+    to = replace(release.to, repo=item.repo)
+    return replace(item, published=publish(Parcel(item.folder, files, to), say))

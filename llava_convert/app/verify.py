@@ -1,0 +1,260 @@
+"""Whether one checkpoint holds the weights of another, of whichever layouts and made by whichever converter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from llava_convert.core.errors import InputError, MismatchError
+from llava_convert.core.tensors import QUANTS, StoredTensor
+from llava_convert.engine.compare import Difference, compare
+from llava_convert.engine.plan import Output, PlannedTensor
+from llava_convert.engine.record import RECORD
+from llava_convert.layouts.base import ALL, TargetOptions
+from llava_convert.layouts.registry import layout, open_each
+from llava_convert.model.assemble import assemble, without_added
+from llava_convert.model.checkpoint import LLM, PARTS, VISION, Checkpoint
+from llava_convert.model.recipe import EMBEDDING, Bases, Recipe
+from llava_convert.model.tables.names import grouped
+from llava_convert.ops.base import Op
+from llava_convert.ops.cast import FLOATS
+from llava_convert.ops.ops import PadRows, steps
+from llava_convert.storage.ranges import FilePool
+from llava_convert.storage.sidecars import folder_sidecars
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify SOURCE OUT` found.
+
+    Names are canonical ones; where OUT holds several files of one model, after the file's. `synthetic` are tensors that
+    SOURCE's layout never has: OUT's are not compared. `defects` are what readers of OUT choke on.
+    """
+
+    source: str
+    out: str
+    layouts: tuple[str, str]
+    equal: int
+    different: dict[str, Difference]
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+    added_rows: dict[str, int] = field(default_factory=dict)
+    settings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    defects: tuple[str, ...] = ()
+    synthetic: tuple[str, ...] = ()
+
+    @property
+    def same(self) -> bool:
+        return not (self.different or self.missing or self.extra or self.settings or self.defects)
+
+    def refuse(self) -> None:
+        """Raise MismatchError (exit 7) unless all is equal."""
+        if self.same:
+            return
+        said = [f"{len(self.different)} tensors differ: {grouped(self.different)}"] if self.different else []
+        if self.different:
+            worst = max(self.different.values(), key=lambda d: d.largest)
+            said[0] += f" (largest difference {worst.largest:.3g})"
+        if self.missing:
+            said.append(f"{len(self.missing)} are missing: {grouped(self.missing)}")
+        if self.extra:
+            said.append(f"{len(self.extra)} are not in the source: {grouped(self.extra)}")
+        said += self.settings
+        if said:
+            raise MismatchError(f"{self.out} is not {self.source}: " + "; ".join([*said, *self.defects]))
+        raise MismatchError(f"{self.out} holds the weights of {self.source}, but: " + "; ".join(self.defects))
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "out": self.out,
+            "layouts": list(self.layouts),
+            "same": self.same,
+            "equal": self.equal,
+            "different": {k: {"elements": d.elements, "largest": d.largest} for k, d in sorted(self.different.items())},
+            "missing": list(self.missing),
+            "extra": list(self.extra),
+            "added_rows": self.added_rows,
+            "settings": list(self.settings),
+            "notes": list(self.notes),
+            "defects": list(self.defects),
+            "synthetic": list(self.synthetic),
+        }
+
+
+def compare_checkpoints(
+    source: Checkpoint,
+    out: Path,
+    *,
+    bases: Bases,
+    options: TargetOptions,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Verdict:
+    """Whether OUT, of any layout and from any converter, holds the weights of the source, tensor by tensor.
+
+    Each tensor is made as a conversion to OUT's layout would make it, in the dtype that OUT has it in, and compared bit
+    for bit. Rows beyond the source's vocabulary are counted, not compared. Raises what opening raises.
+    """
+    every = open_each(out)
+    target = layout(every[0].layout)
+    part = options.part
+    recorded = _recorded(out)
+    if part == ALL:
+        part = source.default_part if recorded is None else recorded.get("part", ALL)
+    options = replace(options, part=part)
+    need = target.needs(source, part)
+    model = assemble(
+        source,
+        bases,
+        weights=need.weights,
+        configs=need.configs,
+        optional_configs=need.optional_configs,
+    )
+    if source.layout != every[0].layout and not (need.keep_added and _rows(every) == _rows([source])):
+        # Of a target that keeps added rows, OUT may still have been made of the model before they were added.
+        model = without_added(model)
+    wanted = {o.canonical: o for files in target.lower(model, options).sets for o in files.outputs}
+    made_up = {name for name, output in wanted.items() if output.recipe.origin == "synthetic"}
+    found = _Compared()
+    for theirs in every:
+        label = f"{theirs.files[0].name}: " if len(every) > 1 else ""
+        held = {name for name in PARTS if theirs.parts[name].state != "absent"} if len(every) > 1 else set(PARTS)
+        mine = {name: o for name, o in wanted.items() if name not in made_up and _is_of(name, held)}
+        _compare_one(found, mine, theirs, label, tied=model.tied, made_up=made_up, progress=progress)
+        found.settings += [text for text in _settings(source, theirs) if VISION in held]
+        found.defects += [f"{label}{text}" for text in theirs.defects]
+    lacking = [n for n in wanted if not any(_holds_part_of(theirs, n) for theirs in every)] if len(every) > 1 else []
+    return Verdict(
+        source=str(source.path),
+        out=str(out),
+        layouts=(source.layout, every[0].layout),
+        equal=found.equal,
+        different=found.different,
+        missing=tuple(sorted({*found.missing, *lacking})),
+        extra=tuple(sorted(found.extra)),
+        added_rows=found.added,
+        settings=tuple(dict.fromkeys(found.settings)),
+        notes=tuple([*model.warnings]),
+        defects=tuple(found.defects),
+        synthetic=tuple(sorted(made_up)),
+    )
+
+
+def _rows(every: Sequence[Checkpoint]) -> int | None:
+    """Of the embedding, in the first that has one."""
+    found = (checkpoint.parts[LLM].weights.get(EMBEDDING) for checkpoint in every)
+    return next((tensor.shape[0] for tensor in found if tensor is not None and tensor.shape), None)
+
+
+@dataclass
+class _Compared:
+    """What has been found so far, over all files of OUT."""
+
+    equal: int = 0
+    different: dict[str, Difference] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    added: dict[str, int] = field(default_factory=dict)
+    settings: list[str] = field(default_factory=list)
+    defects: list[str] = field(default_factory=list)
+
+
+def _compare_one(
+    found: _Compared,
+    wanted: dict[str, Output],
+    theirs: Checkpoint,
+    label: str,
+    *,
+    tied: bool,
+    made_up: set[str],
+    progress: Callable[[int], None],
+) -> None:
+    """Compare the tensors of one model of OUT with the `wanted` ones."""
+    stored = theirs.tensors()
+    planned: list[PlannedTensor] = []
+    aligned: dict[str, StoredTensor] = {}
+    for name in sorted(wanted.keys() & stored.keys()):
+        tensor, rows = _replayed(wanted[name], stored[name])
+        if tensor is None:
+            found.different[label + name] = Difference(stored[name].numel, float("nan"))
+            continue
+        planned.append(tensor)
+        aligned[name] = stored[name]
+        if rows:
+            found.added[label + name] = rows
+    with FilePool() as pool:
+        sink = compare(planned, aligned, pool, progress=progress)
+    found.different |= {label + name: difference for name, difference in sink.differences.items()}
+    found.equal += len(planned) - len(sink.differences)
+    found.missing += [label + name for name in wanted.keys() - stored.keys()]
+    found.extra += [label + name for name in _untied(stored.keys() - wanted.keys() - made_up, tied)]
+
+
+def _is_of(name: str, parts: set[str]) -> bool:
+    return name.partition(".")[0] in parts or name.partition(".")[0] not in PARTS
+
+
+def _holds_part_of(theirs: Checkpoint, name: str) -> bool:
+    part = theirs.parts.get(name.partition(".")[0])
+    return part is None or part.state != "absent"
+
+
+def _untied(extra: set[str], tied: bool) -> set[str]:
+    """A head written out beside a tied embedding says nothing new."""
+    return extra - {"language_model.lm_head.weight"} if tied else extra
+
+
+def _recorded(out: Path) -> dict[str, Any] | None:
+    files = folder_sidecars(out)
+    try:
+        found = files.read_json(RECORD) if files.has(RECORD) else None
+    except InputError:
+        return None
+    options = found.get("options") if isinstance(found, dict) else None
+    return options if isinstance(options, dict) else None
+
+
+def _replayed(output: Output, stored: StoredTensor) -> tuple[PlannedTensor | None, int]:
+    """The tensor as a conversion would make it, in the stored dtype; and how many rows OUT has beyond it."""
+    recipe = Recipe(
+        output.recipe.tensor, tuple(op for op in output.recipe.ops if not isinstance(op, PadRows)), output.recipe.origin
+    )
+    extra = 0
+    if recipe.shape != stored.shape:
+        if recipe.shape[1:] != stored.shape[1:] or recipe.shape[:1] > stored.shape[:1] or len(stored.shape) != 2:
+            return None, 0
+        extra = stored.shape[0] - recipe.shape[0]
+    if recipe.dtype != stored.dtype:
+        if any(dtype not in FLOATS and dtype not in QUANTS for dtype in (stored.dtype, recipe.dtype)):
+            return None, 0
+        recipe = recipe.then(*_between(recipe.dtype, stored.dtype))
+    planned = PlannedTensor(
+        output.canonical, output.canonical, recipe.tensor, recipe.origin, recipe.ops, stored.dtype, recipe.shape, 0
+    )
+    return planned, extra
+
+
+def _between(dtype: str, to: str) -> tuple[Op, ...]:
+    """The ops to OUT's dtype, from one block type to another by way of floats."""
+    if dtype in QUANTS and to in QUANTS:
+        return (*steps(dtype, "F32"), *steps("F32", to))
+    return steps(dtype, to)
+
+
+def _settings(source: Checkpoint, theirs: Checkpoint) -> tuple[str, ...]:
+    """How the parts work together, where both sides say."""
+    said: list[str] = []
+    mine, other = source.settings, theirs.settings
+    if theirs.layout != "xtuner" and source.layout != "xtuner":
+        if mine.select_layer != other.select_layer:
+            said.append(f"the projector reads layer {mine.select_layer} in the source, {other.select_layer} in OUT")
+        if mine.select_strategy != other.select_strategy:
+            said.append(f"feature selection is {mine.select_strategy} in the source, {other.select_strategy} in OUT")
+    if theirs.layout == "official" and theirs.parts[VISION].state == "full":
+        config = folder_sidecars(theirs.root).read_object("config.json")
+        if not config.get("unfreeze_mm_vision_tower"):
+            said.append("OUT holds a vision tower that its loader ignores (unfreeze_mm_vision_tower is not true)")
+    return tuple(said)

@@ -1,0 +1,116 @@
+"""preprocessor_config.json and processor_config.json, in the shape that transformers 4.46 to 5.x read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llava_convert.assets.tokenizer.llava_tokens import IMAGE_TOKEN
+from llava_convert.core.errors import InputError, UnsupportedError, UsageError
+
+_CLIP_MEAN, _CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+_BICUBIC = 3
+# Read by nobody, or about the folder that the file came from; 5.x's device and data_format are arguments of a call.
+_STALE = ("processor_class", "feature_extractor_type", "_valid_processor_keys", "data_format", "device", "auto_map")
+
+
+def preprocessor_config(
+    base: Mapping[str, Any] | None, vision_config: Mapping[str, Any], kind: str, for_hf: bool
+) -> dict[str, Any]:
+    """How a picture becomes pixels.
+
+    `base` is the tower's preprocessor_config.json or a 5.x processor_config.json which holds it; without one the
+    family's defaults for the tower's image size are taken. `kind="llava"` pads to a square first, as xtuner and LLaVA
+    trained, where "clip" crops the middle: the two differ on every picture that is not square. It is for transformers
+    4.52 on, and only for its layout (`for_hf`): official LLaVA pads by itself (`image_aspect_ratio`).
+    Raises UsageError for another kind, InputError where `base` is for another image size than the tower.
+    """
+    if kind not in ("clip", "llava"):
+        raise UsageError(f"unknown image processor {kind!r}", hint="--image-processor takes clip or llava")
+    defaults = _defaults(vision_config)
+    found = _flat(base) if base is not None else {}
+    config = defaults | {key: value for key, value in found.items() if value is not None}
+    config["image_processor_type"] = str(config["image_processor_type"]).removesuffix("Fast")
+    if "Siglip" in config["image_processor_type"] and "crop_size" not in found:
+        config.pop("crop_size", None)
+    _check_size(config, int(vision_config["image_size"]))
+    if not for_hf:
+        return dict(sorted(config.items()))
+    config["processor_class"] = "LlavaProcessor"
+    if kind == "llava":
+        config["image_processor_type"] = "LlavaImageProcessor"
+        config["do_pad"] = True
+        config.setdefault("do_center_crop", False)  # SigLIP's has no such step, LLaVA's does it unless told
+    return dict(sorted(config.items()))
+
+
+def processor_config(
+    vision_config: Mapping[str, Any], strategy: str = "default", image_token: str = IMAGE_TOKEN
+) -> dict[str, Any]:
+    """How many `image_token` a picture becomes: (image/patch)^2, one more for a class token, one less for "default".
+
+    Without `num_additional_image_tokens` transformers 4.52 on make 575 tokens for CLIP-L/336's 576 features; without
+    `patch_size` they raise a TypeError (measured).
+    """
+    return {
+        "image_token": image_token,
+        "num_additional_image_tokens": 0 if _is_siglip(vision_config) else 1,
+        "patch_size": vision_config["patch_size"],
+        "processor_class": "LlavaProcessor",
+        "vision_feature_select_strategy": strategy,
+    }
+
+
+def _is_siglip(vision_config: Mapping[str, Any]) -> bool:
+    """SigLIP's tower has no class token, CLIP's has one."""
+    kind = str(vision_config.get("model_type", ""))
+    if kind not in ("clip_vision_model", "siglip_vision_model"):
+        raise UnsupportedError(f"vision tower of type {kind!r}: known are clip_vision_model and siglip_vision_model")
+    return kind == "siglip_vision_model"
+
+
+def _defaults(vision_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of CLIPImageProcessor or SiglipImageProcessor, for the tower's image size."""
+    side = int(vision_config["image_size"])
+    square = {"height": side, "width": side}
+    common = {
+        "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
+        "resample": _BICUBIC, "rescale_factor": 1 / 255,
+    }  # fmt: skip
+    if _is_siglip(vision_config):
+        half = [0.5, 0.5, 0.5]
+        own = {"image_processor_type": "SiglipImageProcessor", "image_mean": half, "image_std": half, "size": square}
+        return common | own
+    return common | {
+        "crop_size": square,
+        "do_center_crop": True,
+        "image_mean": _CLIP_MEAN,
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": _CLIP_STD,
+        "size": {"shortest_edge": side},
+    }
+
+
+def _flat(base: Mapping[str, Any]) -> dict[str, Any]:
+    """A base's settings, whichever release wrote them."""
+    nested = base.get("image_processor")
+    found = dict(nested if isinstance(nested, dict) else base)
+    old_name = found.get("feature_extractor_type")
+    if old_name and "image_processor_type" not in found:
+        found["image_processor_type"] = str(old_name).replace("FeatureExtractor", "ImageProcessor")
+    # openai/clip-vit-large-patch14-336 still has plain numbers.
+    if isinstance(side := found.get("size"), int):
+        found["size"] = {"shortest_edge": side}
+    if isinstance(side := found.get("crop_size"), int):
+        found["crop_size"] = {"height": side, "width": side}
+    return {key: value for key, value in found.items() if key not in _STALE}
+
+
+def _check_size(config: Mapping[str, Any], side: int) -> None:
+    """What comes out of the steps must be what the tower takes."""
+    last = config["crop_size"] if config.get("do_center_crop") else config["size"]
+    if isinstance(last, dict) and any(value != side for value in last.values()):
+        raise InputError(
+            f"the image processor makes pictures of {last}, the vision tower takes {side} x {side}",
+            hint="give the vision tower that the checkpoint was trained with by --visual-encoder",
+        )

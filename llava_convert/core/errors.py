@@ -1,0 +1,68 @@
+"""The package's errors, one class per exit code.
+
+Every error is a product: `message` says what was found, where and what was expected; `hint` is what mends
+it, a command where there is one. They are raised anywhere and printed in one place (`cli/_errors.py`).
+"""
+
+from __future__ import annotations
+
+from llava_convert.core.addresses import called
+
+
+class ConvertError(Exception):
+    """Base of every error that is the user's to mend. `exit_code` is the process's exit status."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        # Names from files stand in messages, and a terminal obeys escape sequences (tests/fuzz found several such).
+        message = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in called(message))
+        super().__init__(message)
+        self.message = message
+        self.hint = hint if hint is None else called(hint)
+
+
+class UsageError(ConvertError):
+    """The command line asks for something that makes no sense (exit 2)."""
+
+    exit_code = 2
+
+
+class InputError(ConvertError):
+    """The input is corrupt, incomplete or missing (exit 3)."""
+
+    exit_code = 3
+
+
+class UnsupportedError(ConvertError):
+    """The input is sound but unsupported, or can be read in more than one way (exit 4)."""
+
+    exit_code = 4
+
+
+class UnsafeError(ConvertError):
+    """The input tries to run code, to leave its folder, or to exhaust the machine (exit 5)."""
+
+    exit_code = 5
+
+
+class OutputError(ConvertError):
+    """The output exists, is in use, or cannot be written (exit 6)."""
+
+    exit_code = 6
+
+
+class MismatchError(ConvertError):
+    """Verification found a difference, or a cast would lose finite values (exit 7)."""
+
+    exit_code = 7
+
+
+class TransferInterrupted(KeyboardInterrupt):
+    """Ctrl-C, or a signal to end, while files go to a hub: some may still be under way. Its text says how to go on."""
+
+
+class HubError(ConvertError):
+    """A hub or the network refused (exit 8)."""
+
+    exit_code = 8

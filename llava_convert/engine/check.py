@@ -1,0 +1,81 @@
+"""Is what was written what was planned? Quick: by headers and files. Full: every byte recomputed and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from llava_convert.core.errors import MismatchError
+from llava_convert.core.tensors import StoredTensor
+from llava_convert.engine.compare import compare
+from llava_convert.engine.plan import Plan, Shard
+from llava_convert.model.tables.names import printable
+from llava_convert.storage.json_files import read_json
+from llava_convert.storage.ranges import FilePool
+from llava_convert.storage.safetensors import read_header
+from llava_convert.storage.torch.file import read_torch, state_dict
+
+QUICK, FULL, OFF = "quick", "full", "off"
+
+
+def check_quick(plan: Plan, folder: Path) -> dict[str, dict[str, StoredTensor]]:
+    """Reopen a written output by its headers; returns each shard's tensors. Raises MismatchError (exit 7)."""
+    written = {shard.name: _check_shard(shard, folder / shard.name) for shard in plan.shards}
+    for name, data in {**plan.files, **plan.indexes}.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != len(data):
+            raise MismatchError(f"{name} was not written whole")
+        if name.endswith(".json"):
+            read_json(path)
+    for name in plan.indexes:
+        _check_index(name, folder, written)
+    return written
+
+
+def _check_shard(shard: Shard, path: Path) -> dict[str, StoredTensor]:
+    if shard.container == "torch":
+        found = dict(state_dict(read_torch(path)).tensors)
+    elif shard.container == "gguf":
+        from llava_convert.storage.gguf.file import read_gguf  # most outputs have no such file
+
+        found = dict(read_gguf(path).tensors)
+    else:
+        found = dict(read_header(path).tensors)
+    if list(sorted(found)) != sorted(t.name for t in shard.tensors):
+        raise MismatchError(f"{shard.name}: its tensors are not the planned ones")
+    for t in shard.tensors:
+        stored = found[t.name]
+        place = stored.extents[0].offset if stored.extents else t.offset
+        if (stored.dtype, stored.shape) != (t.dtype, t.shape) or (shard.container != "torch" and place != t.offset):
+            raise MismatchError(
+                f"{shard.name}: {printable(t.name)} is {stored.dtype} {list(stored.shape)} at {place}, "
+                f"planned {t.dtype} {list(t.shape)} at {t.offset}"
+            )
+    return found
+
+
+def _check_index(name: str, folder: Path, written: dict[str, dict[str, StoredTensor]]) -> None:
+    prefix = name.rpartition("/")[0]
+    for tensor, file in read_json(folder / name)["weight_map"].items():
+        if tensor not in written[f"{prefix}/{file}" if prefix else file]:
+            raise MismatchError(f"{name} places {tensor} in {file}, which does not hold it")
+
+
+def check_full(
+    plan: Plan, written: dict[str, dict[str, StoredTensor]], pool: FilePool, *, progress: Callable[[int], None]
+) -> dict[str, int]:
+    """Reread both sides: copies compared directly, every op recomputed. Raises MismatchError (exit 7).
+
+    Returns how many NaN or infinite values each tensor holds, where there are any.
+    """
+    nonfinite: dict[str, int] = {}
+    for shard in plan.shards:
+        found = compare(shard.tensors, written[shard.name], pool, progress=progress)
+        nonfinite |= found.nonfinite
+        if found.differences:
+            name, gap = next(iter(found.differences.items()))
+            raise MismatchError(
+                f"{shard.name}: {printable(name)} differs from what the source gives in {gap.elements} elements "
+                f"(and {len(found.differences) - 1} more tensors)"
+            )
+    return nonfinite

@@ -1,0 +1,194 @@
+"""conversion.json: what made an output, from what, tensor by tensor; and what the way back can undo.
+
+No timestamp and no local path: the same input gives the same bytes on every machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_convert import __version__
+from llava_convert.core.errors import InputError
+from llava_convert.core.tensors import StoredTensor
+from llava_convert.engine.execute import Outcome
+from llava_convert.engine.plan import Plan, Target, utf8
+from llava_convert.engine.shards import Shard
+from llava_convert.model.checkpoint import PART_WORDS, VISION, Checkpoint, Dropped
+from llava_convert.model.configs import without_stale
+from llava_convert.model.recipe import Model
+from llava_convert.storage.fingerprints import identity
+from llava_convert.storage.remote.origin import published
+from llava_convert.storage.sidecars import folder_sidecars
+
+RECORD = "conversion.json"
+# Raised when a table changes what it means, so that records of older tables are told apart.
+TABLES = 1
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What an earlier conversion wrote into a folder, or None."""
+    files = folder_sidecars(folder)
+    if not files.has(RECORD):
+        return None
+    found = files.read_json(RECORD)
+    if not isinstance(found, dict) or not _sound(found.get("added")):
+        raise InputError(
+            f"{folder / RECORD}: not what a conversion writes", hint="delete it: the weights do not need it"
+        )
+    return found
+
+
+def _sound(added: Any) -> bool:
+    """Whether the record of added rows and tokens has the form that the way back relies on."""
+    if added is None:
+        return True
+    if not isinstance(added, dict):
+        return False
+    rows, tokens, tokenizer = added.get("rows"), added.get("tokens"), added.get("tokenizer")
+    return (
+        isinstance(rows, dict)
+        and all(type(rows.get(end)) is int and 0 < rows[end] < 2**32 for end in ("from", "to"))
+        and isinstance(tokens, list)
+        and all(isinstance(t, dict) and type(t.get("id")) is int and isinstance(t.get("content"), str) for t in tokens)
+        and isinstance(tokenizer, dict)
+        and all(change is None or _undoes(change) for change in tokenizer.values())
+    )
+
+
+def _undoes(change: Any) -> bool:
+    if not isinstance(change, dict):
+        return False
+    return isinstance(change.get("text"), str) or (
+        isinstance(change.get("drop"), list) and isinstance(change.get("set"), dict)
+    )
+
+
+def sources_of(model: Model, plan: Plan) -> list[tuple[str, Path, list[Path]]]:
+    """Each place that weights come from: its role, its root, the files read."""
+    used = {extent.path for t in plan.tensors for s in stored_of(t) for extent in s.extents}
+    places: list[tuple[str, Path, list[Path]]] = []
+    claimed: set[Path] = set()
+    for role, root, files in [
+        ("source", model.checkpoint.root, list(model.checkpoint.files)),
+        *((PART_WORDS[part], base.folder, []) for part, base in model.bases.items()),
+    ]:
+        mine = sorted(p for p in used - claimed if p in files or (role != "source" and _inside(p, root)))
+        claimed |= set(mine)
+        if mine or role == "source":
+            places.append((role, root, mine or files))
+    left = sorted(used - claimed)
+    if left:
+        places.append(("stage 1", left[0].parent, left))
+    return places
+
+
+def _inside(path: Path, root: Path) -> bool:
+    return root in path.parents
+
+
+def stored_of(tensor: Any) -> Iterable[StoredTensor]:
+    yield tensor.source
+    for op in tensor.ops:
+        yield from op.inputs()
+
+
+def record(
+    plan: Plan,
+    target: Target,
+    model: Model,
+    outcome: Outcome | None,
+    *,
+    options: Mapping[str, Any],
+    verified: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The content of conversion.json. `outcome` adds digests when there are some; `verified` says how, and what."""
+    places = sources_of(model, plan)
+    names = {path: (role, _relative(path, root)) for role, root, files in places for path in files}
+    tensors: dict[str, Any] = {}
+    for folder, t in ((_place_of(shard), t) for shard in plan.shards for t in shard.tensors):
+        entry: dict[str, Any] = {"dtype": t.dtype, "shape": list(t.shape), **_where(t.source, names)}
+        if t.origin == "synthetic":
+            entry["origin"] = t.origin
+        if t.ops:
+            entry["ops"] = [
+                {**op.describe(), "inputs": [_where(s, names) for s in op.inputs()]} if op.inputs() else op.describe()
+                for op in t.ops
+            ]
+        if outcome is not None and (t.shard, t.name) in outcome.digests:
+            entry["xxh3_128"] = outcome.digests[t.shard, t.name]
+        tensors[f"{folder}/{t.name}" if folder else t.name] = entry
+    found: dict[str, Any] = {
+        "tool": {
+            "name": "llava-convert",
+            "version": __version__,
+            "tables": TABLES,
+            **({"kernels": plan.tags["kernels"]} if "kernels" in plan.tags else {}),
+        },
+        "layout": {"from": model.checkpoint.layout, "to": plan.layout},
+        "options": dict(options),
+        "verified": dict(verified),
+        "sources": [
+            {
+                "role": role,
+                **published(root),
+                "files": [
+                    {**found, "file": names[path][1]} for path, found in zip(files, identity(files), strict=True)
+                ],
+            }
+            for role, root, files in places
+        ],
+        "dropped": [{"name": d.name, "reason": d.reason} for d in (*model.checkpoint.dropped, *model.dropped)],
+        "notes": [*model.checkpoint.notes, *model.notes],
+        "tensors": tensors,
+    }
+    found["settings"] = model.checkpoint.settings.record()
+    if VISION in model.configs:
+        # The official layout has no place for it, and the way back needs it.
+        config = without_stale(model.configs[VISION])
+        config.pop("_name_or_path", None)  # can be a path of this machine
+        found["vision_config"] = config
+    if target.added_rows is not None:
+        found["added"] = dict(target.added_rows)
+    return found
+
+
+def _place_of(shard: Shard) -> str:
+    """What tells tensors of one name apart: the folder; of GGUF, which has the same ones in several types, the file."""
+    return shard.name if shard.container == "gguf" else shard.name.rpartition("/")[0]
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if _inside(path, root) else path.name
+
+
+def _where(stored: StoredTensor, names: Mapping[Path, tuple[str, str]]) -> dict[str, Any]:
+    """Where a stored tensor's bytes are, by role and file name."""
+    spans = []
+    for extent in stored.extents:
+        role, file = names.get(extent.path, ("source", extent.path.name))
+        spans.append({"from": role, "file": file, "offset": extent.offset, "length": extent.length})
+    if len(spans) == 1:
+        return {**spans[0], "stored": stored.dtype}
+    return {"spans": spans, "stored": stored.dtype}
+
+
+def dump(value: Mapping[str, Any]) -> bytes:
+    """conversion.json's bytes: one line a tensor, since there are hundreds."""
+    head = {k: v for k, v in value.items() if k != "tensors"}
+    text = json.dumps(head, indent=2, ensure_ascii=False)[:-2]
+    lines = (f"    {json.dumps(k)}: {json.dumps(v, separators=(', ', ': '))}" for k, v in value["tensors"].items())
+    return utf8(text + ',\n  "tensors": {\n' + ",\n".join(lines) + "\n  }\n}\n")
+
+
+def dropped_texts(checkpoint: Checkpoint, more: Iterable[Dropped] = ()) -> list[str]:
+    """Drops for people: one line a reason."""
+    reasons: dict[str, list[str]] = {}
+    for drop in (*checkpoint.dropped, *more):
+        reasons.setdefault(drop.reason, []).append(drop.name)
+    return [
+        f"left out {len(names)} ({reason}): {names[0]}{', …' if len(names) > 1 else ''}"
+        for reason, names in reasons.items()
+    ]

@@ -1,0 +1,153 @@
+"""One task done: a source streamed once, in blocks, through the ops of every tensor that is made of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llava_convert.core.errors import MismatchError
+from llava_convert.core.tensors import QUANTS, StoredTensor
+from llava_convert.engine.sinks import Sink
+from llava_convert.engine.tasks import Copy, Work
+from llava_convert.model.tables.names import printable
+from llava_convert.ops.base import Blocks, Context, Op
+from llava_convert.ops.cast import Array, CastLoss, raw
+from llava_convert.storage.ranges import FilePool
+from llava_convert.storage.streams import BLOCK, blocks, read_bytes, read_whole, rows_of
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run found: cast losses by tensor, content digests by shard and tensor."""
+
+    losses: dict[str, CastLoss] = field(default_factory=dict)
+    digests: dict[tuple[str, str], str] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def lose(self, name: str, loss: CastLoss) -> None:
+        with self._lock:
+            self.losses.setdefault(name, CastLoss()).add(loss)
+
+    @property
+    def flushed(self) -> int:
+        return sum(loss.flushed for loss in self.losses.values())
+
+    @property
+    def nonfinite(self) -> dict[str, int]:
+        return {name: loss.nonfinite for name, loss in self.losses.items() if loss.nonfinite}
+
+    def refuse_overflow(self) -> None:
+        """Raise MismatchError (exit 7) when a cast made a finite value infinite."""
+        bad = {name: loss.overflowed for name, loss in self.losses.items() if loss.overflowed > 0}
+        if bad:
+            name = min(bad)
+            more = f" (and {len(bad) - 1} more tensors)" if len(bad) > 1 else ""
+            raise MismatchError(
+                f"{printable(name)}: {bad[name]} finite values do not fit the output's dtype{more}",
+                hint="use --dtype bfloat16, which has the range of float32; for GGUF --outtype, --mmproj-outtype bf16",
+            )
+
+
+def run_task(
+    task: Copy | Work,
+    pool: FilePool,
+    sink: Sink,
+    outcome: Outcome,
+    *,
+    digest: bool = False,
+    stopped: threading.Event | None = None,
+) -> None:
+    """Do one task, or leave it once `stopped` is set: quantising a whole embedding takes half a minute.
+
+    Raises what reading and writing raise, and InputError and UnsupportedError from ops.
+    """
+    if isinstance(task, Copy):
+        if stopped is None or not stopped.is_set():
+            sink.copy(task)
+        return
+    losses = [CastLoss() for _ in task.tensors]
+    hashers = [_hasher() for _ in task.tensors] if digest else []
+    places = [t.nbytes // max(1, rows_of(t.shape)) * task.first for t in task.tensors]
+    for made in _streams(task, pool, losses):
+        if stopped is not None and stopped.is_set():
+            return
+        for i, (tensor, block) in enumerate(zip(task.tensors, made, strict=True)):
+            data = block if block.flags.c_contiguous else block.copy()
+            if hashers:
+                hashers[i].update(raw(data))
+            sink.put(tensor, places[i], data)
+            places[i] += data.nbytes
+    for tensor, hasher in zip(task.tensors, hashers, strict=False):
+        outcome.digests[tensor.shard, tensor.name] = hasher.hexdigest()
+    for tensor, loss in zip(task.tensors, losses, strict=True):
+        if tensor.ops:
+            outcome.lose(tensor.name, loss)
+
+
+def _hasher() -> Any:
+    import xxhash
+
+    return xxhash.xxh3_128()
+
+
+def _streams(task: Work, pool: FilePool, losses: Sequence[CastLoss]) -> Iterator[tuple[Array, ...]]:
+    """One block for each tensor of the task, again and again; each is gone when the next are asked for.
+
+    What the tensors have in common is done once. Their further ops give a block for each block, so that all of them
+    can follow one buffer in step.
+    """
+    tensors, source = task.tensors, task.tensors[0].source
+    if all(tensor.is_copy for tensor in tensors):
+        yield from ((block,) * len(tensors) for block in _raw(pool, source))
+        return
+    common = 0
+    for ops in zip(*(tensor.ops for tensor in tensors), strict=False):
+        if len(set(ops)) > 1:
+            break
+        common += 1
+
+    def context(loss: CastLoss, name: str) -> Context:
+        return Context(lambda stored: read_whole(pool, stored), loss, task.first, printable(name))
+
+    shared = CastLoss()
+    stream = blocks(pool, source, task.first, task.last, task.together)
+    trunk = tensors[0].ops[:common]
+    stream, dtype, shape = _through(trunk, stream, source.dtype, source.shape or (1,), context(shared, tensors[0].name))
+    current: list[Array] = []
+
+    def follow() -> Blocks:  # itertools.tee would keep up to 57 blocks
+        while True:
+            yield current[0]
+
+    branches = [
+        _through(tensor.ops[common:], follow(), dtype, shape, context(loss, tensor.name))[0]
+        for tensor, loss in zip(tensors, losses, strict=True)
+    ]
+    for block in stream:
+        current[:] = [block]
+        yield tuple(map(next, branches))
+    for loss in losses:
+        loss.add(shared)
+
+
+def _through(
+    ops: Sequence[Op], stream: Blocks, dtype: str, shape: tuple[int, ...], context: Context
+) -> tuple[Blocks, str, tuple[int, ...]]:
+    for op in ops:
+        stream = op.stream(stream, dtype, shape, context)
+        dtype, shape = op.result(dtype, shape)
+    return stream, dtype, shape
+
+
+def _raw(pool: FilePool, source: StoredTensor) -> Iterator[Array]:
+    """A tensor's bytes, unparsed: any dtype, block by block, and whole blocks of a quantised one."""
+    size = BLOCK // QUANTS[source.dtype][1] * QUANTS[source.dtype][1] if source.dtype in QUANTS else BLOCK
+    buffer = bytearray(size)
+    for start in range(0, source.nbytes, size):
+        view = memoryview(buffer)[: min(size, source.nbytes - start)]
+        read_bytes(pool, source, start, view, until=source.nbytes)
+        yield np.frombuffer(view, np.uint8)

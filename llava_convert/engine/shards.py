@@ -1,0 +1,216 @@
+"""File sets settled into shards: which tensor lies where in which file, known before a byte is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from llava_convert.core.tensors import StoredTensor, nbytes_of
+from llava_convert.model.recipe import Recipe
+from llava_convert.ops.base import Op
+from llava_convert.ops.ops import steps
+from llava_convert.storage.gguf.file import Typed, encode_gguf
+from llava_convert.storage.safetensors import encode_header
+
+KEEP = "keep"
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor that a target wants: its name on disk, its recipe, the dtype it is written in."""
+
+    name: str
+    canonical: str
+    recipe: Recipe
+    dtype: str
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        return self.recipe.then(*steps(self.recipe.dtype, self.dtype)).ops
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """Tensors which share one set of files: `<folder>/<stem>.safetensors`, or shards of it and an index.
+
+    `limit` is the most bytes of tensors in a shard, None for one file, or KEEP: shards then follow the source's.
+    `container` is "safetensors", "torch" for the one file whose reader calls torch.load, or "gguf": its tensors keep
+    the order given, `metadata` goes into the (first) file, and KEEP means one file, as llama.cpp's tools write.
+    """
+
+    outputs: tuple[Output, ...]
+    folder: str = ""
+    stem: str = "model"
+    limit: int | str | None = KEEP
+    container: str = "safetensors"
+    metadata: Mapping[str, Typed] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One output tensor: `offset` is where its bytes start in its `shard`."""
+
+    name: str
+    canonical: str
+    source: StoredTensor
+    origin: str
+    ops: tuple[Op, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    shard: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes_of(self.dtype, prod(self.shape))
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether its bytes are the source's bytes, in one order."""
+        return not self.ops and self.source.strides is None
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "ops": [op.describe() for op in self.ops],
+        }
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of tensors, header and offsets settled."""
+
+    name: str
+    header: bytes
+    size: int
+    tensors: tuple[PlannedTensor, ...]
+    container: str = "safetensors"
+
+
+def shards_of(files: FileSet) -> tuple[list[Shard], dict[str, Any]]:
+    """The shards of a file set, and its index by name where it has one."""
+    prefix = f"{files.folder}/" if files.folder else ""
+    if files.container == "torch":
+        name = f"{prefix}{files.stem}.bin"
+        return [Shard(name, b"", 0, _place(name, files.outputs, {}), "torch")], {}
+    groups = _groups(files)
+    shards = []
+    for number, (name, group) in enumerate(zip(part_names(files, len(groups)), groups, strict=True), 1):
+        if files.container == "gguf":
+            shards.append(_gguf_shard(name, group, files, number - 1, len(groups)))
+        else:
+            shards.append(_safetensors_shard(name, group))
+    if len(shards) < 2 or files.container == "gguf":
+        return shards, {}
+    total = sum(t.nbytes for shard in shards for t in shard.tensors)
+    where = {t.name: shard.name.removeprefix(prefix) for shard in shards for t in shard.tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": {name: where[name] for name in sorted(where)}}
+    return shards, {f"{prefix}{files.stem}.safetensors.index.json": index}
+
+
+def part_names(files: FileSet, count: int | None = None) -> list[str]:
+    """The names of a file set's shards, of which there are `count`."""
+    count = len(_groups(files)) if count is None else count
+    prefix = f"{files.folder}/" if files.folder else ""
+    parts = [f"-{number:05d}-of-{count:05d}" for number in range(1, count + 1)] if count > 1 else [""]
+    return [f"{prefix}{files.stem}{part}.{files.container}" for part in parts]
+
+
+def _groups(files: FileSet) -> list[list[Output]]:
+    """The tensors of each shard."""
+    if files.limit is None or (files.container == "gguf" and files.limit == KEEP):
+        return [list(files.outputs)]
+    return _by_source(files.outputs) if files.limit == KEEP else _by_size(files.outputs, int(files.limit))
+
+
+def _gguf_shard(name: str, group: Sequence[Output], files: FileSet, number: int, count: int) -> Shard:
+    """A GGUF file, or part `number` of `count`: the first holds the metadata, and each says which it is.
+
+    Keys and their types are those of llama.cpp's gguf-split and gguf-py 0.19 (`GGUFWriter.add_shard_kv_data`).
+    """
+    metadata = dict(files.metadata) if number == 0 else {}
+    if count > 1:
+        metadata["split.no"] = Typed("u16", number)
+        metadata["split.count"] = Typed("u16", count)
+        metadata["split.tensors.count"] = Typed("i32", len(files.outputs))
+    header = encode_gguf(metadata, [(o.name, o.dtype, shape_of(o)) for o in group])
+    by_name = {o.name: o for o in group}
+    tensors = _place(name, [by_name[n] for n in header.order], header.offsets)
+    return Shard(name, header.data, header.size, tensors, "gguf")
+
+
+def _safetensors_shard(name: str, group: Sequence[Output]) -> Shard:
+    infos = [(o.name, o.dtype, shape_of(o)) for o in group]
+    header = encode_header(infos)
+    wanted = _alignment(group, header.offsets, len(header.data))
+    if wanted is not None:
+        header = encode_header(infos, data_start_mod=wanted)
+    by_name = {o.name: o for o in group}
+    return Shard(name, header.data, header.size, _place(name, [by_name[n] for n in header.order], header.offsets))
+
+
+def _alignment(group: Sequence[Output], offsets: Mapping[str, int], data_start: int) -> int | None:
+    """The data start (mod 4096) at which most copied bytes lie as they do in the source.
+
+    Congruent runs can be cloned by a reflink filesystem and copied fastest by the others.
+    """
+    weights: dict[int, int] = {}
+    for output in group:
+        source = output.recipe.tensor
+        if not output.ops and len(source.extents) == 1:
+            wanted = (source.extents[0].offset - (offsets[output.name] - data_start)) % 4096
+            if wanted % 8 == 0:
+                weights[wanted] = weights.get(wanted, 0) + source.nbytes
+    return max(weights, key=lambda mod: (weights[mod], -mod)) if weights else None
+
+
+def _place(shard: str, outputs: Sequence[Output], offsets: Mapping[str, int]) -> tuple[PlannedTensor, ...]:
+    return tuple(
+        PlannedTensor(
+            name=o.name,
+            canonical=o.canonical,
+            source=o.recipe.tensor,
+            origin=o.recipe.origin,
+            ops=o.ops,
+            dtype=o.dtype,
+            shape=shape_of(o),
+            offset=offsets.get(o.name, 0),
+            shard=shard,
+        )
+        for o in outputs
+    )
+
+
+def shape_of(output: Output) -> tuple[int, ...]:
+    return output.recipe.shape
+
+
+def size_of(output: Output) -> int:
+    return nbytes_of(output.dtype, prod(shape_of(output)))
+
+
+def _by_size(outputs: Sequence[Output], limit: int) -> list[list[Output]]:
+    """Fill shards in module order up to `limit` bytes of tensors; a larger tensor gets a shard of its own."""
+    groups: list[list[Output]] = [[]]
+    filled = 0
+    for output in outputs:
+        size = size_of(output)
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(output)
+        filled += size
+    return groups
+
+
+def _by_source(outputs: Sequence[Output]) -> list[list[Output]]:
+    """One shard for each source file, in the order in which the module order first meets them."""
+    groups: dict[str, list[Output]] = {}
+    for output in outputs:
+        extents = output.recipe.tensor.extents
+        groups.setdefault(str(extents[0].path) if extents else "", []).append(output)
+    return list(groups.values())

@@ -1,0 +1,59 @@
+"""The defaults which depend on source and target: the dtype, and where shards end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from llava_convert.core.errors import UnsupportedError
+from llava_convert.core.tensors import FROM_TORCH_NAMES, QUANTS
+from llava_convert.engine.plan import KEEP, parse_size
+from llava_convert.layouts.base import TargetOptions
+from llava_convert.layouts.naming import llm_dtype
+from llava_convert.model.recipe import Model, Recipe
+from llava_convert.ops.cast import FLOATS
+
+# What training leaves is float32 and published in float16; other sources keep theirs.
+_TRAINED = ("pth", "xtuner")
+# Sources which lie in shards of their own making, or in none.
+_WITHOUT_SHARDS = ("pth", "gguf")
+
+
+def output_dtype(model: Model, options: TargetOptions) -> str:
+    """The one dtype of an output; of dequantised weights float16, as llama.cpp's own unquantised files are.
+
+    Raises UnsupportedError (exit 4) for weights that are quantised and may not be dequantised.
+    """
+    refuse_quantised(model.recipes)
+    if options.dtype is not None:
+        return FROM_TORCH_NAMES[options.dtype]
+    if model.checkpoint.layout in _TRAINED:
+        return "F16"
+    dtype = llm_dtype(model)
+    if dtype in QUANTS:
+        return "F16"
+    if dtype not in FLOATS:
+        raise UnsupportedError(
+            f"the source is mostly {dtype}, and an output has one float dtype throughout",
+            hint="give it by --dtype, if the source's tensors can be cast",
+        )
+    return dtype
+
+
+def refuse_quantised(recipes: Mapping[str, Recipe]) -> None:
+    """Raise UnsupportedError (exit 4) where a recipe ends in quantised weights: floats are needed of them."""
+    types = sorted({recipe.dtype for recipe in recipes.values() if recipe.dtype in QUANTS})
+    if types:
+        count = sum(recipe.dtype in QUANTS for recipe in recipes.values())
+        raise UnsupportedError(
+            f"{count} of the {len(recipes)} tensors are quantised ({', '.join(types)}), and floats are needed",
+            hint="--dequantize makes floats of them, which keep the error of the quantisation; "
+            "better give the model's f16, bf16 or f32 file",
+        )
+
+
+def shard_limit(model: Model, options: TargetOptions, *, trained: str = "2GB") -> int | str:
+    """Where shards end: as the user says, as the source's do, or after `trained` where it has none to keep."""
+    asked = options.max_shard_size
+    if asked is None:
+        return parse_size(trained) if model.checkpoint.layout in _WITHOUT_SHARDS else KEEP
+    return KEEP if asked == KEEP else parse_size(asked)

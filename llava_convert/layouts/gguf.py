@@ -1,8 +1,0 @@
-"""GGUF, llama.cpp's format: a language model, and an mmproj with vision tower and projector."""
-
-from __future__ import annotations
-
-from llava_convert.layouts.gguf_source import NAME, detect, open, open_each
-from llava_convert.layouts.gguf_target import lower, needs
-
-__all__ = ["NAME", "detect", "lower", "needs", "open", "open_each"]

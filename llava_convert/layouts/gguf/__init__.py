@@ -1,0 +1,8 @@
+"""GGUF, llama.cpp's format: a language model, and an mmproj with vision tower and projector."""
+
+from __future__ import annotations
+
+from llava_convert.layouts.gguf.read import NAME, detect, open, open_each
+from llava_convert.layouts.gguf.write import lower, needs
+
+__all__ = ["NAME", "detect", "lower", "needs", "open", "open_each"]

@@ -1,0 +1,261 @@
+"""What a GGUF architecture calls its tensors and settings, as data (`mappings/gguf/*.toml`), read in both directions.
+
+A row pairs a GGUF name with a canonical one, as a layout's does, and may say what happens to the tensor's rows. A key
+pairs an entry of the metadata with one of transformers' config.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.resources import data_dir
+from llava_convert.core.tensors import StoredTensor
+from llava_convert.layouts.gguf import limits, rope, vision
+from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION
+from llava_convert.model.tables.families import architecture_for
+from llava_convert.model.tables.names import LayoutTable, TableError, parse_layout_table
+from llava_convert.ops.base import Op
+from llava_convert.ops.ops import RopePermute
+from llava_convert.storage.gguf.file import Typed
+
+Config = Mapping[str, Any]
+Metadata = Mapping[str, Typed]
+CLIP = "clip"
+_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+# Phi-3's class takes a padding id of its own, 32000, where the config does not say one.
+_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """An entry of the metadata. `symbol` is the shape symbol that it is computed by, where config alone does not say.
+
+    `default` is what a file that lacks it means (the name of another config key, or a value); without one, and unless
+    `optional`, it must be there. `null` is how the config's null is written. Families in `stated` have it only where
+    their config says it. `share_of`: what is written is the config's share of that symbol.
+    """
+
+    key: str
+    type: str
+    config: str = ""
+    symbol: str = ""
+    default: Any = None
+    optional: bool = False
+    null: Any = None
+    stated: tuple[str, ...] = ()
+    share_of: str = ""
+
+
+@dataclass(frozen=True)
+class GgufTable:
+    """One architecture's names and keys. `families` are the model types it holds.
+
+    Reading gives the first, or the one that a key of `family_by` tells.
+    """
+
+    architecture: str
+    families: tuple[str, ...]
+    names: LayoutTable
+    heads: Mapping[str, str]
+    omitted: Mapping[str, str]
+    keys: tuple[Key, ...]
+    family_by: Mapping[str, str]
+
+    @property
+    def part(self) -> str:
+        return VISION if self.architecture == CLIP else PROJECTOR if self.families == ("projector",) else LLM
+
+    def write(self, canonical: str, config: Config) -> tuple[str, tuple[Op, ...]] | None:
+        """The GGUF name of a tensor and the ops on its way; None for a name that no row has."""
+        named = self.names.write(canonical)
+        if named is None:
+            return None
+        disk, row = named
+        return disk, self._ops(self.names.rows[row].disk.text, config, back=False)
+
+    def omits(self, canonical: str) -> str | None:
+        """Why a tensor is not written, or None where it is."""
+        named = self.names.write(canonical)
+        return None if named is None else self.omitted.get(self.names.rows[named[1]].disk.text)
+
+    def read(self, disk: str, config: Config) -> tuple[str, tuple[Op, ...]] | None:
+        """The canonical name of a GGUF tensor and the ops that undo what writing did; None for an unknown name."""
+        for row in self.names.rows:
+            bindings = row.disk.match(disk)
+            if bindings is not None:
+                return row.canonical.fill(bindings), self._ops(row.disk.text, config, back=True)
+        return None
+
+    def dropped(self, disk: str) -> str | None:
+        """Why a tensor is left behind when it is read (it says what the config says), or None."""
+        return self.names.dropped(disk)
+
+    def _ops(self, row: str, config: Config, *, back: bool) -> tuple[Op, ...]:
+        symbol = self.heads.get(row)
+        if symbol is None:
+            return ()
+        family = architecture_for(self.part, str(config.get("model_type", self.families[0])))
+        return (RopePermute(family.symbol(symbol, config), back),)
+
+
+@cache
+def tables() -> tuple[GgufTable, ...]:
+    """Every table of `mappings/gguf`."""
+    paths = sorted((data_dir("mappings") / "gguf").glob("*.toml"))
+    found = (parse_gguf_table(path.read_text(encoding="utf-8"), path) for path in paths)
+    return tuple(table for table in found if table is not None)
+
+
+def parse_gguf_table(text: str, path: Path) -> GgufTable | None:
+    """One table; None for a file of the folder that holds something else. Raises TableError for a contradiction."""
+    raw = tomllib.loads(text)
+    if "families" not in raw:
+        return None
+    head = f'layout = "{raw["architecture"]}"\nwrites = "gguf"\n'
+    names = parse_layout_table(head + text, path)
+    heads = {row["disk"]: row["heads"] for row in raw["row"] if "op" in row}
+    unknown = {row["op"] for row in raw["row"] if "op" in row} - {"rope"}
+    if unknown:
+        raise TableError(f"{path.name}: no op {sorted(unknown)}")
+    return GgufTable(
+        raw["architecture"],
+        tuple(raw["families"]),
+        names,
+        heads,
+        {row["disk"]: row["omit"] for row in raw["row"] if "omit" in row},
+        tuple(Key(**{**key, "stated": tuple(key.get("stated", ()))}) for key in raw.get("key", ())),
+        raw.get("family_by", {}),
+    )
+
+
+def table_for_family(model_type: str) -> GgufTable:
+    """The table that a family is written by. Raises UnsupportedError (exit 4) for one that GGUF cannot hold here."""
+    for table in tables():
+        if model_type in table.families:
+            return table
+    raise UnsupportedError(
+        f"a {model_type} cannot be written as GGUF",
+        hint="llama.cpp's mlp projector reads CLIP towers only" if "siglip" in model_type else _known(),
+    )
+
+
+def table_for_arch(architecture: str) -> GgufTable:
+    """The table of `general.architecture`. Raises UnsupportedError (exit 4) for others."""
+    for table in tables():
+        if table.architecture == architecture and table.families != ("projector",):
+            return table
+    raise UnsupportedError(f"GGUF architecture {architecture!r} is not supported", hint=_known())
+
+
+def _known() -> str:
+    return "known: " + ", ".join(sorted(f for table in tables() for f in table.families if f != "projector"))
+
+
+def metadata_of(table: GgufTable, config: Config) -> dict[str, Typed]:
+    """The keys that a config makes; those of the tokenizer and the general ones are others' work.
+
+    Raises UnsupportedError (exit 4) for what llama.cpp does not compute: rope scalings, activations, sizes of heads.
+    """
+    found: dict[str, Typed] = {}
+    family = architecture_for(table.part, str(config["model_type"]))
+    for key in table.keys:
+        if family.name in key.stated and config.get(key.config) is None:
+            continue
+        value: Any
+        if key.share_of:
+            value = int(family.symbol(key.share_of, config) * limits.rotated_share(config))
+        else:
+            value = family.symbol(key.symbol, config) if key.symbol else config.get(key.config)
+        value = key.null if value is None else value
+        if value is None and isinstance(key.default, str):
+            value = config.get(key.default)
+        if value is not None:
+            found[key.key] = Typed(key.type, float(value) if key.type == "f32" else value)
+        elif not key.optional:
+            raise InputError(f"the config lacks {key.config}, which GGUF needs as {key.key}")
+    if table.part == VISION:
+        return found | vision.activation_keys(config)
+    limits.refuse(table.architecture, [key.config for key in table.keys], config, family)
+    return found | rope.scaling_keys(table.architecture, config)
+
+
+def config_of(table: GgufTable, metadata: Metadata, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """transformers' config (old flavour) of a file. Raises InputError for keys that are missing or of a wrong type.
+
+    UnsupportedError where the rope scaling cannot be told from its factors.
+    """
+    told = next((family for key, family in table.family_by.items() if key in metadata), table.families[0])
+    family = architecture_for(table.part, told)
+    config: dict[str, Any] = {"model_type": told}
+    for key in table.keys:
+        if not key.config:
+            continue
+        typed = metadata.get(key.key)
+        if key.share_of:
+            continue  # of a symbol that needs the whole config
+        if typed is not None:
+            value = None if key.null is not None and typed.value == key.null else _plain(key, typed)
+        elif key.optional:
+            continue
+        elif key.default is None:
+            raise InputError(f"the GGUF lacks {key.key}", hint="it is incomplete; get it again")
+        else:
+            value = config.get(key.default) if isinstance(key.default, str) else key.default
+            value = None if key.null is not None and value == key.null else value
+        config[key.config] = value
+    if table.part == VISION:
+        return config | vision.config_of_activation(metadata)
+    embedding = tensors.get("token_embd.weight")
+    if embedding is not None:
+        config["vocab_size"] = embedding.shape[0]
+    config["tie_word_embeddings"] = "output.weight" not in tensors
+    config |= {key: tensor in tensors for key, tensor in _BIASES.items() if key in family.defaults}
+    for name, short in _IDS.items():
+        typed = metadata.get(f"tokenizer.ggml.{short}_token_id")
+        if name in family.defaults or name != "pad_token_id":
+            config[name] = typed.value if typed is not None else None
+    head = family.symbol("head_dim", config)
+    for key in (key for key in table.keys if key.share_of and key.key in metadata):
+        size = family.symbol(key.share_of, config)
+        if (rotated := _plain(key, metadata[key.key])) != size:
+            config[key.config] = rotated / size
+    if config.get("head_dim") == config["hidden_size"] // config["num_attention_heads"]:
+        del config["head_dim"]  # written out in every file, and told by the others in most configs
+    scaling = rope.read_scaling(table.architecture, metadata, tensors, config, head)
+    config["rope_scaling"] = scaling
+    return config
+
+
+def _plain(key: Key, typed: Typed) -> Any:
+    """A value as configs write it: of a float32 the shortest decimal that means it."""
+    value = typed.value
+    if isinstance(value, list | tuple):  # one for each layer, in newer files
+        if len(set(value)) != 1:
+            raise UnsupportedError(f"{key.key} differs from layer to layer, which no family here has")
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{key.key} should be a number, found {str(value)[:40]!r}")
+    return float(str(np.float32(value))) if key.type == "f32" else value
+
+
+def missing(table: GgufTable, config: Config, names: Iterator[str] | list[str] | tuple[str, ...]) -> list[str]:
+    """GGUF names that a model of this config has and `names` lack; the runtime itself does not notice.
+
+    A head that is tied is no tensor of its own.
+    """
+    there = set(names)
+    family = architecture_for(table.part, str(config["model_type"]))
+    wanted = []
+    for canonical, expected in family.tensors(config).items():
+        written = table.write(canonical, config)
+        if written is not None and expected.tied is None and table.omits(canonical) is None:
+            wanted.append(written[0])
+    return [name for name in wanted if name not in there]

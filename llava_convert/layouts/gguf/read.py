@@ -1,0 +1,266 @@
+"""GGUF files as a source: a language model, and the mmproj with tower and projector, of llama.cpp.
+
+Names and the order of rows are put back as transformers has them; what lies beside the weights elsewhere is made of the
+metadata. Quantised weights keep their bytes, unless they may be dequantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.tensors import QUANTS, StoredTensor
+from llava_convert.engine.record import read_record
+from llava_convert.layouts.base import ALL, Found, OpenOptions
+from llava_convert.layouts.gguf import defects as gguf_defects
+from llava_convert.layouts.gguf import mmproj as gguf_vision
+from llava_convert.layouts.gguf.files import (
+    ARCHITECTURE,
+    SUFFIX,
+    VISION_ARCHITECTURE,
+    Files,
+    find,
+    find_all,
+    starts_as_gguf,
+)
+from llava_convert.layouts.gguf.mixes import OUTTYPES
+from llava_convert.layouts.gguf.mmproj import value
+from llava_convert.layouts.gguf.names import GgufTable, config_of, table_for_arch, table_for_family
+from llava_convert.layouts.gguf.rope import LLAMA3_TENSOR
+from llava_convert.model.checkpoint import (
+    IMAGE_NEWLINE,
+    LLM,
+    PARTS,
+    PROJECTOR,
+    VISION,
+    Checkpoint,
+    Dropped,
+    Part,
+    Settings,
+)
+from llava_convert.model.configs import family, named_config
+from llava_convert.model.tables.names import lookup_errors
+from llava_convert.ops.base import Op
+from llava_convert.ops.ops import Dequantize
+from llava_convert.storage.files import shown
+from llava_convert.storage.gguf.file import Gguf, open_gguf
+from llava_convert.storage.sidecars import Sidecars, made_sidecars
+
+NAME = "gguf"
+
+
+def detect(found: Found) -> str | None:
+    """A folder is GGUF's where its files are and no config.json makes it a folder of transformers'."""
+    if found.path.is_dir():
+        files = [name for name in found.names if name.lower().endswith(SUFFIX)]
+        return f"it holds GGUF files ({len(files)})" if files and found.config is None else None
+    if found.path.suffix.lower() == SUFFIX or starts_as_gguf(found.path):
+        return "it is a GGUF file"
+    return None
+
+
+def open(path: Path, options: OpenOptions) -> Checkpoint:
+    """Open a file, or a folder with one model.
+
+    Raises UnsupportedError (exit 4) where which files count is not clear, for architectures and projectors that are not
+    known and for tensors that these do not have; InputError for what is corrupt; what reading a header raises.
+    """
+    return _opened(path, find(path), options)
+
+
+def open_each(path: Path, options: OpenOptions) -> list[Checkpoint]:
+    """Every file of a folder with several types of one model, for a comparison of each."""
+    return [_opened(files.path if path.is_dir() else path, files, options) for files in find_all(path)]
+
+
+@dataclass
+class _Opened:
+    """What is gathered of the files of one model."""
+
+    parts: dict[str, Part] = field(default_factory=lambda: {name: Part() for name in PARTS})
+    settings: Settings = field(default_factory=Settings)
+    newline: StoredTensor | None = None
+    ggufs: list[Gguf] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    defects: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def _opened(path: Path, files: Files, options: OpenOptions) -> Checkpoint:
+    found = _Opened()
+    root = files.path.parent
+    recorded = read_record(root)
+    record = recorded if recorded is not None and recorded.get("layout", {}).get("to") == NAME else None
+    if files.llm is not None:
+        _open_llm(found, files.llm, options)
+    if files.mmproj is not None:
+        _open_mmproj(found, files.mmproj, options, Settings.recorded(record))
+    if files.mmproj is None:
+        found.notes.append("there is no mmproj beside it: a language model alone, which `--part all` then means")
+    elif files.llm is None:
+        found.notes.append("it is an mmproj: vision tower and projector without a language model")
+    else:
+        found.notes.append(f"vision tower and projector are from {files.mmproj.name}")
+    return Checkpoint(
+        layout=NAME,
+        path=path,
+        root=root,
+        files=tuple(file for gguf in found.ggufs for file in gguf.files),
+        parts=found.parts,
+        settings=found.settings,
+        image_newline=found.newline,
+        dropped=tuple(found.dropped),
+        notes=tuple(found.notes),
+        warnings=tuple(found.warnings),
+        shard_of={name: file for gguf in found.ggufs for name, file in gguf.shard_of.items()},
+        default_part=LLM if files.mmproj is None else ALL,
+        defects=tuple(found.defects),
+        facts=found.facts,
+    )
+
+
+def _open_llm(found: _Opened, path: Path, options: OpenOptions) -> None:
+    gguf = open_gguf(path)
+    found.ggufs.append(gguf)
+    table = table_for_arch(_architecture(gguf, path))
+    config, told = _llm_config(table, gguf, path, found)
+    weights, ops = _named(found, gguf.tensors, [table], config, path, options)
+    name = value(gguf.metadata, "general.name")
+    if isinstance(name, str) and name:
+        config.setdefault("_name_or_path", name)
+    found.parts[LLM] = Part(weights, config=config if told else None, files=llm_sidecars(gguf.metadata, path), ops=ops)
+    found.defects += gguf_defects.llm_defects(gguf.metadata)
+    found.facts |= _facts(gguf.metadata, config)
+
+
+def _llm_config(table: GgufTable, gguf: Gguf, path: Path, found: _Opened) -> tuple[dict[str, Any], bool]:
+    """The language model's config, and whether it is all told: a rope scaling may be one that only --llm can tell."""
+    try:
+        config, told = config_of(table, gguf.metadata, gguf.tensors), True
+    except UnsupportedError as problem:
+        if LLAMA3_TENSOR not in gguf.tensors:
+            raise
+        rest = {name: tensor for name, tensor in gguf.tensors.items() if name != LLAMA3_TENSOR}
+        config, told = config_of(table, gguf.metadata, rest), False
+        found.warnings.append(f"{problem.message}: the config of the original language model is needed (--llm)")
+    return named_config(config, LLM, where=str(path)), told
+
+
+def _open_mmproj(found: _Opened, path: Path, options: OpenOptions, recorded: Settings) -> None:
+    gguf = open_gguf(path)
+    found.ggufs.append(gguf)
+    gguf_vision.require_llava(gguf.metadata, path)
+    tower, projector = table_for_arch(VISION_ARCHITECTURE), table_for_family("projector")
+    config = named_config(config_of(tower, gguf.metadata, gguf.tensors), VISION, where=str(path))
+    config = gguf_vision.completed(config)
+    tensors = gguf_vision.with_legacy_names(gguf.tensors, int(config["hidden_size"]))
+    weights, ops = _named(found, tensors, [tower, projector], config, path, options)
+    found.newline = weights.pop(IMAGE_NEWLINE, None)
+    by_part = {part: {n: t for n, t in weights.items() if n.startswith(f"{part}.")} for part in (VISION, PROJECTOR)}
+    found.parts[VISION] = Part(
+        by_part[VISION],
+        config=config,
+        files=gguf_vision.processor_sidecars(gguf.metadata, config, path),
+        ops=ops,
+        synthetic=gguf_vision.synthetic(config),
+    )
+    found.parts[PROJECTOR] = Part(by_part[PROJECTOR], ops=ops)
+    layer, note = gguf_vision.feature_layer(gguf.metadata, config, path)
+    found.settings = replace(recorded, select_layer=layer, extra=gguf_vision.next_settings(gguf.metadata))
+    found.notes += [note] if note else []
+    found.defects += gguf_defects.vision_defects(gguf.metadata, tower, config, tensors)
+    found.facts["mmproj blocks"] = config["num_hidden_layers"]
+
+
+def _architecture(gguf: Gguf, path: Path) -> str:
+    found = value(gguf.metadata, ARCHITECTURE)
+    kind = value(gguf.metadata, "general.type", "model")
+    if not isinstance(found, str) or kind != "model":
+        what = f"of the type {shown(kind)}" if kind != "model" else f"without {ARCHITECTURE}"
+        raise UnsupportedError(f"{shown(path)}: it is a GGUF {what}, not a language model")
+    return found
+
+
+def _named(
+    found: _Opened,
+    tensors: Mapping[str, StoredTensor],
+    tables: list[GgufTable],
+    config: Mapping[str, Any],
+    path: Path,
+    options: OpenOptions,
+) -> tuple[dict[str, StoredTensor], dict[str, tuple[Op, ...]]]:
+    """Tensors by canonical name, and the ops which make each of what is stored.
+
+    Raises UnsupportedError (exit 4) for names that no table has and for tensors that change what the model computes,
+    InputError where two mean the same tensor.
+    """
+    weights: dict[str, StoredTensor] = {}
+    ops: dict[str, tuple[Op, ...]] = {}
+    unknown: dict[str, str] = {}
+    for disk, tensor in tensors.items():
+        reason = next((said for table in tables if (said := table.dropped(disk)) is not None), None)
+        if reason is not None:
+            found.dropped.append(Dropped(disk, reason))
+            continue
+        table, meaning = next(((t, m) for t in tables if (m := t.read(disk, config)) is not None), (tables[0], None))
+        if meaning is None:
+            unknown[disk] = disk
+            continue
+        canonical, made = meaning
+        if (reason := table.omits(canonical)) is not None:
+            raise UnsupportedError(f"{shown(path)}: it holds {shown(disk)}: {reason}")
+        if canonical in weights:
+            raise InputError(f"{shown(path)}: two tensors mean {canonical}, {shown(disk)} is one of them")
+        weights[canonical] = tensor
+        if options.dequantize and tensor.dtype in QUANTS:
+            made = (*made, Dequantize())
+        if made:
+            ops[canonical] = made
+    if unknown:
+        raise UnsupportedError(f"{shown(path)}: {lookup_errors(unknown, tables[0].names, _known(tables, config))}")
+    return weights, ops
+
+
+def _known(tables: list[GgufTable], config: Mapping[str, Any]) -> list[str]:
+    """The names that a file of this config has."""
+    part = tables[0].part
+    written = (tables[0].write(name, config) for name in family(part, config).tensors(config))
+    return [named[0] for named in written if named is not None]
+
+
+def _facts(metadata: gguf_vision.Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `inspect` tells of a language model, by what users look for."""
+    tokens = value(metadata, "tokenizer.ggml.tokens", ())
+    kind, pre = value(metadata, "tokenizer.ggml.model"), value(metadata, "tokenizer.ggml.pre")
+    return {
+        "name": value(metadata, "general.name", "not told"),
+        "architecture": value(metadata, ARCHITECTURE),
+        "file type": _file_type(value(metadata, "general.file_type")),
+        "tokenizer": f"{kind}, {pre or 'no pre-tokenizer named'}, {len(tokens)} tokens" if tokens else "none",
+        "chat template": "yes" if value(metadata, "tokenizer.chat_template") else "no",
+        "context length": config.get("max_position_embeddings"),
+        "blocks": config["num_hidden_layers"],
+    }
+
+
+def _file_type(number: Any) -> str:
+    names = {outtype.file_type: name for name, outtype in OUTTYPES.items()}
+    return names.get(number, "not told" if number is None else f"number {number}")
+
+
+def llm_sidecars(metadata: gguf_vision.Metadata, where: Path) -> Sidecars:
+    """The tokenizer's files, made of the metadata when one of them is asked for."""
+
+    def make() -> Mapping[str, bytes]:
+        if not value(metadata, "tokenizer.ggml.tokens"):
+            return {}
+        from llava_convert.layouts.gguf.rebuilt import tokenizer_files  # a look at the weights needs none of it
+
+        return tokenizer_files(metadata)
+
+    return made_sidecars(where, make)

@@ -1,0 +1,279 @@
+"""GGUF files as a target: a language model for each type, one mmproj or more, and a Modelfile for Ollama.
+
+The runtime checks little of what it loads: it segfaults or computes other numbers in silence. So whatever it needs is
+checked here before a byte is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+from llava_convert.assets.bundle import Artefacts
+from llava_convert.assets.tokenizer.files import Tokenizer, open_tokenizer
+from llava_convert.core.errors import UnsupportedError, UsageError
+from llava_convert.core.tensors import QUANTS
+from llava_convert.engine.plan import KEEP, FileSet, Target, parse_size
+from llava_convert.engine.shards import Output, part_names
+from llava_convert.layouts.base import ALL, Needs, TargetOptions
+from llava_convert.layouts.gguf import limits, mixes, rope
+from llava_convert.layouts.gguf.mixes import OUTTYPES
+from llava_convert.layouts.gguf.modelfile import modelfile
+from llava_convert.layouts.gguf.names import GgufTable, metadata_of, missing, table_for_family
+from llava_convert.layouts.gguf.token_flags import runtime_name, unsaid
+from llava_convert.layouts.gguf.vocabulary import SPACE_PREFIX, tokenizer_metadata
+from llava_convert.layouts.naming import llm_dtype
+from llava_convert.model.checkpoint import IMAGE_NEWLINE, LLM, PARTS, PROJECTOR, VISION, Checkpoint
+from llava_convert.model.projector import projector_config
+from llava_convert.model.recipe import EMBEDDING, HEAD, Model, Recipe
+from llava_convert.ops import kernels as ggml
+from llava_convert.ops.ops import constant
+from llava_convert.storage.gguf.file import Typed
+from llava_convert.storage.sidecars import made_sidecars
+
+NAME = "gguf"
+MMPROJ_TYPES = ("f16",)
+_QUANTIZATION_VERSION = 2  # ggml.h: GGML_QNT_VERSION
+# generation_config's settings and the keys that llama.cpp reads them from.
+_SAMPLING = {
+    "top_k": ("top_k", "i32"),
+    "top_p": ("top_p", "f32"),
+    "min_p": ("min_p", "f32"),
+    "temperature": ("temp", "f32"),
+    "repetition_penalty": ("penalty_repeat", "f32"),
+}
+
+
+def needs(checkpoint: Checkpoint, part: str) -> Needs:
+    if part == PROJECTOR:
+        raise UsageError(
+            "--part projector: a GGUF projector lies in the mmproj together with the vision tower",
+            hint="--part visual-encoder writes the mmproj alone",
+        )
+    if part == LLM:
+        return Needs((LLM,), (LLM,), keep_added=True)
+    if part == VISION:
+        return Needs((VISION, PROJECTOR), (VISION,), keep_added=True)
+    return Needs(PARTS, (LLM, VISION), keep_added=True)
+
+
+def lower(model: Model, options: TargetOptions) -> Target:
+    """The files of every type asked for.
+
+    Raises UsageError for unknown types and where no kernel makes one (exit 2), UnsupportedError (exit 4) for what
+    llama.cpp's LLaVA cannot express.
+    """
+    if options.dtype is not None:
+        raise UsageError(f"--dtype {options.dtype} does not apply to gguf", hint="--outtype and --mmproj-outtype do")
+    made = Artefacts(model, options)
+    types, mmproj_types = outtypes(model, options), _names(options.mmproj_outtypes or MMPROJ_TYPES, "--mmproj-outtype")
+    sets: list[FileSet] = []
+    files: dict[str, bytes] = {}
+    warnings: list[str] = []
+    name = options.name or "model"
+    mmprojs = [f"{name}-mmproj-{kind}" for kind in mmproj_types] if options.part in (ALL, VISION) else []
+    if options.part in (ALL, LLM):
+        limit = _limit(options)
+        language, metadata = _language_model(model, made, options)
+        warnings += [*limits.warnings(model.configs[LLM]), *unsaid(_tokenizer(model, made))]
+        for kind in types:
+            outputs = _typed(language, kind, model)
+            one = FileSet(outputs, "", f"{name}-{kind}", limit, NAME, metadata | _file_type(kind))
+            sets.append(one)
+            files[f"{name}-{kind}.Modelfile"] = _modelfile(model, made, part_names(one), mmprojs)
+    if mmprojs:
+        tower, metadata = _mmproj(model, made, options)
+        blocks = int(model.configs[VISION]["num_hidden_layers"])
+        for stem, kind in zip(mmprojs, mmproj_types, strict=True):
+            outputs = tuple(
+                Output(
+                    disk,
+                    canonical,
+                    recipe,
+                    mixes.mmproj_type(kind, disk, recipe.shape, layer=_layer(disk), layers=blocks),
+                )
+                for disk, canonical, recipe in tower
+            )
+            sets.append(FileSet(outputs, "", stem, None, NAME, metadata | _file_type(kind)))
+            if OUTTYPES[kind].base in QUANTS and kind != "q8_0":
+                warnings.append(f"an mmproj of type {kind} sees clearly worse; q8_0 and above do not")
+        if IMAGE_NEWLINE in model.recipes:
+            warnings.append("image_newline is left out: llama.cpp's LLaVA makes no use of it")
+    for output in (o for one in sets for o in one.outputs):
+        if output.dtype in QUANTS and output.recipe.dtype != output.dtype:
+            ggml.require(output.dtype)
+    return Target(NAME, tuple(sets), files, warnings=tuple(warnings))
+
+
+def outtypes(model: Model, options: TargetOptions) -> tuple[str, ...]:
+    """The file types of the language model: as asked, else bf16 for a bf16 source and f16 for all others."""
+    if options.outtypes and options.outtypes != ("auto",):
+        return _names(options.outtypes, "--outtype")
+    return ("bf16",) if LLM in model.configs and llm_dtype(model) == "BF16" else ("f16",)
+
+
+def _names(asked: tuple[str, ...], option: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(mixes.outtype(name, option=option) for name in asked))
+
+
+def _limit(options: TargetOptions) -> int | None:
+    return None if options.max_shard_size in (None, KEEP) else parse_size(str(options.max_shard_size))
+
+
+Named = list[tuple[str, str, Recipe]]
+
+
+def _written(table: GgufTable, recipes: Mapping[str, Recipe], config: Mapping[str, Any]) -> Named:
+    """GGUF name, canonical name and recipe of each tensor that a table writes."""
+    found: Named = []
+    for canonical, recipe in recipes.items():
+        written = table.write(canonical, config)
+        if written is None:
+            raise UnsupportedError(f"GGUF ({table.architecture}) has no name for {canonical}")
+        if table.omits(canonical) is None:
+            found.append((written[0], canonical, recipe.then(*written[1])))
+    return found
+
+
+def _language_model(model: Model, made: Artefacts, options: TargetOptions) -> tuple[Named, dict[str, Typed]]:
+    config = model.configs[LLM]
+    table = table_for_family(str(config["model_type"]))
+    recipes = {name: recipe for name, recipe in model.part(LLM).items() if not (model.tied and name == HEAD)}
+    rows = recipes[EMBEDDING].shape[0]
+    config = {**config, "vocab_size": rows, "tie_word_embeddings": model.tied}
+    found = _written(table, recipes, config)
+    lacking = missing(table, config, [disk for disk, _, _ in found])
+    if lacking:
+        raise UnsupportedError(f"the language model lacks {lacking[0]}, which llama.cpp needs")
+    for disk, values in rope.factor_tensors(table.architecture, config).items():
+        tensor, ops = constant(disk, (len(values),), values)
+        found.append((disk, disk, Recipe(tensor, ops, "config")))
+    tokenizer = _tokenizer(model, made)
+    metadata = _general(table.architecture, "model", runtime_name(options.name or "model", tokenizer), found)
+    for setting, (key, kind) in _SAMPLING.items():
+        value = made.generation_config.get(setting)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            metadata[f"general.sampling.{key}"] = Typed(kind, value)
+    metadata |= metadata_of(table, config)
+    template = made.templates.tokenizer if made.template_name is not None else tokenizer.chat_template
+    metadata |= tokenizer_metadata(
+        tokenizer, rows, pre=options.pre, chat_template=template, stop_ids=_stop_ids(made), config=config
+    )
+    stated = tokenizer.config.get("add_prefix_space")
+    if table.architecture == "llama" and isinstance(stated, bool):
+        metadata.setdefault(SPACE_PREFIX, Typed("bool", stated))  # of byte-level ones too, where nothing reads it
+    return found, metadata
+
+
+def _tokenizer(model: Model, made: Artefacts) -> Tokenizer:
+    """The source's tokenizer; less the added tokens where the rows for them have been taken off."""
+    tokenizer = made.required_tokenizer()
+    if model.added is None:
+        return tokenizer
+    files = made.tokenizer_files()
+    return open_tokenizer(made_sidecars(tokenizer.where, lambda: files))
+
+
+def _stop_ids(made: Artefacts) -> list[int]:
+    found = made.generation_config.get("eos_token_id")
+    return [i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int)]
+
+
+def _typed(language: Named, kind: str, model: Model) -> tuple[Output, ...]:
+    config = model.configs[LLM]
+    layers = int(config["num_hidden_layers"])
+    return tuple(
+        Output(
+            disk,
+            canonical,
+            recipe,
+            mixes.tensor_type(
+                kind, disk, recipe.shape, layer=_layer(disk), layers=layers, config=config, tied=model.tied
+            ),
+        )
+        for disk, canonical, recipe in language
+    )
+
+
+def _layer(disk: str) -> int:
+    parts = disk.removeprefix("v.").split(".")
+    return int(parts[1]) if parts[0] == "blk" else 0
+
+
+def _mmproj(model: Model, made: Artefacts, options: TargetOptions) -> tuple[Named, dict[str, Typed]]:
+    config = model.configs[VISION]
+    table, projector = table_for_family(str(config["model_type"])), table_for_family("projector")
+    recipes = model.part(PROJECTOR)
+    sizes = projector_config({name: recipe.tensor for name, recipe in recipes.items()})
+    if sizes["depth"] != 2 or not sizes["bias"]:
+        raise UnsupportedError(
+            f"the projector has {sizes['depth']} linear layers{'' if sizes['bias'] else ' without biases'}; "
+            "llama.cpp's has exactly 2, with biases",
+            hint="convert to official or xtuner instead",
+        )
+    settings = model.checkpoint.settings
+    if settings.select_strategy != "default":
+        raise UnsupportedError("the class token goes along to the language model, which llama.cpp's LLaVA cannot do")
+    found = [*_written(projector, recipes, config), *_written(table, model.part(VISION), config)]
+    lacking = missing(table, config, [disk for disk, _, _ in found])
+    if lacking:
+        raise UnsupportedError(f"the vision tower lacks {lacking[0]}, which llama.cpp needs")
+    blocks = int(config["num_hidden_layers"])
+    layer = settings.select_layer if settings.select_layer >= 0 else blocks + 1 + settings.select_layer
+    picture = made.preprocessor_config(for_hf=False) or {}
+    metadata = _general("clip", "mmproj", options.name or "model", None)
+    metadata |= {
+        "clip.has_vision_encoder": Typed("bool", True),
+        "clip.has_text_encoder": Typed("bool", False),
+        "clip.has_llava_projector": Typed("bool", True),
+        "clip.projector_type": Typed("str", "mlp"),
+        **metadata_of(table, config),
+        "clip.vision.projection_dim": Typed("u32", int(sizes["text_hidden_size"])),
+        "clip.vision.feature_layer": Typed("[i32]", (layer,)),
+    }
+    for key in ("image_mean", "image_std"):
+        metadata[f"clip.vision.{key}"] = Typed("[f32]", tuple(float(value) for value in picture[key]))
+    return found, metadata
+
+
+def _general(architecture: str, kind: str, name: str, counted: Named | None) -> dict[str, Typed]:
+    found = {
+        "general.architecture": Typed("str", architecture),
+        "general.type": Typed("str", kind),
+        "general.name": Typed("str", name),
+    }
+    if counted is not None:
+        found["general.size_label"] = Typed("str", size_label(sum(prod(recipe.shape) for *_, recipe in counted)))
+    return found
+
+
+def size_label(parameters: int) -> str:
+    """A count as GGUF's convention shortens it: at least two digits, "8.0B" and "148K"."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (0, "K")):
+        if parameters > limit or unit == "K":
+            scaled = parameters / (limit or 1e3)
+            digits = max(2 - len(str(round(scaled)).lstrip("0")), 0)
+            return f"{scaled:.{digits}f}{unit}"
+    raise AssertionError("the last unit takes all")
+
+
+def _file_type(kind: str) -> dict[str, Typed]:
+    return {
+        "general.file_type": Typed("u32", OUTTYPES[kind].file_type),
+        "general.quantization_version": Typed("u32", _QUANTIZATION_VERSION),
+    }
+
+
+def _modelfile(model: Model, made: Artefacts, llm: list[str], mmprojs: list[str]) -> bytes:
+    tokenizer = made.required_tokenizer()
+    texts = {i: text for text, i in tokenizer.vocabulary.items()}
+    context = model.configs[LLM].get("max_position_embeddings")
+    return modelfile(
+        llm,
+        f"{mmprojs[0]}.gguf" if mmprojs else None,
+        template=made.template_name,
+        tokenizer=tokenizer,
+        stops=[texts[i] for i in _stop_ids(made) if i in texts],
+        context=context if isinstance(context, int) else None,
+    )

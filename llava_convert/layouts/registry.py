@@ -1,0 +1,115 @@
+"""Every layout there is, and which one a path holds.
+
+A layout is one module here and one table in `mappings/layouts`; the engine asks this registry and knows none by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path, PureWindowsPath
+from typing import cast
+
+from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.layouts.base import Found, Layout, OpenOptions
+from llava_convert.model.checkpoint import Checkpoint
+from llava_convert.storage.files import open_regular, read_fully, require_inside, shown
+from llava_convert.storage.sidecars import folder_sidecars
+
+SOURCES = ("pth", "xtuner", "official", "hf", "gguf")
+TARGETS = ("xtuner", "official", "hf", "gguf")
+
+
+def layout(name: str) -> Layout:
+    return cast(Layout, import_module(f"llava_convert.layouts.{name}"))
+
+
+def locate(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or what a training work_dir's `last_checkpoint` names."""
+    path = path.expanduser()
+    pointer = path / "last_checkpoint"
+    if not path.is_dir() or not pointer.is_file():
+        return path
+    with open_regular(require_inside(path, pointer.name)) as stream:
+        text = read_fully(stream, 4096, pointer).decode("utf-8", "replace").strip()
+    # It is a path on the machine that trained: the file itself moved along with the folder, and keeps its last name.
+    name = PureWindowsPath(text).name
+    try:
+        for candidate in (path / name, Path(text), path / text):
+            if name and candidate.exists():
+                return candidate
+    except (OSError, ValueError):
+        pass  # no name of a file on this system, so none that is there
+    raise InputError(f"{pointer} names '{shown(name)}', which is not there", hint="give the checkpoint itself")
+
+
+def look(path: Path) -> Found:
+    """What every layout judges by. Raises InputError for a broken config.json."""
+    if path.is_dir():
+        names = frozenset(p.name for p in path.iterdir())
+        config = folder_sidecars(path).read_json("config.json") if "config.json" in names else None
+        return Found(path, config if isinstance(config, dict) else None, names)
+    return Found(path, None, frozenset())
+
+
+def detect(path: Path) -> dict[str, str]:
+    """Layouts that claim a path, with their reasons."""
+    found = look(path)
+    return {name: why for name in SOURCES if (why := layout(name).detect(found)) is not None}
+
+
+def open_checkpoint(path: Path, name: str | None = None, options: OpenOptions | None = None) -> tuple[Checkpoint, str]:
+    """Open a source of layout `name`, or of the one it is found to be; also returns why it was taken for that.
+
+    Raises UnsupportedError (exit 4) when it is of no known layout, of several, or of another than `name`.
+    """
+    path = locate(path)
+    chosen, why = _choose(path, name)
+    return layout(chosen).open(path, options or OpenOptions()), why
+
+
+def open_each(path: Path) -> list[Checkpoint]:
+    """Every model at a path: one, but for a layout that keeps several types of one model side by side.
+
+    Raises what `open_checkpoint` raises.
+    """
+    path = locate(path)
+    chosen = layout(_choose(path, None)[0])
+    several: Callable[[Path, OpenOptions], list[Checkpoint]] | None = getattr(chosen, "open_each", None)
+    return several(path, OpenOptions()) if several is not None else [chosen.open(path, OpenOptions())]
+
+
+def _choose(path: Path, name: str | None) -> tuple[str, str]:
+    """The layout to open a path as, and why. Raises UnsupportedError (exit 4)."""
+    claims = detect(path)
+    if name is not None and name not in claims and claims:
+        other, why = next(iter(claims.items()))
+        raise UnsupportedError(
+            f"{path} is not of the {name} layout but {other}: {why}",
+            hint=f"use `llava-convert {other} {path.name}`, or `convert`, which detects it",
+        )
+    if name is None and len(claims) > 1:
+        raise UnsupportedError(
+            f"{path} could be of more than one layout: " + "; ".join(f"{n} ({why})" for n, why in claims.items()),
+            hint="say which: llava-convert " + "|".join(claims),
+        )
+    if not claims:
+        if any((folder / ".metadata").is_file() for folder in (path, path / "pytorch_model_fsdp_0")):
+            raise UnsupportedError(
+                f"{path} is a distributed checkpoint of torch (FSDP or DCP), which cannot be read yet",
+                hint="merge it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pth, "
+                "or accelerate merge-weights; then convert what that writes",
+            )
+        raise UnsupportedError(f"{path} is no LLaVA that this tool knows{_what_else(path)}")
+    chosen = name or next(iter(claims))
+    return chosen, claims[chosen]
+
+
+def _what_else(path: Path) -> str:
+    """What a path is instead, where that is easily said."""
+    found = look(path)
+    if found.config is not None:
+        return f": its config.json is that of a {found.config.get('model_type')}"
+    if path.is_dir() and not found.names:
+        return ": the folder is empty"
+    return ""

@@ -1,0 +1,82 @@
+"""One part on its own, as its own class reads it: a text model, or a vision tower."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llava_convert.assets.bundle import Artefacts
+from llava_convert.core.tensors import TORCH_NAMES
+from llava_convert.engine.plan import FileSet, Target, to_json
+from llava_convert.layouts.base import Needs, TargetOptions
+from llava_convert.layouts.defaults import output_dtype, shard_limit
+from llava_convert.layouts.naming import outputs
+from llava_convert.model.checkpoint import LLM, VISION
+from llava_convert.model.configs import ordered
+from llava_convert.model.recipe import Model
+from llava_convert.model.tables.names import layout_table
+
+# The class that reads each family on its own.
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "clip_vision_model": "CLIPVisionModel",
+    "siglip_vision_model": "SiglipVisionModel",
+}
+
+
+def class_of(config: Mapping[str, Any]) -> str:
+    """The class that reads a part of this config."""
+    return _CLASSES[str(config["model_type"])]
+
+
+def needs(part: str) -> Needs:
+    return Needs((part,), (part,))
+
+
+def lower(model: Model, options: TargetOptions, layout: str) -> Target:
+    """A folder for one part, whatever the layout: both official LLaVA and transformers read it."""
+    made = Artefacts(model, options)
+    dtype = output_dtype(model, options)
+    if options.part == LLM:
+        return Target(
+            layout, (llm_files(model, options, dtype),), llm_artefacts(model, made, dtype), warnings=made.warnings(LLM)
+        )
+    return Target(
+        layout,
+        (vision_files(model, options, dtype),),
+        vision_artefacts(model, made, dtype),
+        warnings=made.warnings(VISION),
+    )
+
+
+def llm_files(model: Model, options: TargetOptions, dtype: str) -> FileSet:
+    tensors = outputs(model.part(LLM), layout_table("parts"), dtype, prefix="llm/")
+    return FileSet(tensors, limit=shard_limit(model, options))
+
+
+def llm_artefacts(model: Model, made: Artefacts, dtype: str) -> dict[str, bytes]:
+    """config, generation config and tokenizer of a text model."""
+    config = made.text_config(TORCH_NAMES[dtype])
+    config["architectures"] = [class_of(config)]
+    files = {"config.json": to_json(ordered(config)), **made.generation_file()}
+    files |= made.tokenizer_files()
+    return files
+
+
+def vision_files(model: Model, options: TargetOptions, dtype: str, folder: str = "") -> FileSet:
+    tensors = outputs(model.part(VISION), layout_table("parts"), dtype, prefix="visual-encoder/")
+    return FileSet(tensors, folder=folder, limit=shard_limit(model, options))
+
+
+def vision_artefacts(model: Model, made: Artefacts, dtype: str, folder: str = "") -> dict[str, bytes]:
+    config = made.vision_config(TORCH_NAMES[dtype])
+    config["architectures"] = [class_of(config)]
+    prefix = f"{folder}/" if folder else ""
+    files = {f"{prefix}config.json": to_json(ordered(config))}
+    preprocessor = made.preprocessor_config(for_hf=False)
+    if preprocessor is not None:
+        files[f"{prefix}preprocessor_config.json"] = to_json(preprocessor)
+    return files

@@ -1,0 +1,232 @@
+"""LoRA adapters: which tensors belong to which module, and by what factor they count.
+
+The arithmetic is `ops.MergeLora`. Facts on names and factors come from peft 0.12, which xtuner trains with: scale is
+alpha / r, with rsLoRA alpha / sqrt(r); `rank_pattern` and `alpha_pattern` map a regular expression on the end of a
+module's path to its own r or alpha.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.tensors import StoredTensor
+from llava_convert.layouts.training_config import LoraSettings
+from llava_convert.model.tables.names import grouped, layout_table
+from llava_convert.ops.ops import MergeLora
+
+_TAILS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraModule:
+    """The adapter of one linear layer: `a` is (r, in), `b` is (out, r), `magnitude` (DoRA) is (out,)."""
+
+    a: StoredTensor
+    b: StoredTensor
+    magnitude: StoredTensor | None
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The LoRA of one part.
+
+    `modules` is by canonical module name; `overrides` are tensors which were trained whole beside it (biases,
+    modules_to_save), by the canonical name of the tensor they replace; `tensors` is everything, named
+    as an adapter_model file names it, less the `base_model.model.` in front.
+    """
+
+    settings: LoraSettings | None
+    modules: Mapping[str, LoraModule]
+    overrides: Mapping[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor]
+
+    def merge_op(self, tensor: str, alpha: float | None = None) -> MergeLora | None:
+        """The op which merges the adapter into the weight `tensor`, or None when it does not touch it.
+
+        `alpha` overrides what the settings say. Raises UnsupportedError (exit 4) when neither knows it.
+        """
+        module = self.modules.get(tensor.removesuffix(".weight")) if tensor.endswith(".weight") else None
+        if module is None:
+            return None
+        return MergeLora(
+            module.a, module.b, self.scale(tensor.removesuffix(".weight"), alpha=alpha), magnitude=module.magnitude
+        )
+
+    def scale(self, module: str, *, alpha: float | None = None) -> float:
+        """The factor of B·A for one module (canonical name)."""
+        rank = self.modules[module].rank
+        settings = self.settings
+        if settings is not None:
+            expected, known = settings_for(settings, module)
+            if expected != rank:
+                raise InputError(f"LoRA of {module}: the config says r = {expected}, the weights have r = {rank}")
+            alpha = known if alpha is None else alpha
+        if alpha is None or math.isnan(alpha):
+            raise UnsupportedError(
+                f"the alpha of the LoRA (rank {rank}) is not known: neither a config nor an adapter_config.json has it",
+                hint="give the training config by --config, or the value by --lora-alpha",
+            )
+        return alpha / (math.sqrt(rank) if settings is not None and settings.use_rslora else rank)
+
+
+def parse_adapter(
+    named: Mapping[str, StoredTensor], settings: LoraSettings | None, where: str
+) -> tuple[Adapter, dict[str, str]]:
+    """Sort a part's tensors under peft (canonical prefix, peft's own tails) into an Adapter.
+
+    Also returns what is left behind: name → reason. Raises InputError for half an adapter, UnsupportedError for
+    other kinds of adapter.
+    """
+    _check_kind(settings, where)
+    table = layout_table("peft")
+    sides: dict[str, dict[str, StoredTensor]] = {}
+    overrides: dict[str, StoredTensor] = {}
+    saved: dict[str, StoredTensor] = {}
+    dropped: dict[str, str] = {}
+    meant: dict[str, str] = {}
+    for name, tensor in named.items():
+        reason = table.dropped(name)
+        if reason is not None:
+            dropped[name] = reason
+            continue
+        meaning = table.read(name)
+        canonical = _unwrapped(name if meaning is None else meaning.canonical)
+        tail = next((t for t in _TAILS if canonical.endswith(t)), None)
+        if tail is not None:
+            sides.setdefault(canonical.removesuffix(tail), {})[tail] = tensor
+            whole = canonical
+        elif ".lora_" in canonical:
+            raise UnsupportedError(f"{where}: {grouped([name])} is a kind of adapter that cannot be merged")
+        else:
+            canonical = canonical.replace(".modules_to_save.", ".")
+            whole = canonical.replace(".base_layer.", ".")
+            overrides[whole] = tensor
+        if whole in meant:
+            raise InputError(f"{where}: {meant[whole]} and {name} are both {whole}")
+        meant[whole] = name
+        saved[canonical] = tensor
+    modules = {}
+    for module, tensors in sides.items():
+        if ".lora_A.weight" not in tensors or ".lora_B.weight" not in tensors:
+            raise InputError(f"{where}: the LoRA of {module} has only {', '.join(sorted(tensors))}")
+        a, b = tensors[".lora_A.weight"], tensors[".lora_B.weight"]
+        if not a.shape or len(b.shape) < 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+            raise InputError(f"{where}: LoRA of {module}: A is {list(a.shape)} and B is {list(b.shape)}")
+        if settings is not None and settings.use_dora and ".lora_magnitude_vector" not in tensors:
+            raise InputError(f"{where}: the LoRA of {module} is DoRA by its config, but its magnitude is missing")
+        modules[module] = LoraModule(a, b, tensors.get(".lora_magnitude_vector"))
+    return Adapter(settings, modules, overrides, saved), dropped
+
+
+def _unwrapped(name: str) -> str:
+    """The name less a second `base_model.model.`, which peft leaves of a model that it wrapped twice."""
+    part, _, rest = name.partition(".")
+    while rest.startswith("base_model.model."):
+        rest = rest.removeprefix("base_model.model.")
+    return f"{part}.{rest}"
+
+
+def _check_kind(settings: LoraSettings | None, where: str) -> None:
+    if settings is None:
+        return
+    if settings.peft_type and settings.peft_type.upper() != "LORA":
+        raise UnsupportedError(f"{where}: an adapter of type {settings.peft_type} cannot be merged, only LORA")
+    if settings.fan_in_fan_out:
+        raise UnsupportedError(f"{where}: fan_in_fan_out adapters cannot be merged")
+    if isinstance(settings.init_lora_weights, str) and settings.init_lora_weights.lower().startswith("pissa"):
+        raise UnsupportedError(
+            f"{where}: a PiSSA-initialised adapter changes its base model and cannot be merged into the published one"
+        )
+
+
+def settings_for(settings: LoraSettings, module: str) -> tuple[int, float]:
+    """r and alpha of one module (canonical name), as peft 0.12 looks them up: one key for both.
+
+    The first key that matches the end of the module's path counts, those of rank_pattern before those of
+    alpha_pattern. So a module which a rank key and another alpha key match keeps the common alpha; later versions of
+    peft look the two up apart.
+    """
+    # peft sees the path within the part: without `language_model.` or `vision_tower.` in front.
+    path = module.partition(".")[2]
+    keys = (*settings.rank_pattern, *settings.alpha_pattern)
+    key = next((k for k in keys if _safe_regex(k).fullmatch(path)), path)
+    return settings.rank_pattern.get(key, settings.r), settings.alpha_pattern.get(key, settings.lora_alpha)
+
+
+def disputed(adapter: Adapter) -> list[str]:
+    """Modules whose alpha depends on the version of peft: a rank key and another alpha key match them."""
+    settings = adapter.settings
+    if settings is None or not settings.rank_pattern or not settings.alpha_pattern:
+        return []
+    found = []
+    for module in adapter.modules:
+        path = module.partition(".")[2]
+        apart = next(
+            (v for k, v in settings.alpha_pattern.items() if _safe_regex(k).fullmatch(path)), settings.lora_alpha
+        )
+        if apart != settings_for(settings, module)[1]:
+            found.append(module)
+    return found
+
+
+def _safe_regex(key: str) -> re.Pattern[str]:
+    """peft's own form of a pattern key. A key that could take for ever to match is refused."""
+    quantifiers = len(re.findall(r"[*+{?]", key))
+    if len(key) > 200 or quantifiers > 2 or re.search(r"\)[*+{?]", key):
+        raise UnsupportedError(f"rank_pattern or alpha_pattern key {key[:60]!r} is too intricate to be matched safely")
+    try:
+        return re.compile(rf"(.*\.)?({key})")
+    except re.error as problem:
+        raise InputError(f"rank_pattern or alpha_pattern key {key!r} is no regular expression: {problem}") from problem
+
+
+def settings_from_json(raw: Mapping[str, Any], path: Path) -> LoraSettings:
+    """What an adapter_config.json says.
+
+    Raises InputError when r is missing or no count, UnsupportedError for other kinds of adapter and for r = 0.
+    """
+    kind = str(raw.get("peft_type") or "LORA")
+    if kind.upper() != "LORA":  # before r, which other kinds may not have
+        raise UnsupportedError(f"{path}: an adapter of type {kind} cannot be merged, only LORA")
+    rank = raw.get("r")
+    if rank == 0 and rank is not False:
+        raise UnsupportedError(f"{path}: r = 0 adapts nothing", hint="use the base model as it is")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise InputError(f"{path}: r should be a count, found {rank!r}")
+    alpha = raw.get("lora_alpha")
+    return LoraSettings(
+        r=rank,
+        lora_alpha=alpha if isinstance(alpha, int | float) else math.nan,
+        use_rslora=bool(raw.get("use_rslora")),
+        use_dora=bool(raw.get("use_dora")),
+        bias=str(raw.get("bias") or "none"),
+        rank_pattern=_pattern(raw, "rank_pattern", path),
+        alpha_pattern=_pattern(raw, "alpha_pattern", path),
+        target_modules=_names(raw.get("target_modules")),
+        modules_to_save=_names(raw.get("modules_to_save")),  # type: ignore[arg-type]
+        task_type=raw.get("task_type"),
+        fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
+        init_lora_weights=raw.get("init_lora_weights", True),
+        peft_type=kind,
+    )
+
+
+def _pattern(raw: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+    found = raw.get(key) or {}
+    if not isinstance(found, dict) or not all(type(value) in (int, float) for value in found.values()):
+        raise InputError(f"{path}: {key} should give a number to each name, found {str(found)[:60]!r}")
+    return found
+
+
+def _names(value: Any) -> tuple[str, ...] | str | None:
+    return tuple(map(str, value)) if isinstance(value, list) else value

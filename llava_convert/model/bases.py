@@ -1,0 +1,156 @@
+"""Base models: where the weights and configs come from that a partial checkpoint lacks.
+
+A base is named by a folder or a hub id. Folders that a source names are looked for under the current folder,
+then under the source's parents, since training configs name them relative to where training ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llava_convert.core.errors import HubError, InputError, UnsupportedError
+from llava_convert.core.hub_names import is_id, parse, published_id
+from llava_convert.core.tensors import StoredTensor
+from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, Dropped
+from llava_convert.model.configs import named_config, old_flavour
+from llava_convert.model.tables.names import layout_table, lookup_errors
+from llava_convert.storage.remote.origin import cached_id
+from llava_convert.storage.sidecars import Sidecars, folder_sidecars
+from llava_convert.storage.weights import Weights, open_weights
+
+
+@dataclass(frozen=True)
+class Base:
+    """One base model on disk. `asked` is how it was named: an id, or a path (which never reaches an output)."""
+
+    part: str
+    folder: Path
+    asked: str
+    from_hub: bool
+
+    @property
+    def id(self) -> str | None:
+        """The hub id, when the name or the folder gives one for certain."""
+        return published_id(self.asked) if self.from_hub else cached_id(self.folder)
+
+    @property
+    def files(self) -> Sidecars:
+        return folder_sidecars(self.folder)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The part's own config, in the old flavour, complete (a CLIPModel's vision half for the tower)."""
+        raw = self.files.read_object("config.json")
+        config = old_flavour(raw)
+        if self.part != LLM and isinstance(config.get("vision_config"), dict):
+            nested = old_flavour(config["vision_config"])
+            kind = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(str(config.get("model_type")))
+            if kind is not None:
+                nested["model_type"] = kind
+            config = {**nested, "torch_dtype": nested.get("torch_dtype") or config.get("torch_dtype")}
+            config.setdefault("_name_or_path", raw.get("_name_or_path"))
+        if quantized := raw.get("quantization_config"):
+            method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
+            raise UnsupportedError(
+                f"the base {PART_NAMES[self.part]} {self.folder.name} is stored quantised ({method})",
+                hint=f"give the full-precision model by --{PART_WORDS[self.part]}",
+            )
+        return named_config(config, self.part, where=str(self.folder / "config.json"))
+
+    @cached_property
+    def weights(self) -> Weights:
+        return open_weights(self.folder)
+
+    @cached_property
+    def _mapped(self) -> tuple[dict[str, StoredTensor], tuple[Dropped, ...]]:
+        table = layout_table("parts")
+        found: dict[str, StoredTensor] = {}
+        dropped: list[Dropped] = []
+        unknown: dict[str, str] = {}
+        for name, tensor in self.weights.tensors.items():
+            disk = f"{PART_WORDS[self.part]}/{name}"
+            reason = table.dropped(disk)
+            if reason is not None:
+                dropped.append(Dropped(name, reason))
+                continue
+            meaning = table.read(disk)
+            if meaning is None:
+                unknown[disk] = name
+            elif meaning.canonical in found:
+                raise InputError(f"{self.folder}: two tensors mean {meaning.canonical}")
+            else:
+                found[meaning.canonical] = tensor
+        if unknown:
+            raise UnsupportedError(f"base {PART_NAMES[self.part]} {self.folder}: {lookup_errors(unknown, table)}")
+        return found, tuple(dropped)
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Canonical name → tensor."""
+        return self._mapped[0]
+
+    @property
+    def dropped(self) -> tuple[Dropped, ...]:
+        return self._mapped[1]
+
+
+def find_base(
+    part: str, asked: str, source: Path, *, explicit: bool, weights: bool = True, cache: bool = False
+) -> Base:
+    """The base named `asked`: a folder, or a hub id (from its client's cache if all is there, else read in place).
+
+    `cache` downloads it to that cache first. `explicit` says that the user named it, so that only the current folder
+    counts. Raises InputError (exit 3) naming it and the option which mends it.
+    """
+    option = f"--{PART_WORDS[part]}"
+    folder = _local(asked, source, explicit=explicit)
+    if folder is not None:
+        if not (folder / "config.json").exists():
+            raise InputError(
+                f"{folder} is not a model folder: it has no config.json",
+                hint=f"give the base {PART_NAMES[part]} by {option}",
+            )
+        return Base(part, folder, asked, from_hub=False)
+    if not is_id(asked):
+        raise InputError(
+            f"the base {PART_NAMES[part]} {asked!r} is not here"
+            + ("" if explicit else ", neither under the current folder nor beside the source"),
+            hint=f"give its folder or hub id by {option}",
+        )
+    return Base(part, _from_hub(part, asked, option, weights=weights, cache=cache), asked, from_hub=True)
+
+
+def is_folder(asked: str, source: Path) -> bool:
+    """Whether the name that a source gives its base, which may look like an id, is a folder here."""
+    return _local(asked, source, explicit=False) is not None
+
+
+def _local(asked: str, source: Path, *, explicit: bool) -> Path | None:
+    try:
+        path = Path(asked).expanduser()
+        if path.is_dir():
+            return path
+        if explicit or path.is_absolute():
+            return None
+        return next((parent / path for parent in source.absolute().parents if (parent / path).is_dir()), None)
+    except (OSError, RuntimeError):  # a name that is too long; a user who is unknown
+        return None
+
+
+def _from_hub(part: str, name: str, option: str, *, weights: bool, cache: bool) -> Path:
+    from llava_convert.storage.remote.reach import on_hub  # its clients take half a second to import
+
+    address = parse(name)
+    assert address is not None
+    try:
+        return on_hub(address, weights=weights, cache=cache)
+    except HubError as problem:
+        raise InputError(
+            f"the base {PART_NAMES[part]} {name!r} is neither a folder nor in the hub's cache, "
+            f"and the hub did not give it ({problem.message})",
+            hint=f"give its folder by {option}",
+        ) from problem

@@ -1,0 +1,146 @@
+"""A checkpoint as its layout opened it: names, places and settings, but no weights.
+
+Everything here is in canonical names: each part's tensors are called as the part's own class calls them in
+transformers 4.x, after the part's prefix (`language_model.`, `vision_tower.`, `projector.`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from llava_convert.core.errors import InputError
+from llava_convert.core.tensors import StoredTensor
+from llava_convert.layouts.training_config import TrainingConfig
+from llava_convert.model.adapter import Adapter
+from llava_convert.ops.base import Op
+from llava_convert.storage.sidecars import Sidecars
+
+LLM, VISION, PROJECTOR = "language_model", "vision_tower", "projector"
+PARTS = (LLM, VISION, PROJECTOR)
+IMAGE_NEWLINE = "image_newline"
+
+# What `--part` and messages call the parts.
+PART_WORDS = {LLM: "llm", VISION: "visual-encoder", PROJECTOR: "projector"}
+PART_NAMES = {LLM: "language model", VISION: "vision tower", PROJECTOR: "projector"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a LLaVA, as far as the checkpoint holds it.
+
+    `weights` are whole tensors; `adapter` is a LoRA on top of a base. What neither gives comes from the base
+    model, which the source names by `base` (a folder or a hub id) when it can. `files` are the small ones beside
+    the weights (tokenizer, processor), when the layout has them. `origin` is which checkpoint the weights are of.
+
+    By canonical name, `ops` make the canonical tensor of a stored one which the layout keeps in another form, and
+    `synthetic` holds tensors which the layout never has and nothing reads: they stand in where no base has them.
+    """
+
+    weights: Mapping[str, StoredTensor] = field(default_factory=dict)
+    adapter: Adapter | None = None
+    base: str | None = None
+    config: Mapping[str, Any] | None = None
+    files: Sidecars | None = None
+    origin: str = "checkpoint"
+    ops: Mapping[str, tuple[Op, ...]] = field(default_factory=dict)
+    synthetic: Mapping[str, tuple[StoredTensor, tuple[Op, ...]]] = field(default_factory=dict)
+
+    @property
+    def state(self) -> str:
+        """What the checkpoint holds of the part: "full", "lora" or "absent"."""
+        if self.adapter is not None:
+            return "lora"
+        return "full" if self.weights else "absent"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the parts work together.
+
+    `select_layer` is the hidden state of the tower that the projector reads (-2 is the last but one), and
+    `select_strategy` says whether the class token goes along ("full") or not ("default").
+    """
+
+    select_layer: int = -2
+    select_strategy: str = "default"
+    image_aspect_ratio: str = "pad"
+    prompt_template: str | Mapping[str, Any] | None = None
+    max_position_embeddings: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wrong = {
+            "feature layer": (type(self.select_layer) is int, self.select_layer),
+            "feature selection": (self.select_strategy in ("default", "full"), self.select_strategy),
+            "image_aspect_ratio": (isinstance(self.image_aspect_ratio, str), self.image_aspect_ratio),
+        }
+        for what, (right, value) in wrong.items():
+            if not right:
+                raise InputError(f"the {what} of the source cannot be {str(value)[:60]!r}")
+
+    def record(self) -> dict[str, Any]:
+        """What conversion.json keeps, since not every layout has a place for it."""
+        return {
+            "select_layer": self.select_layer,
+            "select_strategy": self.select_strategy,
+            "image_aspect_ratio": self.image_aspect_ratio,
+        }
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any] | None) -> Settings:
+        """The settings that a conversion.json tells, else the defaults."""
+        told = (record or {}).get("settings")
+        known = cls().record().keys()
+        return cls(**{k: v for k, v in told.items() if k in known}) if isinstance(told, dict) else cls()
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A tensor left behind, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A source that was opened by its headers.
+
+    `default_part` is what `--part all` means: "all", or the one part of a source that is no LLaVA. `defects` are what a
+    reader of this layout chokes on, though nothing here needs it. `facts` are what else the source says of itself.
+    """
+
+    layout: str
+    path: Path
+    root: Path
+    files: tuple[Path, ...]
+    parts: Mapping[str, Part]
+    settings: Settings = Settings()
+    image_newline: StoredTensor | None = None
+    dropped: tuple[Dropped, ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    training: TrainingConfig | None = None
+    stubs: tuple[str, ...] = ()
+    record: Mapping[str, Any] | None = None
+    shard_of: Mapping[str, str] = field(default_factory=dict)
+    default_part: str = "all"
+    defects: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_part(self, name: str, part: Part) -> Checkpoint:
+        return replace(self, parts={**self.parts, name: part})
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor that the checkpoint holds, adapters included, by canonical name."""
+        found: dict[str, StoredTensor] = {}
+        for part in self.parts.values():
+            found.update(part.weights)
+            if part.adapter is not None:
+                found.update(part.adapter.tensors)
+        if self.image_newline is not None:
+            found[IMAGE_NEWLINE] = self.image_newline
+        return found

@@ -1,0 +1,119 @@
+"""Whether the tensors, configs and bases of a model belong together. Every check says what mends it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.hub_names import is_id, published_id
+from llava_convert.model.bases import Base, is_folder
+from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, VISION, Checkpoint
+from llava_convert.model.configs import family
+from llava_convert.model.recipe import Recipe
+from llava_convert.model.tables.families import Expected
+from llava_convert.model.tables.names import grouped, printable
+from llava_convert.storage.fingerprints import identity
+
+
+def refuse_unknown(checkpoint: Checkpoint, part: str, known: Mapping[str, Expected]) -> None:
+    own = checkpoint.parts[part]
+    named = set(own.weights) | set(own.adapter.overrides if own.adapter else ())
+    unknown = sorted(named - known.keys())
+    if unknown:
+        lacking = [name for name, want in known.items() if name not in named and not want.tied]
+        if own.state == "full" and lacking:
+            raise InputError(
+                f"the config and the tensors of the {PART_NAMES[part]} are of different families: the config wants "
+                f"{grouped(lacking, limit=4)}, which are not there; there are {grouped(unknown, limit=4)} instead",
+                hint=f"get config and weights of one model, or give the base by --{PART_WORDS[part]}",
+            )
+        close = get_close_matches(unknown[0], known, n=1, cutoff=0.0)
+        raise UnsupportedError(
+            f"the {PART_NAMES[part]} has {len(unknown)} tensors that its family does not know: {grouped(unknown)}"
+            + (f"; nearest known name: {close[0]}" if close else "")
+        )
+
+
+def check_shapes(part: str, expected: Mapping[str, Expected], recipes: Mapping[str, Recipe]) -> None:
+    wrong = [(name, want.shape, recipes[name]) for name, want in expected.items() if recipes[name].shape != want.shape]
+    if not wrong:
+        return
+    rows = [f"  {printable(n)}: config {list(s)}, {r.origin} {list(r.tensor.shape)}" for n, s, r in wrong[:8]]
+    more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+    empty = any(r.tensor.numel == 0 for _, _, r in wrong)
+    raise InputError(
+        f"the config and the tensors of the {PART_NAMES[part]} disagree:\n" + "\n".join(rows) + more,
+        hint="empty tensors are what a ZeRO-3 run leaves when it saves without gathering" if empty else None,
+    )
+
+
+def check_base(
+    checkpoint: Checkpoint,
+    part: str,
+    base: Base,
+    expected: Mapping[str, Expected],
+    config: Mapping[str, Any],
+    warnings: list[str],
+) -> None:
+    """Whether a base whose weights are used is whole and the one that the checkpoint was trained on, as far as told."""
+    kin = family(part, config)
+    # A tower that was cut short has a base with more blocks than it needs.
+    known = expected.keys() | family(part, base.config).tensors(base.config).keys()
+    strange = [name for name in base.tensors if name not in known and kin.dropped(name) is None]
+    if strange:
+        raise UnsupportedError(
+            f"the base {PART_NAMES[part]} {base.folder} has {len(strange)} tensors that its family does not know: "
+            f"{grouped(strange)}",
+            hint=f"give the full-precision model by --{PART_WORDS[part]}",
+        )
+    own = checkpoint.parts[part]
+    if own.adapter is not None:
+        _refuse_second_merge(checkpoint, part, base)
+    if (
+        own.base is not None
+        and base.id is not None
+        and is_id(own.base)
+        and not is_folder(own.base, checkpoint.path)
+        and published_id(own.base) != base.id
+    ):
+        warnings.append(f"the {PART_NAMES[part]} was trained on {own.base}, the base given is {base.id}")
+
+
+def _refuse_second_merge(checkpoint: Checkpoint, part: str, base: Base) -> None:
+    """A base that was itself made by merging this very adapter is told by its conversion.json."""
+    record = base.files.read_json("conversion.json") if base.files.has("conversion.json") else None
+    if not isinstance(record, dict) or "merge_lora" not in str(record.get("tensors")):
+        return
+    sources = str(record.get("sources"))
+    if any(str(found["sha256"]) in sources for found in identity(checkpoint.files)):
+        raise UnsupportedError(
+            f"the base {PART_NAMES[part]} {base.folder} has the LoRA of {checkpoint.path.name} merged in already",
+            hint=f"give the base model that it was trained on by --{PART_WORDS[part]}",
+        )
+
+
+def check_heads(part: str, config: Mapping[str, Any]) -> None:
+    """Tensors do not show how they are split into heads: a config that splits them wrongly fits every shape."""
+    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    whole, share = ("num_attention_heads", "num_key_value_heads")
+    if groups is None:
+        if config.get("head_dim") is not None:
+            return
+        heads, groups, whole, share = config.get("hidden_size"), heads, "hidden_size", "num_attention_heads"
+    if not isinstance(heads, int) or not isinstance(groups, int) or groups < 1 or heads % groups:
+        raise InputError(f"config of the {PART_NAMES[part]}: {whole} {heads} does not divide by {share} {groups}")
+
+
+def check_joints(recipes: Mapping[str, Recipe], configs: Mapping[str, dict[str, Any]]) -> None:
+    """The projector must fit between the tower and the language model."""
+    first = recipes["projector.0.weight"].shape
+    for part, size, what in ((VISION, first[1], "reads"), (LLM, first[0], "writes")):
+        config = configs.get(part)
+        if config is not None and config["hidden_size"] != size:
+            raise InputError(
+                f"the projector {what} {size} features but the {PART_NAMES[part]} has {config['hidden_size']}: "
+                "they are not of one model",
+                hint=f"give the base model it was trained with by --{PART_WORDS[part]}",
+            )

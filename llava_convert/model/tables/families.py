@@ -1,0 +1,183 @@
+"""The tensors of one family, as data (`mappings/architectures/*.toml`).
+
+A table lists every tensor of a model in module order, with its shape in symbols which the config gives. It
+answers what a conversion must know before a byte moves: which names must be there, which may, of what
+shape, and in which order they are written.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.resources import data_dir
+from llava_convert.model.tables.names import Pattern
+
+Config = Mapping[str, Any]
+
+# Bounds what a hostile config can make us enumerate.
+MOST_LAYERS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A tensor which a model of this config has. `tied` names the tensor it may share its weights with."""
+
+    shape: tuple[int, ...]
+    tied: str | None
+    line: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family's table. `part` is the prefix of its canonical names."""
+
+    name: str
+    part: str
+    path: Path
+    model_types: tuple[str, ...]
+    official: Mapping[str, str]
+    defaults: Mapping[str, Any]
+    symbols: Mapping[str, tuple[str, ...]]
+    repeat: Mapping[str, Mapping[str, Any]]
+    rows: tuple[Mapping[str, Any], ...]
+    drops: tuple[tuple[Pattern, str], ...]
+
+    def complete(self, config: Config) -> dict[str, Any]:
+        """`config` with the family's defaults filled in: published configs keep only what differs."""
+        return {**self.defaults, **config}
+
+    def symbol(self, name: str, config: Config) -> int:
+        """The value of a shape symbol: the first of its formulas whose config keys are all there.
+
+        Raises InputError when none can be computed or a division leaves a rest.
+        """
+        for formula in self.symbols.get(name, (name,)):
+            value = _formula(formula, config)
+            if value is not None:
+                return value
+        raise InputError(f"the config of the {self.part.replace('_', ' ')} lacks {name!r} ({self.name} table)")
+
+    def tensors(self, config: Config) -> dict[str, Expected]:
+        """Canonical name → what must be there, in module order."""
+        found: dict[str, Expected] = {}
+        rows = list(self.rows)
+        while rows:
+            placeholder = next((p for p in self.repeat if f"{{{p}}}" in rows[0]["name"]), None)
+            if placeholder is None:
+                self._add(found, rows.pop(0), rows_name=None, config=config, number=0)
+                continue
+            # Rows of one repeated block stand together: emit them layer by layer, as modules do.
+            block = []
+            while rows and f"{{{placeholder}}}" in rows[0]["name"]:
+                block.append(rows.pop(0))
+            rule = self.repeat[placeholder]
+            start, step = int(rule.get("start", 0)), int(rule.get("step", 1))
+            count = self.symbol(rule["count"], config)
+            if count > MOST_LAYERS:
+                raise InputError(f"config: {rule['count']} is {count}, more than any model has ({MOST_LAYERS})")
+            for i in range(count):
+                for row in block:
+                    self._add(found, row, rows_name=placeholder, config=config, number=start + i * step)
+        return found
+
+    def _add(
+        self, found: dict[str, Expected], row: Mapping[str, Any], *, rows_name: str | None, config: Config, number: int
+    ) -> None:
+        when = row.get("when")
+        if when is not None and bool(config.get(when.removeprefix("not "))) == when.startswith("not "):
+            return
+        name = row["name"] if rows_name is None else row["name"].replace(f"{{{rows_name}}}", str(number))
+        shape = tuple(self._dimension(d, config) for d in row["shape"])
+        tied = row.get("tied") if config.get("tie_word_embeddings") else None
+        found[f"{self.part}.{name}"] = Expected(shape, f"{self.part}.{tied}" if tied else None, row["line"])
+
+    def _dimension(self, formula: str | int, config: Config) -> int:
+        if isinstance(formula, int):
+            return formula
+        value = 1
+        for word in formula.split("*"):
+            word = word.strip()
+            value *= int(word) if word.isdigit() else self.symbol(word, config)
+        return value
+
+    def dropped(self, canonical: str) -> str | None:
+        """Why a tensor of this name is left behind (old buffers), or None when it is not."""
+        return next((reason for pattern, reason in self.drops if pattern.match(canonical) is not None), None)
+
+
+def _formula(formula: str, config: Config) -> int | None:
+    """`a // b ** 2 + c`: strictly left to right over config keys and numbers; `/` must divide evenly.
+
+    None when a key is absent.
+    """
+    words = formula.split()
+    value: int | None = None
+    for op, word in zip(["+", *words[1::2]], words[::2], strict=True):
+        operand = int(word) if word.isdigit() else config.get(word)
+        if operand is None:
+            return None
+        if isinstance(operand, bool) or not isinstance(operand, int) or not 0 <= operand < 2**32:
+            raise InputError(f"config: {word!r} should be a count, found {operand!r}")
+        if value is None:
+            value = operand
+        elif op == "+":
+            value += operand
+        elif op == "*":
+            value *= operand
+        elif op == "**":
+            value = int(value**operand)
+        else:
+            if operand == 0 or (op == "/" and value % operand):
+                raise InputError(f"config: {formula} does not divide evenly ({value} / {operand})")
+            value //= operand
+    return value
+
+
+def parse_architecture(text: str, path: Path) -> Architecture:
+    raw = tomllib.loads(text)
+    lines = text.splitlines()
+    return Architecture(
+        name=raw["architecture"],
+        part=raw["part"],
+        path=path,
+        model_types=tuple(raw["model_types"]),
+        official=raw.get("official", {}),
+        defaults=raw.get("defaults", {}),
+        symbols={k: tuple(v) for k, v in raw.get("symbols", {}).items()},
+        repeat=raw.get("repeat", {}),
+        rows=tuple({**row, "line": _line_of(row["name"], lines)} for row in raw["tensor"]),
+        drops=tuple((Pattern.parse(f"{raw['part']}.{d['name']}"), d["reason"]) for d in raw.get("drop", ())),
+    )
+
+
+def _line_of(name: str, lines: list[str]) -> int:
+    quoted = f'"{name}"'
+    return next((number for number, content in enumerate(lines, 1) if quoted in content), 0)
+
+
+@cache
+def architectures() -> dict[str, Architecture]:
+    """Every table of `mappings/architectures`, by its own name."""
+    tables = {}
+    for path in sorted((data_dir("mappings") / "architectures").glob("*.toml")):
+        table = parse_architecture(path.read_text(encoding="utf-8"), path)
+        tables[table.name] = table
+    return tables
+
+
+def architecture_for(part: str, model_type: str) -> Architecture:
+    """The table of a part's `model_type`. Raises UnsupportedError (exit 4) for an unknown family."""
+    for table in architectures().values():
+        if table.part == part and model_type in table.model_types:
+            return table
+    known = sorted(t for a in architectures().values() if a.part == part for t in a.model_types)
+    raise UnsupportedError(
+        f"model_type {model_type!r} is not a known {part.replace('_', ' ')} family",
+        hint=f"known: {', '.join(known)}; a new family is one table in mappings/architectures",
+    )

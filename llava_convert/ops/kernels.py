@@ -1,0 +1,137 @@
+"""ggml's block types made and read: the one place that knows which kernels are here.
+
+Made by `ggml_quantize_chunk`, ggml's own function in the shared object of the xllamacpp wheel (extra `llamacpp`), so
+that the bytes are those of llama-quantize. It is called by ctypes: the wheel's Python side is not imported, and the
+interpreter's lock is let go, so that threads run side by side. Without the wheel, gguf-py makes five of the types in
+NumPy. Read by gguf-py alone, so that the values do not depend on what is installed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llava_convert.core.errors import UsageError
+from llava_convert.core.tensors import QUANTS
+from llava_convert.storage.gguf.file import NUMBERS as TYPE_NUMBERS
+
+EXTRA = "pip install 'llava-convert[llamacpp]'"
+
+# What can be made, by its number in files. The other types need an importance matrix, or no mix of llama-quantize asks
+# for them.
+_MADE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
+NUMBERS: dict[str, int] = {name: TYPE_NUMBERS[name] for name in _MADE}
+BY_NUMPY = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"})  # of gguf-py 0.10 and later
+READABLE = QUANTS.keys() - {"Q1_0", "Q8_1", "Q8_K"}  # by gguf-py 0.19; the last two are never stored
+
+
+def quantize(dtype: str, rows: NDArray[np.float32], out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    """Rows of weights, (n, columns) and contiguous, as blocks of `dtype`: (n, bytes of a row), into `out` if given.
+
+    Every weight must be finite. Raises UsageError as `require` does, ValueError for rows that are not whole blocks.
+    """
+    weights, size = QUANTS[dtype]
+    # Checked here, since ggml ends the whole process where it finds a fault of its caller's.
+    if rows.ndim != 2 or rows.shape[1] % weights or rows.dtype != np.float32 or not rows.flags.c_contiguous:
+        raise ValueError(f"{dtype} is made of contiguous rows of float32 in blocks of {weights}")
+    made = (len(rows), rows.shape[1] // weights * size)
+    out = np.empty(made, np.uint8) if out is None else out
+    if out.shape != made or out.dtype != np.uint8 or not out.flags.c_contiguous:
+        raise ValueError(f"{dtype} of shape {rows.shape} needs contiguous bytes of shape {made}")
+    call = _kernel(dtype)
+    if call is not None:
+        if rows.size:
+            call(NUMBERS[dtype], rows.ctypes.data, out.ctypes.data, 0, len(rows), rows.shape[1], None)
+        return out
+    require(dtype)
+    from gguf import GGMLQuantizationType, quants
+
+    # Adding 0 makes -0 into 0: of a block that holds nothing else gguf-py gets a scale of another sign than ggml does.
+    values = rows + np.float32(0) if dtype in ("Q4_0", "Q5_0") else rows
+    out[:] = quants.quantize(values, GGMLQuantizationType[dtype])
+    return out
+
+
+def dequantize(dtype: str, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Blocks of a `READABLE` dtype, (n, bytes of a row), as float32: (n, columns).
+
+    Raises UsageError where the gguf-py that is installed is too old for the type.
+    """
+    from gguf import GGMLQuantizationType, quants
+
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            values: NDArray[np.float32] = quants.dequantize(rows, GGMLQuantizationType[dtype])
+    except (KeyError, NotImplementedError):
+        raise UsageError(f"gguf-py cannot read {dtype}", hint="install a newer one: pip install -U gguf") from None
+    return values
+
+
+def require(dtype: str) -> None:
+    """Raise UsageError (exit 2) when no kernel here makes `dtype`, naming what to install."""
+    if dtype not in NUMBERS:
+        raise UsageError(f"{dtype} is no type that can be made; there are {', '.join(NUMBERS)}")
+    if _kernel(dtype) is None and dtype not in BY_NUMPY:
+        found = _place()
+        why = "xllamacpp is not installed" if found is None else f"{found} holds no function of ggml's that makes it"
+        raise UsageError(f"{dtype} needs ggml's own kernels: {why}", hint=f"install them: {EXTRA}")
+
+
+def kernels() -> str:
+    """Who makes blocks here, for reports."""
+    if _library() is None:
+        return "gguf-py's NumPy"
+    from importlib.metadata import version
+
+    return f"ggml of xllamacpp {version('xllamacpp')}"
+
+
+@cache
+def _kernel(dtype: str) -> Any | None:
+    """`ggml_quantize_chunk`, where the library means the same type by our number."""
+    library = _library()
+    if library is None or dtype not in NUMBERS:
+        return None
+    weights, size = QUANTS[dtype]
+    return library.ggml_quantize_chunk if library.ggml_row_size(NUMBERS[dtype], weights) == size else None
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The wheel's shared object, loaded (10 ms); None where there is none, or one without the functions.
+
+    Measured with xllamacpp 2026.10.11549: its load does not make threads flush subnormals to zero.
+    """
+    place = _place()
+    if place is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(place))
+        quantize_chunk, row_size = library.ggml_quantize_chunk, library.ggml_row_size
+    except (OSError, AttributeError):
+        return None
+    # ggml.h: size_t ggml_quantize_chunk(type, const float * src, void * dst, int64_t start, int64_t nrows,
+    # int64_t n_per_row, const float * imatrix). It prepares the tables of a type itself, under a lock.
+    quantize_chunk.restype = row_size.restype = ctypes.c_size_t
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, count, count, count, pointer]
+    row_size.argtypes = [ctypes.c_int, count]
+    return library
+
+
+def _place() -> Path | None:
+    """Where the shared object lies. A top-level package's spec is found without importing it."""
+    spec = importlib.util.find_spec("xllamacpp")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+            file = Path(folder, f"xllamacpp{suffix}")
+            if file.is_file():
+                return file
+    return None

@@ -1,0 +1,123 @@
+"""Which files a source was: small fingerprints for `conversion.json`, and whether they stayed the same while read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import RawIOBase
+from pathlib import Path
+
+from llava_convert.core.errors import InputError
+from llava_convert.storage.files import open_regular, os_reason, read_fully, require_regular, shown, size_of
+from llava_convert.storage.remote.files import remote_of
+from llava_convert.storage.safetensors import MAX_HEADER_BYTES, SUFFIX
+
+# A torch zip ends with its directory, about 100 bytes for each tensor, the CRC of its data among them (APPNOTE.TXT
+# 4.3.12): this holds that of any usual model. Other formats show some weights at least. Neither end needs parsing.
+END_BYTES = 1 << 20
+
+
+def identity(files: Iterable[Path]) -> list[dict[str, str | int]]:
+    """For each file its last name, its size and a sha256, without reading the weights.
+
+    The sha256 is `of` the "header" of a safetensors file (its length field included), of the "ends" of any other file:
+    the first and the last MiB, or the whole file where it is smaller than both. Two files of equal identity may differ
+    in their weights; `--digest` is there for those. Raises InputError for a file that cannot be read.
+    """
+    found: list[dict[str, str | int]] = []
+    for path in files:
+        with open_regular(path) as stream:
+            size = size_of(stream)
+            header = path.suffix.lower() == SUFFIX
+            digest = _header_digest(stream, path) if header else _ends_digest(stream, path, size)
+        found.append({"file": path.name, "size": size, "sha256": digest, "of": "header" if header else "ends"})
+    return found
+
+
+def contents(folder: Path, names: Iterable[str]) -> dict[str, dict[str, str | int]]:
+    """Size and sha256 of whole files, by name: what a hub's LFS calls them by, too. Raises InputError."""
+
+    def one(name: str) -> dict[str, str | int]:
+        path = folder / name
+        with open_regular(path) as stream:
+            try:
+                digest = hashlib.file_digest(stream, "sha256")
+            except OSError as error:
+                raise InputError(f"{shown(path)}: cannot be read: {os_reason(error)}") from error
+            return {"size": stream.tell(), "sha256": digest.hexdigest()}
+
+    ordered = sorted(names)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as workers:  # hashing lets go of the interpreter's lock
+        return dict(zip(ordered, workers.map(one, ordered), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What changes with a file's content: its times and its number here, what its server says of it elsewhere."""
+
+    size: int
+    mtime_ns: int = 0
+    inode: int = 0
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What `files` were when it was taken: take it when a source is opened, recheck it when all has been read."""
+
+    states: dict[Path, _State]
+    identity: list[dict[str, str | int]]
+
+    @classmethod
+    def take(cls, files: Iterable[Path]) -> Snapshot:
+        """Raises InputError for a file that cannot be read, or that changes meanwhile."""
+        states = {path: _state(path) for path in files}
+        snapshot = cls(states, identity(states))
+        snapshot.recheck_states()
+        return snapshot
+
+    def recheck_states(self) -> None:
+        """Raises InputError naming the first file whose size, time of change or inode is another (fault row 72)."""
+        for path, before in self.states.items():
+            now = _state(path)
+            if now != before:
+                what = "its size changed" if now.size != before.size else "it was written or exchanged"
+                raise _changed(path, what)
+
+    def recheck(self) -> None:
+        """As `recheck_states`, and the headers too: a file system may keep times too coarse to tell."""
+        self.recheck_states()
+        for path, before, now in zip(self.states, self.identity, identity(self.states), strict=True):
+            if before != now:
+                raise _changed(path, "its header changed")
+
+
+def _changed(path: Path, what: str) -> InputError:
+    return InputError(
+        f"{shown(path)}: changed while it was read: {what}",
+        hint="wait until whatever writes it has finished, then run again",
+    )
+
+
+def _state(path: Path) -> _State:
+    remote = remote_of(path)
+    if remote is not None:
+        return _State(remote.size, version=remote.version())
+    info = require_regular(path)
+    return _State(info.st_size, info.st_mtime_ns, info.st_ino)
+
+
+def _header_digest(stream: RawIOBase, path: Path) -> str:
+    field = read_fully(stream, 8, path)
+    length = min(int.from_bytes(field, "little"), MAX_HEADER_BYTES)
+    return hashlib.sha256(field + read_fully(stream, length, path)).hexdigest()
+
+
+def _ends_digest(stream: RawIOBase, path: Path, size: int) -> str:
+    digest = hashlib.sha256(read_fully(stream, END_BYTES, path))
+    stream.seek(max(END_BYTES, size - END_BYTES))
+    digest.update(read_fully(stream, END_BYTES, path))
+    return digest.hexdigest()

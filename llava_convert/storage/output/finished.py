@@ -1,0 +1,157 @@
+"""Which files of an output are finished: a record in the staging folder, which a resumed run proves file by file.
+
+The record is the plan's hash, then a line of JSON for each finished file: its name, its size, its sha256. A file counts
+as finished for `--resume` once its line is there, and only while its content still has that sha256.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from llava_convert.storage.files import relative_name
+from llava_convert.storage.fingerprints import contents
+from llava_convert.storage.output.own_files import create_own, is_own, open_own
+from llava_convert.storage.ranges import read_into
+
+RECORD = ".llava-convert-plan"
+# Longer than any: a line a shard.
+_MAX_RECORD_BYTES = 16 << 20
+# To hand a smaller file to the other thread would take longer than to hash it.
+_AT_ONCE = 1 << 20
+_BLOCK = 256 << 10
+
+
+class FinishedFiles:
+    """The record of one staging folder.
+
+    A large file is hashed beside the writing of the next one, so that the disk does not wait for it; at most one file
+    waits. What is not hashed when the output is complete need not be any more.
+    """
+
+    def __init__(self, folder: Path, plan_hash: str) -> None:
+        self._folder, self._plan_hash = folder, plan_hash
+        self._lines: dict[str, tuple[int, str]] = {}
+        self._fd = -1
+        self._mutex = threading.Lock()
+        self._closing = threading.Event()
+        self._hasher: ThreadPoolExecutor | None = None
+        self._hashing: Future[None] | None = None
+
+    def take_over(self) -> dict[str, int] | None:
+        """Name and size of each file that a killed run of the same plan finished; None if the record is of another.
+
+        Nothing is changed. No link is followed. Raises InputError for a file that cannot be read.
+        """
+        recorded = self._read()
+        if recorded is None:
+            return None
+        ours = {name: line for name, line in recorded.items() if self._is_ours(name)}
+        found = contents(self._folder, ours)
+        self._lines = {n: line for n, line in ours.items() if line == (found[n]["size"], found[n]["sha256"])}
+        return {name: size for name, (size, _) in self._lines.items()}
+
+    def start(self) -> None:
+        """Begin the record anew with what was taken over; everything else in the folder is removed."""
+        self._remove_others()
+        self._fd = create_own(self._folder / RECORD)
+        os.write(self._fd, f"{self._plan_hash}\n".encode())
+        for name, (size, digest) in self._lines.items():
+            self._write(name, size, digest)
+
+    def add(self, name: str, size: int) -> None:
+        """Note a file that is whole and durable."""
+        if size <= _AT_ONCE:
+            self._hash(name, size)
+            return
+        self.wait()
+        self._hasher = self._hasher or ThreadPoolExecutor(1, thread_name_prefix="hash")
+        self._hashing = self._hasher.submit(self._hash, name, size)
+
+    def wait(self) -> None:
+        """Wait until each file that was added has its line. Raises what hashing raised."""
+        if self._hashing is not None:
+            self._hashing.result()
+
+    def close(self) -> None:
+        """Write no further line; the record itself stays."""
+        self._closing.set()
+        if self._hasher is not None:
+            self._hasher.shutdown()
+            self._hasher = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _hash(self, name: str, size: int) -> None:
+        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(_BLOCK))
+        fd = os.open(self._folder / name, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            for at in range(0, size, _BLOCK):
+                if self._closing.is_set():
+                    return
+                block = buffer[: min(_BLOCK, size - at)]
+                read_into(fd, at, block, where=self._folder / name)
+                digest.update(block)
+        finally:
+            os.close(fd)
+        self._write(name, size, digest.hexdigest())
+
+    def _write(self, name: str, size: int, digest: str) -> None:
+        with self._mutex:
+            if self._fd >= 0:
+                os.write(self._fd, json.dumps([name, size, digest]).encode() + b"\n")
+
+    def _read(self) -> dict[str, tuple[int, str]] | None:
+        """What the record says; None where it is of another plan, or no record of ours."""
+        if not _is_own_folder(self._folder) or not is_own(self._folder / RECORD):
+            return None
+        fd = open_own(self._folder / RECORD)
+        try:
+            data = os.read(fd, _MAX_RECORD_BYTES)
+        finally:
+            os.close(fd)
+        lines = data.split(b"\n")[:-1]  # the last is empty, or a torn line
+        if not lines or lines[0] != self._plan_hash.encode():
+            return None
+        found: dict[str, tuple[int, str]] = {}
+        for line in lines[1:]:
+            with contextlib.suppress(ValueError):
+                name, size, digest = json.loads(line)
+                found[str(name)] = (size, digest)
+        return found
+
+    def _is_ours(self, name: str) -> bool:
+        """Whether the file is one of ours, in folders that are none but ours on the way."""
+        path = self._folder / name
+        folders = [folder for folder in path.parents if folder.is_relative_to(self._folder)]
+        return relative_name(name) == name and all(map(_is_own_folder, folders)) and is_own(path)
+
+    def _remove_others(self) -> None:
+        for folder, folders, files in os.walk(self._folder, topdown=False):  # it does not enter links
+            for path in (Path(folder, name) for name in files):
+                if path.relative_to(self._folder).as_posix() not in self._lines:
+                    path.unlink()
+            for path in (Path(folder, name) for name in folders):
+                if path.is_symlink():
+                    path.unlink()
+                else:
+                    with contextlib.suppress(OSError):  # it holds a finished file
+                        path.rmdir()
+
+
+def _is_own_folder(path: Path) -> bool:
+    """Whether a folder of this user's is there, not a link to one."""
+    try:
+        info = os.lstat(path)
+    except OSError:
+        return False
+    mine = not hasattr(os, "geteuid") or info.st_uid == os.geteuid()
+    return stat.S_ISDIR(info.st_mode) and mine

@@ -1,0 +1,96 @@
+"""One process at a time: a lock file that goes with its holder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from llava_convert.core.errors import OutputError
+from llava_convert.storage.output.own_files import open_own
+from llava_convert.storage.ranges import write_all
+
+# The holder's id and the mark; less, where a power loss left half of it.
+_OURS = re.compile(rb"\d{0,20}(?:\n[aside]{0,5}\n?)?")
+
+
+class Lock:
+    """A file locked for as long as the process lives; its lines: the holder's id, and `aside` while OUT is aside.
+
+    The file is removed by its holder only, and whoever gets a lock checks that the name still leads to the file it
+    locked: so two processes can never hold "the" lock through two inodes.
+    """
+
+    def __init__(self, path: Path, out: Path, say: Callable[[str], None]) -> None:
+        self.path = path
+        while True:
+            self.fd = open_own(path)
+            try:
+                if not _lock(self.fd):
+                    holder = os.read(self.fd, 64).split(b"\n")[0].decode("ascii", "replace")
+                    message = f"{out} is in use by process {holder or 'unknown'}"
+                    raise OutputError(message, hint="wait for it, or end it")
+            except OSError as exc:  # some network file systems have no locks
+                say(f"{path.parent} does not support locks ({exc.strerror}): do not start two conversions into {out}")
+            except BaseException:
+                os.close(self.fd)
+                raise
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self.fd), path.lstat()):
+                    break
+            os.close(self.fd)
+        text = os.read(self.fd, 64)
+        if not _OURS.fullmatch(text):
+            os.close(self.fd)
+            raise OutputError(
+                f"{path} holds something else than a lock of a conversion; a conversion needs that name",
+                hint="see what it is, and move it away; or choose another place with -o",
+            )
+        self.aside = text.endswith(b"\naside\n")
+        try:
+            self.record(aside=self.aside)
+        except BaseException:
+            self.release(keep=self.aside)
+            raise
+
+    def record(self, *, aside: bool) -> None:
+        os.ftruncate(self.fd, 0)
+        write_all(self.fd, 0, b"%d\n%s" % (os.getpid(), b"aside\n" if aside else b""))
+        if aside:
+            os.fsync(self.fd)
+
+    def release(self, *, keep: bool = False) -> None:
+        if keep:
+            os.close(self.fd)
+        elif sys.platform == "win32":
+            os.close(self.fd)  # an open file cannot be removed there, and one that another process opened neither
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+        else:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            os.close(self.fd)
+
+
+def _lock(fd: int) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(fd, 1 << 20, os.SEEK_SET)  # such locks forbid reading: lock a byte far from the text
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            os.lseek(fd, 0, os.SEEK_SET)
+        else:
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        if exc.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            os.lseek(fd, 0, os.SEEK_SET)
+            return False
+        raise
+    return True

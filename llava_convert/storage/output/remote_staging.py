@@ -1,0 +1,233 @@
+"""An output at a URL: each file is built here, sent and removed, so that the disk need hold one shard.
+
+Nothing there appears under one name at one moment, as a folder does. A record of what was sent is written first and
+taken away last, and config.json and the indexes come after the weights: what has the record, or lacks these, is not
+finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from llava_convert.core.errors import HubError, OutputError, UsageError
+from llava_convert.storage.output.places import NO_ROOM, as_output_error
+from llava_convert.storage.output.staging import RECORD
+from llava_convert.storage.remote.files import FIRST_TRIES, Remote, RemoteFile, patiently, place
+from llava_convert.storage.remote.mounts import mount, unmount
+from llava_convert.storage.remote.urls import asking, file_system, shown
+
+_LAST = ("config.json", ".index.json")  # in this order, after everything else
+
+
+class RemoteStaging:
+    """What `storage.staging.Staging` is for a folder here; a context manager with the same verbs.
+
+    `path` is where the output can be read back from: what was sent, by ranges. When the network fails, what was sent
+    stays for `resume`; after any other failure it is removed.
+
+    Raises UsageError where nothing can be written, OutputError (exit 6) where something is there already, HubError.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        plan_hash: str,
+        *,
+        force: bool,
+        resume: bool,
+        needed_bytes: int,
+        say: Callable[[str], None],
+    ) -> None:
+        if force:
+            raise UsageError(
+                f"--force cannot replace {shown(url)}: the old output would not survive a failure",
+                hint="delete it there, or name another place with -o",
+            )
+        if urlsplit(url).scheme in ("http", "https"):
+            raise UsageError(
+                f"{shown(url)}: the web can be read but not written", hint="name a folder or a store (s3://…)"
+            )
+        self.out = shown(url)
+        self._fs, self._root = file_system(url)
+        self._protocol = url.partition("://")[0]
+        self._plan_hash, self._resume, self._needed, self._say = plan_hash, resume, needed_bytes, say
+        self._sent: dict[str, dict[str, Any]] = {}
+        self._small: dict[str, bytes] = {}
+        self._begun: tuple[str, ...] = ()
+        self._committed = False
+
+    def __enter__(self) -> RemoteStaging:
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        if free < self._needed:
+            raise OutputError(
+                f"{tempfile.gettempdir()} needs {self._needed:,} bytes for what is built before it is sent, and has "
+                f"{free:,} free",
+                hint=f"{NO_ROOM}, or name another place by TMPDIR; --max-shard-size makes shards smaller",
+            )
+        self._take_leftover(self._listing())
+        self._remote = Remote(self.out, {}, self._read, lambda name: "")
+        with contextlib.ExitStack() as undo:
+            self.path = mount(self._remote)
+            undo.callback(unmount, self.path)
+            self._temporary = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="llava-convert-")))
+            for name, sent in self._sent.items():
+                place(self.path / name, RemoteFile(self._remote, name, sent["size"]))
+            self._write_record()
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
+        with self._undo:
+            if not self._committed and isinstance(problem, HubError):
+                self._say(f"what was sent stays at {self.out}: the same command with --resume goes on from there")
+            elif not self._committed:
+                with contextlib.suppress(HubError):
+                    self._remove([*self._sent, *self._begun, *self._small, RECORD])
+
+    def finished(self, name: str) -> bool:
+        """Whether `name` was sent whole: by this run, or by an earlier one of the same plan."""
+        return name in self._sent
+
+    @contextlib.contextmanager
+    def new_file(self, name: str, size: int) -> Iterator[int]:
+        """A descriptor for writing `name`, which is sent when the block ends well. Raises OutputError and HubError."""
+        local = self._temporary / name.replace("/", "__")
+        try:
+            with local.open("w+b") as stream:
+                stream.truncate(size)
+                yield stream.fileno()
+        except OSError as problem:
+            if problem.filename not in (None, str(local)):
+                raise
+            raise as_output_error(problem, local) from problem
+        with local.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        self._write_record(name)
+        self._put(local, name)
+        local.unlink()
+        self._sent[name] = {"size": size, "sha256": digest, "version": self._version(name)}
+        place(self.path / name, RemoteFile(self._remote, name, size))
+        self._write_record()
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """A small file, which `commit` sends."""
+        self._small[name] = data
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+
+    def contents(self, names: Iterable[str]) -> dict[str, dict[str, str | int]]:
+        """Size and sha256 of files, as they were sent."""
+        small = {n: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in self._small.items()}
+        sent = {n: {key: one[key] for key in ("size", "sha256")} for n, one in self._sent.items()}
+        return {name: (sent | small)[name] for name in sorted(names)}
+
+    def commit(self) -> None:
+        """Send the small files, those last that make it a model; then compare what is there. Raises HubError."""
+        self._write_record(*self._small)
+        for name in sorted(
+            self._small, key=lambda n: next((i for i, end in enumerate(_LAST, 1) if n.endswith(end)), 0)
+        ):
+            self._put(self.path / name, name)
+        there = self._listing()
+        wanted = {n: sent["size"] for n, sent in self._sent.items()} | {n: len(d) for n, d in self._small.items()}
+        wrong = [name for name, size in wanted.items() if there.get(name) != size]
+        if wrong:
+            raise HubError(f"{self.out}: {len(wrong)} files did not arrive whole, among them {wrong[0]}")
+        self._remove([RECORD])
+        self._committed = True
+
+    def _take_leftover(self, there: dict[str, int]) -> None:
+        if not there:
+            return
+        if RECORD not in there:
+            raise OutputError(f"{self.out} exists ({len(there)} files)", hint="name another place with -o")
+        plan, sent, begun = _read_record(patiently(self.out, lambda: self._read(RECORD, 0, there[RECORD])))
+        if self._resume and plan == self._plan_hash:
+            same = {name: one for name, one in sent.items() if there.get(name) == one["size"]}
+            self._sent = {name: one for name, one in same.items() if self._version(name) == one["version"]}
+            sizes = sum(one["size"] for one in self._sent.values())
+            self._say(f"resuming: {len(self._sent)} files are there already, {sizes:,} bytes")
+            return
+        why = "it is of another plan" if self._resume else "--resume would keep what was sent"
+        self._say(f"removing what an unfinished run left at {self.out} ({why})")
+        self._remove([name for name in there if name in sent or name in begun])
+        if left := self._listing().keys() - {RECORD}:
+            raise OutputError(f"{self.out} exists ({len(left)} files)", hint="name another place with -o")
+        self._remove([RECORD])
+
+    def _write_record(self, *begun: str) -> None:
+        """What was sent whole, and what is sent next: whatever is there of either is ours."""
+        self._begun = begun
+        data = json.dumps({"plan": self._plan_hash, "files": self._sent, "begun": begun}).encode()
+        local = self._temporary / "record"
+        local.write_bytes(data)
+        self._put(local, RECORD)
+
+    # --- the store
+
+    def _at(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+    def _listing(self) -> dict[str, int]:
+        def ask() -> dict[str, int]:
+            with asking(self.out, self._protocol), contextlib.suppress(FileNotFoundError):
+                found = self._fs.find(self._root, detail=True)
+                names = {full: full[len(self._root) :].lstrip("/") for full in found}
+                return {name: int(found[full]["size"]) for full, name in names.items() if name}
+            return {}
+
+        return patiently(self.out, ask)
+
+    def _read(self, name: str, start: int, end: int) -> bytes:
+        with asking(f"{self.out}/{name}", self._protocol):
+            return bytes(self._fs.cat_file(self._at(name), start=start, end=end))
+
+    def _put(self, local: Path, name: str) -> None:
+        where = f"{self.out}/{name}"
+
+        def send() -> None:
+            with asking(where, self._protocol):
+                self._fs.makedirs(os.path.dirname(self._at(name)), exist_ok=True)  # noqa: PTH120  # no path of here
+                self._fs.put_file(str(local), self._at(name))
+
+        patiently(where, send, tries=FIRST_TRIES)  # the clients of stores repeat by themselves, too
+
+    def _version(self, name: str) -> str:
+        """What the store calls this content of a file (S3: its ETag): equal only while nobody writes it again."""
+
+        def ask() -> str:
+            with asking(f"{self.out}/{name}", self._protocol):
+                return str(self._fs.checksum(self._at(name)))
+
+        return patiently(f"{self.out}/{name}", ask)
+
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in dict.fromkeys(names):
+            patiently(self.out, lambda name=name: self._remove_one(name))  # type: ignore[misc]
+
+    def _remove_one(self, name: str) -> None:
+        with asking(self.out, self._protocol), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._at(name))
+
+
+def _read_record(data: bytes) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
+    """The plan, the files that were sent whole, and those that were begun; of what is no record of ours, nothing."""
+    try:
+        found = json.loads(data)
+        files = {
+            str(name): {"size": int(one["size"]), "sha256": str(one["sha256"]), "version": str(one["version"])}
+            for name, one in found["files"].items()
+        }
+        return str(found["plan"]), files, [str(name) for name in found["begun"]]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return "", {}, []

@@ -1,0 +1,117 @@
+"""Where a source can lie: here, on a hub, or at any URL that fsspec reads. Whatever it is, a path comes of it.
+
+One module a kind of place, with `open` (the folder as a `Remote`); the hubs' also have `cached` and `download`, by
+their own clients.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast
+
+from llava_convert.core import addresses as aliases
+from llava_convert.core import hub_names as hub
+from llava_convert.core.errors import HubError, InputError, UsageError
+from llava_convert.core.hub_names import Address
+from llava_convert.storage.remote.files import WEIGHTS, Remote
+from llava_convert.storage.remote.mounts import mount
+
+_HUBS = {"hf": "huggingface", "ms": "modelscope"}
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,3}(?=[^/])(.*)")  # a Path keeps one of the slashes; C:/ is a drive
+
+
+class Hub(Protocol):
+    """What a hub's module offers. All raise HubError (exit 8); UsageError where the client is not installed."""
+
+    def open(self, address: Address) -> Remote: ...
+
+    def cached(self, address: Address, *, whole: bool) -> Path | None: ...
+
+    def download(self, address: Address) -> Path: ...
+
+
+def reach(source: str | Path, *, cache: bool = False) -> Path:
+    """The path that a source is read by: a local one as it is, a remote one mounted (no weight is fetched).
+
+    A hub's model that lies whole in its client's cache is read there; `cache` puts it there first. Raises InputError
+    for a source which is not there, HubError where a hub or server refuses, UsageError for what is missing here.
+    """
+    text = source.as_posix() if isinstance(source, Path) else source
+    if (url := _URL.fullmatch(text)) is not None:
+        scheme, rest = url.groups()
+        if scheme == "file":
+            return Path("/" + rest)
+        if scheme not in _HUBS:
+            return _at_url(f"{scheme}://{rest}", cache)
+        address = hub.parse(f"{scheme}://{rest}")
+        if address is None:
+            raise UsageError(
+                f"{scheme}://{rest} is no model's address",
+                hint=f"a model is called {scheme}://ORG/NAME, with @REVISION and /PATH where needed",
+            )
+        return on_hub(address, cache=cache)
+    if _is_here(text):
+        return Path(text).expanduser()
+    address = hub.parse(text)
+    if address is None or text.lower().endswith(WEIGHTS):
+        raise InputError(
+            f"{text} does not exist",
+            hint="give a file or a folder, a model on a hub (ORG/NAME, hf://…, ms://…), or a URL",
+        )
+    try:
+        return on_hub(address, cache=cache)
+    except HubError as problem:
+        raise HubError(f"there is no {text} here, and {problem.message}", hint=problem.hint) from problem
+
+
+def url_of(out: Path) -> str | None:
+    """The URL that an output's place is, or None for a place here. Raises UsageError for a hub."""
+    url = _URL.fullmatch(out.as_posix())
+    if url is None:
+        return None
+    if url[1] in _HUBS:
+        raise UsageError(
+            f"-o {url[1]}://{url[2]}: outputs are sent to hubs when they are whole and verified",
+            hint=f"leave -o out, and give --push {url[2]}",
+        )
+    return f"{url[1]}://{url[2]}"
+
+
+def on_hub(address: Address, *, cache: bool = False, weights: bool = True) -> Path:
+    """The folder, or the file, of a model on a hub; without `weights` its config is enough.
+
+    Raises HubError, and UsageError where its client is missing.
+    """
+    client = cast(Hub, import_module(f"llava_convert.storage.hubs.{_HUBS[address.hub]}"))
+    folder = client.cached(address, whole=weights)
+    if folder is None:
+        if cache:
+            folder = client.download(address)
+        else:
+            return _inside(mount(client.open(address)), address.path)
+    aliases.call(folder, str(Address(address.hub, address.repo, address.revision)))
+    return _inside(folder, address.path)
+
+
+def _at_url(url: str, cache: bool) -> Path:
+    from llava_convert.storage.remote import urls
+
+    if cache:
+        raise UsageError(f"--cache is for models of the hubs; {urls.shown(url)} is read in place")
+    remote, file = urls.open(url)
+    return mount(remote) / file
+
+
+def _is_here(text: str) -> bool:
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long; an unknown user; a NUL
+        return False
+
+
+def _inside(root: Path, path: str) -> Path:
+    if not (root / path).exists():
+        raise InputError(f"{root} has no {path}")
+    return root / path

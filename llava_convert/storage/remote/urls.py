@@ -1,0 +1,142 @@
+"""Sources and targets at URLs, by fsspec: s3://, https://, gs://, and whatever else it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+from fsspec.registry import known_implementations
+
+from llava_convert.core.errors import HubError, UsageError
+from llava_convert.storage.remote.files import FIRST_TRIES, WEIGHTS, Remote, TransientError, patiently, refuse
+
+_MEND = "download it, and name the local file"
+_EXTRAS = {"s3": "s3", "s3a": "s3", "https": "https", "http": "https"}
+# What the libraries below raise beside OSError, by protocol.
+_TROUBLE = {
+    "s3": ("botocore.exceptions", ("BotoCoreError", "ClientError")),
+    "https": ("aiohttp", ("ClientError",)),
+}
+
+
+def shown(url: str) -> str:
+    """A URL without what may be secret in it: user, password, and the signature in its query."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path}".rstrip("/")
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path there. Raises UsageError where a package is missing or none knows."""
+    protocol = url.partition("://")[0]
+    try:
+        fs, path = fsspec.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
+    except ImportError as problem:
+        extra = _EXTRAS.get(protocol)
+        hint = f"pip install 'llava-convert[{extra}]'" if extra else known_implementations[protocol].get("err", "")
+        raise UsageError(f"{shown(url)}: what reads {protocol}:// is not installed", hint=hint) from problem
+    except ValueError as problem:
+        raise UsageError(f"{shown(url)}: no protocol of this name is known ({protocol})") from problem
+    return fs, str(path)
+
+
+def open(url: str) -> tuple[Remote, str]:
+    """The folder at a URL, or the one that the file there lies in; and the file's name, or nothing.
+
+    Raises HubError, and UsageError where a package is missing.
+    """
+    fs, path = file_system(url)
+    where, protocol = shown(url), url.partition("://")[0]
+    web = protocol in ("http", "https")
+
+    def listing() -> tuple[str, dict[str, dict[str, Any]]]:
+        with asking(where, protocol):
+            return _on_the_web(fs, path) if web else _in_a_store(fs, path)
+
+    file, found = patiently(where, listing, tries=FIRST_TRIES)
+    if not found:
+        raise HubError(f"{where}: there is nothing")
+    sizes = {name: one["size"] for name, one in found.items() if name and one.get("size") is not None}
+    if untold := [name for name in found if name.lower().endswith((*WEIGHTS, ".json")) and name not in sizes]:
+        raise HubError(f"{where}: the server does not tell the size of {untold[0]}", hint=_MEND)
+    address = where.rpartition("/")[0] if file else where
+
+    def read(name: str, start: int, end: int) -> bytes:
+        with asking(f"{address}/{name}", protocol):
+            if web:
+                return _part(fs, found[name], start, end)
+            return bytes(fs.cat_file(found[name]["name"], start=start, end=end))
+
+    def version(name: str) -> str:
+        with asking(f"{address}/{name}", protocol):
+            return _version(fs.info(found[name]["name"]))
+
+    return Remote(address, {name: int(size) for name, size in sizes.items()}, read, version), file
+
+
+def _on_the_web(fs: Any, url: str) -> tuple[str, dict[str, dict[str, Any]]]:
+    """A file by its suffix, and alone, since a web server need not list what is beside it; else the links of a page."""
+    name = PurePosixPath(urlsplit(url).path).name
+    if PurePosixPath(name).suffix.lower() in (*WEIGHTS, ".json"):
+        return name, {name: dict(fs.info(url), name=url)}
+    return "", {full[len(url) :].lstrip("/"): dict(fs.info(full), name=full) for full in fs.find(url)}
+
+
+def _in_a_store(fs: Any, path: str) -> tuple[str, dict[str, dict[str, Any]]]:
+    """A folder with all that is below it; of a file, what lies beside it."""
+    if fs.info(path)["type"] == "directory":
+        return "", {full[len(path) :].lstrip("/"): one for full, one in fs.find(path, detail=True).items()}
+    folder, _, name = path.rpartition("/")
+    return name, {PurePosixPath(one["name"]).name: one for one in fs.ls(folder, detail=True) if one["type"] == "file"}
+
+
+def _part(fs: Any, one: dict[str, Any], start: int, end: int) -> bytes:
+    """Bytes of a file on the web. `cat_file` would take all of it where the server knows no ranges; this stops."""
+    with fs.open(one["name"], "rb", size=one["size"], block_size=end - start, cache_type="none") as stream:
+        stream.seek(start)
+        try:
+            return bytes(stream.read(end - start))
+        except ValueError:
+            raise HubError(f"{shown(one['name'])}: the server does not give parts of files", hint=_MEND) from None
+
+
+def _version(info: dict[str, Any]) -> str:
+    """What changes with a file's content, by the name that its store has for it."""
+    return str(next((info[key] for key in ("ETag", "etag", "LastModified", "mtime", "created") if key in info), ""))
+
+
+@contextmanager
+def asking(where: str, protocol: str) -> Iterator[None]:
+    """What a file system raises becomes HubError, or TransientError where asking again may help."""
+    try:
+        yield
+    except FileNotFoundError as problem:
+        # fsspec says so of any page of the web that it cannot have; why is in the cause.
+        status = getattr(problem.__cause__, "status", 404)
+        if status != 404:
+            refuse(where, status, {})
+        if problem.__cause__ is not None and not hasattr(problem.__cause__, "status"):
+            raise TransientError(f"the connection failed ({type(problem.__cause__).__name__})") from None
+        raise HubError(f"{where}: it is not there") from None
+    except PermissionError:
+        raise HubError(f"{where}: access is refused", hint="check the credentials in use") from None
+    except _trouble(protocol) as problem:
+        status = getattr(problem, "status", None)
+        if isinstance(status, int) and status >= 400:
+            refuse(where, status, {})
+        if type(problem).__name__ in ("NoCredentialsError", "ProfileNotFound"):
+            raise HubError(
+                f"{where}: no credentials are set",
+                hint="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile by AWS_PROFILE",
+            ) from None
+        raise TransientError(f"the connection failed ({type(problem).__name__})") from None
+
+
+def _trouble(protocol: str) -> tuple[type[Exception], ...]:
+    module, names = _TROUBLE.get({"http": "https", "s3a": "s3"}.get(protocol, protocol), ("builtins", ()))
+    return (OSError, TimeoutError, *(getattr(import_module(module), name) for name in names))

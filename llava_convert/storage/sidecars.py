@@ -1,0 +1,92 @@
+"""The small files beside the weights of a part: tokenizer, generation config, image processor.
+
+Most layouts have them in a folder. A GGUF has none: what they say stands in its metadata, and they are made of it when
+one is first asked for. Readers see one thing for both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llava_convert.core.errors import InputError
+from llava_convert.storage.files import read_file, require_inside
+from llava_convert.storage.json_files import MAX_JSON_BYTES, json_bytes, parse_json
+
+# What lies beside weights: configs, vocabularies, templates, cards, and a training's config.
+_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".py")
+
+
+@dataclass(frozen=True)
+class Sidecars:
+    """Files by name. `where` is the folder or file that they are of, for messages; `list_names` and `load` find them.
+
+    Equal values stand for the same place, so that what was parsed of one can be kept.
+    """
+
+    where: Path
+    list_names: Callable[[], frozenset[str]]
+    load: Callable[[str], bytes]
+    in_folder: bool = False
+
+    def names(self) -> frozenset[str]:
+        return self.list_names()
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return (self.where / name).is_file() if self.in_folder else name in self.names()
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file that is there.
+
+        Raises InputError where it cannot be read, or is no file of its kind; UnsafeError where it leads elsewhere.
+        """
+        return self.load(name)
+
+    def read_json(self, name: str) -> Any:
+        """The value in a JSON file. Raises InputError where it is not JSON."""
+        return parse_json(self.read(name), str(self.place(name)))
+
+    def read_object(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file. Raises InputError where it is not JSON, or holds something else."""
+        found = self.read_json(name)
+        if not isinstance(found, dict):
+            raise InputError(f"{self.place(name)}: expected a JSON object, found {type(found).__name__}")
+        return found
+
+    def place(self, name: str) -> Path:
+        """What messages call a file."""
+        return self.where / name
+
+
+@cache
+def folder_sidecars(folder: Path) -> Sidecars:
+    """The files of a folder. One value a folder: nothing of them is kept in it.
+
+    They are held to the rule of weights: a link that leaves the folder raises UnsafeError (`require_inside`), whether
+    or not a conversion needs that file; when the folder is first looked at, and again when the file is read.
+    """
+
+    def names() -> frozenset[str]:
+        return frozenset(path.name for path in folder.iterdir() if path.is_file())
+
+    def load(name: str) -> bytes:
+        path = require_inside(folder, name)
+        return json_bytes(path) if name.endswith(".json") else read_file(path, MAX_JSON_BYTES)
+
+    if folder.is_dir():
+        with os.scandir(folder) as entries:
+            links = [entry.name for entry in entries if entry.name.endswith(_SUFFIXES) and entry.is_symlink()]
+        for name in sorted(links):
+            require_inside(folder, name)
+    return Sidecars(folder, names, load, in_folder=True)
+
+
+def made_sidecars(where: Path, make: Callable[[], Mapping[str, bytes]]) -> Sidecars:
+    """Files that do not lie anywhere: `make` gives them all, and is called when one is first asked for."""
+    made = cache(make)
+    return Sidecars(where, lambda: frozenset(made()), lambda name: made()[name])
