@@ -127,7 +127,7 @@ def test_fault_66_the_disk_is_full_at_every_write(corpus: Corpus, tmp_path: Path
     args = official_to_hf(corpus, out, "--max-shard-size", "100KB", *(("--force",) if force else ()))
     with pytest.MonkeyPatch.context() as patch:
         total = len(made := failing(patch, 0, 0)) or (accepted(*args), len(made))[1]
-    assert {"pwrite", "fsync", "replace", "write_bytes"} <= set(made)
+    assert {"pwrite", "fsync", "replace", "write"} <= set(made)
     new = tree(out)
     if not force:
         shutil.rmtree(out)
