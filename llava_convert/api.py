@@ -18,7 +18,7 @@ from llava_convert.core.errors import UsageError
 from llava_convert.core.progress import Say
 from llava_convert.engine.check import FULL, QUICK
 from llava_convert.engine.report import Published, Report
-from llava_convert.layouts.base import ALL, TargetOptions
+from llava_convert.model.options import ALL, TargetOptions
 from llava_convert.model.recipe import Bases
 from llava_convert.storage.remote.reach import url_of
 

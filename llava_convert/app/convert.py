@@ -17,16 +17,20 @@ from llava_convert.core.addresses import address_of, called, name_of
 from llava_convert.core.errors import UnsupportedError, UsageError
 from llava_convert.core.progress import Say, Silence
 from llava_convert.core.tensors import FROM_TORCH_NAMES, QUANTS, TORCH_NAMES
+from llava_convert.core.text import utf8
 from llava_convert.engine.check import FULL, OFF, QUICK, check_full, check_quick
 from llava_convert.engine.execute import Outcome, execute
-from llava_convert.engine.plan import KEEP, Plan, Target, make_plan, parse_size, utf8
-from llava_convert.engine.record import RECORD, dropped_texts, dump, record, stored_of
+from llava_convert.engine.plan import Plan, make_plan
+from llava_convert.engine.record import dropped_texts, dump, record, stored_of
 from llava_convert.engine.report import Report, part_story, peak_memory
-from llava_convert.layouts.base import ALL, OpenOptions, TargetOptions
+from llava_convert.layouts.base import OpenOptions
 from llava_convert.layouts.registry import TARGETS, detect, layout, locate, open_checkpoint
 from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS, VISION, Checkpoint
+from llava_convert.model.options import ALL, TargetOptions
 from llava_convert.model.recipe import Bases, Model
+from llava_convert.model.record import RECORD
+from llava_convert.model.target import KEEP, Target, parse_size
 from llava_convert.ops import kernels as ggml
 from llava_convert.ops.cast import CastLoss
 from llava_convert.storage.fingerprints import Snapshot

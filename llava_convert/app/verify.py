@@ -7,19 +7,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llava_convert.core.arrays import FLOATS
 from llava_convert.core.errors import InputError, MismatchError
 from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.engine.compare import Difference, compare
-from llava_convert.engine.plan import Output, PlannedTensor
-from llava_convert.engine.record import RECORD
-from llava_convert.layouts.base import ALL, TargetOptions
+from llava_convert.engine.shards import PlannedTensor
 from llava_convert.layouts.registry import layout, open_each
 from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PARTS, VISION, Checkpoint
+from llava_convert.model.options import ALL, TargetOptions
 from llava_convert.model.recipe import EMBEDDING, Bases, Recipe
+from llava_convert.model.record import RECORD
 from llava_convert.model.tables.names import grouped
+from llava_convert.model.target import Output
 from llava_convert.ops.base import Op
-from llava_convert.ops.cast import FLOATS
 from llava_convert.ops.ops import PadRows, steps
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.sidecars import folder_sidecars

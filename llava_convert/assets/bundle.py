@@ -16,10 +16,10 @@ from llava_convert.assets.tokenizer.files import Tokenizer, has_tokenizer, open_
 from llava_convert.assets.tokenizer.llava_tokens import AddedToken, plain_files, require_rows, without_tokens
 from llava_convert.core.errors import InputError
 from llava_convert.core.hub_names import is_id, published_id
-from llava_convert.engine.plan import to_json
-from llava_convert.layouts.base import TargetOptions
+from llava_convert.core.text import to_json
 from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, VISION
 from llava_convert.model.configs import without_stale
+from llava_convert.model.options import TargetOptions
 from llava_convert.model.recipe import EMBEDDING, Model
 from llava_convert.model.towers import id_by_shape
 from llava_convert.storage.remote.origin import published

@@ -39,7 +39,7 @@ def _verify(
 
     def action() -> None:
         from llava_convert.app.convert import Options, verify
-        from llava_convert.layouts.base import TargetOptions
+        from llava_convert.model.options import TargetOptions
         from llava_convert.model.recipe import Bases
 
         options = Options(

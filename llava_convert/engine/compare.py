@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from llava_convert.core.arrays import FLOATS, Array, as_array, raw
 from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.engine.execute import Outcome, run_all, thread_count, torch_beside
-from llava_convert.engine.plan import PlannedTensor
+from llava_convert.engine.shards import PlannedTensor
 from llava_convert.engine.tasks import Copy, tasks_of
 from llava_convert.ops import kernels as ggml
-from llava_convert.ops.cast import FLOATS, Array, count_nonfinite, raw, widen
-from llava_convert.ops.ops import MergeLora, as_array
+from llava_convert.ops.cast import count_nonfinite, widen
+from llava_convert.ops.ops import MergeLora
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import read_bytes
 

@@ -15,9 +15,10 @@ from contextlib import ExitStack, contextmanager
 from io import BytesIO
 
 from llava_convert.core.tensors import TORCH_NAMES
-from llava_convert.engine.plan import Plan, PlannedTensor, Shard
+from llava_convert.engine.plan import Plan
 from llava_convert.engine.run import Outcome as Outcome
 from llava_convert.engine.run import run_task as run_task
+from llava_convert.engine.shards import PlannedTensor, Shard
 from llava_convert.engine.sinks import FileSink, MemorySink, Progress, Sink
 from llava_convert.engine.tasks import Copy, Work
 from llava_convert.engine.tasks import tasks_of as tasks_of

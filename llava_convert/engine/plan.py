@@ -8,48 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
 from functools import cached_property
 from typing import Any
 
 from llava_convert.core.addresses import called
-from llava_convert.core.errors import UsageError
 from llava_convert.core.tensors import Extent
-from llava_convert.engine.shards import KEEP as KEEP
-from llava_convert.engine.shards import FileSet as FileSet
-from llava_convert.engine.shards import Output as Output
-from llava_convert.engine.shards import PlannedTensor as PlannedTensor
-from llava_convert.engine.shards import Shard as Shard
-from llava_convert.engine.shards import shards_of
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """`5GB` (10^9, as transformers counts), `500 MiB` or plain bytes. Raises UsageError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = _UNITS.get(found[2].upper()) if found else None
-    size = int(Decimal(found[1]) * unit) if found and unit else 0
-    if size < 1:
-        raise UsageError(f"{text!r} is not a size", hint="write 5GB, 500MiB or keep")
-    return size
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a layout makes of a model: file sets of tensors, and files whose bytes are known now."""
-
-    layout: str
-    sets: tuple[FileSet, ...]
-    files: Mapping[str, bytes]
-    single_file: bool = False
-    added_rows: Mapping[str, Any] | None = None
-    notes: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
+from llava_convert.core.text import to_json
+from llava_convert.engine.shards import PlannedTensor, Shard, shards_of
+from llava_convert.model.target import Target
 
 
 @dataclass(frozen=True)
@@ -128,13 +96,3 @@ def make_plan(target: Target, *, tags: Mapping[str, Any] | None = None) -> Plan:
         shards += made
         indexes |= {name: to_json(content) for name, content in index.items()}
     return Plan(target.layout, tuple(shards), dict(target.files), indexes, target.single_file, tags or {})
-
-
-def to_json(value: Any) -> bytes:
-    """JSON as every config here is written: two spaces, UTF-8, a newline at the end."""
-    return utf8(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def utf8(text: str) -> bytes:
-    """Text with names of files in it, which need not be of the locale's encoding, or of any: then `�` stands there."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()

@@ -11,59 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert import __version__
-from llava_convert.core.errors import InputError
 from llava_convert.core.tensors import StoredTensor
+from llava_convert.core.text import utf8
 from llava_convert.engine.execute import Outcome
-from llava_convert.engine.plan import Plan, Target, utf8
+from llava_convert.engine.plan import Plan
 from llava_convert.engine.shards import Shard
 from llava_convert.model.checkpoint import PART_WORDS, VISION, Checkpoint, Dropped
 from llava_convert.model.configs import without_stale
 from llava_convert.model.recipe import Model
+from llava_convert.model.target import Target
 from llava_convert.storage.fingerprints import identity
 from llava_convert.storage.remote.origin import published
-from llava_convert.storage.sidecars import folder_sidecars
 
-RECORD = "conversion.json"
 # Raised when a table changes what it means, so that records of older tables are told apart.
 TABLES = 1
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """What an earlier conversion wrote into a folder, or None."""
-    files = folder_sidecars(folder)
-    if not files.has(RECORD):
-        return None
-    found = files.read_json(RECORD)
-    if not isinstance(found, dict) or not _sound(found.get("added")):
-        raise InputError(
-            f"{folder / RECORD}: not what a conversion writes", hint="delete it: the weights do not need it"
-        )
-    return found
-
-
-def _sound(added: Any) -> bool:
-    """Whether the record of added rows and tokens has the form that the way back relies on."""
-    if added is None:
-        return True
-    if not isinstance(added, dict):
-        return False
-    rows, tokens, tokenizer = added.get("rows"), added.get("tokens"), added.get("tokenizer")
-    return (
-        isinstance(rows, dict)
-        and all(type(rows.get(end)) is int and 0 < rows[end] < 2**32 for end in ("from", "to"))
-        and isinstance(tokens, list)
-        and all(isinstance(t, dict) and type(t.get("id")) is int and isinstance(t.get("content"), str) for t in tokens)
-        and isinstance(tokenizer, dict)
-        and all(change is None or _undoes(change) for change in tokenizer.values())
-    )
-
-
-def _undoes(change: Any) -> bool:
-    if not isinstance(change, dict):
-        return False
-    return isinstance(change.get("text"), str) or (
-        isinstance(change.get("drop"), list) and isinstance(change.get("set"), dict)
-    )
 
 
 def sources_of(model: Model, plan: Plan) -> list[tuple[str, Path, list[Path]]]:

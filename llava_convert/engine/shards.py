@@ -3,49 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from llava_convert.core.tensors import StoredTensor, nbytes_of
-from llava_convert.model.recipe import Recipe
+from llava_convert.model.target import FileSet, Output, _groups, part_names, shape_of
 from llava_convert.ops.base import Op
-from llava_convert.ops.ops import steps
 from llava_convert.storage.gguf.file import Typed, encode_gguf
 from llava_convert.storage.safetensors import encode_header
-
-KEEP = "keep"
-
-
-@dataclass(frozen=True)
-class Output:
-    """One tensor that a target wants: its name on disk, its recipe, the dtype it is written in."""
-
-    name: str
-    canonical: str
-    recipe: Recipe
-    dtype: str
-
-    @property
-    def ops(self) -> tuple[Op, ...]:
-        return self.recipe.then(*steps(self.recipe.dtype, self.dtype)).ops
-
-
-@dataclass(frozen=True)
-class FileSet:
-    """Tensors which share one set of files: `<folder>/<stem>.safetensors`, or shards of it and an index.
-
-    `limit` is the most bytes of tensors in a shard, None for one file, or KEEP: shards then follow the source's.
-    `container` is "safetensors", "torch" for the one file whose reader calls torch.load, or "gguf": its tensors keep
-    the order given, `metadata` goes into the (first) file, and KEEP means one file, as llama.cpp's tools write.
-    """
-
-    outputs: tuple[Output, ...]
-    folder: str = ""
-    stem: str = "model"
-    limit: int | str | None = KEEP
-    container: str = "safetensors"
-    metadata: Mapping[str, Typed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,21 +78,6 @@ def shards_of(files: FileSet) -> tuple[list[Shard], dict[str, Any]]:
     return shards, {f"{prefix}{files.stem}.safetensors.index.json": index}
 
 
-def part_names(files: FileSet, count: int | None = None) -> list[str]:
-    """The names of a file set's shards, of which there are `count`."""
-    count = len(_groups(files)) if count is None else count
-    prefix = f"{files.folder}/" if files.folder else ""
-    parts = [f"-{number:05d}-of-{count:05d}" for number in range(1, count + 1)] if count > 1 else [""]
-    return [f"{prefix}{files.stem}{part}.{files.container}" for part in parts]
-
-
-def _groups(files: FileSet) -> list[list[Output]]:
-    """The tensors of each shard."""
-    if files.limit is None or (files.container == "gguf" and files.limit == KEEP):
-        return [list(files.outputs)]
-    return _by_source(files.outputs) if files.limit == KEEP else _by_size(files.outputs, int(files.limit))
-
-
 def _gguf_shard(name: str, group: Sequence[Output], files: FileSet, number: int, count: int) -> Shard:
     """A GGUF file, or part `number` of `count`: the first holds the metadata, and each says which it is.
 
@@ -183,34 +134,3 @@ def _place(shard: str, outputs: Sequence[Output], offsets: Mapping[str, int]) ->
         )
         for o in outputs
     )
-
-
-def shape_of(output: Output) -> tuple[int, ...]:
-    return output.recipe.shape
-
-
-def size_of(output: Output) -> int:
-    return nbytes_of(output.dtype, prod(shape_of(output)))
-
-
-def _by_size(outputs: Sequence[Output], limit: int) -> list[list[Output]]:
-    """Fill shards in module order up to `limit` bytes of tensors; a larger tensor gets a shard of its own."""
-    groups: list[list[Output]] = [[]]
-    filled = 0
-    for output in outputs:
-        size = size_of(output)
-        if groups[-1] and filled + size > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(output)
-        filled += size
-    return groups
-
-
-def _by_source(outputs: Sequence[Output]) -> list[list[Output]]:
-    """One shard for each source file, in the order in which the module order first meets them."""
-    groups: dict[str, list[Output]] = {}
-    for output in outputs:
-        extents = output.recipe.tensor.extents
-        groups.setdefault(str(extents[0].path) if extents else "", []).append(output)
-    return list(groups.values())

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from llava_convert.engine.plan import PlannedTensor
+from llava_convert.core.arrays import Array, raw
+from llava_convert.engine.shards import PlannedTensor
 from llava_convert.engine.tasks import Copy
-from llava_convert.ops.cast import Array, raw
 from llava_convert.storage.ranges import PIECE, FilePool, start_writeback, write_all
 
 Progress = Callable[[int], None]

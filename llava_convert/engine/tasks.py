@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import lcm
 from pathlib import Path
 
-from llava_convert.engine.plan import PlannedTensor
+from llava_convert.engine.shards import PlannedTensor
 from llava_convert.ops.base import Op
 from llava_convert.ops.ops import Quantize
 from llava_convert.storage.streams import cuts, rows_of, rows_per_block

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from llava_convert.engine.plan import Target
 from llava_convert.model.checkpoint import Checkpoint
+from llava_convert.model.options import TargetOptions
 from llava_convert.model.recipe import Model
-
-ALL = "all"
+from llava_convert.model.target import Target
 
 
 @dataclass(frozen=True)
@@ -24,26 +23,6 @@ class OpenOptions:
 
     config: Path | None = None
     dequantize: bool = False
-
-
-@dataclass(frozen=True)
-class TargetOptions:
-    """What the user wants of the output. None, or nothing, means the default of the layout.
-
-    The types are GGUF's, `pre` is its name of a pre-tokenizer; `name` is what files are called by.
-    """
-
-    dtype: str | None = None
-    max_shard_size: str | None = None
-    part: str = ALL
-    prompt_template: str | None = None
-    image_processor: str = "clip"
-    outtypes: tuple[str, ...] = ()
-    mmproj_outtypes: tuple[str, ...] = ()
-    pre: str | None = None
-    name: str = ""
-    ids: Mapping[str, str] = field(default_factory=dict)
-    lora_alpha: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

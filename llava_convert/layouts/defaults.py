@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from llava_convert.core.arrays import FLOATS
 from llava_convert.core.errors import UnsupportedError
 from llava_convert.core.tensors import FROM_TORCH_NAMES, QUANTS
-from llava_convert.engine.plan import KEEP, parse_size
-from llava_convert.layouts.base import TargetOptions
 from llava_convert.layouts.naming import llm_dtype
+from llava_convert.model.options import TargetOptions
 from llava_convert.model.recipe import Model, Recipe
-from llava_convert.ops.cast import FLOATS
+from llava_convert.model.target import KEEP, parse_size
 
 # What training leaves is float32 and published in float16; other sources keep theirs.
 _TRAINED = ("pth", "xtuner")

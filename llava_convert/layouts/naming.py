@@ -8,13 +8,13 @@ from pathlib import Path
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import StoredTensor
-from llava_convert.engine.plan import Output
-from llava_convert.layouts.training_config import LoraSettings
 from llava_convert.model.adapter import Adapter, parse_adapter
 from llava_convert.model.checkpoint import IMAGE_NEWLINE, LLM, PARTS, VISION, Dropped, Part
 from llava_convert.model.recipe import Model, Recipe
 from llava_convert.model.tables.families import architectures
 from llava_convert.model.tables.names import LayoutTable, lookup_errors
+from llava_convert.model.target import Output
+from llava_convert.model.training import LoraSettings
 
 ADAPTER_DIALECTS = ("adapter", "lora")
 

@@ -11,9 +11,10 @@ from pathlib import Path, PureWindowsPath
 from typing import cast
 
 from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.text import shown
 from llava_convert.layouts.base import Found, Layout, OpenOptions
 from llava_convert.model.checkpoint import Checkpoint
-from llava_convert.storage.files import open_regular, read_fully, require_inside, shown
+from llava_convert.storage.files import open_regular, read_fully, require_inside
 from llava_convert.storage.sidecars import folder_sidecars
 
 SOURCES = ("pth", "xtuner", "official", "hf", "gguf")

@@ -7,14 +7,16 @@ from typing import Any
 
 from llava_convert.assets.bundle import Artefacts
 from llava_convert.core.tensors import TORCH_NAMES
-from llava_convert.engine.plan import FileSet, Target, to_json
-from llava_convert.layouts.base import Needs, TargetOptions
+from llava_convert.core.text import to_json
+from llava_convert.layouts.base import Needs
 from llava_convert.layouts.defaults import output_dtype, shard_limit
 from llava_convert.layouts.naming import outputs
 from llava_convert.model.checkpoint import LLM, VISION
 from llava_convert.model.configs import ordered
+from llava_convert.model.options import TargetOptions
 from llava_convert.model.recipe import Model
 from llava_convert.model.tables.names import layout_table
+from llava_convert.model.target import FileSet, Target
 
 # The class that reads each family on its own.
 _CLASSES = {

@@ -16,8 +16,8 @@ from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import StoredTensor
-from llava_convert.layouts.training_config import LoraSettings
 from llava_convert.model.tables.names import grouped, layout_table
+from llava_convert.model.training import LoraSettings
 from llava_convert.ops.ops import MergeLora
 
 _TAILS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")

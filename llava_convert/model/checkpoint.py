@@ -13,8 +13,8 @@ from typing import Any
 
 from llava_convert.core.errors import InputError
 from llava_convert.core.tensors import StoredTensor
-from llava_convert.layouts.training_config import TrainingConfig
 from llava_convert.model.adapter import Adapter
+from llava_convert.model.training import TrainingConfig
 from llava_convert.ops.base import Op
 from llava_convert.storage.sidecars import Sidecars
 

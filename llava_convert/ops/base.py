@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from llava_convert.core.arrays import Array
 from llava_convert.core.tensors import StoredTensor
-from llava_convert.ops.cast import Array, CastLoss
+from llava_convert.ops.cast import CastLoss
 
 Blocks = Iterator[Array]
 Read = Callable[[StoredTensor], Array]

@@ -14,19 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from llava_convert.core.arrays import NUMPY_TYPES, Array
+
 Bits32 = NDArray[np.uint32]
 Bits16 = NDArray[np.uint16]
-
-# How each dtype's elements are held in NumPy.
-NUMPY_TYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-}
-
-FLOATS = frozenset(NUMPY_TYPES)
 
 # Elements cast at a time. Two threads, GB of float32 a second: 1.7 with 16 Ki, 2.6 with 32 Ki, 3.7 with 64 Ki (each
 # NumPy call hands the interpreter's lock over); beyond, the two scratch arrays leave the cache.
@@ -72,11 +63,6 @@ class CastLoss:
         self.overflowed += other.overflowed
         self.flushed += other.flushed
         self.nonfinite += other.nonfinite
-
-
-def raw(values: Array) -> memoryview:
-    """A contiguous array's bytes, without a copy."""
-    return memoryview(values.reshape(-1).view(np.uint8).data)
 
 
 def widen(values: Array, dtype: str) -> NDArray[np.float32]:

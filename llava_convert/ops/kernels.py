@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llava_convert.core.errors import UsageError
+from llava_convert.core.ggml_types import NUMBERS as TYPE_NUMBERS
 from llava_convert.core.tensors import QUANTS
-from llava_convert.storage.gguf.file import NUMBERS as TYPE_NUMBERS
 
 EXTRA = "pip install 'llava-convert[llamacpp]'"
 

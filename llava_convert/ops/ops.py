@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-
+from llava_convert.core.arrays import FLOATS
 from llava_convert.core.errors import UnsupportedError
-from llava_convert.core.tensors import QUANTS, StoredTensor, nbytes_of
+from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.ops.base import Blocks, Context, Op
-from llava_convert.ops.cast import FLOATS, NUMPY_TYPES, Array, widen
 from llava_convert.ops.cast import cast as cast_values
+from llava_convert.ops.cast import widen
 from llava_convert.ops.quantize import Dequantize as Dequantize
 from llava_convert.ops.quantize import Quantize as Quantize
 from llava_convert.ops.rows import Constant as Constant
@@ -133,12 +132,3 @@ def steps(dtype: str, to: str) -> tuple[Op, ...]:
     if dtype in QUANTS:
         return (Dequantize(),) if to == "F32" else (Dequantize(), Cast(to))
     return (Cast(to),)
-
-
-def as_array(raw: bytes | bytearray | memoryview, dtype: str, columns: int) -> Array:
-    """Raw bytes as a block of rows."""
-    if dtype in QUANTS:
-        return cast(Array, np.frombuffer(raw, np.uint8).reshape(-1, nbytes_of(dtype, columns)))
-    if dtype not in NUMPY_TYPES:
-        raise UnsupportedError(f"no arithmetic is done on {dtype}")
-    return cast(Array, np.frombuffer(raw, NUMPY_TYPES[dtype]).reshape(-1, columns))

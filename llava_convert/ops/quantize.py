@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from llava_convert.core.arrays import Array
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import QUANTS, StoredTensor, nbytes_of
 from llava_convert.ops import kernels as ggml
 from llava_convert.ops.base import Blocks, Context, Op
-from llava_convert.ops.cast import CHUNK, Array, count_nonfinite, widen
+from llava_convert.ops.cast import CHUNK, count_nonfinite, widen
 
 # Below this no scale overflows: each is a float16 no larger than the largest weight of its block.
 _SAFE = 65504.0

@@ -12,31 +12,13 @@ from io import SEEK_END, RawIOBase
 from pathlib import Path, PurePosixPath
 
 from llava_convert.core.errors import InputError, UnsafeError
+from llava_convert.core.text import shown
 from llava_convert.storage.remote.files import RemoteStream, remote_of
 
-# 255 bytes is the longest path part of common file systems; the longest tensor name seen in a real model is 107.
-_SHOWN_CHARACTERS = 120
-_LISTED = 8
 _READ_BYTES = 256 << 10
 
 _LFS_STARTS = (b"version https://git-lfs.github.com/", b"version https://hawser.github.com/")
 _PAGE_STARTS = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
-
-
-def shown(name: object) -> str:
-    """`name` fit for a message: control characters escaped, cut when long."""
-    text = str(name)
-    if len(text) > _SHOWN_CHARACTERS:
-        text = f"{text[:_SHOWN_CHARACTERS]}… ({len(text)} characters)"
-    # A character that str.isprintable refuses (NUL, newline, right-to-left marks, lone surrogates) is escaped.
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def listed(names: Iterable[object], limit: int = _LISTED) -> str:
-    """The first `limit` names, and how many more there are."""
-    every = list(names)
-    head = ", ".join(shown(name) for name in every[:limit])
-    return head if len(every) <= limit else f"{head} and {len(every) - limit:,} more"
 
 
 def os_reason(error: OSError | ValueError) -> str:

@@ -11,7 +11,8 @@ from io import RawIOBase
 from pathlib import Path
 
 from llava_convert.core.errors import InputError
-from llava_convert.storage.files import open_regular, os_reason, read_fully, require_regular, shown, size_of
+from llava_convert.core.text import shown
+from llava_convert.storage.files import open_regular, os_reason, read_fully, require_regular, size_of
 from llava_convert.storage.remote.files import remote_of
 from llava_convert.storage.safetensors import MAX_HEADER_BYTES, SUFFIX
 

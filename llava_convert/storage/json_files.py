@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError
-from llava_convert.storage.files import read_file, reject_stand_in, shown
+from llava_convert.core.text import shown
+from llava_convert.storage.files import read_file, reject_stand_in
 
 # The largest JSON file of a real model is a tokenizer.json of 33 MB (Gemma 3).
 MAX_JSON_BYTES = 64 << 20

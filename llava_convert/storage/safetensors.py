@@ -18,7 +18,8 @@ from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import DTYPE_BITS, Extent, StoredTensor
-from llava_convert.storage.files import open_regular, read_fully, reject_stand_in, shown, size_of
+from llava_convert.core.text import shown
+from llava_convert.storage.files import open_regular, read_fully, reject_stand_in, size_of
 from llava_convert.storage.json_files import parse_json
 
 SUFFIX = ".safetensors"

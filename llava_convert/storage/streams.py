@@ -10,9 +10,8 @@ from math import prod
 
 import numpy as np
 
+from llava_convert.core.arrays import Array, as_array
 from llava_convert.core.tensors import StoredTensor, nbytes_of
-from llava_convert.ops.cast import Array
-from llava_convert.ops.ops import as_array
 from llava_convert.storage.ranges import FilePool
 
 BLOCK = 256 * 1024

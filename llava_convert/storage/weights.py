@@ -14,7 +14,8 @@ from typing import Any
 
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
 from llava_convert.core.tensors import StoredTensor
-from llava_convert.storage.files import listed, os_reason, relative_name, require_inside, require_regular, shown
+from llava_convert.core.text import listed, shown
+from llava_convert.storage.files import os_reason, relative_name, require_inside, require_regular
 from llava_convert.storage.json_files import read_json
 from llava_convert.storage.safetensors import SUFFIX as SAFETENSORS_SUFFIX
 from llava_convert.storage.safetensors import read_header

@@ -22,7 +22,8 @@ import pytest
 
 from llava_convert.core.errors import ConvertError, InputError, UnsupportedError
 from llava_convert.core.tensors import StoredTensor
-from llava_convert.storage.files import open_regular, require_regular, shown
+from llava_convert.core.text import shown
+from llava_convert.storage.files import open_regular, require_regular
 from llava_convert.storage.json_files import MAX_JSON_VALUES, read_json
 from llava_convert.storage.safetensors import read_header
 from llava_convert.storage.weights import open_weights, reject_ungathered

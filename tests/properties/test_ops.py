@@ -12,9 +12,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from llava_convert.core.arrays import NUMPY_TYPES
 from llava_convert.core.tensors import Extent, StoredTensor
 from llava_convert.ops.base import Context, Op
-from llava_convert.ops.cast import NUMPY_TYPES, CastLoss
+from llava_convert.ops.cast import CastLoss
 from llava_convert.ops.ops import Cast, MergeLora, PadRows, Quantize, RopePermute, TakeRows
 
 dtypes = st.sampled_from(sorted(NUMPY_TYPES))

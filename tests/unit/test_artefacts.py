@@ -13,10 +13,10 @@ import pytest
 import llava_convert
 from llava_convert.app.convert import Options, Prepared, prepare
 from llava_convert.core.errors import UsageError
-from llava_convert.layouts.base import TargetOptions
 from llava_convert.model import towers
 from llava_convert.model.checkpoint import VISION
 from llava_convert.model.configs import named_config
+from llava_convert.model.options import TargetOptions
 from llava_convert.model.recipe import Bases
 from llava_convert.storage.torch.file import read_torch
 

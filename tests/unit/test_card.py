@@ -31,7 +31,7 @@ from llava_convert.app.convert import Options, prepare
 from llava_convert.app.publish.publish import Destination
 from llava_convert.app.publish.release import Release
 from llava_convert.app.publish.release import plan as plan_release
-from llava_convert.layouts.base import TargetOptions
+from llava_convert.model.options import TargetOptions
 from llava_convert.model.recipe import Bases
 from tests.interop.card_blocks import block, blocks
 from tests.interop.wide_models import PUBLISHED, WIDES, make_wide

@@ -19,11 +19,13 @@ from llava_convert.core.errors import InputError
 from llava_convert.core.tensors import Extent, StoredTensor, nbytes_of
 from llava_convert.engine import execute, sinks
 from llava_convert.engine.compare import compare
-from llava_convert.engine.plan import FileSet, Output, Plan, PlannedTensor, Target, make_plan
+from llava_convert.engine.plan import Plan, make_plan
 from llava_convert.engine.run import Outcome, run_task
+from llava_convert.engine.shards import PlannedTensor
 from llava_convert.engine.sinks import FileSink
 from llava_convert.engine.tasks import Copy, Work, tasks_of
 from llava_convert.model.recipe import Recipe
+from llava_convert.model.target import FileSet, Output, Target
 from llava_convert.ops import kernels as ggml
 from llava_convert.ops.base import Op
 from llava_convert.ops.ops import Cast, MergeLora, PadRows, Quantize, RopePermute, constant

@@ -13,12 +13,13 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
+from llava_convert.core.arrays import NUMPY_TYPES, as_array
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import QUANTS, TORCH_NAMES, Extent, StoredTensor, nbytes_of
 from llava_convert.model.recipe import Recipe
 from llava_convert.ops.base import Context, Op
-from llava_convert.ops.cast import NUMPY_TYPES, CastLoss
-from llava_convert.ops.ops import (  # fmt: skip
+from llava_convert.ops.cast import CastLoss
+from llava_convert.ops.ops import (
     OPS,
     Cast,
     Constant,
@@ -28,7 +29,6 @@ from llava_convert.ops.ops import (  # fmt: skip
     Quantize,
     RopePermute,
     TakeRows,
-    as_array,
     constant,
     steps,
 )

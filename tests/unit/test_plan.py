@@ -16,8 +16,10 @@ from safetensors import safe_open
 
 from llava_convert.core.errors import UsageError
 from llava_convert.core.tensors import Extent, StoredTensor, nbytes_of
-from llava_convert.engine.plan import KEEP, FileSet, Output, Plan, Target, make_plan, parse_size, to_json
+from llava_convert.core.text import to_json
+from llava_convert.engine.plan import Plan, make_plan
 from llava_convert.model.recipe import Recipe
+from llava_convert.model.target import KEEP, FileSet, Output, Target, parse_size
 from llava_convert.ops.ops import Cast, MergeLora, PadRows
 from llava_convert.storage.gguf.file import Typed
 from llava_convert.storage.safetensors import read_header

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 import llava_convert
 from llava_convert import __version__
 from llava_convert.core.errors import InputError
-from llava_convert.engine.record import RECORD, dropped_texts, dump, read_record
+from llava_convert.engine.record import dropped_texts, dump
 from llava_convert.model.checkpoint import Dropped
+from llava_convert.model.record import RECORD, read_record
 
 
 @pytest.fixture(scope="module")

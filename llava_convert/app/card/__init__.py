@@ -10,9 +10,10 @@ from llava_convert.app.card.front_matter import front_matter
 from llava_convert.app.card.history import history
 from llava_convert.app.card.origin import origin
 from llava_convert.app.card.quickstarts import quickstarts
-from llava_convert.engine.plan import Plan, Target
-from llava_convert.layouts.base import TargetOptions
+from llava_convert.engine.plan import Plan
+from llava_convert.model.options import TargetOptions
 from llava_convert.model.recipe import Model
+from llava_convert.model.target import Target
 
 
 def card(

@@ -12,10 +12,12 @@ from typing import Any
 from llava_convert.app.card.prompt import Prompt, prompt_of
 from llava_convert.assets.bundle import Artefacts
 from llava_convert.core.hub_names import is_id
-from llava_convert.engine.plan import Plan, Shard, Target
-from llava_convert.layouts.base import TargetOptions
+from llava_convert.engine.plan import Plan
+from llava_convert.engine.shards import Shard
 from llava_convert.model.checkpoint import LLM, PARTS, PROJECTOR, VISION
+from llava_convert.model.options import TargetOptions
 from llava_convert.model.recipe import Model
+from llava_convert.model.target import Target
 
 _WHOLE = {
     "xtuner": "This is a LLaVA in xtuner's layout: a model that answers questions about pictures.",

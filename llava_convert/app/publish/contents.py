@@ -10,10 +10,11 @@ from llava_convert.app.convert import Options, verify
 from llava_convert.app.publish.publish import Content
 from llava_convert.core.errors import InputError, MismatchError, UsageError
 from llava_convert.core.progress import Say
+from llava_convert.core.text import listed
 from llava_convert.engine.check import FULL, OFF
-from llava_convert.engine.record import RECORD, read_record
 from llava_convert.layouts.registry import open_checkpoint
-from llava_convert.storage.files import listed, require_inside
+from llava_convert.model.record import RECORD, read_record
+from llava_convert.storage.files import require_inside
 from llava_convert.storage.fingerprints import contents
 from llava_convert.storage.remote.files import WEIGHTS
 

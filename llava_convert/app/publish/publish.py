@@ -21,8 +21,8 @@ from typing import Protocol, cast
 from llava_convert.app.publish.problems import RERUN, client_errors, interruptible, no_such_call, patiently, told
 from llava_convert.core.errors import HubError, UsageError
 from llava_convert.core.progress import Say, Silence
+from llava_convert.core.text import listed
 from llava_convert.engine.report import Published
-from llava_convert.storage.files import listed
 
 HUGGINGFACE, MODELSCOPE, BOTH = "huggingface", "modelscope", "both"
 # By the name that --hub takes: the module that knows it. `both` is every row.

@@ -21,10 +21,11 @@ from llava_convert.app.stage_one import stage_one
 from llava_convert.core.errors import ConvertError, HubError, MismatchError, OutputError, UsageError
 from llava_convert.core.progress import Say, Silence
 from llava_convert.engine.check import FULL
-from llava_convert.engine.record import RECORD, read_record, record
+from llava_convert.engine.record import record
 from llava_convert.engine.report import Published
-from llava_convert.layouts.base import TargetOptions
 from llava_convert.model.checkpoint import Checkpoint
+from llava_convert.model.options import TargetOptions
+from llava_convert.model.record import RECORD, read_record
 from llava_convert.storage.remote.mounts import mounted, mounts
 
 

@@ -13,8 +13,8 @@ from llava_convert.app.publish.publish import BOTH, HUBS, Destination, Parcel, c
 from llava_convert.core.errors import HubError, TransferInterrupted, UsageError
 from llava_convert.core.progress import Say, Silence
 from llava_convert.engine.check import FULL, OFF
-from llava_convert.engine.record import RECORD
 from llava_convert.engine.report import Published, Report
+from llava_convert.model.record import RECORD
 
 
 def upload(

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
-from llava_convert.storage.files import listed, open_regular, read_fully, require_inside, shown
+from llava_convert.core.text import listed, shown
+from llava_convert.storage.files import open_regular, read_fully, require_inside
 from llava_convert.storage.gguf.file import open_gguf
 
 SUFFIX = ".gguf"

@@ -15,12 +15,11 @@ import numpy as np
 from llava_convert.assets.processor import preprocessor_config
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import StoredTensor
-from llava_convert.engine.plan import to_json
+from llava_convert.core.text import shown, to_json
 from llava_convert.model.checkpoint import VISION
 from llava_convert.model.towers import towers
 from llava_convert.ops.base import Op
 from llava_convert.ops.ops import constant
-from llava_convert.storage.files import shown
 from llava_convert.storage.gguf.file import Typed
 from llava_convert.storage.sidecars import Sidecars, made_sidecars
 

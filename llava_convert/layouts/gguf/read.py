@@ -13,8 +13,8 @@ from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import QUANTS, StoredTensor
-from llava_convert.engine.record import read_record
-from llava_convert.layouts.base import ALL, Found, OpenOptions
+from llava_convert.core.text import shown
+from llava_convert.layouts.base import Found, OpenOptions
 from llava_convert.layouts.gguf import defects as gguf_defects
 from llava_convert.layouts.gguf import mmproj as gguf_vision
 from llava_convert.layouts.gguf.files import (
@@ -42,10 +42,11 @@ from llava_convert.model.checkpoint import (
     Settings,
 )
 from llava_convert.model.configs import family, named_config
+from llava_convert.model.options import ALL
+from llava_convert.model.record import read_record
 from llava_convert.model.tables.names import lookup_errors
 from llava_convert.ops.base import Op
 from llava_convert.ops.ops import Dequantize
-from llava_convert.storage.files import shown
 from llava_convert.storage.gguf.file import Gguf, open_gguf
 from llava_convert.storage.sidecars import Sidecars, made_sidecars
 

@@ -14,9 +14,7 @@ from llava_convert.assets.bundle import Artefacts
 from llava_convert.assets.tokenizer.files import Tokenizer, open_tokenizer
 from llava_convert.core.errors import UnsupportedError, UsageError
 from llava_convert.core.tensors import QUANTS
-from llava_convert.engine.plan import KEEP, FileSet, Target, parse_size
-from llava_convert.engine.shards import Output, part_names
-from llava_convert.layouts.base import ALL, Needs, TargetOptions
+from llava_convert.layouts.base import Needs
 from llava_convert.layouts.gguf import limits, mixes, rope
 from llava_convert.layouts.gguf.mixes import OUTTYPES
 from llava_convert.layouts.gguf.modelfile import modelfile
@@ -25,8 +23,10 @@ from llava_convert.layouts.gguf.token_flags import runtime_name, unsaid
 from llava_convert.layouts.gguf.vocabulary import SPACE_PREFIX, tokenizer_metadata
 from llava_convert.layouts.naming import llm_dtype
 from llava_convert.model.checkpoint import IMAGE_NEWLINE, LLM, PARTS, PROJECTOR, VISION, Checkpoint
+from llava_convert.model.options import ALL, TargetOptions
 from llava_convert.model.projector import projector_config
 from llava_convert.model.recipe import EMBEDDING, HEAD, Model, Recipe
+from llava_convert.model.target import KEEP, FileSet, Output, Target, parse_size, part_names
 from llava_convert.ops import kernels as ggml
 from llava_convert.ops.ops import constant
 from llava_convert.storage.gguf.file import Typed

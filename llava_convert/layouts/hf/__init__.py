@@ -21,17 +21,19 @@ from llava_convert.assets.tokenizer.llava_tokens import (
 )
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import TORCH_NAMES
-from llava_convert.engine.plan import FileSet, Target, to_json
-from llava_convert.engine.record import read_record
+from llava_convert.core.text import to_json
 from llava_convert.layouts import single_part as single
-from llava_convert.layouts.base import ALL, Found, Needs, OpenOptions, TargetOptions
+from llava_convert.layouts.base import Found, Needs, OpenOptions
 from llava_convert.layouts.defaults import output_dtype, shard_limit
 from llava_convert.layouts.naming import outputs, sort_tensors
 from llava_convert.model.checkpoint import LLM, PARTS, PROJECTOR, VISION, Checkpoint, Part, Settings
 from llava_convert.model.configs import family, old_flavour, ordered
+from llava_convert.model.options import ALL, TargetOptions
 from llava_convert.model.projector import projector_config
 from llava_convert.model.recipe import EMBEDDING, HEAD, Model, Recipe
+from llava_convert.model.record import read_record
 from llava_convert.model.tables.names import layout_table
+from llava_convert.model.target import FileSet, Target
 from llava_convert.ops.ops import PadRows
 from llava_convert.storage.sidecars import folder_sidecars
 from llava_convert.storage.weights import open_weights

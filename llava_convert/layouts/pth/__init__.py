@@ -15,14 +15,10 @@ from llava_convert.core.errors import InputError
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.layouts.base import Found, OpenOptions
 from llava_convert.layouts.naming import sort_tensors
-from llava_convert.layouts.training_config import (
-    LoraSettings,
-    TrainingConfig,
-    load_training_config,
-    parse_training_config,
-)
+from llava_convert.layouts.training_config import load_training_config, parse_training_config
 from llava_convert.model.checkpoint import LLM, PARTS, VISION, Checkpoint, Part, Settings
 from llava_convert.model.tables.names import layout_table
+from llava_convert.model.training import LoraSettings, TrainingConfig
 from llava_convert.storage.torch.file import StateDict, TorchFile, read_torch, state_dict
 from llava_convert.storage.zero.checkpoint import read_zero, recognise
 

@@ -13,13 +13,12 @@ from typing import Any
 from llava_convert.assets.bundle import Artefacts
 from llava_convert.core.errors import InputError
 from llava_convert.core.tensors import StoredTensor
-from llava_convert.engine.plan import FileSet, Target, to_json
-from llava_convert.engine.record import read_record
+from llava_convert.core.text import to_json
 from llava_convert.layouts import single_part as single
-from llava_convert.layouts.base import ALL, Found, Needs, OpenOptions, TargetOptions
+from llava_convert.layouts.base import Found, Needs, OpenOptions
 from llava_convert.layouts.defaults import output_dtype
 from llava_convert.layouts.naming import adapter_outputs, outputs, sort_tensors
-from llava_convert.layouts.training_config import LoraSettings, TrainingConfig, load_training_config
+from llava_convert.layouts.training_config import load_training_config
 from llava_convert.model.adapter import Adapter, settings_from_json
 from llava_convert.model.checkpoint import (
     LLM,
@@ -33,9 +32,13 @@ from llava_convert.model.checkpoint import (
     Settings,
 )
 from llava_convert.model.configs import old_flavour
+from llava_convert.model.options import ALL, TargetOptions
 from llava_convert.model.projector import projector_config
 from llava_convert.model.recipe import Model
+from llava_convert.model.record import read_record
 from llava_convert.model.tables.names import layout_table
+from llava_convert.model.target import FileSet, Target
+from llava_convert.model.training import LoraSettings, TrainingConfig
 from llava_convert.storage.files import require_inside
 from llava_convert.storage.sidecars import folder_sidecars
 from llava_convert.storage.weights import open_weights

@@ -17,15 +17,8 @@ from pathlib import Path
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.ggml_types import GIVEN_UP, NUMBERS, TYPES, whole_blocks
 from llava_convert.core.tensors import QUANTS, Extent, StoredTensor, nbytes_of
-from llava_convert.storage.files import (
-    listed,
-    open_regular,
-    read_fully,
-    reject_stand_in,
-    require_inside,
-    shown,
-    size_of,
-)
+from llava_convert.core.text import listed, shown
+from llava_convert.storage.files import open_regular, read_fully, reject_stand_in, require_inside, size_of
 from llava_convert.storage.gguf.values import Cursor, Typed, encode_string, encode_value
 from llava_convert.storage.safetensors import Header, check_name
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from llava_convert.storage.files import shown
+from llava_convert.core.text import shown
 
 # The module wherever it stands in a dotted name: `torch.serialization.os`, `collections.abc.sys`, `asyncio.subprocess`.
 _FORBIDDEN_PARTS = frozenset({

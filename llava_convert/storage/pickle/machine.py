@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsafeError
-from llava_convert.storage.files import shown
+from llava_convert.core.text import shown
 from llava_convert.storage.pickle import containers
 from llava_convert.storage.pickle import globals as names
 from llava_convert.storage.pickle.globals import Elided, Inert

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from llava_convert.core import addresses as aliases
 from llava_convert.core.errors import HubError, UnsafeError
-from llava_convert.storage.files import os_reason, relative_name, shown
+from llava_convert.core.text import shown
+from llava_convert.storage.files import os_reason, relative_name
 from llava_convert.storage.remote.files import Remote, RemoteFile, Traffic, forget, place
 
 MOST_FILES = 100_000  # a dataset may have as many; a model has some dozens

@@ -13,7 +13,8 @@ from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import StoredTensor
-from llava_convert.storage.files import open_regular, os_reason, shown, size_of
+from llava_convert.core.text import shown
+from llava_convert.storage.files import open_regular, os_reason, size_of
 from llava_convert.storage.pickle.machine import Inert
 from llava_convert.storage.torch.legacy import read_legacy
 from llava_convert.storage.torch.tensors import OddTensor

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
-from llava_convert.storage.files import shown
+from llava_convert.core.text import shown
 from llava_convert.storage.pickle import machine as unpickle
 from llava_convert.storage.pickle.machine import Malformed, PickleEnds
 from llava_convert.storage.torch.tensors import BUILDERS, Storage, as_ascii, is_quiet, storage_at, storage_id

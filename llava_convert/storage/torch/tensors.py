@@ -13,7 +13,7 @@ from typing import Any
 
 from llava_convert.core.errors import UnsafeError
 from llava_convert.core.tensors import DTYPE_BITS, Extent, StoredTensor
-from llava_convert.storage.files import shown
+from llava_convert.core.text import shown
 from llava_convert.storage.pickle.limits import MAX_NAME, Hostile
 from llava_convert.storage.pickle.machine import Builder, Inert, Malformed
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
 from llava_convert.core.tensors import DTYPE_BITS, TORCH_NAMES, Extent, StoredTensor
-from llava_convert.storage.files import listed, shown
+from llava_convert.core.text import listed, shown
 from llava_convert.storage.torch.file import OddTensor
 from llava_convert.storage.zero.folder import check_one_save, recognise, state_files, state_folder
 from llava_convert.storage.zero.states import (

@@ -10,15 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
-from llava_convert.storage.files import (
-    listed,
-    open_regular,
-    os_reason,
-    read_fully,
-    relative_name,
-    require_inside,
-    shown,
-)
+from llava_convert.core.text import listed, shown
+from llava_convert.storage.files import open_regular, os_reason, read_fully, relative_name, require_inside
 from llava_convert.storage.zero.states import MEND, ModelState, OptimState, two_saves
 
 LATEST = "latest"

@@ -14,7 +14,8 @@ from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import TORCH_NAMES, StoredTensor
-from llava_convert.storage.files import open_regular, read_fully, shown
+from llava_convert.core.text import shown
+from llava_convert.storage.files import open_regular, read_fully
 from llava_convert.storage.pickle.machine import Inert
 from llava_convert.storage.torch.file import OddTensor, TorchFile, read_torch
 

@@ -1,0 +1,42 @@
+"""Stored bytes as NumPy arrays: which type holds which dtype.
+
+NumPy has no bfloat16, so a BF16 array is its bits as uint16.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llava_convert.core.errors import UnsupportedError
+from llava_convert.core.tensors import QUANTS, nbytes_of
+
+Array = NDArray[Any]
+
+
+# How each dtype's elements are held in NumPy.
+NUMPY_TYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
+
+
+FLOATS = frozenset(NUMPY_TYPES)
+
+
+def raw(values: Array) -> memoryview:
+    """A contiguous array's bytes, without a copy."""
+    return memoryview(values.reshape(-1).view(np.uint8).data)
+
+
+def as_array(raw: bytes | bytearray | memoryview, dtype: str, columns: int) -> Array:
+    """Raw bytes as a block of rows."""
+    if dtype in QUANTS:
+        return cast(Array, np.frombuffer(raw, np.uint8).reshape(-1, nbytes_of(dtype, columns)))
+    if dtype not in NUMPY_TYPES:
+        raise UnsupportedError(f"no arithmetic is done on {dtype}")
+    return cast(Array, np.frombuffer(raw, NUMPY_TYPES[dtype]).reshape(-1, columns))

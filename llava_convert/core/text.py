@@ -1,0 +1,40 @@
+"""Text made fit for messages and for files: names from strangers' files, lists of them, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+
+def to_json(value: Any) -> bytes:
+    """JSON as every config here is written: two spaces, UTF-8, a newline at the end."""
+    return utf8(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def utf8(text: str) -> bytes:
+    """Text with names of files in it, which need not be of the locale's encoding, or of any: then `�` stands there."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
+
+
+# 255 bytes is the longest path part of common file systems; the longest tensor name seen in a real model is 107.
+_SHOWN_CHARACTERS = 120
+
+
+_LISTED = 8
+
+
+def shown(name: object) -> str:
+    """`name` fit for a message: control characters escaped, cut when long."""
+    text = str(name)
+    if len(text) > _SHOWN_CHARACTERS:
+        text = f"{text[:_SHOWN_CHARACTERS]}… ({len(text)} characters)"
+    # A character that str.isprintable refuses (NUL, newline, right-to-left marks, lone surrogates) is escaped.
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def listed(names: Iterable[object], limit: int = _LISTED) -> str:
+    """The first `limit` names, and how many more there are."""
+    every = list(names)
+    head = ", ".join(shown(name) for name in every[:limit])
+    return head if len(every) <= limit else f"{head} and {len(every) - limit:,} more"

@@ -1,0 +1,28 @@
+"""What the user wants of an output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """What the user wants of the output. None, or nothing, means the default of the layout.
+
+    The types are GGUF's, `pre` is its name of a pre-tokenizer; `name` is what files are called by.
+    """
+
+    dtype: str | None = None
+    max_shard_size: str | None = None
+    part: str = ALL
+    prompt_template: str | None = None
+    image_processor: str = "clip"
+    outtypes: tuple[str, ...] = ()
+    mmproj_outtypes: tuple[str, ...] = ()
+    pre: str | None = None
+    name: str = ""
+    ids: Mapping[str, str] = field(default_factory=dict)
+    lora_alpha: Mapping[str, float] = field(default_factory=dict)

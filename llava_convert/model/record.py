@@ -1,0 +1,49 @@
+"""conversion.json as an earlier conversion left it: read, checked, and used on the way back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llava_convert.core.errors import InputError
+from llava_convert.storage.sidecars import folder_sidecars
+
+RECORD = "conversion.json"
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What an earlier conversion wrote into a folder, or None."""
+    files = folder_sidecars(folder)
+    if not files.has(RECORD):
+        return None
+    found = files.read_json(RECORD)
+    if not isinstance(found, dict) or not _sound(found.get("added")):
+        raise InputError(
+            f"{folder / RECORD}: not what a conversion writes", hint="delete it: the weights do not need it"
+        )
+    return found
+
+
+def _sound(added: Any) -> bool:
+    """Whether the record of added rows and tokens has the form that the way back relies on."""
+    if added is None:
+        return True
+    if not isinstance(added, dict):
+        return False
+    rows, tokens, tokenizer = added.get("rows"), added.get("tokens"), added.get("tokenizer")
+    return (
+        isinstance(rows, dict)
+        and all(type(rows.get(end)) is int and 0 < rows[end] < 2**32 for end in ("from", "to"))
+        and isinstance(tokens, list)
+        and all(isinstance(t, dict) and type(t.get("id")) is int and isinstance(t.get("content"), str) for t in tokens)
+        and isinstance(tokenizer, dict)
+        and all(change is None or _undoes(change) for change in tokenizer.values())
+    )
+
+
+def _undoes(change: Any) -> bool:
+    if not isinstance(change, dict):
+        return False
+    return isinstance(change.get("text"), str) or (
+        isinstance(change.get("drop"), list) and isinstance(change.get("set"), dict)
+    )
