@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from llava_convert._version import __version__ as __version__
+
 __all__ = ["convert", "inspect", "upload", "verify"]
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ data_command.add_to(app)
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from llava_convert import __version__
+        from llava_convert._version import __version__
 
         typer.echo(f"llava-convert {__version__}")
         raise typer.Exit

@@ -6,6 +6,10 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+# The longest tensor name seen in a real model has 107 characters.
+_LONGEST_SHOWN = 120
+_LISTED = 8
+
 
 def to_json(value: Any) -> bytes:
     """JSON as every config here is written: two spaces, UTF-8, a newline at the end."""
@@ -17,18 +21,11 @@ def utf8(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
 
 
-# 255 bytes is the longest path part of common file systems; the longest tensor name seen in a real model is 107.
-_SHOWN_CHARACTERS = 120
-
-
-_LISTED = 8
-
-
-def shown(name: object) -> str:
+def printable(name: object) -> str:
     """`name` fit for a message: control characters escaped, cut when long."""
     text = str(name)
-    if len(text) > _SHOWN_CHARACTERS:
-        text = f"{text[:_SHOWN_CHARACTERS]}… ({len(text)} characters)"
+    if len(text) > _LONGEST_SHOWN:
+        text = f"{text[:_LONGEST_SHOWN]}… ({len(text)} characters)"
     # A character that str.isprintable refuses (NUL, newline, right-to-left marks, lone surrogates) is escaped.
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
@@ -36,5 +33,5 @@ def shown(name: object) -> str:
 def listed(names: Iterable[object], limit: int = _LISTED) -> str:
     """The first `limit` names, and how many more there are."""
     every = list(names)
-    head = ", ".join(shown(name) for name in every[:limit])
+    head = ", ".join(printable(name) for name in every[:limit])
     return head if len(every) <= limit else f"{head} and {len(every) - limit:,} more"

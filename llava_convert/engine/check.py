@@ -7,10 +7,10 @@ from pathlib import Path
 
 from llava_convert.core.errors import MismatchError
 from llava_convert.core.tensors import StoredTensor
+from llava_convert.core.text import printable
 from llava_convert.engine.compare import compare
 from llava_convert.engine.plan import Plan
 from llava_convert.engine.shards import Shard
-from llava_convert.model.tables.names import printable
 from llava_convert.storage.json_files import read_json
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.safetensors import read_header

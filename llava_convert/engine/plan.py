@@ -28,7 +28,6 @@ class Plan:
     shards: tuple[Shard, ...]
     files: Mapping[str, bytes]
     indexes: Mapping[str, bytes]
-    single_file: bool = False
     tags: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -95,4 +94,4 @@ def make_plan(target: Target, *, tags: Mapping[str, Any] | None = None) -> Plan:
         made, index = shards_of(files)
         shards += made
         indexes |= {name: to_json(content) for name, content in index.items()}
-    return Plan(target.layout, tuple(shards), dict(target.files), indexes, target.single_file, tags or {})
+    return Plan(target.layout, tuple(shards), dict(target.files), indexes, tags or {})

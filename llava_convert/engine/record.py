@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_convert import __version__
+from llava_convert._version import __version__
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.core.text import utf8
 from llava_convert.engine.execute import Outcome

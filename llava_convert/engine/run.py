@@ -12,9 +12,9 @@ import numpy as np
 from llava_convert.core.arrays import Array, raw
 from llava_convert.core.errors import MismatchError
 from llava_convert.core.tensors import QUANTS, StoredTensor
+from llava_convert.core.text import printable
 from llava_convert.engine.sinks import Sink
 from llava_convert.engine.tasks import Copy, Work
-from llava_convert.model.tables.names import printable
 from llava_convert.ops.base import Blocks, Context, Op
 from llava_convert.ops.cast import CastLoss
 from llava_convert.storage.ranges import FilePool

@@ -11,7 +11,7 @@ from pathlib import Path, PureWindowsPath
 from typing import cast
 
 from llava_convert.core.errors import InputError, UnsupportedError
-from llava_convert.core.text import shown
+from llava_convert.core.text import printable
 from llava_convert.layouts.base import Found, Layout, OpenOptions
 from llava_convert.model.checkpoint import Checkpoint
 from llava_convert.storage.files import open_regular, read_fully, require_inside
@@ -41,7 +41,7 @@ def locate(path: Path) -> Path:
                 return candidate
     except (OSError, ValueError):
         pass  # no name of a file on this system, so none that is there
-    raise InputError(f"{pointer} names '{shown(name)}', which is not there", hint="give the checkpoint itself")
+    raise InputError(f"{pointer} names '{printable(name)}', which is not there", hint="give the checkpoint itself")
 
 
 def look(path: Path) -> Found:

@@ -80,8 +80,6 @@ def training_config(values: Mapping[str, Any], *, filename: str) -> TrainingConf
     return TrainingConfig(
         llm=_path(llm, "pretrained_model_name_or_path", "llm", unresolved),
         visual_encoder=_path(tower, "pretrained_model_name_or_path", "visual_encoder", unresolved),
-        llm_type=_class(llm),
-        visual_encoder_type=_class(tower),
         freeze_llm=model.flag("freeze_llm", False),
         freeze_visual_encoder=model.flag("freeze_visual_encoder", False),
         llm_lora=_lora(model.section("llm_lora")),
@@ -92,7 +90,6 @@ def training_config(values: Mapping[str, Any], *, filename: str) -> TrainingConf
         projector_depth=model.whole("projector_depth", 2),
         max_position_embeddings=model.whole_or_none("max_position_embeddings"),
         quantized_llm=any(llm.get(key) for key in ("quantization_config", "load_in_4bit", "load_in_8bit")),
-        llm_torch_dtype=_last(llm.dotted("torch_dtype")),
         pad_image_to_square=squares.pop() if len(squares) == 1 else None,
         data_paths=tuple(path for one in datasets if isinstance(path := one.values.get("data_path"), str)),
         unresolved=unresolved,
@@ -193,11 +190,6 @@ def _last(dotted: str | None) -> str | None:
     return None if dotted is None else dotted.rpartition(".")[2]
 
 
-def _class(section: _Section) -> str | None:
-    name = section.dotted("type")
-    return None if name is None else name.removesuffix(".from_pretrained")
-
-
 def _path(section: _Section, key: str, setting: Setting, unresolved: dict[str, str]) -> str | None:
     value = section.values.get(key)
     if isinstance(value, Call):
@@ -234,7 +226,7 @@ def _lora(section: _Section) -> LoraSettings | None:
     initial = section.get("init_lora_weights")
     if not isinstance(initial, bool | str | None):
         raise section.unsupported(initial, "init_lora_weights")
-    named = {name for name in LoraSettings.__dataclass_fields__ if name != "other"}
+    named = {"type", "task_type", *LoraSettings.__dataclass_fields__} - {"other"}
     return LoraSettings(
         r=section.whole("r", 8),
         lora_alpha=section.number("lora_alpha", 8),
@@ -245,10 +237,9 @@ def _lora(section: _Section) -> LoraSettings | None:
         alpha_pattern=section.numbers("alpha_pattern"),
         target_modules=targets if isinstance(targets, str) else section.texts("target_modules"),
         modules_to_save=section.texts("modules_to_save"),
-        task_type=_last(section.dotted("task_type")),
         fan_in_fan_out=section.flag("fan_in_fan_out", False),
         init_lora_weights=True if initial is None else initial,
-        other={key: value for key, value in section.values.items() if key not in named and key != "type"},
+        other={key: value for key, value in section.values.items() if key not in named},
     )
 
 

@@ -214,7 +214,6 @@ def settings_from_json(raw: Mapping[str, Any], path: Path) -> LoraSettings:
         alpha_pattern=_pattern(raw, "alpha_pattern", path),
         target_modules=_names(raw.get("target_modules")),
         modules_to_save=_names(raw.get("modules_to_save")),  # type: ignore[arg-type]
-        task_type=raw.get("task_type"),
         fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
         init_lora_weights=raw.get("init_lora_weights", True),
         peft_type=kind,

@@ -126,7 +126,6 @@ class Checkpoint:
     training: TrainingConfig | None = None
     stubs: tuple[str, ...] = ()
     record: Mapping[str, Any] | None = None
-    shard_of: Mapping[str, str] = field(default_factory=dict)
     default_part: str = "all"
     defects: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -8,12 +8,13 @@ from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.hub_names import is_id, published_id
+from llava_convert.core.text import printable
 from llava_convert.model.bases import Base, is_folder
 from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, VISION, Checkpoint
 from llava_convert.model.configs import family
 from llava_convert.model.recipe import Recipe
 from llava_convert.model.tables.families import Expected
-from llava_convert.model.tables.names import grouped, printable
+from llava_convert.model.tables.names import grouped
 from llava_convert.storage.fingerprints import identity
 
 

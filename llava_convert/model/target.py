@@ -39,7 +39,6 @@ class Target:
     layout: str
     sets: tuple[FileSet, ...]
     files: Mapping[str, bytes]
-    single_file: bool = False
     added_rows: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

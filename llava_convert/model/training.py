@@ -33,7 +33,6 @@ class LoraSettings:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     target_modules: tuple[str, ...] | str | None = None
     modules_to_save: tuple[str, ...] | None = None
-    task_type: str | None = None
     fan_in_fan_out: bool = False
     init_lora_weights: bool | str = True
     peft_type: str = "LORA"
@@ -54,8 +53,6 @@ class TrainingConfig:
 
     llm: str | None
     visual_encoder: str | None
-    llm_type: str | None = None
-    visual_encoder_type: str | None = None
     freeze_llm: bool = False
     freeze_visual_encoder: bool = False
     llm_lora: LoraSettings | None = None
@@ -66,7 +63,6 @@ class TrainingConfig:
     projector_depth: int = 2
     max_position_embeddings: int | None = None
     quantized_llm: bool = False
-    llm_torch_dtype: str | None = None
     pad_image_to_square: bool | None = None
     data_paths: tuple[str, ...] = ()
     unresolved: Mapping[str, str] = field(default_factory=dict)

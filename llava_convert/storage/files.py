@@ -1,7 +1,4 @@
-"""What every reader asks of a file before it trusts it: a regular file, inside its folder, and not a stand-in for one.
-
-Also how names that come from a file are printed: a tensor's name may hold a newline, and a message is one line.
-"""
+"""Checks of a file before it is trusted: it is regular, inside its folder, and not a stand-in for another."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from io import SEEK_END, RawIOBase
 from pathlib import Path, PurePosixPath
 
 from llava_convert.core.errors import InputError, UnsafeError
-from llava_convert.core.text import shown
+from llava_convert.core.text import printable
 from llava_convert.storage.remote.files import RemoteStream, remote_of
 
 _READ_BYTES = 256 << 10
@@ -50,9 +47,9 @@ def open_regular(path: Path) -> RawIOBase:
             raise
     except FileNotFoundError:
         link = " (a link to a file that is not there)" if path.is_symlink() else ""
-        raise InputError(f"{shown(path)}: no such file{link}") from None
+        raise InputError(f"{printable(path)}: no such file{link}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise InputError(f"{shown(path)}: cannot be read: {os_reason(error)}") from error
+        raise InputError(f"{printable(path)}: cannot be read: {os_reason(error)}") from error
     return stream
 
 
@@ -80,7 +77,7 @@ def read_file(path: Path, limit: int) -> bytes:
     with open_regular(path) as stream:
         data = read_fully(stream, limit + 1, path)
     if len(data) > limit:
-        raise InputError(f"{shown(path)}: larger than {limit:,} bytes, more than any file of its kind")
+        raise InputError(f"{printable(path)}: larger than {limit:,} bytes, more than any file of its kind")
     return data
 
 
@@ -98,7 +95,7 @@ def read_fully(stream: RawIOBase, count: int, path: Path) -> bytes:
                 break
             parts += part
     except OSError as error:
-        raise InputError(f"{shown(path)}: cannot be read: {os_reason(error)}") from error
+        raise InputError(f"{printable(path)}: cannot be read: {os_reason(error)}") from error
     return bytes(parts)
 
 
@@ -109,15 +106,15 @@ def reject_stand_in(path: Path, head: bytes) -> None:
     server sent with its error (fault rows 1, 19, 20).
     """
     if not head:
-        raise InputError(f"{shown(path)}: empty file", hint="copy or download it again")
+        raise InputError(f"{printable(path)}: empty file", hint="copy or download it again")
     if head.startswith(_LFS_STARTS):
         raise InputError(
-            f"{shown(path)}: this is a Git LFS pointer, not the file itself",
+            f"{printable(path)}: this is a Git LFS pointer, not the file itself",
             hint="run `git lfs pull` in the repository it was cloned from",
         )
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_PAGE_STARTS):
         raise InputError(
-            f"{shown(path)}: looks like a web page, not the file itself",
+            f"{printable(path)}: looks like a web page, not the file itself",
             hint="download it again; a page in place of a file often means that a login or a token was missing",
         )
 
@@ -134,11 +131,11 @@ def require_inside(root: Path, name: str) -> Path:
         home = root.resolve()
         target = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        raise InputError(f"{shown(path)}: cannot be followed: {shown(error)}") from error
+        raise InputError(f"{printable(path)}: cannot be followed: {printable(error)}") from error
     if target.is_relative_to(home) or target.parent == _blobs(home):
         return path
     raise UnsafeError(
-        f"{shown(path)}: is a link that leaves its folder, to {shown(target)}",
+        f"{printable(path)}: is a link that leaves its folder, to {printable(target)}",
         hint="put the file itself in the place of the link, if you trust it and want it there",
     )
 
@@ -160,7 +157,7 @@ def _check_regular(path: Path, mode: int) -> None:
     if stat.S_ISREG(mode):
         return
     kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
-    raise InputError(f"{shown(path)}: is {kind} where a file is expected")
+    raise InputError(f"{printable(path)}: is {kind} where a file is expected")
 
 
 def _blobs(home: Path) -> Path | None:

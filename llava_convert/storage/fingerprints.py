@@ -11,7 +11,7 @@ from io import RawIOBase
 from pathlib import Path
 
 from llava_convert.core.errors import InputError
-from llava_convert.core.text import shown
+from llava_convert.core.text import printable
 from llava_convert.storage.files import open_regular, os_reason, read_fully, require_regular, size_of
 from llava_convert.storage.remote.files import remote_of
 from llava_convert.storage.safetensors import MAX_HEADER_BYTES, SUFFIX
@@ -47,7 +47,7 @@ def contents(folder: Path, names: Iterable[str]) -> dict[str, dict[str, str | in
             try:
                 digest = hashlib.file_digest(stream, "sha256")
             except OSError as error:
-                raise InputError(f"{shown(path)}: cannot be read: {os_reason(error)}") from error
+                raise InputError(f"{printable(path)}: cannot be read: {os_reason(error)}") from error
             return {"size": stream.tell(), "sha256": digest.hexdigest()}
 
     ordered = sorted(names)
@@ -98,7 +98,7 @@ class Snapshot:
 
 def _changed(path: Path, what: str) -> InputError:
     return InputError(
-        f"{shown(path)}: changed while it was read: {what}",
+        f"{printable(path)}: changed while it was read: {what}",
         hint="wait until whatever writes it has finished, then run again",
     )
 

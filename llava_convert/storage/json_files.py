@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError
-from llava_convert.core.text import shown
+from llava_convert.core.text import printable
 from llava_convert.storage.files import read_file, reject_stand_in
 
 # The largest JSON file of a real model is a tokenizer.json of 33 MB (Gemma 3).
@@ -29,7 +29,7 @@ def read_json(path: Path, *, limit: int = MAX_JSON_BYTES, unique_keys: bool = Fa
     as RFC 8259 has it: a byte order mark, a trailing comma, NaN or Infinity. Also where it is missing, not readable,
     no regular file, too large, or, with `unique_keys`, where an object names a key twice (fault rows 30, 32).
     """
-    return parse_json(json_bytes(path, limit=limit), shown(path), unique_keys=unique_keys)
+    return parse_json(json_bytes(path, limit=limit), printable(path), unique_keys=unique_keys)
 
 
 def json_bytes(path: Path, *, limit: int = MAX_JSON_BYTES) -> bytes:
@@ -66,7 +66,7 @@ def parse_json(data: bytes, where: str, *, unique_keys: bool = False) -> Any:
         position = next(m.start() for m in _STRING_OR_CONSTANT.finditer(text) if not m[0].startswith('"'))
         raise InputError(f"{where}: not JSON: {error} at {_place(text, position)}") from None
     except _TwiceError as error:
-        raise InputError(f"{where}: the key {shown(error)} is there twice") from None
+        raise InputError(f"{where}: the key {printable(error)} is there twice") from None
     except ValueError as error:  # an integer of thousands of digits (sys.set_int_max_str_digits)
         raise InputError(f"{where}: not JSON that a model needs: {error}") from None
     if _deeper(found, MAX_JSON_DEPTH):

@@ -18,7 +18,7 @@ from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import DTYPE_BITS, Extent, StoredTensor
-from llava_convert.core.text import shown
+from llava_convert.core.text import printable
 from llava_convert.storage.files import open_regular, read_fully, reject_stand_in, size_of
 from llava_convert.storage.json_files import parse_json
 
@@ -72,7 +72,7 @@ def read_header(path: Path) -> SafetensorsFile:
     Raises InputError for a file that is missing, no regular file, truncated, corrupt or no safetensors file at all
     (fault rows 1-11, 13, 15, 16, 19, 20, 32); UnsupportedError for a dtype that is not in `spec` (row 12).
     """
-    where = shown(path)
+    where = printable(path)
     with open_regular(path) as stream:
         size = size_of(stream)
         start = read_fully(stream, min(size, 512), path)
@@ -104,9 +104,11 @@ def check_name(where: str, name: str) -> None:
     try:
         length = len(name.encode("utf-8"))
     except UnicodeEncodeError:
-        raise InputError(f"{where}: tensor name {shown(name)} is not Unicode text") from None
+        raise InputError(f"{where}: tensor name {printable(name)} is not Unicode text") from None
     if _CONTROL.search(name) or ".." in name or not 0 < length <= MAX_NAME_BYTES:
-        raise InputError(f"{where}: bad tensor name: '{shown(name)}'", hint="no model names a tensor so; get it again")
+        raise InputError(
+            f"{where}: bad tensor name: '{printable(name)}'", hint="no model names a tensor so; get it again"
+        )
 
 
 def encode_header(
@@ -161,12 +163,12 @@ def _check_start(path: Path, start: bytes) -> None:
     for magic, kind in _OTHERS.items():
         # The length of a real header leaves the upper half of its field 0.
         if start.startswith(magic) and start[4:_LENGTH_BYTES] != bytes(4):
-            raise InputError(f"{shown(path)}: is {kind}, not a safetensors file", hint="give it its own suffix")
+            raise InputError(f"{printable(path)}: is {kind}, not a safetensors file", hint="give it its own suffix")
     field = start[:_LENGTH_BYTES].strip()
     if len(start) >= _LENGTH_BYTES and field.isascii() and field.decode("ascii").isprintable():
-        begins = shown(start[:40].decode("latin-1"))
+        begins = printable(start[:40].decode("latin-1"))
         raise InputError(
-            f"{shown(path)}: looks like a web page or message, not weights: it begins {begins}",
+            f"{printable(path)}: looks like a web page or message, not weights: it begins {begins}",
             hint="download it again; a message in place of a file often means that a login or a token was missing",
         )
 
@@ -195,24 +197,24 @@ def _tensor(path: Path, where: str, data_start: int, name: str, entry: Any) -> S
     """One entry of the header. Keys other than the three are ignored, as the library does."""
     check_name(where, name)
     if not isinstance(entry, dict):
-        raise InputError(f"{where}: tensor {shown(name)}: not an object")
+        raise InputError(f"{where}: tensor {printable(name)}: not an object")
     dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str):
-        raise InputError(f"{where}: tensor {shown(name)}: has no dtype")
+        raise InputError(f"{where}: tensor {printable(name)}: has no dtype")
     if dtype not in DTYPE_BITS:
-        raise UnsupportedError(f"{where}: tensor {shown(name)}: dtype {shown(dtype)} is not supported")
+        raise UnsupportedError(f"{where}: tensor {printable(name)}: dtype {printable(dtype)} is not supported")
     dims = _counts(shape)
     if dims is None:
-        raise InputError(f"{where}: tensor {shown(name)}: shape {shown(shape)} is not a list of sizes")
+        raise InputError(f"{where}: tensor {printable(name)}: shape {printable(shape)} is not a list of sizes")
     ends = _counts(span)
     if ends is None or len(ends) != 2 or ends[0] > ends[1]:
-        raise InputError(f"{where}: tensor {shown(name)}: data_offsets {shown(span)} are not a range of bytes")
+        raise InputError(f"{where}: tensor {printable(name)}: data_offsets {printable(span)} are not a range of bytes")
     needed = _nbytes(dims, DTYPE_BITS[dtype])
     if needed is None:
-        raise InputError(f"{where}: tensor {shown(name)}: shape {shown(shape)} overflows")
+        raise InputError(f"{where}: tensor {printable(name)}: shape {printable(shape)} overflows")
     if needed != ends[1] - ends[0]:
         raise InputError(
-            f"{where}: tensor {shown(name)}: {dtype} of shape {shown(list(dims))} is {needed:,} bytes, "
+            f"{where}: tensor {printable(name)}: {dtype} of shape {printable(list(dims))} is {needed:,} bytes, "
             f"but {ends[1] - ends[0]:,} are stored"
         )
     return StoredTensor(name, dtype, dims, (Extent(path, data_start + ends[0], needed),))
@@ -242,9 +244,9 @@ def _check_coverage(where: str, tensors: list[StoredTensor], data_start: int, si
     for tensor in sorted(tensors, key=lambda t: (t.extents[0].offset, t.extents[0].length)):
         extent = tensor.extents[0]
         if extent.offset < reached:
-            raise InputError(f"{where}: tensors {shown(previous)} and {shown(tensor.name)} overlap")
+            raise InputError(f"{where}: tensors {printable(previous)} and {printable(tensor.name)} overlap")
         if extent.offset > reached:
-            gap, names = extent.offset - reached, f"{shown(previous)} and {shown(tensor.name)}"
+            gap, names = extent.offset - reached, f"{printable(previous)} and {printable(tensor.name)}"
             raise InputError(f"{where}: hole of {gap:,} bytes between {names}")
         reached += extent.length
         previous = tensor.name

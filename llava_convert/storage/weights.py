@@ -14,7 +14,7 @@ from typing import Any
 
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
 from llava_convert.core.tensors import StoredTensor
-from llava_convert.core.text import listed, shown
+from llava_convert.core.text import listed, printable
 from llava_convert.storage.files import os_reason, relative_name, require_inside, require_regular
 from llava_convert.storage.json_files import read_json
 from llava_convert.storage.safetensors import SUFFIX as SAFETENSORS_SUFFIX
@@ -33,8 +33,8 @@ _SHARD_NAME = re.compile(r"-(\d+)-of-(\d+)\.[a-z]+$")
 class Weights:
     """Tensors by name, in the order of the index or else of the file; their bytes are in `files`, within `root`.
 
-    `shard_of` names the file of each tensor, relative to `root` with forward slashes. `total_bytes` is the sum of the
-    tensors. `warnings` are sentences for the user.
+    `shard_of` names the file of each tensor, relative to `root` with forward slashes. `warnings` are
+    sentences for the user.
     """
 
     root: Path
@@ -42,7 +42,6 @@ class Weights:
     tensors: dict[str, StoredTensor]
     shard_of: dict[str, str]
     warnings: tuple[str, ...]
-    total_bytes: int
 
 
 def open_weights(path: Path, *, stems: Sequence[str] = ("model", "pytorch_model")) -> Weights:
@@ -58,7 +57,7 @@ def open_weights(path: Path, *, stems: Sequence[str] = ("model", "pytorch_model"
     try:
         is_folder = path.is_dir()
     except OSError as error:
-        raise InputError(f"{shown(path)}: cannot be read: {os_reason(error)}") from error
+        raise InputError(f"{printable(path)}: cannot be read: {os_reason(error)}") from error
     if is_folder:
         return _open_folder(path, stems)
     require_regular(path)  # what is missing should not be told that its suffix is unknown
@@ -67,12 +66,14 @@ def open_weights(path: Path, *, stems: Sequence[str] = ("model", "pytorch_model"
         return _open_index(path.parent, path.name, _read_index(path), ())
     if suffix not in (SAFETENSORS_SUFFIX, *TORCH_SUFFIXES):
         raise UnsupportedError(
-            f"{shown(path)}: not known as a file of weights",
+            f"{printable(path)}: not known as a file of weights",
             hint=f"name a folder, an index, or a file of {SAFETENSORS_SUFFIX}, {', '.join(TORCH_SUFFIXES)}",
         )
     part = _SHARD_NAME.search(path.name)
     partial = part is not None and int(part[2]) > 1
-    warnings = (f"{shown(path.name)} is one shard of {part[2]}; the others are left out",) if part and partial else ()
+    warnings = (
+        (f"{printable(path.name)} is one shard of {part[2]}; the others are left out",) if part and partial else ()
+    )
     return _open_single(path.parent, path.name, warnings)
 
 
@@ -94,7 +95,7 @@ def _open_folder(root: Path, stems: Sequence[str]) -> Weights:
     try:
         names = {entry.name for entry in root.iterdir()}
     except OSError as error:
-        raise InputError(f"{shown(root)}: cannot be listed: {os_reason(error)}") from error
+        raise InputError(f"{printable(root)}: cannot be listed: {os_reason(error)}") from error
     suffixes = (SAFETENSORS_SUFFIX, TORCH_SUFFIXES[0])
     found = {suffix: _candidates(names, stems, suffix) for suffix in suffixes}
     for suffix in suffixes:
@@ -104,11 +105,11 @@ def _open_folder(root: Path, stems: Sequence[str]) -> Weights:
         warnings = []
         others = [name for other in suffixes if other != suffix for name in found[other]]
         if others:
-            warnings.append(f"{shown(root)} has safetensors and torch files: {listed(others)} ignored")
+            warnings.append(f"{printable(root)} has safetensors and torch files: {listed(others)} ignored")
         return _open_found(root, found[suffix], tuple(warnings))
     adapter = any(name.startswith("adapter_model.") for name in names) and "adapter_model" not in stems
     raise InputError(
-        f"{shown(root)}: no weights: looked for {listed(_candidates(None, stems, *suffixes))}",
+        f"{printable(root)}: no weights: looked for {listed(_candidates(None, stems, *suffixes))}",
         hint="this is an adapter; it needs its base model" if adapter else "name the folder that holds the weights",
     )
 
@@ -125,7 +126,7 @@ def _reject_lost_index(root: Path, names: set[str], stems: Sequence[str], suffix
         shards = sorted(n for n in names if n.startswith(f"{stem}-") and n.endswith(suffix) and _SHARD_NAME.search(n))
         if shards:
             raise InputError(
-                f"{shown(root)}: shards without an index: {listed(shards)}, but no {stem}{suffix}{INDEX_SUFFIX}",
+                f"{printable(root)}: shards without an index: {listed(shards)}, but no {stem}{suffix}{INDEX_SUFFIX}",
                 hint=f"get {stem}{suffix}{INDEX_SUFFIX} from where the shards are from, or name one file as the source",
             )
 
@@ -138,8 +139,8 @@ def _open_found(root: Path, found: list[str], warnings: tuple[str, ...]) -> Weig
     left = [name for name in found if name + INDEX_SUFFIX not in idle]
     if len(left) > 1:
         raise UnsupportedError(
-            f"{shown(root)}: ambiguous: {' and '.join(left)} are both there, one of them probably stale",
-            hint=f"name the file itself as the source, such as {shown(root / left[0])}, or remove the stale one",
+            f"{printable(root)}: ambiguous: {' and '.join(left)} are both there, one of them probably stale",
+            hint=f"name the file itself as the source, such as {printable(root / left[0])}, or remove the stale one",
         )
     if left[0] in maps:
         return _open_index(root, left[0], maps[left[0]], warnings)
@@ -150,9 +151,8 @@ def _open_single(root: Path, name: str, warnings: tuple[str, ...], *, check_link
     """One file. Its link is followed anywhere when the user named the file, and not when a folder did."""
     path = require_inside(root, name) if check_link else root / name
     tensors, notes = _read_file(path)
-    reject_ungathered(shown(path), tensors.values())
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    return Weights(root, (path,), tensors, dict.fromkeys(tensors, name), (*warnings, *notes), total)
+    reject_ungathered(printable(path), tensors.values())
+    return Weights(root, (path,), tensors, dict.fromkeys(tensors, name), (*warnings, *notes))
 
 
 def _read_file(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
@@ -163,13 +163,13 @@ def _read_file(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     from llava_convert.storage.torch.file import read_torch, state_dict  # most sources have no torch file
 
     found = state_dict(read_torch(path))
-    notes = [f"{shown(path.name)}: weights taken from within {listed(found.unwrapped)}"] if found.unwrapped else []
+    notes = [f"{printable(path.name)}: weights taken from within {listed(found.unwrapped)}"] if found.unwrapped else []
     return found.tensors, notes
 
 
 def _read_index(path: Path) -> dict[str, Any]:
     """An index whose `weight_map` takes tensor names to file names that are plain relative paths."""
-    where = shown(path)
+    where = printable(path)
     index = read_json(path, limit=MAX_INDEX_BYTES, unique_keys=True)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -179,23 +179,24 @@ def _read_index(path: Path) -> dict[str, Any]:
     plain: dict[str, str] = {}
     for tensor, file in weight_map.items():
         if not isinstance(file, str):
-            raise InputError(f"{where}: weight_map gives {shown(tensor)} no file name but {shown(file)}")
+            raise InputError(f"{where}: weight_map gives {printable(tensor)} no file name but {printable(file)}")
         if file not in plain:
             relative = relative_name(file)
             if relative is None:
                 raise UnsafeError(
-                    f"{where}: weight_map puts {shown(tensor)} into '{shown(file)}', which is no file of this folder",
+                    f"{where}: weight_map puts {printable(tensor)} into '{printable(file)}', "
+                    "which is no file of this folder",
                     hint="an index of a model names files beside it; get it from a source that you trust",
                 )
             if not relative.lower().endswith((SAFETENSORS_SUFFIX, *TORCH_SUFFIXES)):
-                raise UnsupportedError(f"{where}: weight_map names '{shown(file)}', which is of no known format")
+                raise UnsupportedError(f"{where}: weight_map names '{printable(file)}', which is of no known format")
             plain[file] = relative
     return {**index, "weight_map": {tensor: plain[file] for tensor, file in weight_map.items()}}
 
 
 def _open_index(root: Path, name: str, index: dict[str, Any], warnings: tuple[str, ...]) -> Weights:
     """The shards that `index` names; only these count, whatever else lies beside them and however they are called."""
-    where = shown(root / name)
+    where = printable(root / name)
     weight_map: dict[str, str] = index["weight_map"]
     paths = {shard: require_inside(root, shard) for shard in sorted(set(weight_map.values()))}
     missing = [shard for shard, path in paths.items() if not path.exists()]
@@ -212,15 +213,16 @@ def _open_index(root: Path, name: str, index: dict[str, Any], warnings: tuple[st
         notes += said
         for tensor in held:
             if tensor in shard_of:
-                raise InputError(f"{where}: tensor {shown(tensor)} is in two shards: {shard_of[tensor]} and {shard}")
+                raise InputError(
+                    f"{where}: tensor {printable(tensor)} is in two shards: {shard_of[tensor]} and {shard}"
+                )
             shard_of[tensor] = shard
         tensors |= held
     _check_agreement(where, weight_map, shard_of)
     reject_ungathered(where, tensors.values())
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    notes += _size_warning(where, index, total)
+    notes += _size_warning(where, index, sum(tensor.nbytes for tensor in tensors.values()))
     ordered = {tensor: tensors[tensor] for tensor in weight_map}
-    return Weights(root, tuple(paths.values()), ordered, dict(weight_map), (*warnings, *notes), total)
+    return Weights(root, tuple(paths.values()), ordered, dict(weight_map), (*warnings, *notes))
 
 
 def _check_agreement(where: str, weight_map: dict[str, str], shard_of: dict[str, str]) -> None:
@@ -246,4 +248,4 @@ def _size_warning(where: str, index: dict[str, Any], total: int) -> list[str]:
     claimed = metadata.get("total_size") if isinstance(metadata, dict) else None
     if claimed is None or claimed == total:
         return []
-    return [f"{where}: total_size says {shown(claimed)}, the tensors have {total:,} bytes; ignored"]
+    return [f"{where}: total_size says {printable(claimed)}, the tensors have {total:,} bytes; ignored"]

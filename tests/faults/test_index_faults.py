@@ -333,7 +333,6 @@ def test_fault_28_total_size_is_wrong(tmp_path: Path, claimed: object) -> None:
     write_index(tmp_path, weight_map, metadata={"total_size": claimed})
     weights = open_weights(tmp_path)
     assert set(weights.tensors) == {"a", "b", "c"}
-    assert weights.total_bytes == 3
     assert weights.warnings == (f"{tmp_path / INDEX}: total_size says {claimed}, the tensors have 3 bytes; ignored",)
 
 

@@ -22,7 +22,7 @@ import pytest
 
 from llava_convert.core.errors import ConvertError, InputError, UnsupportedError
 from llava_convert.core.tensors import StoredTensor
-from llava_convert.core.text import shown
+from llava_convert.core.text import printable
 from llava_convert.storage.files import open_regular, require_regular
 from llava_convert.storage.json_files import MAX_JSON_VALUES, read_json
 from llava_convert.storage.safetensors import read_header
@@ -217,7 +217,7 @@ def test_fault_11_impossible_offsets(tmp_path: Path, ends: object) -> None:
 @pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "I4", "F128", "f32", "", "X\n\x1b[31m"])
 def test_fault_12_unknown_dtype(tmp_path: Path, dtype: str) -> None:
     error = refused(tmp_path, packed({"a.weight": entry(dtype, [2], 0, 1)}, b"\0"), UnsupportedError)
-    assert f"tensor a.weight: dtype {shown(dtype)} is not supported" in error.message
+    assert f"tensor a.weight: dtype {printable(dtype)} is not supported" in error.message
 
 
 @pytest.mark.parametrize("dtype", [7, None, ["F32"]])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import llava_convert
-from llava_convert import __version__
+from llava_convert._version import __version__
 from llava_convert.app import convert as engine
 from llava_convert.app.card import card
 from llava_convert.app.card.front_matter import _scalar

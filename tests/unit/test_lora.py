@@ -346,7 +346,7 @@ def test_settings_against_peft(tmp_path: Path) -> None:
     assert (found.r, found.lora_alpha, found.use_rslora, found.use_dora) == (6, 5, True, False)
     assert (found.rank_pattern, found.alpha_pattern) == ({"q": 2}, {"v": 3})
     assert (sorted(found.target_modules), found.modules_to_save) == (["q", "v"], ("head",))
-    assert (found.task_type, found.peft_type, found.bias) == ("CAUSAL_LM", "LORA", "none")
+    assert (found.peft_type, found.bias) == ("LORA", "none")
 
 
 @pytest.mark.parametrize("rank", [None, -1, "8", 2.0])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from llava_convert.core.resources import data_dir
+from llava_convert.core.text import printable
 from llava_convert.model.tables.families import architecture_for, architectures
 from llava_convert.model.tables.names import (
     Pattern,
@@ -18,7 +19,6 @@ from llava_convert.model.tables.names import (
     layout_table,
     lookup_errors,
     parse_layout_table,
-    printable,
 )
 
 SHIPPED = sorted(path.stem for path in (data_dir("mappings") / "layouts").glob("*.toml"))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import llava_convert
-from llava_convert import __version__
+from llava_convert._version import __version__
 from llava_convert.core.errors import InputError
 from llava_convert.engine.record import dropped_texts, dump
 from llava_convert.model.checkpoint import Dropped

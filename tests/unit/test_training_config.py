@@ -92,11 +92,9 @@ def test_both_forms(text: str) -> None:
     assert read(text) == TrainingConfig(
         llm="org/llm",
         visual_encoder="org/vit",
-        llm_type="transformers.AutoModelForCausalLM",
-        visual_encoder_type="transformers.CLIPVisionModel",
         freeze_llm=True,
         freeze_visual_encoder=False,
-        llm_lora=LoraSettings(r=64, lora_alpha=16, task_type="CAUSAL_LM", other={"lora_dropout": 0.05}),
+        llm_lora=LoraSettings(r=64, lora_alpha=16, other={"lora_dropout": 0.05}),
         visual_encoder_lora=None,
         pretrained_pth=None,
         prompt_template="vicuna",
@@ -104,7 +102,6 @@ def test_both_forms(text: str) -> None:
         projector_depth=3,
         max_position_embeddings=4096,
         quantized_llm=True,
-        llm_torch_dtype="float16",
         pad_image_to_square=True,
     )
 
@@ -128,7 +125,7 @@ def test_lora_with_every_setting() -> None:
     assert config.visual_encoder_lora == LoraSettings(
         r=4, lora_alpha=8.5, use_rslora=True, use_dora=True, bias="lora_only", rank_pattern={"q_proj": 2},
         alpha_pattern={r"v\d": 3}, target_modules=("q_proj", "v_proj"), modules_to_save=("head",),
-        task_type="FEATURE_EXTRACTION", fan_in_fan_out=True, init_lora_weights="gaussian", peft_type="LORA",
+        fan_in_fan_out=True, init_lora_weights="gaussian", peft_type="LORA",
         other={"layers_to_transform": [1]},
     )  # fmt: skip
     assert config.llm_lora is None
@@ -241,9 +238,9 @@ def test_models_given_as_calls() -> None:
         "pretrained_model_name_or_path='b')",
         before="from transformers import AutoModelForCausalLM as M, CLIPVisionModel as V",
     )
-    assert (config.llm, config.llm_type) == ("a", "transformers.AutoModelForCausalLM")
-    assert (config.visual_encoder, config.visual_encoder_type) == ("b", "transformers.CLIPVisionModel")
-    assert (config.llm_torch_dtype, config.quantized_llm) == ("auto", True)
+    assert config.llm == "a"
+    assert config.visual_encoder == "b"
+    assert config.quantized_llm is True
 
 
 DICT = "dict(SYSTEM='S', INSTRUCTION='{input}', SUFFIX_AS_EOS=True, STOP_WORDS=['</s>'])"
@@ -354,7 +351,7 @@ def _dumped(path: Path) -> str:
 
 
 VIT_LORA = LoraSettings(r=8, lora_alpha=16, other={"lora_dropout": 0.05})
-LLM_LORA = LoraSettings(r=8, lora_alpha=16, task_type="CAUSAL_LM", other={"lora_dropout": 0.1})
+LLM_LORA = LoraSettings(r=8, lora_alpha=16, other={"lora_dropout": 0.1})
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden checkpoints are not here")

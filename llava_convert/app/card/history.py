@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from llava_convert import __version__
+from llava_convert._version import __version__
 from llava_convert.app.card.facts import Facts
 from llava_convert.app.card.origin import Origin
 from llava_convert.app.card.tables import size, table

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
-from llava_convert.core.text import listed, shown
+from llava_convert.core.text import listed, printable
 from llava_convert.storage.files import open_regular, read_fully, require_inside
 from llava_convert.storage.gguf.file import open_gguf
 
@@ -147,7 +147,7 @@ def _beside(llm: Path, mmprojs: list[Path]) -> Path | None:
     if len(alike) == 1:
         return alike[0]
     raise UnsupportedError(
-        f"{shown(llm)}: which mmproj goes with it is not clear: {listed([p.name for p in alike or mmprojs])}",
+        f"{printable(llm)}: which mmproj goes with it is not clear: {listed([p.name for p in alike or mmprojs])}",
         hint="put the language model and its mmproj into a folder of their own",
     )
 
@@ -161,8 +161,8 @@ def stem_of(path: Path) -> str:
 
 def _ambiguous(folder: Path, paths: list[Path], what: str, first: Path | None) -> UnsupportedError:
     if not paths:
-        return UnsupportedError(f"{shown(folder)}: no GGUF file in it")
+        return UnsupportedError(f"{printable(folder)}: no GGUF file in it")
     return UnsupportedError(
-        f"{shown(folder)}: {len(paths)} {what}: {listed([p.name for p in paths])}",
-        hint=f"name the file: {shown(first)}",
+        f"{printable(folder)}: {len(paths)} {what}: {listed([p.name for p in paths])}",
+        hint=f"name the file: {printable(first)}",
     )

@@ -15,7 +15,7 @@ import numpy as np
 from llava_convert.assets.processor import preprocessor_config
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import StoredTensor
-from llava_convert.core.text import shown, to_json
+from llava_convert.core.text import printable, to_json
 from llava_convert.model.checkpoint import VISION
 from llava_convert.model.towers import towers
 from llava_convert.ops.base import Op
@@ -34,11 +34,11 @@ def require_llava(metadata: Metadata, where: Path) -> None:
     kind = value(metadata, "clip.projector_type", value(metadata, "clip.vision.projector_type", "mlp"))
     if kind not in PROJECTORS:
         raise UnsupportedError(
-            f"{shown(where)}: its projector is of type {shown(kind)}; LLaVA's is mlp",
+            f"{printable(where)}: its projector is of type {printable(kind)}; LLaVA's is mlp",
             hint="this tool converts LLaVAs: a CLIP tower and an MLP",
         )
     if value(metadata, "clip.has_vision_encoder", True) is not True:
-        raise UnsupportedError(f"{shown(where)}: it holds no vision tower (clip.has_vision_encoder is false)")
+        raise UnsupportedError(f"{printable(where)}: it holds no vision tower (clip.has_vision_encoder is false)")
 
 
 def value(metadata: Metadata, key: str, default: Any = None) -> Any:
@@ -85,10 +85,12 @@ def feature_layer(metadata: Metadata, config: Mapping[str, Any], where: Path) ->
     if said is not None:
         layers = list(said) if isinstance(said, list | tuple) else [said]
         if len(layers) != 1:
-            raise UnsupportedError(f"{shown(where)}: {FEATURE_LAYER} is {layers}: only one layer can be carried over")
+            raise UnsupportedError(
+                f"{printable(where)}: {FEATURE_LAYER} is {layers}: only one layer can be carried over"
+            )
         layer = int(layers[0])
         if not 0 <= layer <= blocks:
-            raise InputError(f"{shown(where)}: {FEATURE_LAYER} is {layer}, and the tower has {blocks} blocks")
+            raise InputError(f"{printable(where)}: {FEATURE_LAYER} is {layer}, and the tower has {blocks} blocks")
         return layer - blocks - 1, ""
     known = _published(config)
     if known is not None and known["num_hidden_layers"] == blocks:

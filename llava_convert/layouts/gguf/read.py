@@ -13,7 +13,7 @@ from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import QUANTS, StoredTensor
-from llava_convert.core.text import shown
+from llava_convert.core.text import printable
 from llava_convert.layouts.base import Found, OpenOptions
 from llava_convert.layouts.gguf import defects as gguf_defects
 from llava_convert.layouts.gguf import mmproj as gguf_vision
@@ -118,7 +118,6 @@ def _opened(path: Path, files: Files, options: OpenOptions) -> Checkpoint:
         dropped=tuple(found.dropped),
         notes=tuple(found.notes),
         warnings=tuple(found.warnings),
-        shard_of={name: file for gguf in found.ggufs for name, file in gguf.shard_of.items()},
         default_part=LLM if files.mmproj is None else ALL,
         defects=tuple(found.defects),
         facts=found.facts,
@@ -182,8 +181,8 @@ def _architecture(gguf: Gguf, path: Path) -> str:
     found = value(gguf.metadata, ARCHITECTURE)
     kind = value(gguf.metadata, "general.type", "model")
     if not isinstance(found, str) or kind != "model":
-        what = f"of the type {shown(kind)}" if kind != "model" else f"without {ARCHITECTURE}"
-        raise UnsupportedError(f"{shown(path)}: it is a GGUF {what}, not a language model")
+        what = f"of the type {printable(kind)}" if kind != "model" else f"without {ARCHITECTURE}"
+        raise UnsupportedError(f"{printable(path)}: it is a GGUF {what}, not a language model")
     return found
 
 
@@ -214,16 +213,16 @@ def _named(
             continue
         canonical, made = meaning
         if (reason := table.omits(canonical)) is not None:
-            raise UnsupportedError(f"{shown(path)}: it holds {shown(disk)}: {reason}")
+            raise UnsupportedError(f"{printable(path)}: it holds {printable(disk)}: {reason}")
         if canonical in weights:
-            raise InputError(f"{shown(path)}: two tensors mean {canonical}, {shown(disk)} is one of them")
+            raise InputError(f"{printable(path)}: two tensors mean {canonical}, {printable(disk)} is one of them")
         weights[canonical] = tensor
         if options.dequantize and tensor.dtype in QUANTS:
             made = (*made, Dequantize())
         if made:
             ops[canonical] = made
     if unknown:
-        raise UnsupportedError(f"{shown(path)}: {lookup_errors(unknown, tables[0].names, _known(tables, config))}")
+        raise UnsupportedError(f"{printable(path)}: {lookup_errors(unknown, tables[0].names, _known(tables, config))}")
     return weights, ops
 
 

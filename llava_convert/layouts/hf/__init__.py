@@ -95,7 +95,6 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         notes=tuple(f"names are in the {d} dialect" for d in sorted_.dialects if d != "classic"),
         warnings=found.warnings,
         record=record,
-        shard_of=found.shard_of,
     )
 
 

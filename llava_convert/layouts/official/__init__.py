@@ -72,7 +72,7 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
     folder = path if path.is_dir() else path.parent
     beside = folder_sidecars(folder)
     config = old_flavour(beside.read_object("config.json")) if beside.has("config.json") else None
-    tensors, files, shard_of, warnings = _weights(path)
+    tensors, files, warnings = _weights(path)
     sorted_ = sort_tensors(tensors, layout_table(NAME), path)
     adapter = beside.read_object(_ADAPTER_CONFIG) if beside.has(_ADAPTER_CONFIG) else None
     lora = settings_from_json(adapter, folder / _ADAPTER_CONFIG) if adapter is not None else None
@@ -103,14 +103,13 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         dropped=tuple(dropped),
         warnings=warnings,
         record=read_record(folder),
-        shard_of=shard_of,
     )
 
 
-def _weights(path: Path) -> tuple[dict[str, StoredTensor], tuple[Path, ...], dict[str, str], tuple[str, ...]]:
+def _weights(path: Path) -> tuple[dict[str, StoredTensor], tuple[Path, ...], tuple[str, ...]]:
     if path.is_file():
         found = open_weights(path)
-        return dict(found.tensors), found.files, dict(found.shard_of), found.warnings
+        return dict(found.tensors), found.files, found.warnings
     names = {p.name for p in path.iterdir()}
     if "non_lora_trainables.bin" in names:
         sets = [
@@ -127,7 +126,6 @@ def _weights(path: Path) -> tuple[dict[str, StoredTensor], tuple[Path, ...], dic
     return (
         tensors,
         tuple(f for s in sets for f in s.files),
-        {k: v for s in sets for k, v in s.shard_of.items()},
         tuple(w for s in sets for w in s.warnings),
     )
 

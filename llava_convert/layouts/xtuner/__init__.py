@@ -65,7 +65,6 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
     """Open every file set of the folder; a copied `xtuner_config.py` is read statically for what it names."""
     tensors: dict[str, StoredTensor] = {}
     files: list[Path] = []
-    shard_of: dict[str, str] = {}
     warnings: list[str] = []
     sets = {"root": path} if _has_weights(path) else {}
     sets |= {name: require_inside(path, name) for name in _FOLDERS if (path / name).is_dir()}
@@ -73,7 +72,6 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         stems = ("adapter_model",) if name.endswith("_adapter") else ("model", "pytorch_model")
         found = open_weights(folder, stems=stems)
         tensors |= {f"{name}/{key}": tensor for key, tensor in found.tensors.items()}
-        shard_of |= {f"{name}/{key}": shard for key, shard in found.shard_of.items()}
         files += found.files
         warnings += found.warnings
     sorted_ = sort_tensors(tensors, layout_table(NAME), path)
@@ -103,7 +101,6 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         warnings=tuple(warnings),
         training=training,
         record=record,
-        shard_of=shard_of,
     )
 
 

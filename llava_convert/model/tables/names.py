@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from llava_convert.core.resources import data_dir
+from llava_convert.core.text import printable
 
 Bindings = dict[str, str]
 _SEGMENT = re.compile(r"[^{}*]+|\{\w+\*?\}")
@@ -235,12 +236,6 @@ def _group_text(key: tuple[str, ...], numbers: list[int]) -> str:
     else:
         text = "{" + ",".join(map(str, numbers[:8])) + (",…" if len(numbers) > 8 else "") + "}"
     return printable(".".join(part if part else text for part in key))
-
-
-def printable(name: str, *, limit: int = 200) -> str:
-    """A name from a file made safe to print: control characters escaped, length bounded."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name[: limit + 1])
-    return text if len(name) <= limit else text[:limit] + "…"
 
 
 def lookup_errors(names: Mapping[str, str], table: LayoutTable, known: Iterable[str] = ()) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.ggml_types import GIVEN_UP, NUMBERS, TYPES, whole_blocks
 from llava_convert.core.tensors import QUANTS, Extent, StoredTensor, nbytes_of
-from llava_convert.core.text import listed, shown
+from llava_convert.core.text import listed, printable
 from llava_convert.storage.files import open_regular, read_fully, reject_stand_in, require_inside, size_of
 from llava_convert.storage.gguf.values import Cursor, Typed, encode_string, encode_value
 from llava_convert.storage.safetensors import Header, check_name
@@ -69,7 +69,7 @@ def read_gguf(path: Path) -> GgufFile:
     Raises InputError for a file that is missing, truncated, corrupt or no GGUF; UnsupportedError for other versions,
     byte orders and types than those of today (fault rows 81-83, 86).
     """
-    where = shown(path)
+    where = printable(path)
     with open_regular(path) as stream:
         size = size_of(stream)
 
@@ -96,9 +96,9 @@ def read_gguf(path: Path) -> GgufFile:
     tensors: dict[str, StoredTensor] = {}
     for name, dtype, shape, offset in infos:
         if name in tensors:
-            raise InputError(f"{where}: tensor {shown(name)} is there twice")
+            raise InputError(f"{where}: tensor {printable(name)} is there twice")
         if offset % alignment:
-            raise InputError(f"{where}: tensor {shown(name)}: offset {offset:,} is not a multiple of {alignment}")
+            raise InputError(f"{where}: tensor {printable(name)}: offset {offset:,} is not a multiple of {alignment}")
         tensors[name] = _located(path, where, size, data_start + offset, name, dtype, shape)
     _check_coverage(where, list(tensors.values()), data_start, alignment)
     return GgufFile(path, size, version, alignment, metadata, tensors, data_start)
@@ -116,21 +116,21 @@ def open_gguf(path: Path) -> Gguf:
     named = _SPLIT_NAME.fullmatch(path.name)
     if named is None or int(named[3]) != count:
         raise InputError(
-            f"{shown(path)}: one of {count} parts of a model, under a name that does not say so",
+            f"{printable(path)}: one of {count} parts of a model, under a name that does not say so",
             hint=f"give all parts their names again: NAME-00001-of-{count:05d}.gguf",
         )
     paths = [path.with_name(f"{named[1]}-{n:05d}-of-{count:05d}{path.suffix}") for n in range(1, count + 1)]
     missing = [p.name for p in paths if not p.is_file()]
     if missing:
         raise InputError(
-            f"{shown(path)}: {len(missing)} of its {count} parts are missing: {listed(missing)}",
+            f"{printable(path)}: {len(missing)} of its {count} parts are missing: {listed(missing)}",
             hint="download them into the same folder",
         )
     parts = [first if p == path else read_gguf(require_inside(p.parent, p.name)) for p in paths]
     for number, part in enumerate(parts):
         if (_count(part.metadata, "split.no"), _count(part.metadata, "split.count")) != (number, count):
             raise InputError(
-                f"{shown(part.path)}: its header does not say that it is part {number + 1} of {count}",
+                f"{printable(part.path)}: its header does not say that it is part {number + 1} of {count}",
                 hint="it belongs to another model, or was renamed; get it again",
             )
     found = _joined(parts)
@@ -138,7 +138,8 @@ def open_gguf(path: Path) -> Gguf:
         total = _count(part.metadata, "split.tensors.count")
         if total != len(found.tensors):
             raise InputError(
-                f"{shown(part.path)}: says that all parts hold {total:,} tensors, but they hold {len(found.tensors):,}",
+                f"{printable(part.path)}: says that all parts hold {total:,} tensors, "
+                f"but they hold {len(found.tensors):,}",
                 hint="its parts are not of one model; get them again",
             )
     return found
@@ -150,7 +151,7 @@ def _joined(parts: Sequence[GgufFile]) -> Gguf:
     for part in parts:
         for name, tensor in part.tensors.items():
             if name in tensors:
-                raise InputError(f"{shown(part.path)}: tensor {shown(name)} is in {shard_of[name]} too")
+                raise InputError(f"{printable(part.path)}: tensor {printable(name)} is in {shard_of[name]} too")
             tensors[name], shard_of[name] = tensor, part.path.name
     return Gguf(tuple(p.path for p in parts), parts[0].metadata, tensors, shard_of)
 
@@ -193,7 +194,7 @@ def _padded(size: int, alignment: int) -> int:
 
 def _check_start(path: Path, head: bytes, size: int) -> None:
     """Raises InputError where the file is something else, UnsupportedError for versions that are not read."""
-    where = shown(path)
+    where = printable(path)
     if not head.startswith(MAGIC):
         reject_stand_in(path, head)
         if head[:4] in _OTHERS:
@@ -201,7 +202,7 @@ def _check_start(path: Path, head: bytes, size: int) -> None:
                 f"{where}: is in the format {_OTHERS[head[:4]]}, from before GGUF",
                 hint="get the model as GGUF, or convert it anew",
             )
-        raise InputError(f"{where}: not a GGUF file: it begins {shown(head[:4])}")
+        raise InputError(f"{where}: not a GGUF file: it begins {printable(head[:4])}")
     if size < 24:
         raise InputError(f"{where}: truncated: {size} bytes, fewer than a header has", hint="get the file again")
     version = int.from_bytes(head[4:8], "little")
@@ -226,10 +227,10 @@ def _read_metadata(cursor: Cursor, count: int, where: str) -> dict[str, Typed]:
     for _ in range(count):
         key = cursor.name("a key", MAX_KEY_BYTES)
         if not key or not key.isprintable():
-            raise InputError(f"{where}: bad key '{shown(key)}' in the metadata")
+            raise InputError(f"{where}: bad key '{printable(key)}' in the metadata")
         if key in found:
-            raise InputError(f"{where}: key {shown(key)} is there twice")
-        found[key] = cursor.value(f"key {shown(key)}")
+            raise InputError(f"{where}: key {printable(key)} is there twice")
+        found[key] = cursor.value(f"key {printable(key)}")
     return found
 
 
@@ -237,7 +238,7 @@ def _alignment(metadata: Mapping[str, Typed], where: str) -> int:
     typed = metadata.get(_ALIGNMENT_KEY, Typed("u32", ALIGNMENT))
     value = typed.value
     if typed.kind != "u32" or value == 0 or value & (value - 1):
-        raise InputError(f"{where}: {_ALIGNMENT_KEY} is {typed.kind} {shown(value)}, not a u32 power of two")
+        raise InputError(f"{where}: {_ALIGNMENT_KEY} is {typed.kind} {printable(value)}, not a u32 power of two")
     return int(value)
 
 
@@ -249,16 +250,18 @@ def _count(metadata: Mapping[str, Typed], key: str) -> int:
 def _read_info(cursor: Cursor, where: str) -> tuple[str, str, tuple[int, ...], int]:
     name = cursor.name("a tensor's name", 1024)
     check_name(where, name)
-    dimensions = cursor.number("u32", f"tensor {shown(name)}")
+    dimensions = cursor.number("u32", f"tensor {printable(name)}")
     if dimensions > MAX_DIMENSIONS:
-        raise InputError(f"{where}: tensor {shown(name)} has {dimensions:,} dimensions, GGUF knows {MAX_DIMENSIONS}")
-    sizes = [cursor.number("u64", f"tensor {shown(name)}") for _ in range(dimensions)]
-    number = cursor.number("u32", f"tensor {shown(name)}")
+        raise InputError(
+            f"{where}: tensor {printable(name)} has {dimensions:,} dimensions, GGUF knows {MAX_DIMENSIONS}"
+        )
+    sizes = [cursor.number("u64", f"tensor {printable(name)}") for _ in range(dimensions)]
+    number = cursor.number("u32", f"tensor {printable(name)}")
     if number not in TYPES:
         gone = GIVEN_UP.get(number)
         kind = f"{gone}, a type that llama.cpp gave up" if gone else f"the unknown type {number:,}"
-        raise UnsupportedError(f"{where}: tensor {shown(name)} is of {kind}", hint="get the model in another type")
-    return name, TYPES[number], tuple(sizes[::-1]), cursor.number("u64", f"tensor {shown(name)}")
+        raise UnsupportedError(f"{where}: tensor {printable(name)} is of {kind}", hint="get the model in another type")
+    return name, TYPES[number], tuple(sizes[::-1]), cursor.number("u64", f"tensor {printable(name)}")
 
 
 def _located(
@@ -267,16 +270,16 @@ def _located(
     """A tensor at its place. Raises InputError where its size overflows, is no whole blocks, or leaves the file."""
     # Also where a 0 makes the count small again: NumPy makes no array of such a shape either.
     if prod(max(1, dimension) for dimension in shape) >= _MOST_ELEMENTS:
-        raise InputError(f"{where}: tensor {shown(name)}: shape {shown(list(shape))} overflows")
+        raise InputError(f"{where}: tensor {printable(name)}: shape {printable(list(shape))} overflows")
     if not whole_blocks(dtype, shape):
         raise InputError(
-            f"{where}: tensor {shown(name)}: rows of {shape[-1] if shape else 1:,} are no whole blocks of {dtype}, "
+            f"{where}: tensor {printable(name)}: rows of {shape[-1] if shape else 1:,} are no whole blocks of {dtype}, "
             f"which hold {QUANTS[dtype][0]}"
         )
     nbytes = nbytes_of(dtype, prod(shape))
     if start + nbytes > size:
         raise InputError(
-            f"{where}: truncated: tensor {shown(name)} ends at byte {start + nbytes:,} of a file of {size:,}",
+            f"{where}: truncated: tensor {printable(name)} ends at byte {start + nbytes:,} of a file of {size:,}",
             hint="the download is incomplete; get it again",
         )
     return StoredTensor(name, dtype, shape, (Extent(path, start, nbytes),))
@@ -292,7 +295,7 @@ def _check_coverage(where: str, tensors: list[StoredTensor], data_start: int, al
         extent = tensor.extents[0]
         if not extent.length:
             continue
-        names = f"{shown(previous)} and {shown(tensor.name)}"
+        names = f"{printable(previous)} and {printable(tensor.name)}"
         if extent.offset < reached:
             raise InputError(f"{where}: tensors {names} overlap", hint=_DAMAGED)
         if extent.offset > reached:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from llava_convert.core.text import shown
+from llava_convert.core.text import printable
 
 # The module wherever it stands in a dotted name: `torch.serialization.os`, `collections.abc.sys`, `asyncio.subprocess`.
 _FORBIDDEN_PARTS = frozenset({
@@ -57,7 +57,7 @@ class Inert:
     mapping: dict[Any, Any] | None = None
 
     def __repr__(self) -> str:  # never the contents: they are untrusted, unbounded and may be cyclic
-        return f"<Inert {shown(self.name)}{'' if self.args is None else ' instance'}>"
+        return f"<Inert {printable(self.name)}{'' if self.args is None else ' instance'}>"
 
 
 @dataclass(frozen=True, slots=True)

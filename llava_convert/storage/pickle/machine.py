@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsafeError
-from llava_convert.core.text import shown
+from llava_convert.core.text import printable
 from llava_convert.storage.pickle import containers
 from llava_convert.storage.pickle import globals as names
 from llava_convert.storage.pickle.globals import Elided, Inert
@@ -234,7 +234,7 @@ class _Machine:
         new_module, new_name = names.modern(module, name)
         full = f"{new_module}.{new_name}"
         if names.forbidden(new_module, new_name):
-            raise Hostile(f"names {shown(full)}, which can run code")
+            raise Hostile(f"names {printable(full)}, which can run code")
         found = self.getattr if full == names.GETATTR else Inert(full)
         known = full in names.QUIET_BUILTINS or full in containers.MADE or full in self.builders
         if found is not self.getattr and not known and not self.quiet(full):
@@ -302,7 +302,7 @@ class _Machine:
         target = self.stack[-1]
         if type(target) is Inert:
             if target.args is None:
-                raise Hostile(f"sets attributes of {shown(target.name)} itself")
+                raise Hostile(f"sets attributes of {printable(target.name)} itself")
             target.state = state
         elif target is None or type(target) in (str, bytes, int, float, bool, tuple):
             raise Malformed(f"state set on {type(target).__name__}")

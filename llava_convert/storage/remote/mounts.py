@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llava_convert.core import addresses as aliases
 from llava_convert.core.errors import HubError, UnsafeError
-from llava_convert.core.text import shown
+from llava_convert.core.text import printable
 from llava_convert.storage.files import os_reason, relative_name
 from llava_convert.storage.remote.files import Remote, RemoteFile, Traffic, forget, place
 
@@ -38,12 +38,12 @@ def mount(remote: Remote) -> Path:
     for file, size in remote.files.items():
         plain = relative_name(file)
         if plain is None:
-            raise UnsafeError(f"{remote.address}: {shown(file)} is no name for a file inside a folder")
+            raise UnsafeError(f"{remote.address}: {printable(file)} is no name for a file inside a folder")
         try:
             place(root / plain, RemoteFile(remote, plain, size))
         except (OSError, ValueError) as problem:  # a size that no file has; a file and a folder of one name
             raise HubError(
-                f"{remote.address}: {shown(file)} of {size:,} bytes cannot be: {os_reason(problem)}"
+                f"{remote.address}: {printable(file)} of {size:,} bytes cannot be: {os_reason(problem)}"
             ) from problem
     return root
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import StoredTensor
-from llava_convert.core.text import shown
+from llava_convert.core.text import printable
 from llava_convert.storage.files import open_regular, os_reason, size_of
 from llava_convert.storage.pickle.machine import Inert
 from llava_convert.storage.torch.legacy import read_legacy
@@ -96,7 +96,7 @@ def state_dict(file: TorchFile) -> StateDict:
     ignored = [key for key in ignored if not isinstance(names.get(key), StoredTensor)]
     for key, value in names.items():
         if isinstance(value, OddTensor):
-            raise UnsupportedError(f"{file.path}: tensor {shown(key)} is of a kind that is not read: {value.kind}")
+            raise UnsupportedError(f"{file.path}: tensor {printable(key)} is of a kind that is not read: {value.kind}")
         if isinstance(value, StoredTensor):
             tensors[key] = value
     if not tensors:
@@ -125,9 +125,9 @@ def _entries(value: Any) -> dict[Any, Any] | None:
 
 def _describe(value: Any) -> str:
     if isinstance(value, dict):
-        keys = [shown(str(key)) if isinstance(key, str | int) else "…" for key in list(value)[:8]]
+        keys = [printable(str(key)) if isinstance(key, str | int) else "…" for key in list(value)[:8]]
         return f"the keys {', '.join(keys)}" if keys else "an empty dict"
-    return f"an object of {shown(value.name)}" if isinstance(value, Inert) else f"a {type(value).__name__}"
+    return f"an object of {printable(value.name)}" if isinstance(value, Inert) else f"a {type(value).__name__}"
 
 
 def _refuse_other_formats(path: Path, head: bytes) -> None:

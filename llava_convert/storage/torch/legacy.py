@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
-from llava_convert.core.text import shown
+from llava_convert.core.text import printable
 from llava_convert.storage.pickle import machine as unpickle
 from llava_convert.storage.pickle.machine import Malformed, PickleEnds
 from llava_convert.storage.torch.tensors import BUILDERS, Storage, as_ascii, is_quiet, storage_at, storage_id
@@ -50,7 +50,7 @@ def _parse(path: Path, stream: RawIOBase, size: int, data: bytes) -> unpickle.Lo
         raise InputError(f"{path}: is no file of torch.save: neither a zip file nor the older form")
     protocol = unpickle.load(data, path=path, start=magic.end, operations=_HEADER_OPERATIONS)
     if protocol.root != _PROTOCOL:
-        found = shown(protocol.root) if type(protocol.root) is int else "that is no number"
+        found = printable(protocol.root) if type(protocol.root) is int else "that is no number"
         raise InputError(f"{path}: is no file of torch.save: unknown version {found}")
     system = unpickle.load(data, path=path, start=protocol.end, operations=_HEADER_OPERATIONS)
     if isinstance(system.root, dict) and system.root.get("little_endian") is False:
@@ -65,16 +65,18 @@ def _parse(path: Path, stream: RawIOBase, size: int, data: bytes) -> unpickle.Lo
         type_name, key, numel = storage_id(pid, 6)
         storage = storage_at(path, type_name, numel, places.get(key, 0))
         if not storage.item:
-            raise UnsupportedError(f"{path}: storage {shown(key)} is of a type that is not known: {shown(type_name)}")
+            raise UnsupportedError(
+                f"{path}: storage {printable(key)} is of a type that is not known: {printable(type_name)}"
+            )
         first = storages.setdefault(key, storage)
         if storage.nbytes != first.nbytes:
-            raise Malformed(f"storage {shown(key)} has two sizes")
+            raise Malformed(f"storage {printable(key)} has two sizes")
         view = pid[5]
         if view is None:
             return storage
         _, offset, count = view
         if not all(type(n) is int and n >= 0 for n in (offset, count)) or offset + count > numel:
-            raise Malformed(f"a view that lies outside storage {shown(key)}")
+            raise Malformed(f"a view that lies outside storage {printable(key)}")
         moved = storage.offset + offset * storage.item
         return replace(storage, offset=moved, nbytes=count * storage.item)
 
@@ -94,9 +96,9 @@ def _parse(path: Path, stream: RawIOBase, size: int, data: bytes) -> unpickle.Lo
         storage = storages[key]
         count = int.from_bytes(read_at(path, stream, at, 8), "little")
         if count * storage.item != storage.nbytes:
-            raise InputError(f"{path}: storage {shown(key)} tells {count:,} elements, its tensors another number")
+            raise InputError(f"{path}: storage {printable(key)} tells {count:,} elements, its tensors another number")
         places[key] = at + 8
         at += 8 + storage.nbytes
         if at > size:
-            raise InputError(f"{path}: truncated: storage {shown(key)} ends at byte {at:,} of {size:,}")
+            raise InputError(f"{path}: truncated: storage {printable(key)} ends at byte {at:,} of {size:,}")
     return read_object()

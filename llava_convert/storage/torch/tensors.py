@@ -13,7 +13,7 @@ from typing import Any
 
 from llava_convert.core.errors import UnsafeError
 from llava_convert.core.tensors import DTYPE_BITS, Extent, StoredTensor
-from llava_convert.core.text import shown
+from llava_convert.core.text import printable
 from llava_convert.storage.pickle.limits import MAX_NAME, Hostile
 from llava_convert.storage.pickle.machine import Builder, Inert, Malformed
 
@@ -87,7 +87,7 @@ def storage_id(pid: Any, length: int) -> tuple[str, str, int]:
     if type(storage_type) is not Inert or storage_type.args is not None or type(key) is not str:
         raise Malformed("a storage without type or key")
     if type(numel) is not int or not 0 <= numel < 1 << 63:
-        raise Malformed(f"storage {shown(key)} has no sound element count")
+        raise Malformed(f"storage {printable(key)} has no sound element count")
     return storage_type.name, key, numel
 
 

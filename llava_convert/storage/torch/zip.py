@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
-from llava_convert.core.text import shown
+from llava_convert.core.text import printable
 from llava_convert.storage.files import will_read
 from llava_convert.storage.pickle import machine as unpickle
 from llava_convert.storage.torch.tensors import BUILDERS, Storage, is_quiet, storage_at, storage_id
@@ -65,10 +65,11 @@ def read_zip(path: Path, stream: RawIOBase, size: int) -> unpickle.Loaded:
         if record is None:
             if not storage.nbytes:
                 return storage
-            raise InputError(f"{path}: storage {shown(key)} is missing: the file is incomplete")
+            raise InputError(f"{path}: storage {printable(key)} is missing: the file is incomplete")
         if record.length < storage.nbytes:
             raise InputError(
-                f"{path}: storage {shown(key)} has {record.length:,} bytes where its tensors need {storage.nbytes:,}"
+                f"{path}: storage {printable(key)} has {record.length:,} bytes "
+                f"where its tensors need {storage.nbytes:,}"
             )
         return storage
 
@@ -104,10 +105,12 @@ def _zip_records(path: Path, stream: RawIOBase, size: int) -> dict[str, _Record]
     spans: list[tuple[int, int, str]] = []
     for name, raw, header, packed, crc in found:
         if name in records:
-            raise UnsafeError(f"{path}: has two records named {shown(name)}, so that readers may see different files")
+            raise UnsafeError(
+                f"{path}: has two records named {printable(name)}, so that readers may see different files"
+            )
         offset = _data_offset(path, stream, header, raw)
         if offset + packed > start:
-            raise InputError(f"{path}: record {shown(name)} runs past the end of the data: truncated or damaged")
+            raise InputError(f"{path}: record {printable(name)} runs past the end of the data: truncated or damaged")
         records[name] = _Record(offset, packed, crc)
         spans.append((header, offset + packed, name))
     if len(records) != count:
@@ -115,7 +118,7 @@ def _zip_records(path: Path, stream: RawIOBase, size: int) -> dict[str, _Record]
     spans.sort()
     for (_, before_end, before), (after_start, _, after) in pairwise(spans):
         if after_start < before_end:
-            raise UnsafeError(f"{path}: records {shown(before)} and {shown(after)} overlap")
+            raise UnsafeError(f"{path}: records {printable(before)} and {printable(after)} overlap")
     return records
 
 
@@ -174,20 +177,20 @@ def _zip64_fields(path: Path, extra: bytes, unpacked: int, packed: int, header: 
 def _check_record(path: Path, name: str, flags: int, method: int, packed: int, unpacked: int) -> None:
     parts = name.replace("\\", "/").split("/")
     if not name or ".." in parts or name[0] in "/\\" or name[1:2] == ":" or "\0" in name:
-        raise UnsafeError(f"{path}: record name {shown(name) or '(empty)'} leads out of the archive")
+        raise UnsafeError(f"{path}: record name {printable(name) or '(empty)'} leads out of the archive")
     if flags & 0x2041:
-        raise InputError(f"{path}: record {shown(name)} is encrypted; torch.save never does that")
+        raise InputError(f"{path}: record {printable(name)} is encrypted; torch.save never does that")
     if method:
         if unpacked > 100 * packed + 4096:
-            raise UnsafeError(f"{path}: record {shown(name)} would expand {packed:,} bytes to {unpacked:,}")
+            raise UnsafeError(f"{path}: record {printable(name)} would expand {packed:,} bytes to {unpacked:,}")
         if parts[1:2] == ["code"]:  # the only records that torch compresses
             raise _torchscript(path)
         raise InputError(
-            f"{path}: record {shown(name)} is compressed; torch.save stores its records as they are",
+            f"{path}: record {printable(name)} is compressed; torch.save stores its records as they are",
             hint="The file was packed anew. Unpack it and pack it without compression (zip -0), or copy the original.",
         )
     if packed != unpacked:
-        raise InputError(f"{path}: record {shown(name)} has two sizes, {packed:,} and {unpacked:,}")
+        raise InputError(f"{path}: record {printable(name)} has two sizes, {packed:,} and {unpacked:,}")
 
 
 def _torchscript(path: Path) -> UnsupportedError:
@@ -198,10 +201,10 @@ def _torchscript(path: Path) -> UnsupportedError:
 def _data_offset(path: Path, stream: RawIOBase, header: int, name: bytes) -> int:
     local = read_at(path, stream, header, 30 + len(name))
     if local[:4] != b"PK\x03\x04" or local[30:] != name or local[26:28] != len(name).to_bytes(2, "little"):
-        raise InputError(f"{path}: the header of record {shown(name.decode('latin-1'))} is damaged or not its own")
+        raise InputError(f"{path}: the header of record {printable(name.decode('latin-1'))} is damaged or not its own")
     flags, method = struct.unpack_from("<6xHH", local)
     if method or flags & 0x2041:
-        raise InputError(f"{path}: the two headers of record {shown(name.decode('latin-1'))} disagree")
+        raise InputError(f"{path}: the two headers of record {printable(name.decode('latin-1'))} disagree")
     return header + 30 + len(name) + int.from_bytes(local[28:30], "little")
 
 

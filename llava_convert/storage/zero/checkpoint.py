@@ -17,7 +17,7 @@ from typing import Any
 
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
 from llava_convert.core.tensors import DTYPE_BITS, TORCH_NAMES, Extent, StoredTensor
-from llava_convert.core.text import listed, shown
+from llava_convert.core.text import listed, printable
 from llava_convert.storage.torch.file import OddTensor
 from llava_convert.storage.zero.folder import check_one_save, recognise, state_files, state_folder
 from llava_convert.storage.zero.states import (
@@ -75,7 +75,7 @@ def read_zero(folder: Path) -> ZeroCheckpoint:
     found = _frozen(models)
     if shares:
         if head.shapes is None:
-            raise InputError(f"{shown(head.path)}: has no param_shapes to cut the optimizer states by", hint=MEND)
+            raise InputError(f"{printable(head.path)}: has no param_shapes to cut the optimizer states by", hint=MEND)
         _check_pieces(root, sum(map(len, head.shapes)), len(shares))
         cut = _cut_scattered if shares[0].stage == 3 else _cut_contiguous
         masters = cut(head.shapes, shares, head)
@@ -86,7 +86,8 @@ def read_zero(folder: Path) -> ZeroCheckpoint:
     tensors = _in_module_order(head, found, complete=bool(shares))
     if not shares:
         warnings.append(
-            f"{shown(root.name)} has no optimizer states (*_optim_states.pt) and so no float32 masters: the weights "
+            f"{printable(root.name)} has no optimizer states (*_optim_states.pt) and so no float32 masters: the "
+            "weights "
             f"are the copies that training computed with ({_kinds(tensors)})"
         )
     return ZeroCheckpoint(
@@ -223,7 +224,7 @@ def _frozen(models: Sequence[ModelState]) -> dict[str, StoredTensor]:
         fragments = [(state.path, plain(state.path, state.fragments.get(name), name)) for state in models]
         for path, fragment in fragments:
             if fragment.numel != part:
-                told = f"has {fragment.numel:,} elements of the frozen {shown(name)}, {part:,} are its part"
+                told = f"has {fragment.numel:,} elements of the frozen {printable(name)}, {part:,} are its part"
                 raise two_saves(path, told)
         dtype = _dtype(fragments)
         found[name] = StoredTensor(name, dtype, shape, _parts([_Flat([f]) for _, f in fragments], 0, shape))
@@ -236,7 +237,7 @@ def _frozen(models: Sequence[ModelState]) -> dict[str, StoredTensor]:
 def _check_count(share: OptimState, count: int, wanted: int, head: ModelState) -> None:
     if count < wanted:
         raise InputError(
-            f"{shown(share.path)}: holds {count:,} elements where the shapes in {head.path.name} need {wanted:,}",
+            f"{printable(share.path)}: holds {count:,} elements where the shapes in {head.path.name} need {wanted:,}",
             hint=MEND,
         )
 
@@ -245,14 +246,16 @@ def _check_shape(head: ModelState, name: str, shape: Shape) -> None:
     entry = head.module.get(name)
     if isinstance(entry, StoredTensor) and not _is_placeholder(entry) and entry.shape != shape:
         raise InputError(
-            f"{shown(head.path)}: {shown(name)} is {list(entry.shape)} in its module and {list(shape)} in its "
+            f"{printable(head.path)}: {printable(name)} is {list(entry.shape)} in its module and {list(shape)} in its "
             "param_shapes"
         )
 
 
 def _check_pieces(path: Path, tensors: int, ranks: int) -> None:
     if tensors * ranks > MAX_PIECES:
-        raise UnsafeError(f"{shown(path)}: {tensors:,} tensors on {ranks:,} ranks are in more pieces than any model")
+        raise UnsafeError(
+            f"{printable(path)}: {tensors:,} tensors on {ranks:,} ranks are in more pieces than any model"
+        )
 
 
 def _dtype(vectors: Iterable[tuple[Path, StoredTensor]]) -> str:
@@ -284,7 +287,9 @@ def _in_module_order(head: ModelState, found: Mapping[str, StoredTensor], *, com
         if tensor is not None:
             tensors[name] = tensor
         elif isinstance(entry, OddTensor):
-            raise UnsupportedError(f"{shown(head.path)}: {shown(name)} is of a kind that is not read: {entry.kind}")
+            raise UnsupportedError(
+                f"{printable(head.path)}: {printable(name)} is of a kind that is not read: {entry.kind}"
+            )
         elif entry is not None and (not _is_placeholder(entry) or name in head.buffers):
             tensors[name] = entry
         elif entry is not None or name not in head.shared:  # a name tied to a frozen one that was left out goes too
@@ -293,10 +298,10 @@ def _in_module_order(head: ModelState, found: Mapping[str, StoredTensor], *, com
         return tensors
     names = f"{head.path.name} names {len(empty):,} weights that no file holds: {listed(empty, 3)}"
     if complete:
-        raise InputError(f"{shown(head.path.parent)}: {names}", hint=MEND)
+        raise InputError(f"{printable(head.path.parent)}: {names}", hint=MEND)
     missing = ("bf16_" if head.bf16 else "") + "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     raise InputError(
-        f"{shown(head.path.parent)}: {missing} and those of the other ranks are missing; {names}",
+        f"{printable(head.path.parent)}: {missing} and those of the other ranks are missing; {names}",
         hint="get the *_optim_states.pt of every rank: after ZeRO-3 the weights are nowhere else",
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
-from llava_convert.core.text import listed, shown
+from llava_convert.core.text import listed, printable
 from llava_convert.storage.files import open_regular, os_reason, read_fully, relative_name, require_inside
 from llava_convert.storage.zero.states import MEND, ModelState, OptimState, two_saves
 
@@ -47,13 +47,13 @@ def state_folder(folder: Path) -> Path:
     if any(map(_is_state, names)):
         return folder
     if LATEST not in names:
-        raise InputError(f"{shown(folder)}: no file of a DeepSpeed checkpoint (*_model_states.pt) in it", hint=MEND)
+        raise InputError(f"{printable(folder)}: no file of a DeepSpeed checkpoint (*_model_states.pt) in it", hint=MEND)
     pointer = folder / LATEST
     with open_regular(require_inside(folder, LATEST)) as stream:
         tag = read_fully(stream, 4096, pointer).decode("utf-8", "replace").strip()
     plain = relative_name(tag)
     if plain is None:
-        raise UnsafeError(f"{shown(pointer)}: names '{shown(tag)}', which is no folder beside it")
+        raise UnsafeError(f"{printable(pointer)}: names '{printable(tag)}', which is no folder beside it")
     target = require_inside(folder, plain)
     try:
         there_is = target.is_dir()
@@ -63,10 +63,11 @@ def state_folder(folder: Path) -> Path:
         saves = [name for name in names if (folder / name).is_dir()]
         there = f"; there are {listed(saves)}" if saves else ""
         raise InputError(
-            f"{shown(pointer)}: names {shown(plain)}, which is not there{there}", hint="give the folder of one save"
+            f"{printable(pointer)}: names {printable(plain)}, which is not there{there}",
+            hint="give the folder of one save",
         )
     if recognise(_names(target)) is None:
-        raise InputError(f"{shown(target)}: no file of a DeepSpeed checkpoint (*_model_states.pt) in it", hint=MEND)
+        raise InputError(f"{printable(target)}: no file of a DeepSpeed checkpoint (*_model_states.pt) in it", hint=MEND)
     return target
 
 
@@ -81,7 +82,8 @@ def state_files(root: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
         match = _FILE.fullmatch(name)
         if _OTHER.fullmatch(name) or (match and int(match[3])):
             raise UnsupportedError(
-                f"{shown(root / name)}: of a model that was split by layers, by experts or within its tensors, which "
+                f"{printable(root / name)}: of a model that was split by layers, by experts or within its "
+                "tensors, which "
                 "is not read"
             )
         if match is None or (match[4] == "optim" and not match[1]):
@@ -95,7 +97,8 @@ def state_files(root: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
             raise two_saves(root, listed(next(iter(ranks.values())) for ranks in found.values()))
     if not series["model"]:
         raise InputError(
-            f"{shown(root)}: mp_rank_00_model_states.pt is missing (in ZeRO-3 zero_pp_rank_0_mp_rank_00_model_states.pt"
+            f"{printable(root)}: mp_rank_00_model_states.pt is missing "
+            "(in ZeRO-3 zero_pp_rank_0_mp_rank_00_model_states.pt"
             "), which has the names of the weights",
             hint=MEND,
         )
@@ -130,7 +133,7 @@ def _names(folder: Path) -> list[str]:
     try:
         return sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
-        raise InputError(f"{shown(folder)}: cannot be listed: {os_reason(error)}") from error
+        raise InputError(f"{printable(folder)}: cannot be listed: {os_reason(error)}") from error
 
 
 def _by_rank(root: Path, series: dict[str, dict[int, str]], what: str) -> tuple[Path, ...]:
@@ -143,7 +146,7 @@ def _by_rank(root: Path, series: dict[str, dict[int, str]], what: str) -> tuple[
             if rank not in ranks
         ]
         if missing:
-            raise InputError(f"{shown(root)}: files of some ranks are missing: {listed(missing)}", hint=MEND)
+            raise InputError(f"{printable(root)}: files of some ranks are missing: {listed(missing)}", hint=MEND)
         return tuple(require_inside(root, ranks[rank]) for rank in range(count))
     return ()
 
@@ -155,4 +158,4 @@ def _check_count(paths: Sequence[Path], ranks: int) -> None:
         raise two_saves(paths[ranks], f"{ranks} ranks saved {paths[0].name}")
     missing = re.sub(r"(zero_pp_rank_)\d+", rf"\g<1>{len(paths)}", paths[-1].name)
     more = f" and {ranks - len(paths) - 1} more of its kind" if ranks - len(paths) > 1 else ""
-    raise InputError(f"{shown(paths[0].parent / missing)}{more}: missing; {ranks} ranks saved this", hint=MEND)
+    raise InputError(f"{printable(paths[0].parent / missing)}{more}: missing; {ranks} ranks saved this", hint=MEND)

@@ -14,7 +14,7 @@ from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import TORCH_NAMES, StoredTensor
-from llava_convert.core.text import shown
+from llava_convert.core.text import printable
 from llava_convert.storage.files import open_regular, read_fully
 from llava_convert.storage.pickle.machine import Inert
 from llava_convert.storage.torch.file import OddTensor, TorchFile, read_torch
@@ -27,7 +27,7 @@ _STEP_FORMATS = {"F32": "<f", "F64": "<d", "I64": "<q", "I32": "<i"}
 
 
 def two_saves(path: Path, what: str) -> InputError:
-    return InputError(f"{shown(path)}: {what}: the folder mixes two saves", hint=MEND)
+    return InputError(f"{printable(path)}: {what}: the folder mixes two saves", hint=MEND)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +70,14 @@ def read_model_state(path: Path) -> ModelState:
     """Raises what `read_torch` does, and InputError where the file is none of model states."""
     file, root = _read(path)
     if not isinstance(root.get("module"), dict) or "buffer_names" not in root:
-        raise InputError(f"{shown(path)}: holds no model states of DeepSpeed (module, buffer_names)")
+        raise InputError(f"{printable(path)}: holds no model states of DeepSpeed (module, buffer_names)")
     groups = root.get("param_shapes")
     groups = [groups] if isinstance(groups, dict) else groups  # a plain dict until DeepSpeed kept groups apart
     if groups is not None and not isinstance(groups, list):
-        raise InputError(f"{shown(path)}: its param_shapes are no list of shapes")
+        raise InputError(f"{printable(path)}: its param_shapes are no list of shapes")
     shapes = None if groups is None else tuple(_shapes(path, group) for group in groups)
     if shapes is not None and len({name for group in shapes for name in group}) < sum(map(len, shapes)):
-        raise InputError(f"{shown(path)}: its param_shapes name a parameter twice")
+        raise InputError(f"{printable(path)}: its param_shapes name a parameter twice")
     buffers, shared = root["buffer_names"], _dict(root.get("shared_params"))
     steps, skipped, ranks = (_count(root.get(key)) for key in ("global_steps", "skipped_steps", "dp_world_size"))
     config = _dict(root.get("ds_config"))
@@ -105,16 +105,16 @@ def read_optim_state(path: Path) -> OptimState:
     scattered = "fp32_flat_groups" in state
     vectors = state.get("fp32_flat_groups" if scattered else "single_partition_of_fp32_groups")
     if not isinstance(vectors, list):
-        raise InputError(f"{shown(path)}: holds no master weights of ZeRO (single_partition_of_fp32_groups)")
+        raise InputError(f"{printable(path)}: holds no master weights of ZeRO (single_partition_of_fp32_groups)")
     stage = state.get("zero_stage", 1)  # bf16_optimizer.py leaves it out, and partitions as ZeRO-1 does
     if isinstance(stage, Inert) and stage.args:  # ZeroStageEnum(2)
         stage = stage.args[0]
     if type(stage) is not int or stage not in (1, 2, 3) or (stage == 3) != scattered:
-        raise InputError(f"{shown(path)}: tells no ZeRO stage that fits the weights it holds")
+        raise InputError(f"{printable(path)}: tells no ZeRO stage that fits the weights it holds")
     counts = state.get("partition_count")
     every: list[Any] = counts if isinstance(counts, list) and counts else [counts]
     if not all(type(count) is int and count > 0 and count == every[0] for count in every):
-        raise InputError(f"{shown(path)}: its partition_count is not one number of ranks")
+        raise InputError(f"{printable(path)}: its partition_count is not one number of ranks")
     return OptimState(
         path=path,
         stage=stage,
@@ -128,18 +128,20 @@ def read_optim_state(path: Path) -> OptimState:
 def plain(path: Path, value: Any, what: str) -> StoredTensor:
     """A tensor whose elements lie in a row; `what` and `path` are for messages."""
     if isinstance(value, OddTensor):
-        raise UnsupportedError(f"{shown(path)}: {shown(what)}: of a kind that is not read: {value.kind}")
+        raise UnsupportedError(f"{printable(path)}: {printable(what)}: of a kind that is not read: {value.kind}")
     if not isinstance(value, StoredTensor) or value.strides is not None:
-        raise InputError(f"{shown(path)}: {shown(what)}: not a plain tensor")
+        raise InputError(f"{printable(path)}: {printable(what)}: not a plain tensor")
     if value.dtype not in TORCH_NAMES:
-        raise UnsupportedError(f"{shown(path)}: {shown(what)}: of dtype {value.dtype}, of which nothing can be made")
+        raise UnsupportedError(
+            f"{printable(path)}: {printable(what)}: of dtype {value.dtype}, of which nothing can be made"
+        )
     return value
 
 
 def _read(path: Path) -> tuple[TorchFile, dict[Any, Any]]:
     file = read_torch(path)
     if not isinstance(file.root, dict):
-        raise InputError(f"{shown(path)}: holds no dict, so no state of DeepSpeed")
+        raise InputError(f"{printable(path)}: holds no dict, so no state of DeepSpeed")
     return file, file.root
 
 
@@ -158,12 +160,12 @@ def _tensors(value: Any) -> Entries:
 
 def _shapes(path: Path, value: Any) -> dict[str, Shape]:
     if not isinstance(value, dict):
-        raise InputError(f"{shown(path)}: its shapes of parameters are no dict")
+        raise InputError(f"{printable(path)}: its shapes of parameters are no dict")
     shapes: dict[str, Shape] = {}
     for name, shape in value.items():
         sizes = isinstance(shape, tuple | list) and len(shape) <= 64
         if type(name) is not str or not sizes or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
-            raise InputError(f"{shown(path)}: {shown(name)} has no sound shape")
+            raise InputError(f"{printable(path)}: {printable(name)} has no sound shape")
         shapes[name] = tuple(shape)
     return shapes
 
