@@ -27,9 +27,10 @@ test: $(STAMP)  ## run the tests
 manifest: $(STAMP)  ## say which files of every golden conversion changed; ARGS=--write takes them as right
 	$(PY) -m tests.golden.manifest $(ARGS)
 
-lint: $(STAMP)  ## ruff (rules and format) and mypy, as .ci/run does
+lint: $(STAMP)  ## ruff (rules and format), the rooms' contracts and mypy, as .ci/run does
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	.venv/bin/lint-imports
 	$(PY) -m mypy
 
 format: $(STAMP)  ## let ruff mend what it can

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ def pickled_as_mmengines() -> None:
         return
     for one in (HistoryBuffer, *HistoryBuffer.__dict__.values()):
         if callable(one):
-            one.__module__ = module  # type: ignore[attr-defined]
+            one.__module__ = module
     parts = module.split(".")
     for depth in range(1, len(parts) + 1):
         name = ".".join(parts[:depth])
@@ -138,7 +138,7 @@ def write_checkpoint(
     try:
         with partial.open("wb") as file:
             # Through a writer that is no file: torch then calls the zip's root `archive`, as mmengine's are called.
-            torch.save(content, _Writer(file), pickle_protocol=2)
+            torch.save(content, cast(IO[bytes], _Writer(file)), pickle_protocol=2)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -248,7 +248,7 @@ class _Encoded:
     """One file: sample i is `ids[offsets[i]:offsets[i + 1]]`, of row `rows[i]`, about `images[i]`."""
 
     path: Path
-    ids: NDArray[np.int64]
+    ids: NDArray[np.int32]
     learnt: NDArray[np.bool_]
     offsets: NDArray[np.int64]
     rows: list[int]

@@ -111,7 +111,7 @@ def gloo_in_order() -> str:
     """
 
     def create(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
-        options = torch.distributed.ProcessGroupGloo._Options()
+        options = torch.distributed.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # not in its stubs
         options._timeout, options._threads = timeout, 1
         options._devices = [torch.distributed.ProcessGroupGloo.create_default_device()]
         return torch.distributed.ProcessGroupGloo(store, rank, size, options)
@@ -142,7 +142,8 @@ def gathered(
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    moments = get_optimizer_state_dict(wrapped, optimizer.optimizer, options=options)
+    # Its type says less than its documentation: names to moments, and a list of groups.
+    moments: dict[str, Any] = get_optimizer_state_dict(wrapped, optimizer.optimizer, options=options)
     state = accelerator.get_state_dict(wrapped)
     if not accelerator.is_main_process:
         return {}, {}
@@ -158,7 +159,10 @@ def spread(wrapped: Any, model: torch.nn.Module, optimizer: Any, moments: Mappin
 
     names = [name for name, _ in model.named_parameters()]
     group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
-    state = {"state": {names[i]: dict(one) for i, one in moments.items()}, "param_groups": [{**group, "params": names}]}
+    state: dict[str, Any] = {
+        "state": {names[i]: dict(one) for i, one in moments.items()},
+        "param_groups": [{**group, "params": names}],
+    }
     set_optimizer_state_dict(
         wrapped, optimizer.optimizer, state, options=StateDictOptions(full_state_dict=True, strict=False)
     )

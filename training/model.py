@@ -277,7 +277,7 @@ def _with_lora(part: Any, lora: Lora, *, quantised: bool, task: str | None) -> A
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        bias=lora.bias,  # type: ignore[arg-type]
+        bias=lora.bias,
         task_type=task,
         target_modules=sorted(lora.target_modules or linear - {"lm_head", "output_layer"}),
     )

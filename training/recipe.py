@@ -84,7 +84,7 @@ class TrainRecipe:
     epochs: float = 1
     max_iters: int | None = None
     lr: float = 1e-3
-    betas: tuple[float, ...] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_norm: float = 1.0
@@ -250,6 +250,8 @@ def _value(kind: Any, value: Any, where: str, at: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list):
             raise UsageError(f"{where}: {at} must be a list")
+        if inner[-1] is not Ellipsis and len(value) != len(inner):
+            raise UsageError(f"{where}: {at} must be a list of {len(inner)}")
         return tuple(_value(inner[0], v, where, f"{at}[{i}]") for i, v in enumerate(value))
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, where, f"{at}.")

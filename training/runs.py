@@ -125,7 +125,8 @@ def outlook(recipe: Recipe, *, processes: int = 1) -> Outlook:
     from .model import Llava
 
     _build(recipe)
-    sets, pictures = {}, 0
+    sets: dict[str, int] = {}
+    pictures = 0
     for one in recipe.data.sets:
         count = 0
         for _, row in read_rows(Path(recipe.data.root) / one.file):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -116,7 +117,7 @@ def build(folder: Path, *, seed: int, pictures: int = 2400) -> None:
             {"image": name, "kind": kind, "question": QUESTIONS[kind], "answer": scene.answer(kind)}
             for kind in QUESTIONS
         ]
-    corpus = [row["conversations"][0]["value"] + " " + row["conversations"][1]["value"] for row in captions]
+    corpus = [" ".join(turn["value"] for turn in row["conversations"]) for row in captions]
     corpus += [f"{question} {scene.answer(kind)}" for scene in known for kind, question in QUESTIONS.items()]
     write_language_model(
         folder / "llm", [*corpus, "system user assistant\n\n"], tokens=512, seed=seed,
@@ -132,7 +133,7 @@ def build(folder: Path, *, seed: int, pictures: int = 2400) -> None:
     mark.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
 
 
-def _row(image: str, turns: list[tuple[str, str]]) -> dict[str, object]:
+def _row(image: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
     said: list[dict[str, str]] = []
     for asked, answer in turns:
         said += [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]

@@ -99,9 +99,7 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
         model.load_trained(taken_up.state, str(last), complete=True)
 
     # --- optimiser: of every parameter, in the module's order, so that its state has mmengine's numbers
-    optimizer = torch.optim.AdamW(
-        model.parameters(), settings.lr, tuple(settings.betas), settings.eps, settings.weight_decay
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), settings.lr, settings.betas, settings.eps, settings.weight_decay)
     for one in optimizer.param_groups:
         one["initial_lr"] = settings.lr
     if taken_up and taken_up.optimizer and not fsdp:
@@ -191,7 +189,7 @@ def _found_from(work_dir: Path, recipe: Recipe) -> Recipe:
         return recipe
     paths = {key: getattr(recipe.model, key) for key in ("llm", "visual_encoder", "pretrained")}
     local = {key: str(Path(path).absolute()) for key, path in paths.items() if path and Path(path).exists()}
-    return replace(recipe, model=replace(recipe.model, **local))
+    return replace(recipe, model=replace(recipe.model, **local))  # type: ignore[arg-type]  # names of texts alone
 
 
 def _taken_up(last: Path, world: int, *, by_deepspeed: bool) -> Resumable:
