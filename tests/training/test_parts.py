@@ -49,6 +49,7 @@ def test_the_recipes_have_the_originals_numbers() -> None:
     ("change", "said"),
     [
         ("train.lrr=1", "nearest: train.lr"), ("lr=fast", "must be a number"),
+        ("train.betas=[0.9]", "must be a list of 2"),
         ("model.llm_lora.x=1", "model.llm_lora.x"),
         ("train.dtype=fp8", "fp32, bf16, fp16"), ("lr", "it is key=value"), ("data.workers=1.5", "whole number"),
     ],

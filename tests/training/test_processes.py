@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from llava_convert.core.errors import InputError, UsageError
 from llava_convert.core.resources import training
 from tests.training.drawn import draw, recipe
-from tests.training.programs import command, environment, furthest, losses, train
+from tests.training.programs import command, environment, furthest, losses, train, typically
 
 pytestmark = pytest.mark.slow
 checkpoint = training("checkpoint")
@@ -36,7 +36,9 @@ def cut_back(whole: Path, cut: Path, iteration: int) -> None:
 def test_two_processes_are_one_with_the_double_batch(tiny: Path, tmp_path: Path) -> None:
     """A mean over two processes is of their means, so all answers here have as many tokens.
 
-    With and without sharding by FSDP; taken up again, too. Losses to 2e-6 relative, weights to 1e-6.
+    With and without sharding by FSDP; taken up again, too. Losses to 2e-6 relative, weights to 1e-8 in the mean, and to
+    a hundredth of one step at most: where a gradient is nearly nothing, AdamW makes a step of rounding (1e-6 on one
+    type of CPU, 3e-6 on another).
     """
     data = draw(tmp_path / "data", alike=AutoTokenizer.from_pretrained(tiny / "llm"))
     one, two, fsdp, again = (tmp_path / name for name in ("one", "two", "fsdp", "again"))
@@ -44,14 +46,14 @@ def test_two_processes_are_one_with_the_double_batch(tiny: Path, tmp_path: Path)
     chosen = recipe(tiny, data, "full_vitlora", batch_size=1)
     train(chosen, two, processes=2)
     assert losses(two) == pytest.approx(losses(one), rel=2e-6)
-    assert furthest(last, two / "iter_4.pth") < 1e-6
+    assert furthest(last, two / "iter_4.pth") < 5e-6 and typically(last, two / "iter_4.pth") < 1e-8
     assert furthest(last, one / "iter_2.pth") > 1e-4
     train(chosen, fsdp, processes=2, program=HERE / "fsdp_on_cpu.py")
     assert losses(fsdp) == pytest.approx(losses(one), rel=2e-6)
-    assert furthest(last, fsdp / "iter_4.pth") < 1e-6
+    assert furthest(last, fsdp / "iter_4.pth") < 5e-6 and typically(last, fsdp / "iter_4.pth") < 1e-8
     cut_back(fsdp, again, 2)
     train(chosen, again, "--resume", processes=2, program=HERE / "fsdp_on_cpu.py")
-    assert furthest(last, again / "iter_4.pth") < 1e-6
+    assert furthest(last, again / "iter_4.pth") < 5e-6 and typically(last, again / "iter_4.pth") < 1e-8
     with pytest.raises(UsageError, match="of a run of 2 processes, this one has 1"):
         training("train").train(chosen, two, resume=True)
 
