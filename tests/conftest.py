@@ -43,6 +43,17 @@ def golden() -> Path:
     return folder
 
 
+# Their tests start servers, processes, trainings or other people's runtimes; `-m "not slow"` is a loop without them.
+_SLOW = ("hubs", "interop", "remotes", "training")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(CHECKOUT / "tests").parts[0] in _SLOW:
+            item.add_marker("slow")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say what a run without the peers' environments has left out."""
     left = [item for item in terminalreporter.stats.get("deselected", ()) if item.get_closest_marker("peers")]

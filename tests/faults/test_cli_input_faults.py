@@ -40,6 +40,8 @@ from tests.faults.corpus import (
     write_pth,
 )
 
+pytestmark = pytest.mark.slow
+
 VIT = ("--visual-encoder", TINY / "vit")
 NORM = "llm.model.norm.weight"
 

@@ -41,6 +41,8 @@ from tests.faults.corpus import (
     tree,
 )
 
+pytestmark = pytest.mark.slow
+
 VIT = ("--visual-encoder", TINY / "vit")
 
 

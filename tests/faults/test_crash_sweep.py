@@ -14,6 +14,8 @@ import pytest
 
 from tests.faults.corpus import TINY, Corpus, Ran, accepted, assert_clean, run, shell, tree
 
+pytestmark = pytest.mark.slow
+
 CHILD = """
 import os, sys
 at, number, seen = int(sys.argv.pop(1)), int(sys.argv.pop(1)), 0

@@ -79,13 +79,11 @@ def peer(environment: str) -> Path:
 # transformers.
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1], ids=["pipeline", "step by step"])
 def test_transformers(make: Make, shelf: Path, number: int) -> None:
     assert python(block(make("hf"), "transformers", number=number), shelf) == CAPTION
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1], ids=["pipeline", "step by step"])
 def test_transformers_without_a_chat_template(make: Make, shelf: Path, number: int) -> None:
     """The raw prompt stands in for it: the question alone, of which nothing is known."""
@@ -100,7 +98,6 @@ def test_transformers_without_a_chat_template(make: Make, shelf: Path, number: i
     assert python(code, shelf)
 
 
-@pytest.mark.slow
 def test_a_language_model_alone(make: Make, shelf: Path) -> None:
     code = block(make("hf", part="llm"), "transformers")
     assert python(code, shelf)
@@ -108,7 +105,6 @@ def test_a_language_model_alone(make: Make, shelf: Path) -> None:
         assert block(make(to, part="llm"), "transformers") == code.replace("tiny-hf-llm", f"tiny-{to}-llm")
 
 
-@pytest.mark.slow
 def test_a_tower_and_a_projector_alone(make: Make, shelf: Path) -> None:
     tower = python(block(make("hf", part="visual-encoder"), "transformers"), shelf)
     assert tower == "torch.Size([1, 17, 32])"  # 16 patches and the class token
@@ -197,7 +193,6 @@ def served(folder: Path, shelf: Path) -> Iterator[str]:
     del server
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
 def test_the_request_to_llama_server(make: Make, shelf: Path) -> None:
     """By the shell and curl, as printed, but for the port."""
@@ -235,7 +230,6 @@ def test_llama_mtmd_cli(make: Make, shelf: Path, options: dict[str, str]) -> Non
 # llava-convert itself, and what nobody can run here.
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("to", ["hf", "official", "xtuner", "gguf"])
 def test_verify_as_printed(make: Make, shelf: Path, tiny: Path, to: str) -> None:
     line = next(b.code for b in blocks(make(to)) if b.code.startswith("llava-convert verify"))

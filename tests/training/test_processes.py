@@ -20,7 +20,6 @@ from llava_convert.core.resources import training
 from tests.training.drawn import draw, recipe
 from tests.training.programs import command, environment, furthest, losses, train, typically
 
-pytestmark = pytest.mark.slow
 checkpoint = training("checkpoint")
 HERE = Path(__file__).parent
 

@@ -45,7 +45,6 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
     return Shown(steps.folder, steps.runs, steps.questions(), steps.ask())
 
 
-@pytest.mark.slow
 def test_it_learns(shown: Shown) -> None:
     """The first stage trains the projector of a frozen language model that knows no word yet."""
     assert len(shown.questions) == 192
@@ -53,13 +52,11 @@ def test_it_learns(shown: Shown) -> None:
     assert shown.share(demo.TRAINED) >= 0.95
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", [demo.XTUNER, demo.OFFICIAL, demo.HF])
 def test_a_layout_answers_as_the_checkpoint(shown: Shown, layout: str) -> None:
     assert shown.answers[layout] == shown.answers[demo.TRAINED]
 
 
-@pytest.mark.slow
 def test_llama_cpp_answers_as_transformers_with_its_defect(shown: Shown) -> None:
     reference = shown.answers[demo.LIKE_LLAMA_CPP]
     assert shown.answers[demo.F16] == reference
@@ -68,7 +65,6 @@ def test_llama_cpp_answers_as_transformers_with_its_defect(shown: Shown) -> None
     assert demo.differing(reference, shown.answers[demo.HF]) > 0.1 * len(shown.questions)
 
 
-@pytest.mark.slow
 def test_gguf_and_back_answers_as_before(shown: Shown, tmp_path: Path) -> None:
     """No defect is in the files: in transformers again, they answer as the checkpoint does.
 
@@ -94,7 +90,6 @@ def test_the_real_llava_answers_as_the_checkpoint(shown: Shown, tmp_path: Path) 
     assert found["answers"] == shown.answers[demo.TRAINED]
 
 
-@pytest.mark.slow
 def test_the_contact_sheet(shown: Shown, tmp_path: Path) -> None:
     demo.sheet(shown.questions, shown.answers, tmp_path / "answers.png")
     with Image.open(tmp_path / "answers.png") as sheet:

@@ -13,7 +13,7 @@ from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.layouts.training_config import load_training_config, parse_training_config
 from llava_convert.model.training import LoraSettings, TrainingConfig
 
-GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "cases"
+GOLDEN = Path(__file__).parents[3].parent / "shared" / "golden" / "cases"
 
 WRITTEN = """
 import torch

@@ -14,7 +14,7 @@ from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.layouts.gguf import limits, rope, token_flags
 from llava_convert.layouts.gguf.names import config_of, metadata_of, table_for_family
 from llava_convert.storage.sidecars import folder_sidecars
-from tests.unit.test_gguf_words import config, stored
+from tests.unit.layouts.test_gguf_metadata import config, stored
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 LONGROPE = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}

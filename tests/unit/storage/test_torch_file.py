@@ -22,7 +22,7 @@ from llava_convert.core.tensors import DTYPE_BITS, StoredTensor
 from llava_convert.storage.pickle.machine import Elided, Inert
 from llava_convert.storage.torch.file import OddTensor, TorchFile, read_torch, state_dict
 
-GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
+GOLDEN = Path(__file__).parents[3].parent / "shared" / "golden"
 TORCH_DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
     torch.int64: "I64", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.float16: "F16",
