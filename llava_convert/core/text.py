@@ -24,10 +24,11 @@ def utf8(text: str) -> bytes:
 def printable(name: object) -> str:
     """`name` fit for a message: control characters escaped, cut when long."""
     text = str(name)
-    if len(text) > _LONGEST_SHOWN:
-        text = f"{text[:_LONGEST_SHOWN]}… ({len(text)} characters)"
     # A character that str.isprintable refuses (NUL, newline, right-to-left marks, lone surrogates) is escaped.
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[: _LONGEST_SHOWN + 1]
+    )
+    return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}… ({len(text)} characters)"
 
 
 def listed(names: Iterable[object], limit: int = _LISTED) -> str:

@@ -20,6 +20,7 @@ FEW = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": 
 LOAD_WHOLE = "import sys; data = open(sys.argv[1], 'rb').read(); print(len(data))"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_larger_than_the_memory_allowed(corpus: Corpus, tmp_path: Path) -> None:
     """410 MB of float32 to 205 MB of float16 with 200 MiB of private memory, interpreter and NumPy included."""
     state, cfg = trained()

@@ -115,6 +115,7 @@ def _many(name: str) -> str | None:
     return f"_base_ = 'self{int(name[4:-3]) + 1}.py'" if name.startswith("self") else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", BOMBS, ids=lambda code: code[:40].replace("\n", ";"))
 def test_bombs_are_refused_quickly_and_in_little_memory(code: str) -> None:
     tracemalloc.start()

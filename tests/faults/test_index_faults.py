@@ -372,6 +372,7 @@ def test_fault_29_gigabyte_of_index(tmp_path: Path) -> None:
     assert f"larger than {MAX_INDEX_BYTES:,} bytes" in bounded(tmp_path)
 
 
+@pytest.mark.slow
 def test_fault_29_million_entries(tmp_path: Path) -> None:
     sharded(tmp_path)
     write_index(tmp_path, {f"model.layers.{i}": ONE for i in range(1_000_000)})

@@ -106,6 +106,7 @@ def test_fault_47_a_prefix_that_no_row_has(corpus: Corpus, tmp_path: Path) -> No
     refused(tmp_path, 4, "1 tensor that nothing takes: audio_tower.proj.weight", "hf.toml line", args=args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["language_model.model.layers.{}.mlp.foo", "a.{}.b{}"])
 def test_fault_47_ten_thousand_unknown_tensors_stay_readable(corpus: Corpus, tmp_path: Path, pattern: str) -> None:
     source = corpus.copy("hf", tmp_path)

@@ -258,6 +258,7 @@ BOMBS: dict[str, bytes] = {
 BOMBS["text"] = b"Nq\x00" + BOMBS["text"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_fault_36_is_bounded(tmp_path: Path, bomb: str) -> None:
     path = archive(tmp_path / "x.pth", b"\x80\x02" + BOMBS[bomb] + b".")
@@ -308,6 +309,7 @@ SLOW: dict[str, tuple[bytes, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SLOW)
 def test_fault_36_is_refused_early(tmp_path: Path, case: str) -> None:
     pickled, words = SLOW[case]
@@ -327,6 +329,7 @@ def test_fault_36_what_real_files_hold_is_below_the_limits() -> None:
     assert unpickle.load(in_text_form, path=Path("x")).root == [[n] for n in range(3000)]
 
 
+@pytest.mark.slow
 def test_fault_36_containers_take_bounded_memory() -> None:
     """Measured on a tenth of the most operations, since tracemalloc is slow; a list is the most that one can ask."""
     import tracemalloc
@@ -340,6 +343,7 @@ def test_fault_36_containers_take_bounded_memory() -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_fault_36_a_long_name_of_the_archive_is_not_joined_anew(tmp_path: Path) -> None:
     """To join and hash 60,000 characters for each of 200,000 storages took seven times as long as for one character."""
     storage = STORAGE.removesuffix(b"Q") + b"q\x000" + b"h\x00Q0" * 200_000
@@ -523,6 +527,7 @@ def test_every_truncation_of_the_file(tmp_path: Path) -> None:
                 read_torch(path)
 
 
+@pytest.mark.slow
 def test_every_flipped_byte_of_the_file(tmp_path: Path) -> None:
     whole = tmp_path / "whole.pth"
     path = tmp_path / "x.pth"

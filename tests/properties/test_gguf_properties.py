@@ -11,6 +11,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import pytest
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -101,6 +102,7 @@ def by_gguf_py(keys: dict[str, Typed], infos: list[tuple[str, str, tuple[int, ..
         return path.read_bytes()
 
 
+@pytest.mark.slow
 @RANDOM
 @given(metadata, several, alignments)
 def test_against_gguf_py(keys: dict[str, Typed], infos: list[tuple[str, str, tuple[int, ...]]], alignment: int) -> None:
@@ -164,6 +166,7 @@ SMALL = encode_gguf(
 WHOLE = SMALL.data + bytes(SMALL.size - len(SMALL.data))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=600)
 @given(st.integers(4, len(SMALL.data) - 1), st.integers(0, 255))
 @example(4, 2)

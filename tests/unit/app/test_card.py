@@ -192,6 +192,7 @@ def test_license_of_a_published_language_model(make: Make, base: str, license: s
     assert f": that of the language model {base}." in text
 
 
+@pytest.mark.slow
 def test_what_the_sources_own_card_says_goes_on(make: Make, tmp_path: Path) -> None:
     make("official", llm_id="meta-llama/Meta-Llama-3-8B-Instruct")
     source = (tmp_path / "my-llava").rename(tmp_path / "source")
@@ -474,6 +475,7 @@ def test_tables_and_sizes() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_imported_for_a_card(tiny: Path, tmp_path: Path) -> None:
     code = (
         "import sys, llava_convert\n"
@@ -485,6 +487,7 @@ def test_nothing_heavy_is_imported_for_a_card(tiny: Path, tmp_path: Path) -> Non
     assert done.stdout.strip() in ("[]", "['jinja2']")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "known"), [("mistral", "llava-mistral"), ("qwen2", None), ("phi3", None)])
 def test_the_original_code_has_two_classes(tiny: Path, tmp_path: Path, name: str, known: str | None) -> None:
     family = next(key for key, wide in WIDES.items() if wide.family == name and wide.tokenizer not in PUBLISHED)

@@ -110,6 +110,7 @@ def test_version() -> None:
 # --- stdout and stderr
 
 
+@pytest.mark.slow
 def test_json_of_a_conversion(tiny: Path, tmp_path: Path) -> None:
     found = run("pth", tiny / "iter_2.pth", "--to", "hf", "-o", tmp_path / "o", "--json")
     assert found.exit_code == 0
@@ -153,6 +154,7 @@ def test_quiet_prints_nothing(tiny: Path, tmp_path: Path) -> None:
         assert run(*command, "-q").stdout == ""
 
 
+@pytest.mark.slow
 def test_quiet_still_warns(tiny: Path, tmp_path: Path) -> None:
     found = run("pth", tiny / "iter_2.pth", "--to", "hf", "-o", tmp_path / "o", "--quiet")
     assert found.stdout == ""
@@ -202,10 +204,12 @@ def test_json_of_an_error(tmp_path: Path) -> None:
 # --- what is imported
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     assert modules(tmp_path, "pth", "--help") == set()
 
 
+@pytest.mark.slow
 def test_looking_and_renaming_never_import_torch(tiny: Path, tmp_path: Path) -> None:
     """It costs 1.3 s and 143 MB: only merges may."""
     official = tmp_path / "official"

@@ -150,6 +150,7 @@ def test_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "llava-convert[llamacpp]" in f"{caught.value.message} {caught.value.hint}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("to", "layer"), [("gguf", -1)])
 def test_the_feature_layer_of_the_model(tiny: Path, tmp_path: Path, to: str, layer: int) -> None:
     """-1 is after the last block, counted from 0 as the embeddings are."""

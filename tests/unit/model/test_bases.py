@@ -100,6 +100,7 @@ def test_cached_id(folder: str, name: str | None) -> None:
     assert cached_id(Path("/cache") / folder) == name
 
 
+@pytest.mark.slow
 def test_converted_with_a_cache_alone(tmp_path: Path, tiny: Path) -> None:
     """Offline, by id, in a process of its own: HF_HOME is read when the client is imported."""
     cache(tmp_path / "home" / "hub", "org/tiny-vit", tiny / "vit")

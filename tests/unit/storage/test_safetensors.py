@@ -222,6 +222,7 @@ def test_keys_in_any_order(tmp_path: Path) -> None:
     assert list(read_header(write(tmp_path / "a.safetensors", header, b"12")).tensors) == ["b", "a"]
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_tensors(tmp_path: Path) -> None:
     tensors: Tensors = [(f"model.layers.{i}.self_attn.q_proj.weight", "U8", (1, 1)) for i in range(100_000)]
     header = encode_header(tensors)
