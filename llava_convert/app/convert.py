@@ -32,7 +32,7 @@ from llava_convert.model.recipe import Bases, Model
 from llava_convert.model.record import RECORD
 from llava_convert.model.target import KEEP, Target, parse_size
 from llava_convert.ops import kernels as ggml
-from llava_convert.ops.cast import CastLoss
+from llava_convert.ops.base import CastLoss
 from llava_convert.storage.fingerprints import Snapshot
 from llava_convert.storage.output.staging import Staging
 from llava_convert.storage.ranges import FilePool

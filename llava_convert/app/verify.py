@@ -20,8 +20,9 @@ from llava_convert.model.recipe import EMBEDDING, Bases, Recipe
 from llava_convert.model.record import RECORD
 from llava_convert.model.tables.names import grouped
 from llava_convert.model.target import Output
+from llava_convert.ops import steps
 from llava_convert.ops.base import Op
-from llava_convert.ops.ops import PadRows, steps
+from llava_convert.ops.rows import PadRows
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.sidecars import folder_sidecars
 

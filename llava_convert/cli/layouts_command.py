@@ -25,7 +25,7 @@ def _layouts(as_json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.V
         from llava_convert.layouts.registry import SOURCES, TARGETS
         from llava_convert.model.tables.families import architectures
         from llava_convert.model.tables.names import layout_table
-        from llava_convert.ops.ops import OPS
+        from llava_convert.ops import OPS
 
         gguf = {"gguf": sorted(table.architecture for table in tables())}
         dialects = gguf | {

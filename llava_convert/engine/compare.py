@@ -17,7 +17,7 @@ from llava_convert.engine.shards import PlannedTensor
 from llava_convert.engine.tasks import Copy, tasks_of
 from llava_convert.ops import kernels as ggml
 from llava_convert.ops.cast import count_nonfinite, widen
-from llava_convert.ops.ops import MergeLora
+from llava_convert.ops.lora import MergeLora
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import read_bytes
 

@@ -23,7 +23,8 @@ from llava_convert.engine.sinks import FileSink, MemorySink, Progress, Sink
 from llava_convert.engine.tasks import Copy, Work
 from llava_convert.engine.tasks import tasks_of as tasks_of
 from llava_convert.ops.cast import use_torch
-from llava_convert.ops.ops import MergeLora, Quantize
+from llava_convert.ops.lora import MergeLora
+from llava_convert.ops.quantize import Quantize
 from llava_convert.storage.output.staging import Stage
 from llava_convert.storage.ranges import FilePool, write_all
 from llava_convert.storage.remote.files import remote_of

@@ -9,7 +9,7 @@ from typing import Any
 
 from llava_convert.engine.plan import Plan
 from llava_convert.model.recipe import Model
-from llava_convert.ops.ops import MergeLora
+from llava_convert.ops.lora import MergeLora
 from llava_convert.storage.remote.files import Traffic
 
 

@@ -15,8 +15,7 @@ from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.core.text import printable
 from llava_convert.engine.sinks import Sink
 from llava_convert.engine.tasks import Copy, Work
-from llava_convert.ops.base import Blocks, Context, Op
-from llava_convert.ops.cast import CastLoss
+from llava_convert.ops.base import Blocks, CastLoss, Context, Op
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import BLOCK, blocks, read_bytes, read_whole, rows_of
 

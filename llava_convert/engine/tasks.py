@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llava_convert.engine.shards import PlannedTensor
 from llava_convert.ops.base import Op
-from llava_convert.ops.ops import Quantize
+from llava_convert.ops.quantize import Quantize
 from llava_convert.storage.streams import cuts, rows_of, rows_per_block
 
 # One task's share: large enough that its overhead is nothing, small enough to keep every thread busy to the end.

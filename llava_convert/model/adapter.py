@@ -1,7 +1,7 @@
 """LoRA adapters: which tensors belong to which module, and by what factor they count.
 
-The arithmetic is `ops.MergeLora`. Facts on names and factors come from peft 0.12, which xtuner trains with: scale is
-alpha / r, with rsLoRA alpha / sqrt(r); `rank_pattern` and `alpha_pattern` map a regular expression on the end of a
+The arithmetic is `ops.lora.MergeLora`. Facts on names and factors come from peft 0.12, which xtuner trains with: scale
+is alpha / r, with rsLoRA alpha / sqrt(r); `rank_pattern` and `alpha_pattern` map a regular expression on the end of a
 module's path to its own r or alpha.
 """
 
@@ -18,7 +18,7 @@ from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.model.tables.names import grouped, layout_table
 from llava_convert.model.training import LoraSettings
-from llava_convert.ops.ops import MergeLora
+from llava_convert.ops.lora import MergeLora
 
 _TAILS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 

@@ -31,7 +31,7 @@ from llava_convert.model.recipe import EMBEDDING, HEAD, Bases, Model, Recipe
 from llava_convert.model.tables.families import Expected, architecture_for
 from llava_convert.model.tables.names import grouped
 from llava_convert.model.towers import tower_config
-from llava_convert.ops.ops import TakeRows
+from llava_convert.ops.rows import TakeRows
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import same_bytes
 

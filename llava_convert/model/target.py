@@ -12,8 +12,8 @@ from typing import Any
 from llava_convert.core.errors import UsageError
 from llava_convert.core.tensors import nbytes_of
 from llava_convert.model.recipe import Recipe
+from llava_convert.ops import steps
 from llava_convert.ops.base import Op
-from llava_convert.ops.ops import steps
 from llava_convert.storage.gguf.values import Typed
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -13,11 +13,24 @@ from typing import Any, Protocol
 
 from llava_convert.core.arrays import Array
 from llava_convert.core.tensors import StoredTensor
-from llava_convert.ops.cast import CastLoss
 
 Blocks = Iterator[Array]
 Read = Callable[[StoredTensor], Array]
 """Reads a small tensor whole, in its own shape."""
+
+
+@dataclass(slots=True)
+class CastLoss:
+    """What a cast lost: finite values that became infinite, nonzero values that became zero."""
+
+    overflowed: int = 0
+    flushed: int = 0
+    nonfinite: int = 0
+
+    def add(self, other: CastLoss) -> None:
+        self.overflowed += other.overflowed
+        self.flushed += other.flushed
+        self.nonfinite += other.nonfinite
 
 
 @dataclass(slots=True)

@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llava_convert.core.arrays import NUMPY_TYPES, Array
+from llava_convert.core.arrays import FLOATS, NUMPY_TYPES, Array
+from llava_convert.core.errors import UnsupportedError
+from llava_convert.core.tensors import StoredTensor
+from llava_convert.ops.base import Blocks, CastLoss, Context, Op
 
 Bits32 = NDArray[np.uint32]
 Bits16 = NDArray[np.uint16]
@@ -36,6 +39,7 @@ _TOO_LARGE = {"F16": 0x477FF000, "BF16": 0x7F7F8000}
 _F16_PLACES = np.array(0x8FFFE000, np.uint32).view(np.int32)[()]
 _F16_BIAS = np.float32(2.0**112)
 _SUBNORMAL = np.array([1], np.uint32).view(np.float32)
+_EXACT = {("F16", "F32"), ("BF16", "F32"), ("F16", "F64"), ("BF16", "F64"), ("F32", "F64")}
 _scratch = threading.local()
 _torch: Any = None
 
@@ -49,20 +53,6 @@ def use_torch() -> None:
     import torch
 
     _torch = torch
-
-
-@dataclass(slots=True)
-class CastLoss:
-    """What a cast lost: finite values that became infinite, nonzero values that became zero."""
-
-    overflowed: int = 0
-    flushed: int = 0
-    nonfinite: int = 0
-
-    def add(self, other: CastLoss) -> None:
-        self.overflowed += other.overflowed
-        self.flushed += other.flushed
-        self.nonfinite += other.nonfinite
 
 
 def widen(values: Array, dtype: str) -> NDArray[np.float32]:
@@ -277,3 +267,35 @@ def _lost(before: Array, dtype: str, after: Array, to: str) -> CastLoss:
     already = count_nonfinite(before, dtype)
     now = count_nonfinite(after, to)
     return CastLoss(now - already, _zeros(after, to) - _zeros(before, dtype), already)
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """To another float dtype, rounding once to nearest even."""
+
+    dtype: str
+    name = "cast"
+
+    def result(self, dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+        if dtype not in FLOATS:
+            raise UnsupportedError(
+                f"cannot cast {dtype} to {self.dtype}: no arithmetic is done on {dtype}",
+                hint="keep its dtype (leave --dtype out where the source decides), or dequantise it first",
+            )
+        return self.dtype, shape
+
+    def rows_together(self, shape: tuple[int, ...]) -> int:
+        return 1
+
+    def stream(self, blocks: Blocks, dtype: str, shape: tuple[int, ...], context: Context) -> Blocks:
+        for block in blocks:
+            yield cast(block, dtype, self.dtype, context.loss)
+
+    def inputs(self) -> tuple[StoredTensor, ...]:
+        return ()
+
+    def inverse(self, dtype: str, shape: tuple[int, ...]) -> Op | None:
+        return Cast(dtype) if (dtype, self.dtype) in _EXACT else None
+
+    def describe(self) -> dict[str, Any]:
+        return {"op": self.name, "dtype": self.dtype}

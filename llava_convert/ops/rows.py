@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -156,3 +157,8 @@ class Constant:
 
     def describe(self) -> dict[str, Any]:
         return {"op": self.name, "shape": list(self.shape), "values": list(self.values)}
+
+
+def constant(name: str, shape: tuple[int, ...], values: Sequence[float]) -> tuple[StoredTensor, tuple[Op, ...]]:
+    """A tensor of known values, as what a recipe starts from: an empty source, and the op that fills it."""
+    return StoredTensor(name, "F32", (0,), ()), (Constant(shape, tuple(map(float, values))),)

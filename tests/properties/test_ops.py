@@ -14,9 +14,11 @@ from hypothesis.extra import numpy as arrays
 
 from llava_convert.core.arrays import NUMPY_TYPES
 from llava_convert.core.tensors import Extent, StoredTensor
-from llava_convert.ops.base import Context, Op
-from llava_convert.ops.cast import CastLoss
-from llava_convert.ops.ops import Cast, MergeLora, PadRows, Quantize, RopePermute, TakeRows
+from llava_convert.ops.base import CastLoss, Context, Op
+from llava_convert.ops.cast import Cast
+from llava_convert.ops.lora import MergeLora
+from llava_convert.ops.quantize import Quantize
+from llava_convert.ops.rows import PadRows, RopePermute, TakeRows
 
 dtypes = st.sampled_from(sorted(NUMPY_TYPES))
 cuts = st.lists(st.integers(0, 20), max_size=4).map(sorted)

@@ -17,7 +17,7 @@ from llava_convert.core.tensors import DTYPE_BITS, Extent, StoredTensor
 from llava_convert.engine.plan import Plan, make_plan
 from llava_convert.model.recipe import Recipe
 from llava_convert.model.target import KEEP, FileSet, Output, Target, parse_size, size_of
-from llava_convert.ops.ops import PadRows
+from llava_convert.ops.rows import PadRows
 
 names = st.text(string.ascii_lowercase + "._0", min_size=1, max_size=8).filter(lambda n: ".." not in n)
 dtypes = st.sampled_from(["F16", "BF16", "F32"])

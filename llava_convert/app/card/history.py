@@ -12,7 +12,8 @@ from llava_convert.app.card.tables import size, table
 from llava_convert.core.tensors import TORCH_NAMES
 from llava_convert.engine.shards import PlannedTensor
 from llava_convert.model.checkpoint import LLM, PART_NAMES, PARTS, VISION
-from llava_convert.ops.ops import Dequantize, MergeLora, Quantize
+from llava_convert.ops.lora import MergeLora
+from llava_convert.ops.quantize import Dequantize, Quantize
 
 _SOURCES = {
     "pth": "a training checkpoint of xtuner (`.pth`)",

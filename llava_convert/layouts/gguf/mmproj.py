@@ -19,7 +19,7 @@ from llava_convert.core.text import printable, to_json
 from llava_convert.model.checkpoint import VISION
 from llava_convert.model.towers import towers
 from llava_convert.ops.base import Op
-from llava_convert.ops.ops import constant
+from llava_convert.ops.rows import constant
 from llava_convert.storage.gguf.file import Typed
 from llava_convert.storage.sidecars import Sidecars, made_sidecars
 

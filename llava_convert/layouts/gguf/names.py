@@ -23,7 +23,7 @@ from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION
 from llava_convert.model.tables.families import architecture_for
 from llava_convert.model.tables.names import LayoutTable, TableError, parse_layout_table
 from llava_convert.ops.base import Op
-from llava_convert.ops.ops import RopePermute
+from llava_convert.ops.rows import RopePermute
 from llava_convert.storage.gguf.file import Typed
 
 Config = Mapping[str, Any]

@@ -46,7 +46,7 @@ from llava_convert.model.options import ALL
 from llava_convert.model.record import read_record
 from llava_convert.model.tables.names import lookup_errors
 from llava_convert.ops.base import Op
-from llava_convert.ops.ops import Dequantize
+from llava_convert.ops.quantize import Dequantize
 from llava_convert.storage.gguf.file import Gguf, open_gguf
 from llava_convert.storage.sidecars import Sidecars, made_sidecars
 

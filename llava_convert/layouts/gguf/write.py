@@ -28,7 +28,7 @@ from llava_convert.model.projector import projector_config
 from llava_convert.model.recipe import EMBEDDING, HEAD, Model, Recipe
 from llava_convert.model.target import KEEP, FileSet, Output, Target, parse_size, part_names
 from llava_convert.ops import kernels as ggml
-from llava_convert.ops.ops import constant
+from llava_convert.ops.rows import constant
 from llava_convert.storage.gguf.file import Typed
 from llava_convert.storage.sidecars import made_sidecars
 

@@ -28,7 +28,10 @@ from llava_convert.model.recipe import Recipe
 from llava_convert.model.target import FileSet, Output, Target
 from llava_convert.ops import kernels as ggml
 from llava_convert.ops.base import Op
-from llava_convert.ops.ops import Cast, MergeLora, PadRows, Quantize, RopePermute, constant
+from llava_convert.ops.cast import Cast
+from llava_convert.ops.lora import MergeLora
+from llava_convert.ops.quantize import Quantize
+from llava_convert.ops.rows import PadRows, RopePermute, constant
 from llava_convert.storage import streams
 from llava_convert.storage.output.staging import Staging
 from llava_convert.storage.ranges import PIECE, FilePool

@@ -20,7 +20,9 @@ from llava_convert.core.text import to_json
 from llava_convert.engine.plan import Plan, make_plan
 from llava_convert.model.recipe import Recipe
 from llava_convert.model.target import KEEP, FileSet, Output, Target, parse_size
-from llava_convert.ops.ops import Cast, MergeLora, PadRows
+from llava_convert.ops.cast import Cast
+from llava_convert.ops.lora import MergeLora
+from llava_convert.ops.rows import PadRows
 from llava_convert.storage.gguf.file import Typed
 from llava_convert.storage.safetensors import read_header
 

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from llava_convert.ops import cast as numerics
-from llava_convert.ops.cast import CHUNK, CastLoss, cast, count_nonfinite, widen
+from llava_convert.ops.base import CastLoss
+from llava_convert.ops.cast import CHUNK, cast, count_nonfinite, widen
 
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 

@@ -17,21 +17,12 @@ from llava_convert.core.arrays import NUMPY_TYPES, as_array
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import QUANTS, TORCH_NAMES, Extent, StoredTensor, nbytes_of
 from llava_convert.model.recipe import Recipe
-from llava_convert.ops.base import Context, Op
-from llava_convert.ops.cast import CastLoss
-from llava_convert.ops.ops import (
-    OPS,
-    Cast,
-    Constant,
-    Dequantize,
-    MergeLora,
-    PadRows,
-    Quantize,
-    RopePermute,
-    TakeRows,
-    constant,
-    steps,
-)
+from llava_convert.ops import OPS, steps
+from llava_convert.ops.base import CastLoss, Context, Op
+from llava_convert.ops.cast import Cast
+from llava_convert.ops.lora import MergeLora
+from llava_convert.ops.quantize import Dequantize, Quantize
+from llava_convert.ops.rows import Constant, PadRows, RopePermute, TakeRows, constant
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 TORCH = {dtype: getattr(torch, TORCH_NAMES[dtype]) for dtype in FLOATS}

@@ -1,0 +1,130 @@
+"""Write the transformers layout: config, processor, LLaVA's tokens, and the weights in their classic names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llava_convert.assets.bundle import Artefacts
+from llava_convert.assets.processor import processor_config
+from llava_convert.assets.tokenizer.llava_tokens import (
+    TokenPlan,
+    plain_files,
+    plan_llava_tokens,
+    undo_record,
+    with_tokens,
+)
+from llava_convert.core.errors import UnsupportedError
+from llava_convert.core.tensors import TORCH_NAMES
+from llava_convert.core.text import to_json
+from llava_convert.layouts import single_part as single
+from llava_convert.layouts.base import Needs
+from llava_convert.layouts.defaults import output_dtype, shard_limit
+from llava_convert.layouts.hf.read import NAME
+from llava_convert.layouts.naming import outputs
+from llava_convert.model.checkpoint import LLM, PARTS, PROJECTOR, VISION, Checkpoint
+from llava_convert.model.configs import family, ordered
+from llava_convert.model.options import ALL, TargetOptions
+from llava_convert.model.projector import projector_config
+from llava_convert.model.recipe import EMBEDDING, HEAD, Model, Recipe
+from llava_convert.model.tables.names import layout_table
+from llava_convert.model.target import FileSet, Target
+from llava_convert.ops.rows import PadRows
+
+IMAGE_TOKEN = "<image>"
+
+
+def needs(checkpoint: Checkpoint, part: str) -> Needs:
+    if part == PROJECTOR:
+        return Needs((PROJECTOR,))
+    if part != ALL:
+        return single.needs(part)
+    return Needs(PARTS, (LLM, VISION))
+
+
+def lower(model: Model, options: TargetOptions) -> Target:
+    """The files of the transformers layout. Raises UnsupportedError (exit 4) for what its class cannot express."""
+    if options.part in (LLM, VISION):
+        return single.lower(model, options, NAME)
+    sizes = projector_config({name: recipe.tensor for name, recipe in model.part(PROJECTOR).items()})
+    if sizes["depth"] != 2:
+        raise UnsupportedError(
+            f"the projector has {sizes['depth']} linear layers; transformers' LLaVA has exactly 2",
+            hint="convert to official or xtuner instead",
+        )
+    dtype = output_dtype(model, options)
+    if options.part == PROJECTOR:
+        return Target(NAME, (FileSet(outputs(model.part(PROJECTOR), layout_table(NAME), dtype)),), {})
+    made = Artefacts(model, options)
+    family(LLM, model.configs[LLM])
+    tokens, files, record = _tokens(model, made)
+    recipes = dict(model.recipes)
+    for name in (EMBEDDING, HEAD):
+        if tokens.rows_out > recipes[name].shape[0]:
+            recipes[name] = recipes[name].then(PadRows(tokens.rows_out))
+    rows = recipes[EMBEDDING].shape[0]
+    skip = frozenset({HEAD}) if model.tied else frozenset()
+    tensors = outputs(recipes, layout_table(NAME), dtype, skip=skip)
+    files["config.json"] = to_json(_config(model, made, dtype, rows, tokens))
+    files |= made.generation_file()
+    preprocessor = made.preprocessor_config(for_hf=True)
+    if preprocessor is not None:
+        files["preprocessor_config.json"] = to_json(preprocessor)
+    strategy = model.checkpoint.settings.select_strategy
+    files["processor_config.json"] = to_json(processor_config(model.configs[VISION], strategy, IMAGE_TOKEN))
+    added = _added(model, recipes, tokens, record)
+    return Target(
+        NAME,
+        (FileSet(tensors, limit=shard_limit(model, options, trained="5GB")),),
+        files,
+        added_rows=added,
+        warnings=made.warnings(LLM, VISION),
+    )
+
+
+def _tokens(model: Model, made: Artefacts) -> tuple[TokenPlan, dict[str, bytes], dict[str, Any]]:
+    """LLaVA's tokens, the tokenizer's files with them, and what undoes the change."""
+    tokenizer = made.required_tokenizer()
+    plan = plan_llava_tokens(tokenizer, model.recipes[EMBEDDING].shape[0])
+    templates = made.templates
+    files = with_tokens(tokenizer, plan, chat_template=templates.tokenizer, processor_template=templates.processor)
+    return plan, files, undo_record(plain_files(tokenizer, templates.tokenizer), plan, files)
+
+
+def _added(model: Model, recipes: Mapping[str, Recipe], tokens: TokenPlan, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What conversion.json keeps of the added rows and tokens, so that the way back can take them off."""
+    before = model.recipes[EMBEDDING].shape[0]
+    return {
+        "rows": {"from": before, "to": recipes[EMBEDDING].shape[0]},
+        "tokens": [token.record() for token in tokens.added],
+        "tokenizer": dict(record),
+        "fill": "mean of the old rows",
+    }
+
+
+def _config(model: Model, made: Artefacts, dtype: str, rows: int, tokens: TokenPlan) -> dict[str, Any]:
+    text = made.text_config(TORCH_NAMES[dtype], rows=rows)
+    vision = made.vision_config(TORCH_NAMES[dtype])
+    text["architectures"] = [single.class_of(text)]
+    vision["architectures"] = [single.class_of(vision)]
+    settings = model.checkpoint.settings
+    # The class token is one of the positions; "default" leaves the first feature out, whatever it is.
+    positions = family(VISION, model.configs[VISION]).symbol("positions", model.configs[VISION])
+    config: dict[str, Any] = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "ignore_index": -100,
+        "image_seq_length": positions - (settings.select_strategy == "default"),
+        "image_token_index": tokens.image_id,
+        "multimodal_projector_bias": True,
+        "projector_hidden_act": "gelu",
+        "text_config": ordered(text),
+        "tie_word_embeddings": bool(text.get("tie_word_embeddings")),
+        "torch_dtype": TORCH_NAMES[dtype],
+        "vision_config": ordered(vision),
+        "vision_feature_layer": settings.select_layer,
+        "vision_feature_select_strategy": settings.select_strategy,
+        "pad_token_id": tokens.pad_id,
+        "vocab_size": rows,
+    }
+    return ordered(config)

@@ -1,0 +1,98 @@
+"""Write the official LLaVA layout, or its projector alone (`mm_projector.bin`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llava_convert.assets.bundle import Artefacts
+from llava_convert.core.errors import UnsupportedError
+from llava_convert.core.tensors import TORCH_NAMES
+from llava_convert.core.text import to_json
+from llava_convert.layouts import single_part as single
+from llava_convert.layouts.base import Needs
+from llava_convert.layouts.defaults import output_dtype, shard_limit
+from llava_convert.layouts.naming import outputs
+from llava_convert.layouts.official.read import NAME
+from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION, Checkpoint
+from llava_convert.model.configs import family, ordered
+from llava_convert.model.options import ALL, TargetOptions
+from llava_convert.model.projector import projector_config
+from llava_convert.model.recipe import Model
+from llava_convert.model.tables.names import layout_table
+from llava_convert.model.target import FileSet, Target
+
+
+def needs(checkpoint: Checkpoint, part: str) -> Needs:
+    if part == PROJECTOR:
+        return Needs((PROJECTOR,), (), (LLM, VISION))
+    if part != ALL:
+        return single.needs(part)
+    if carries_tower(checkpoint):
+        return Needs((LLM, VISION, PROJECTOR), (LLM, VISION))
+    return Needs((LLM, PROJECTOR), (LLM,), (VISION,))
+
+
+def carries_tower(checkpoint: Checkpoint) -> bool:
+    """Whether the tower was trained, or comes whole from a layout that always carries it."""
+    return checkpoint.parts[VISION].state != "absent"
+
+
+def lower(model: Model, options: TargetOptions) -> Target:
+    """The files of the official layout. Raises UnsupportedError for a family that LLaVA's code has no class for."""
+    if options.part == PROJECTOR:
+        return _projector_alone(model, options)
+    if options.part != ALL:
+        return single.lower(model, options, NAME)
+    made = Artefacts(model, options)
+    dtype = output_dtype(model, options)
+    tensors = outputs(model.recipes, layout_table(NAME), dtype)
+    files: dict[str, bytes] = {"config.json": to_json(_config(model, made, dtype))}
+    files |= made.generation_file()
+    files |= made.tokenizer_files()
+    preprocessor = made.preprocessor_config(for_hf=False)
+    if preprocessor is not None:
+        files["preprocessor_config.json"] = to_json(preprocessor)
+    return Target(
+        NAME, (FileSet(tensors, limit=shard_limit(model, options)),), files, warnings=made.warnings(LLM, VISION)
+    )
+
+
+def _config(model: Model, made: Artefacts, dtype: str) -> dict[str, Any]:
+    text = model.configs[LLM]
+    table = family(LLM, text)
+    kind = table.official.get(str(text["model_type"]))
+    if kind is None:
+        raise UnsupportedError(f"official LLaVA has no class for {text['model_type']}")
+    projector = projector_config({name: recipe.tensor for name, recipe in model.part(PROJECTOR).items()})
+    settings = model.checkpoint.settings
+    config = made.text_config(TORCH_NAMES[dtype])
+    config |= {
+        "architectures": [f"Llava{kind.removeprefix('llava_').capitalize()}ForCausalLM"],
+        "model_type": kind,
+        "image_aspect_ratio": settings.image_aspect_ratio,
+        "mm_hidden_size": projector["vision_hidden_size"],
+        # "linear" would be a bare layer, without the index in its tensors' names.
+        "mm_projector_type": f"mlp{projector['depth']}x_gelu",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "cls_patch" if settings.select_strategy == "full" else "patch",
+        "mm_vision_select_layer": settings.select_layer,
+        "mm_vision_tower": made.id_of(VISION)[0],
+        "tune_mm_mlp_adapter": False,
+        "unfreeze_mm_vision_tower": bool(model.part(VISION)),
+        "use_mm_proj": True,
+        "use_cache": True,
+        **settings.extra,
+    }
+    return ordered(config)
+
+
+def _projector_alone(model: Model, options: TargetOptions) -> Target:
+    made = Artefacts(model, options)
+    dtype = output_dtype(model, options)
+    tensors = outputs(model.part(PROJECTOR), layout_table(NAME), dtype)
+    files: dict[str, bytes] = {}
+    if LLM in model.configs:
+        files["config.json"] = to_json(_config(model, made, dtype))
+    warnings = made.warnings(LLM, VISION) if LLM in model.configs else ()
+    return Target(NAME, (FileSet(tensors, stem="mm_projector", container="torch"),), files, warnings=warnings)

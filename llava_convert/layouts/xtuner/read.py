@@ -1,0 +1,121 @@
+"""xtuner's own layout: the language model at the root (or `llm_adapter/`), `projector/`, and `visual_encoder_adapter/`
+or `visual_encoder/`. What was frozen is absent; nothing in the folder names the models that it came from.
+
+`--dtype` governs the language model; projector, adapter of the tower and tower stay float32, as published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_convert.core.tensors import StoredTensor
+from llava_convert.layouts.adapter_folder import adapter_settings, read_adapter_config
+from llava_convert.layouts.base import Found, OpenOptions
+from llava_convert.layouts.naming import sort_tensors
+from llava_convert.layouts.training_config import load_training_config
+from llava_convert.model.checkpoint import (
+    LLM,
+    PROJECTOR,
+    VISION,
+    Checkpoint,
+    Dropped,
+    Part,
+    Settings,
+)
+from llava_convert.model.configs import old_flavour
+from llava_convert.model.record import read_record
+from llava_convert.model.tables.names import layout_table
+from llava_convert.model.training import TrainingConfig
+from llava_convert.storage.files import require_inside
+from llava_convert.storage.sidecars import folder_sidecars
+from llava_convert.storage.weights import open_weights
+
+NAME = "xtuner"
+LLM_ADAPTER, VISION_ADAPTER, VISION_FOLDER, PROJECTOR_FOLDER = (
+    "llm_adapter",
+    "visual_encoder_adapter",
+    "visual_encoder",
+    "projector",
+)
+_FOLDERS = (LLM_ADAPTER, VISION_ADAPTER, VISION_FOLDER, PROJECTOR_FOLDER)
+_CONFIG = "xtuner_config.py"
+
+
+def detect(found: Found) -> str | None:
+    have = [name for name in _FOLDERS if name in found.names and (found.path / name).is_dir()]
+    return f"it holds {', '.join(f'{name}/' for name in have)}" if have else None
+
+
+def open(path: Path, options: OpenOptions) -> Checkpoint:
+    """Open every file set of the folder; a copied `xtuner_config.py` is read statically for what it names."""
+    tensors: dict[str, StoredTensor] = {}
+    files: list[Path] = []
+    warnings: list[str] = []
+    sets = {"root": path} if _has_weights(path) else {}
+    sets |= {name: require_inside(path, name) for name in _FOLDERS if (path / name).is_dir()}
+    for name, folder in sets.items():
+        stems = ("adapter_model",) if name.endswith("_adapter") else ("model", "pytorch_model")
+        found = open_weights(folder, stems=stems)
+        tensors |= {f"{name}/{key}": tensor for key, tensor in found.tensors.items()}
+        files += found.files
+        warnings += found.warnings
+    sorted_ = sort_tensors(tensors, layout_table(NAME), path)
+    training, record = _training(path, options), read_record(path)
+    dropped: list[Dropped] = list(sorted_.dropped)
+    parts: dict[str, Part] = {}
+    for name, adapter, folder in (
+        (LLM, LLM_ADAPTER, path),
+        (VISION, VISION_ADAPTER, path / VISION_FOLDER),
+        (PROJECTOR, None, path / PROJECTOR_FOLDER),
+    ):
+        settings = adapter_settings(path / adapter) if adapter else None
+        part, left = sorted_.part(name, settings, str(path))
+        dropped += left
+        own = folder if part.weights else None
+        beside = folder_sidecars(own) if own is not None else None
+        config = old_flavour(beside.read_object("config.json")) if beside is not None and name != PROJECTOR else None
+        parts[name] = Part(part.weights, part.adapter, _base(path, adapter, name, training), config, beside)
+    return Checkpoint(
+        layout=NAME,
+        path=path,
+        root=path,
+        files=tuple(files),
+        parts=parts,
+        settings=_settings(training, record),
+        dropped=tuple(dropped),
+        warnings=tuple(warnings),
+        training=training,
+        record=record,
+    )
+
+
+def _has_weights(path: Path) -> bool:
+    names = (p.name for p in path.iterdir())
+    return any(
+        n.startswith(("model", "pytorch_model")) and n.endswith((".safetensors", ".bin", ".json")) for n in names
+    )
+
+
+def _training(path: Path, options: OpenOptions) -> TrainingConfig | None:
+    if options.config is None and not (path / _CONFIG).is_file():
+        return None
+    return load_training_config(options.config or require_inside(path, _CONFIG))
+
+
+def _settings(training: TrainingConfig | None, record: Mapping[str, Any] | None) -> Settings:
+    """How the parts work together: the layout itself does not say."""
+    if training is None:
+        return Settings.recorded(record)
+    return Settings(select_layer=training.visual_select_layer, prompt_template=training.prompt_template)
+
+
+def _base(path: Path, adapter: str | None, part: str, training: TrainingConfig | None) -> str | None:
+    """The base model of a part: what its adapter names, else what the training config names."""
+    config = read_adapter_config(path / adapter) if adapter else None
+    if config and (name := config.get("base_model_name_or_path")):
+        return str(name)
+    if training is None:
+        return None
+    return {LLM: training.llm, VISION: training.visual_encoder}.get(part)
