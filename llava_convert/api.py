@@ -65,7 +65,7 @@ def convert(
     """Convert a checkpoint to another layout; with `dry_run` only plan it, with `push` publish it afterwards.
 
     The options are those of the command line, where `llava-convert convert --help` explains them. Raises
-    `llava_convert.core.errors.ConvertError`. A source may be a hub's model or a URL, as on the command line.
+    `llava_convert.ConvertError`. A source may be a hub's model or a URL, as on the command line.
     """
     to_hub = Destination(push or "", named_hubs(hub), private, revision, create_pr)
     if push is None and (private or revision is not None or create_pr):
@@ -161,7 +161,7 @@ def upload(
 ) -> tuple[Published, ...]:
     """Publish a folder, once it is proven to be what was converted; what each hub has then.
 
-    The options are those of `llava-convert upload`. Raises `llava_convert.core.errors.ConvertError`.
+    The options are those of `llava-convert upload`. Raises `llava_convert.ConvertError`.
     """
     to = Destination(repo, named_hubs(hub), private, revision, create_pr, message or MESSAGE)
     options = _source_options(llm, visual_encoder, pretrained_pth, config, lora_alpha, cache)

@@ -19,10 +19,11 @@ from llava_convert.core.progress import Say, Silence
 from llava_convert.core.tensors import FROM_TORCH_NAMES, QUANTS, TORCH_NAMES
 from llava_convert.core.text import utf8
 from llava_convert.engine.check import FULL, OFF, QUICK, check_full, check_quick
-from llava_convert.engine.execute import Outcome, execute
+from llava_convert.engine.execute import execute
 from llava_convert.engine.plan import Plan, make_plan
 from llava_convert.engine.record import dropped_texts, dump, record, stored_of
 from llava_convert.engine.report import Report, part_story, peak_memory
+from llava_convert.engine.run import Outcome
 from llava_convert.layouts.base import OpenOptions
 from llava_convert.layouts.registry import TARGETS, detect, layout, locate, open_checkpoint
 from llava_convert.model.assemble import assemble, without_added
@@ -31,7 +32,7 @@ from llava_convert.model.options import ALL, TargetOptions
 from llava_convert.model.recipe import Bases, Model
 from llava_convert.model.record import RECORD
 from llava_convert.model.target import KEEP, Target, parse_size
-from llava_convert.ops import kernels as ggml
+from llava_convert.ops import kernels
 from llava_convert.ops.base import CastLoss
 from llava_convert.storage.fingerprints import Snapshot
 from llava_convert.storage.output.staging import Staging
@@ -240,7 +241,7 @@ def prepare(source: str | Path, options: Options, opened: tuple[Checkpoint, str]
 def _kernels(target: Target) -> dict[str, str]:
     """Whose kernels quantise, where any do: they decide the bytes."""
     quantises = any(o.dtype in QUANTS and o.recipe.dtype != o.dtype for files in target.sets for o in files.outputs)
-    return {"kernels": ggml.kernels()} if quantises else {}
+    return {"kernels": kernels.kernels()} if quantises else {}
 
 
 def _out(checkpoint: Checkpoint, options: Options) -> Path:

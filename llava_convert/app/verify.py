@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.core.arrays import FLOATS
-from llava_convert.core.errors import InputError, MismatchError
+from llava_convert.core.errors import MismatchError
 from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.engine.compare import Difference, compare
 from llava_convert.engine.shards import PlannedTensor
@@ -17,7 +17,7 @@ from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PARTS, VISION, Checkpoint
 from llava_convert.model.options import ALL, TargetOptions
 from llava_convert.model.recipe import EMBEDDING, Bases, Recipe
-from llava_convert.model.record import RECORD
+from llava_convert.model.record import read_options
 from llava_convert.model.tables.names import grouped
 from llava_convert.model.target import Output
 from llava_convert.ops import steps
@@ -103,7 +103,7 @@ def compare_checkpoints(
     every = open_each(out)
     target = layout(every[0].layout)
     part = options.part
-    recorded = _recorded(out)
+    recorded = read_options(out)
     if part == ALL:
         part = source.default_part if recorded is None else recorded.get("part", ALL)
     options = replace(options, part=part)
@@ -207,16 +207,6 @@ def _holds_part_of(theirs: Checkpoint, name: str) -> bool:
 def _untied(extra: set[str], tied: bool) -> set[str]:
     """A head written out beside a tied embedding says nothing new."""
     return extra - {"language_model.lm_head.weight"} if tied else extra
-
-
-def _recorded(out: Path) -> dict[str, Any] | None:
-    files = folder_sidecars(out)
-    try:
-        found = files.read_json(RECORD) if files.has(RECORD) else None
-    except InputError:
-        return None
-    options = found.get("options") if isinstance(found, dict) else None
-    return options if isinstance(options, dict) else None
 
 
 def _replayed(output: Output, stored: StoredTensor) -> tuple[PlannedTensor | None, int]:

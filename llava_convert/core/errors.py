@@ -7,6 +7,7 @@ it, a command where there is one. They are raised anywhere and printed in one pl
 from __future__ import annotations
 
 from llava_convert.core.addresses import called
+from llava_convert.core.text import escaped
 
 
 class ConvertError(Exception):
@@ -16,7 +17,7 @@ class ConvertError(Exception):
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         # Names from files stand in messages, and a terminal obeys escape sequences (tests/fuzz found several such).
-        message = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in called(message))
+        message = escaped(called(message), keep="\n")
         super().__init__(message)
         self.message = message
         self.hint = hint if hint is None else called(hint)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
 # The longest tensor name seen in a real model has 107 characters.
 _LONGEST_SHOWN = 120
 _LISTED = 8
+# Surrogates but for those by which os.fsdecode stands in for bytes that are not text (PEP 383).
+_NO_ESCAPED_BYTE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
 def to_json(value: Any) -> bytes:
@@ -17,17 +20,24 @@ def to_json(value: Any) -> bytes:
 
 
 def utf8(text: str) -> bytes:
-    """Text with names of files in it, which need not be of the locale's encoding, or of any: then `�` stands there."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
+    """Text with names of files in it, which need not be of the locale's encoding, or of any: then `�` stands there.
+
+    So it does for a lone surrogate, which JSON can spell and UTF-8 cannot.
+    """
+    escaped = _NO_ESCAPED_BYTE.sub("�", text)
+    return escaped.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
+
+
+def escaped(text: str, *, keep: str = "") -> str:
+    """`text` without what a terminal obeys: what str.isprintable refuses (NUL, newlines, right-to-left marks, lone
+    surrogates) is written as an escape, but for the characters in `keep`."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def printable(name: object) -> str:
-    """`name` fit for a message: control characters escaped, cut when long."""
+    """A name from a stranger's file, fit for a message of one line: escaped, and cut when long."""
     text = str(name)
-    # A character that str.isprintable refuses (NUL, newline, right-to-left marks, lone surrogates) is escaped.
-    shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[: _LONGEST_SHOWN + 1]
-    )
+    shown = escaped(text[: _LONGEST_SHOWN + 1])
     return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}… ({len(text)} characters)"
 
 

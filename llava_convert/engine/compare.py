@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from llava_convert.core.arrays import FLOATS, Array, as_array, raw
 from llava_convert.core.tensors import QUANTS, StoredTensor
-from llava_convert.engine.execute import Outcome, run_all, thread_count, torch_beside
+from llava_convert.engine.execute import run_all, thread_count, torch_beside
+from llava_convert.engine.run import Outcome
 from llava_convert.engine.shards import PlannedTensor
 from llava_convert.engine.tasks import Copy, tasks_of
-from llava_convert.ops import kernels as ggml
+from llava_convert.ops import kernels
 from llava_convert.ops.cast import count_nonfinite, widen
 from llava_convert.ops.lora import MergeLora
 from llava_convert.storage.ranges import FilePool
@@ -61,7 +62,7 @@ class CompareSink:
     def _differ(self, name: str, dtype: str, mine: memoryview, theirs: bytearray) -> None:
         largest = float("nan")
         if dtype in QUANTS:
-            one, other = (ggml.dequantize(dtype, np.frombuffer(data, np.uint8)[None]) for data in (mine, theirs))
+            one, other = (kernels.dequantize(dtype, np.frombuffer(data, np.uint8)[None]) for data in (mine, theirs))
             count = max(1, int(np.count_nonzero(one != other)))
             largest = _largest_gap(one, other)
         elif dtype in FLOATS:

@@ -16,12 +16,10 @@ from io import BytesIO
 
 from llava_convert.core.tensors import TORCH_NAMES
 from llava_convert.engine.plan import Plan
-from llava_convert.engine.run import Outcome as Outcome
-from llava_convert.engine.run import run_task as run_task
+from llava_convert.engine.run import Outcome, run_task
 from llava_convert.engine.shards import PlannedTensor, Shard
 from llava_convert.engine.sinks import FileSink, MemorySink, Progress, Sink
-from llava_convert.engine.tasks import Copy, Work
-from llava_convert.engine.tasks import tasks_of as tasks_of
+from llava_convert.engine.tasks import Copy, Work, tasks_of
 from llava_convert.ops.cast import use_torch
 from llava_convert.ops.lora import MergeLora
 from llava_convert.ops.quantize import Quantize

@@ -13,8 +13,8 @@ from typing import Any
 from llava_convert._version import __version__
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.core.text import utf8
-from llava_convert.engine.execute import Outcome
 from llava_convert.engine.plan import Plan
+from llava_convert.engine.run import Outcome
 from llava_convert.engine.shards import Shard
 from llava_convert.model.checkpoint import PART_WORDS, VISION, Checkpoint, Dropped
 from llava_convert.model.configs import without_stale

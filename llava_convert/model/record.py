@@ -24,6 +24,16 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return found
 
 
+def read_options(folder: Path) -> dict[str, Any] | None:
+    """The options that a conversion recorded of its output, None where there are none that can be read."""
+    try:
+        record = read_record(folder)
+    except InputError:
+        return None
+    options = record.get("options") if record is not None else None
+    return options if isinstance(options, dict) else None
+
+
 def _sound(added: Any) -> bool:
     """Whether the record of added rows and tokens has the form that the way back relies on."""
     if added is None:

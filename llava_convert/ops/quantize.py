@@ -14,7 +14,7 @@ import numpy as np
 from llava_convert.core.arrays import Array
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import QUANTS, StoredTensor, nbytes_of
-from llava_convert.ops import kernels as ggml
+from llava_convert.ops import kernels
 from llava_convert.ops.base import Blocks, Context, Op
 from llava_convert.ops.cast import CHUNK, count_nonfinite, widen
 
@@ -58,7 +58,7 @@ class Quantize:
             made = np.empty((len(block), nbytes_of(self.dtype, columns)), np.uint8)
             for row in range(0, len(block), step):
                 values = widen(block[row : row + step], dtype)
-                ggml.quantize(self.dtype, values, made[row : row + step])
+                kernels.quantize(self.dtype, values, made[row : row + step])
                 # False for NaN too.
                 if not (values.max(initial=0) < _SAFE and values.min(initial=0) > -_SAFE):
                     self._judge(values, made[row : row + step], context)
@@ -73,7 +73,7 @@ class Quantize:
                 f"and {self.dtype} cannot hold them",
                 hint="they spoil the model: get or save the checkpoint again; f16, bf16 and f32 keep them as they are",
             )
-        context.loss.overflowed += count_nonfinite(ggml.dequantize(self.dtype, made), "F32")
+        context.loss.overflowed += count_nonfinite(kernels.dequantize(self.dtype, made), "F32")
 
     def inputs(self) -> tuple[StoredTensor, ...]:
         return ()
@@ -94,7 +94,7 @@ class Dequantize:
     def result(self, dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
         if dtype not in QUANTS:
             raise UnsupportedError(f"cannot dequantise {dtype}: it is no block type")
-        if dtype not in ggml.READABLE:
+        if dtype not in kernels.READABLE:
             raise UnsupportedError(f"cannot dequantise {dtype}: gguf-py does not know how")
         if len(shape) < 2:
             raise UnsupportedError(f"cannot dequantise {dtype} of shape {list(shape)}: only matrices are")
@@ -105,7 +105,7 @@ class Dequantize:
 
     def stream(self, blocks: Blocks, dtype: str, shape: tuple[int, ...], context: Context) -> Blocks:
         for block in blocks:
-            yield ggml.dequantize(dtype, block)
+            yield kernels.dequantize(dtype, block)
 
     def inputs(self) -> tuple[StoredTensor, ...]:
         return ()

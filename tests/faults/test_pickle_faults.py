@@ -21,7 +21,7 @@ import torch
 
 from llava_convert.core.errors import ConvertError, InputError, UnsafeError, UnsupportedError
 from llava_convert.core.tensors import StoredTensor
-from llava_convert.storage.pickle import machine as unpickle
+from llava_convert.storage.pickle import machine
 from llava_convert.storage.pickle.limits import MAX_OPCODES
 from llava_convert.storage.pickle.machine import Inert
 from llava_convert.storage.torch.file import read_torch, state_dict
@@ -321,12 +321,12 @@ def test_fault_36_is_refused_early(tmp_path: Path, case: str) -> None:
 
 def test_fault_36_what_real_files_hold_is_below_the_limits() -> None:
     data = pickle.dumps({"state": {n: n for n in range(6000)}, "k" * 4096: 1, 2**31: 2, 0.5: 3}, 2)
-    root = unpickle.load(data, path=Path("x")).root
+    root = machine.load(data, path=Path("x")).root
     assert len(root["state"]) == 6000 and root["k" * 4096] == 1 and root[2**31] == 2 and root[0.5] == 3
     leaps = b"".join(b"p%d\n" % (10_000 * n) for n in range(1, 101))
-    assert unpickle.load(b"N" + leaps + b"g10000\n\x86.", path=Path("x")).root == (None, None)
+    assert machine.load(b"N" + leaps + b"g10000\n\x86.", path=Path("x")).root == (None, None)
     in_text_form = pickle.dumps([[n] for n in range(3000)], 0)
-    assert unpickle.load(in_text_form, path=Path("x")).root == [[n] for n in range(3000)]
+    assert machine.load(in_text_form, path=Path("x")).root == [[n] for n in range(3000)]
 
 
 @pytest.mark.slow
@@ -337,7 +337,7 @@ def test_fault_36_containers_take_bounded_memory() -> None:
     count = MAX_OPCODES // 10
     tracemalloc.start()
     try:
-        assert len(unpickle.load(b"(" + b"]" * count + b"l.", path=Path("x")).root) == count
+        assert len(machine.load(b"(" + b"]" * count + b"l.", path=Path("x")).root) == count
         assert 10 * tracemalloc.get_traced_memory()[1] < 320 << 20
     finally:
         tracemalloc.stop()
@@ -393,7 +393,7 @@ def test_fault_36_legacy_header_is_small(tmp_path: Path) -> None:
 
 def test_fault_36_legacy_pickle_longer_than_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The window grows to the cap and no further, and the message does not take the window for the pickle."""
-    monkeypatch.setattr(unpickle, "MAX_PICKLE_BYTES", 10 << 20)
+    monkeypatch.setattr(machine, "MAX_PICKLE_BYTES", 10 << 20)
     path = tmp_path / "x.pth"
     path.write_bytes(LEGACY_MAGIC + pickle.dumps(1001, 2) + b"\x80\x02}." + b"\x8e" + struct.pack("<Q", 20 << 20))
     os.truncate(path, 30 << 20)
@@ -432,9 +432,9 @@ def test_fault_36_pickle_longer_than_the_cap(tmp_path: Path) -> None:
         zipfile.ZipFile(stream, "w") as target,
         target.open(zipfile.ZipInfo("x/data.pkl"), "w") as record,
     ):
-        stream.seek(unpickle.MAX_PICKLE_BYTES, os.SEEK_CUR)
+        stream.seek(machine.MAX_PICKLE_BYTES, os.SEEK_CUR)
         stream.write(b"\0")
-        record._file_size = unpickle.MAX_PICKLE_BYTES + 1  # type: ignore[attr-defined]
+        record._file_size = machine.MAX_PICKLE_BYTES + 1  # type: ignore[attr-defined]
     refusal(path, UnsafeError, "data.pkl has")
 
 
@@ -509,7 +509,7 @@ def test_every_truncation_and_flip_ends_in_an_own_error(tmp_path: Path) -> None:
         flipped, noise = (raw[:at] + bytes([byte]) + raw[at + 1 :] for byte in (raw[at] ^ 0x11, 0xFF))
         for damaged in (raw[:at], flipped, noise):
             try:
-                unpickle.load(damaged, path=path, persistent=lambda pid: pid)
+                machine.load(damaged, path=path, persistent=lambda pid: pid)
             except ConvertError as error:
                 seen.add(type(error))
     assert InputError in seen

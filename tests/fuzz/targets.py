@@ -20,7 +20,7 @@ from llava_convert.model.configs import family, named_config, old_flavour
 from llava_convert.model.tables.families import architectures
 from llava_convert.storage.gguf.file import encode_gguf, open_gguf
 from llava_convert.storage.json_files import parse_json
-from llava_convert.storage.pickle import machine as unpickle
+from llava_convert.storage.pickle import machine
 from llava_convert.storage.pyconfig.evaluate import evaluate
 from llava_convert.storage.safetensors import read_header
 from llava_convert.storage.sentencepiece import read_pieces
@@ -116,7 +116,7 @@ def _torch_legacy(data: bytes, folder: Path) -> Read:
 
 def _unpickle(data: bytes, folder: Path) -> Read:
     def read() -> None:
-        loaded = unpickle.load(data, path=folder / "x.pkl", persistent=lambda pid: unpickle.Inert("storage"))
+        loaded = machine.load(data, path=folder / "x.pkl", persistent=lambda pid: machine.Inert("storage"))
         assert 0 < loaded.end <= len(data)
         repr(loaded.root)  # shallow and free of cycles, but for what hides its contents
 

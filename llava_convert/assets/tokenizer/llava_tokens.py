@@ -27,6 +27,7 @@ from llava_convert.assets.tokenizer.files import (
 )
 from llava_convert.assets.tokenizer.json_edit import edit_added_tokens
 from llava_convert.core.errors import InputError
+from llava_convert.core.text import to_json
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 ROW_MULTIPLE = 64  # xtuner's pad_shape: rows are padded to it when a token gets a new one
@@ -130,18 +131,18 @@ def with_tokens(
         config["chat_template"] = template
         files[TEMPLATE] = template.encode()
         if processor_template not in (None, template):
-            files[PROCESSOR_TEMPLATE] = _dump({"chat_template": processor_template})
+            files[PROCESSOR_TEMPLATE] = to_json({"chat_template": processor_template})
     special = tokenizer.read_json(SPECIAL_MAP)
     for key in ("bos_token", "eos_token", "unk_token"):
         if key not in special and isinstance(value := config.get(key), str | dict):
             # This file's fields go to AddedToken as they are, where tokenizer_config.json's carry their type.
             special[key] = {k: v for k, v in value.items() if k != "__type"} if isinstance(value, dict) else value
-    files[CONFIG] = _dump(config)
-    files[SPECIAL_MAP] = _dump(special | named)
+    files[CONFIG] = to_json(config)
+    files[SPECIAL_MAP] = to_json(special | named)
     # The slow classes of transformers before 4.34 know added tokens from this file alone.
     if "tokenizer.json" not in files or "tokenizer.model" in files or ADDED in tokenizer.files:
         base = tokenizer.read_json(ADDED)
-        files[ADDED] = _dump(base | {t.content: t.id for t in plan.added})
+        files[ADDED] = to_json(base | {t.content: t.id for t in plan.added})
     return files
 
 
@@ -149,11 +150,11 @@ def plain_files(tokenizer: Tokenizer, chat_template: str | None = None) -> dict[
     """The files as they are; a `chat_template` given replaces what is there in every file that could hold one."""
     files = {name: tokenizer.read(name) for name in tokenizer.files}
     if chat_template is not None:
-        files[CONFIG] = _dump(tokenizer.config | {"chat_template": chat_template})
+        files[CONFIG] = to_json(tokenizer.config | {"chat_template": chat_template})
         if TEMPLATE in files:
             files[TEMPLATE] = chat_template.encode()
         if PROCESSOR_TEMPLATE in files:
-            files[PROCESSOR_TEMPLATE] = _dump({"chat_template": chat_template})
+            files[PROCESSOR_TEMPLATE] = to_json({"chat_template": chat_template})
     return files
 
 
@@ -170,7 +171,7 @@ def without_tokens(
         files["tokenizer.json"] = edit_added_tokens(files["tokenizer.json"], tokenizer.fast, [], gone)
     for name in (CONFIG, SPECIAL_MAP, ADDED):
         if name in files:
-            files[name] = _dump(_stripped(tokenizer_object(files[name], tokenizer.where / name), gone))
+            files[name] = to_json(_stripped(tokenizer_object(files[name], tokenizer.where / name), gone))
     for name, change in (restore or {}).items():
         if change is None:
             files.pop(name, None)
@@ -179,7 +180,7 @@ def without_tokens(
         else:
             now = tokenizer_object(files.get(name, b"{}"), tokenizer.where / name)
             kept = {key: value for key, value in now.items() if key not in change["drop"]}
-            files[name] = _dump(kept | change["set"])
+            files[name] = to_json(kept | change["set"])
     return files
 
 
@@ -237,7 +238,3 @@ def _loadable_class(tokenizer: Tokenizer) -> str | None:
     if not tokenizer.fast:
         return "LlamaTokenizer" if unloadable and "tokenizer.model" in tokenizer.files else name
     return "PreTrainedTokenizerFast" if unloadable or (tokenizer.is_llama and tokenizer.byte_level) else name
-
-
-def _dump(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -15,8 +15,7 @@ from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.core.text import printable
 from llava_convert.layouts.base import Found, OpenOptions
-from llava_convert.layouts.gguf import defects as gguf_defects
-from llava_convert.layouts.gguf import mmproj as gguf_vision
+from llava_convert.layouts.gguf import defects, mmproj
 from llava_convert.layouts.gguf.files import (
     ARCHITECTURE,
     SUFFIX,
@@ -134,7 +133,7 @@ def _open_llm(found: _Opened, path: Path, options: OpenOptions) -> None:
     if isinstance(name, str) and name:
         config.setdefault("_name_or_path", name)
     found.parts[LLM] = Part(weights, config=config if told else None, files=llm_sidecars(gguf.metadata, path), ops=ops)
-    found.defects += gguf_defects.llm_defects(gguf.metadata)
+    found.defects += defects.llm_defects(gguf.metadata)
     found.facts |= _facts(gguf.metadata, config)
 
 
@@ -154,26 +153,26 @@ def _llm_config(table: GgufTable, gguf: Gguf, path: Path, found: _Opened) -> tup
 def _open_mmproj(found: _Opened, path: Path, options: OpenOptions, recorded: Settings) -> None:
     gguf = open_gguf(path)
     found.ggufs.append(gguf)
-    gguf_vision.require_llava(gguf.metadata, path)
+    mmproj.require_llava(gguf.metadata, path)
     tower, projector = table_for_arch(VISION_ARCHITECTURE), table_for_family("projector")
     config = named_config(config_of(tower, gguf.metadata, gguf.tensors), VISION, where=str(path))
-    config = gguf_vision.completed(config)
-    tensors = gguf_vision.with_legacy_names(gguf.tensors, int(config["hidden_size"]))
+    config = mmproj.completed(config)
+    tensors = mmproj.with_legacy_names(gguf.tensors, int(config["hidden_size"]))
     weights, ops = _named(found, tensors, [tower, projector], config, path, options)
     found.newline = weights.pop(IMAGE_NEWLINE, None)
     by_part = {part: {n: t for n, t in weights.items() if n.startswith(f"{part}.")} for part in (VISION, PROJECTOR)}
     found.parts[VISION] = Part(
         by_part[VISION],
         config=config,
-        files=gguf_vision.processor_sidecars(gguf.metadata, config, path),
+        files=mmproj.processor_sidecars(gguf.metadata, config, path),
         ops=ops,
-        synthetic=gguf_vision.synthetic(config),
+        synthetic=mmproj.synthetic(config),
     )
     found.parts[PROJECTOR] = Part(by_part[PROJECTOR], ops=ops)
-    layer, note = gguf_vision.feature_layer(gguf.metadata, config, path)
-    found.settings = replace(recorded, select_layer=layer, extra=gguf_vision.next_settings(gguf.metadata))
+    layer, note = mmproj.feature_layer(gguf.metadata, config, path)
+    found.settings = replace(recorded, select_layer=layer, extra=mmproj.next_settings(gguf.metadata))
     found.notes += [note] if note else []
-    found.defects += gguf_defects.vision_defects(gguf.metadata, tower, config, tensors)
+    found.defects += defects.vision_defects(gguf.metadata, tower, config, tensors)
     found.facts["mmproj blocks"] = config["num_hidden_layers"]
 
 
@@ -233,7 +232,7 @@ def _known(tables: list[GgufTable], config: Mapping[str, Any]) -> list[str]:
     return [named[0] for named in written if named is not None]
 
 
-def _facts(metadata: gguf_vision.Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(metadata: mmproj.Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     """What `inspect` tells of a language model, by what users look for."""
     tokens = value(metadata, "tokenizer.ggml.tokens", ())
     kind, pre = value(metadata, "tokenizer.ggml.model"), value(metadata, "tokenizer.ggml.pre")
@@ -253,7 +252,7 @@ def _file_type(number: Any) -> str:
     return names.get(number, "not told" if number is None else f"number {number}")
 
 
-def llm_sidecars(metadata: gguf_vision.Metadata, where: Path) -> Sidecars:
+def llm_sidecars(metadata: mmproj.Metadata, where: Path) -> Sidecars:
     """The tokenizer's files, made of the metadata when one of them is asked for."""
 
     def make() -> Mapping[str, bytes]:

@@ -6,7 +6,6 @@ read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ import numpy as np
 
 from llava_convert.assets.tokenizer.llava_tokens import IMAGE_TOKEN
 from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.text import to_json
 from llava_convert.layouts.gguf.pre_tokenizers import pre_tokenizers
 from llava_convert.layouts.gguf.token_flags import takes_space
 from llava_convert.layouts.gguf.vocabulary import BYTE, CONTROL, ENDS, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
@@ -43,12 +43,12 @@ def tokenizer_files(metadata: Mapping[str, Typed]) -> dict[str, bytes]:
         content, files = _sentencepiece(found), {"tokenizer.model": _model_file(found)}
     else:
         raise UnsupportedError(f"the GGUF's tokenizer is of the kind {kind!r}; known: gpt2, llama")
-    files["tokenizer.json"] = _dump(content)
-    files["tokenizer_config.json"] = _dump(_config(found, content, kind))
-    files["special_tokens_map.json"] = _dump(found.special)
-    files["generation_config.json"] = _dump(_generation(found))
+    files["tokenizer.json"] = to_json(content)
+    files["tokenizer_config.json"] = to_json(_config(found, content, kind))
+    files["special_tokens_map.json"] = to_json(found.special)
+    files["generation_config.json"] = to_json(_generation(found))
     if kind == "llama" and (later := {t: i for i, t in found.added.items() if i >= len(found.pieces)}):
-        files["added_tokens.json"] = _dump(later)
+        files["added_tokens.json"] = to_json(later)
     return files
 
 
@@ -315,7 +315,3 @@ def _generation(found: _Vocabulary) -> dict[str, Any]:
     if "temperature" in config:
         config["do_sample"] = True
     return dict(sorted(config.items()))
-
-
-def _dump(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")

@@ -27,14 +27,14 @@ from llava_convert.model.options import ALL, TargetOptions
 from llava_convert.model.projector import projector_config
 from llava_convert.model.recipe import EMBEDDING, HEAD, Model, Recipe
 from llava_convert.model.target import KEEP, FileSet, Output, Target, parse_size, part_names
-from llava_convert.ops import kernels as ggml
+from llava_convert.ops import kernels
 from llava_convert.ops.rows import constant
 from llava_convert.storage.gguf.file import Typed
 from llava_convert.storage.sidecars import made_sidecars
 
 NAME = "gguf"
 MMPROJ_TYPES = ("f16",)
-_QUANTIZATION_VERSION = 2  # ggml.h: GGML_QNT_VERSION
+_QUANTIZATION_VERSION = 2  # kernels.h: GGML_QNT_VERSION
 # generation_config's settings and the keys that llama.cpp reads them from.
 _SAMPLING = {
     "top_k": ("top_k", "i32"),
@@ -102,7 +102,7 @@ def lower(model: Model, options: TargetOptions) -> Target:
             warnings.append("image_newline is left out: llama.cpp's LLaVA makes no use of it")
     for output in (o for one in sets for o in one.outputs):
         if output.dtype in QUANTS and output.recipe.dtype != output.dtype:
-            ggml.require(output.dtype)
+            kernels.require(output.dtype)
     return Target(NAME, tuple(sets), files, warnings=tuple(warnings))
 
 

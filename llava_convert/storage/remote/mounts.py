@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llava_convert.core import addresses as aliases
+from llava_convert.core import addresses
 from llava_convert.core.errors import HubError, UnsafeError
 from llava_convert.core.text import printable
 from llava_convert.storage.files import os_reason, relative_name
@@ -34,7 +34,7 @@ def mount(remote: Remote) -> Path:
     root = Path(tempfile.mkdtemp(prefix="llava-convert-")).resolve() / name
     root.mkdir()
     _folders[root] = remote
-    aliases.call(root, remote.address)
+    addresses.call(root, remote.address)
     for file, size in remote.files.items():
         plain = relative_name(file)
         if plain is None:
@@ -57,7 +57,7 @@ def unmount(root: Path) -> None:
     """Take the placeholders away; their paths stand for nothing any more."""
     _folders.pop(root, None)
     forget(root)
-    aliases.forget(root)
+    addresses.forget(root)
     shutil.rmtree(root.parent, ignore_errors=True)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
 from llava_convert.core.text import printable
-from llava_convert.storage.pickle import machine as unpickle
+from llava_convert.storage.pickle import machine
 from llava_convert.storage.pickle.machine import Malformed, PickleEnds
 from llava_convert.storage.torch.tensors import BUILDERS, Storage, as_ascii, is_quiet, storage_at, storage_id
 from llava_convert.storage.torch.zip import read_at
@@ -23,7 +23,7 @@ _PROTOCOL = 1001
 _HEADER_OPERATIONS = 1000  # torch writes about 30; these pickles are read anew for each window
 
 
-def read_legacy(path: Path, stream: RawIOBase, size: int) -> unpickle.Loaded:
+def read_legacy(path: Path, stream: RawIOBase, size: int) -> machine.Loaded:
     """The tree of the object; of the file, no more is read than its pickles and the lengths between the storages."""
     window = 1 << 22
     while True:
@@ -33,26 +33,26 @@ def read_legacy(path: Path, stream: RawIOBase, size: int) -> unpickle.Loaded:
         except PickleEnds:
             if len(data) == size:
                 raise
-            if window >= unpickle.MAX_PICKLE_BYTES:
-                most = unpickle.MAX_PICKLE_BYTES
+            if window >= machine.MAX_PICKLE_BYTES:
+                most = machine.MAX_PICKLE_BYTES
                 raise UnsafeError(f"{path}: its pickles do not end within {most:,} bytes, the most read") from None
-            window = min(window * 4, unpickle.MAX_PICKLE_BYTES)
+            window = min(window * 4, machine.MAX_PICKLE_BYTES)
 
 
-def _parse(path: Path, stream: RawIOBase, size: int, data: bytes) -> unpickle.Loaded:
+def _parse(path: Path, stream: RawIOBase, size: int, data: bytes) -> machine.Loaded:
     try:
-        magic = unpickle.load(data, path=path, operations=_HEADER_OPERATIONS)
+        magic = machine.load(data, path=path, operations=_HEADER_OPERATIONS)
     except InputError as error:
         if isinstance(error, PickleEnds) and data.startswith(b"\x80"):
             raise
         magic = None
     if magic is None or magic.root != _MAGIC:
         raise InputError(f"{path}: is no file of torch.save: neither a zip file nor the older form")
-    protocol = unpickle.load(data, path=path, start=magic.end, operations=_HEADER_OPERATIONS)
+    protocol = machine.load(data, path=path, start=magic.end, operations=_HEADER_OPERATIONS)
     if protocol.root != _PROTOCOL:
         found = printable(protocol.root) if type(protocol.root) is int else "that is no number"
         raise InputError(f"{path}: is no file of torch.save: unknown version {found}")
-    system = unpickle.load(data, path=path, start=protocol.end, operations=_HEADER_OPERATIONS)
+    system = machine.load(data, path=path, start=protocol.end, operations=_HEADER_OPERATIONS)
     if isinstance(system.root, dict) and system.root.get("little_endian") is False:
         raise UnsupportedError(f"{path}: was saved on a big-endian machine, which is not read")
 
@@ -80,13 +80,11 @@ def _parse(path: Path, stream: RawIOBase, size: int, data: bytes) -> unpickle.Lo
         moved = storage.offset + offset * storage.item
         return replace(storage, offset=moved, nbytes=count * storage.item)
 
-    def read_object() -> unpickle.Loaded:
-        return unpickle.load(
-            data, path=path, start=system.end, persistent=persistent, builders=BUILDERS, quiet=is_quiet
-        )
+    def read_object() -> machine.Loaded:
+        return machine.load(data, path=path, start=system.end, persistent=persistent, builders=BUILDERS, quiet=is_quiet)
 
     # Where the bytes are is known only after the object's pickle, hence it is read twice: for lengths, for places.
-    keys = unpickle.load(data, path=path, start=read_object().end)
+    keys = machine.load(data, path=path, start=read_object().end)
     if not isinstance(keys.root, list) or set(storages) - {key for key in keys.root if isinstance(key, str)}:
         raise InputError(f"{path}: its list of storages lacks some that its tensors use")
     at = keys.end

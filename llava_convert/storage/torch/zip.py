@@ -18,7 +18,7 @@ from typing import Any
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
 from llava_convert.core.text import printable
 from llava_convert.storage.files import will_read
-from llava_convert.storage.pickle import machine as unpickle
+from llava_convert.storage.pickle import machine
 from llava_convert.storage.torch.tensors import BUILDERS, Storage, is_quiet, storage_at, storage_id
 
 MAX_DIRECTORY_BYTES = 64 << 20  # about 600,000 records
@@ -31,7 +31,7 @@ class _Record:
     crc: int
 
 
-def read_zip(path: Path, stream: RawIOBase, size: int) -> unpickle.Loaded:
+def read_zip(path: Path, stream: RawIOBase, size: int) -> machine.Loaded:
     records = _zip_records(path, stream, size)
     roots = [name.removesuffix("/data.pkl") for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:
@@ -47,8 +47,8 @@ def read_zip(path: Path, stream: RawIOBase, size: int) -> unpickle.Loaded:
             hint="Save it anew with torch.serialization.set_default_load_endianness on a little-endian machine.",
         )
     pickled = records[f"{root}/data.pkl"]
-    if pickled.length > unpickle.MAX_PICKLE_BYTES:
-        most = unpickle.MAX_PICKLE_BYTES
+    if pickled.length > machine.MAX_PICKLE_BYTES:
+        most = machine.MAX_PICKLE_BYTES
         raise UnsafeError(f"{path}: data.pkl has {pickled.length:,} bytes; {most:,} are the most read")
     data = read_at(path, stream, pickled.offset, pickled.length)
     # torch.serialization.set_crc32_options(False) writes 0 for "not computed".
@@ -73,7 +73,7 @@ def read_zip(path: Path, stream: RawIOBase, size: int) -> unpickle.Loaded:
             )
         return storage
 
-    return unpickle.load(data, path=path, persistent=persistent, builders=BUILDERS, quiet=is_quiet)
+    return machine.load(data, path=path, persistent=persistent, builders=BUILDERS, quiet=is_quiet)
 
 
 def _zip_records(path: Path, stream: RawIOBase, size: int) -> dict[str, _Record]:

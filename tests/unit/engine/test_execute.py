@@ -26,7 +26,7 @@ from llava_convert.engine.sinks import FileSink
 from llava_convert.engine.tasks import Copy, Work, tasks_of
 from llava_convert.model.recipe import Recipe
 from llava_convert.model.target import FileSet, Output, Target
-from llava_convert.ops import kernels as ggml
+from llava_convert.ops import kernels
 from llava_convert.ops.base import Op
 from llava_convert.ops.cast import Cast
 from llava_convert.ops.lora import MergeLora
@@ -208,7 +208,7 @@ def test_rotary_order_in_blocks_equals_the_formula(tmp_path: Path, strided: bool
         source = replace(source, shape=(1920, 256), strides=(1, 1920))
     (found,) = made_by([planned(source, RopePermute(20), Quantize("Q4_K"))], whole=False).values()
     order = values.reshape(20, 2, 48, 256).swapaxes(1, 2).reshape(1920, 256)
-    assert found == ggml.quantize("Q4_K", np.ascontiguousarray(order)).tobytes()
+    assert found == kernels.quantize("Q4_K", np.ascontiguousarray(order)).tobytes()
 
 
 # --- several outputs of one source
@@ -244,7 +244,7 @@ def test_a_source_is_read_once_for_all_types(tmp_path: Path, reads: dict[str, in
     assert found["0", "w"] == values.tobytes()
     assert found["1", "w"] == values.astype(np.float16).tobytes()
     for shard, dtype in (("2", "Q8_0"), ("3", "Q6_K")):
-        assert found[shard, "w"] == ggml.quantize(dtype, values).tobytes()
+        assert found[shard, "w"] == kernels.quantize(dtype, values).tobytes()
 
 
 def test_what_they_have_in_common_is_done_once(
@@ -266,7 +266,7 @@ def test_what_they_have_in_common_is_done_once(
     assert len(merges) == 1 and reads["a"] == a.nbytes and reads["w"] == base.nbytes
     wanted = (base + (b @ a) * 0.25).numpy().reshape(8, 2, 32, 768).swapaxes(1, 2).reshape(512, 768)
     assert found["0", "w"] == wanted.tobytes()
-    assert found["3", "w"] == ggml.quantize("Q6_K", np.ascontiguousarray(wanted)).tobytes()
+    assert found["3", "w"] == kernels.quantize("Q6_K", np.ascontiguousarray(wanted)).tobytes()
 
 
 def test_ops_that_add_rows_share_a_stream_only_when_they_are_the_same(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_ops_that_add_rows_share_a_stream_only_when_they_are_the_same(tmp_path: 
     mean = values.mean(0, dtype=np.float64).astype(np.float32)
     padded = np.concatenate([values, np.broadcast_to(mean, (20, 256))])
     assert found == {
-        "padded q8_0": ggml.quantize("Q8_0", padded).tobytes(),
+        "padded q8_0": kernels.quantize("Q8_0", padded).tobytes(),
         "padded f16": padded.astype(np.float16).tobytes(),
         "padded less": padded[:310].astype(np.float16).tobytes(),
         "f16": values.astype(np.float16).tobytes(),
@@ -403,11 +403,11 @@ def test_a_resumed_batch_writes_only_what_is_left(tmp_path: Path, monkeypatch: p
 def test_quantised_tensors_are_compared(tmp_path: Path) -> None:
     values = np.random.default_rng(0).standard_normal((200, 512)).astype(np.float32)
     source = stored(tmp_path, "w", values)
-    made = ggml.quantize("Q4_K", values)
+    made = kernels.quantize("Q4_K", values)
     made[7, 40] ^= 0x0F
     (tmp_path / "made").write_bytes(made.tobytes())
     theirs = StoredTensor("w", "Q4_K", (200, 512), (Extent(tmp_path / "made", 0, nbytes_of("Q4_K", values.size)),))
-    gap = np.abs(ggml.dequantize("Q4_K", made) - ggml.dequantize("Q4_K", ggml.quantize("Q4_K", values)))
+    gap = np.abs(kernels.dequantize("Q4_K", made) - kernels.dequantize("Q4_K", kernels.quantize("Q4_K", values)))
     with FilePool() as pool:
         for planned_as in (planned(source, Quantize("Q4_K")), planned(theirs)):
             found = compare([planned_as], {"w": theirs}, pool, progress=lambda done: None).differences

@@ -14,7 +14,7 @@ import pytest
 import llava_convert
 from llava_convert.core.errors import ConvertError, UnsupportedError, UsageError
 from llava_convert.layouts.gguf.write import size_label
-from llava_convert.ops import kernels as ggml
+from llava_convert.ops import kernels
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_the_files(made: Path) -> None:
         "tiny-q8_0.Modelfile", "tiny-q8_0.gguf",
     ]  # fmt: skip
     record = json.loads((made / "conversion.json").read_text())
-    assert record["tool"]["kernels"] == ggml.kernels()
+    assert record["tool"]["kernels"] == kernels.kernels()
     assert {name.split("/")[0] for name in record["tensors"]} == {p.name for p in made.glob("*.gguf")}
     card = (made / "README.md").read_text()
     assert "llama-mtmd-cli -m tiny/tiny-f32.gguf \\\n  --mmproj tiny/tiny-mmproj-f32.gguf" in card
@@ -143,10 +143,10 @@ def test_refused(tiny: Path, tmp_path: Path, options: dict[str, Any], error: typ
 
 def test_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """NumPy makes five types; the K-quants name the extra that brings ggml's kernels."""
-    monkeypatch.setattr(ggml, "_kernel", lambda dtype: None)
-    ggml.require("Q8_0")
+    monkeypatch.setattr(kernels, "_kernel", lambda dtype: None)
+    kernels.require("Q8_0")
     with pytest.raises(UsageError, match="Q6_K") as caught:
-        ggml.require("Q6_K")
+        kernels.require("Q6_K")
     assert "llava-convert[llamacpp]" in f"{caught.value.message} {caught.value.hint}"
 
 

@@ -19,8 +19,9 @@ import llava_convert
 from llava_convert.cli.convert_command import parse_alpha
 from llava_convert.core.errors import InputError, UnsupportedError, UsageError
 from llava_convert.core.tensors import Extent, StoredTensor
-from llava_convert.engine.execute import Outcome, run_task, tasks_of
 from llava_convert.engine.plan import make_plan
+from llava_convert.engine.run import Outcome, run_task
+from llava_convert.engine.tasks import tasks_of
 from llava_convert.model.adapter import Adapter, disputed, parse_adapter, settings_for, settings_from_json
 from llava_convert.model.recipe import Recipe
 from llava_convert.model.target import FileSet, Output, Target

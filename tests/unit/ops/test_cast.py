@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from llava_convert.ops import cast as numerics
+from llava_convert.ops import cast as cast_module
 from llava_convert.ops.base import CastLoss
 from llava_convert.ops.cast import CHUNK, cast, count_nonfinite, widen
 
@@ -40,7 +40,7 @@ def bits_of(values: NDArray[np.generic]) -> NDArray[np.generic]:
 
 @pytest.fixture(params=["numpy", "torch"])
 def rounder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(numerics, "_torch", torch if request.param == "torch" else None)
+    monkeypatch.setattr(cast_module, "_torch", torch if request.param == "torch" else None)
     yield request.param
 
 
@@ -132,7 +132,7 @@ def test_widening_where_subnormals_read_as_zero(monkeypatch: pytest.MonkeyPatch)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormals")
     try:
-        assert numerics._flushes_subnormals()
+        assert cast_module._flushes_subnormals()
         found = widen(finite, "F16")
     finally:
         torch.set_flush_denormal(False)

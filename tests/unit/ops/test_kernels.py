@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType, quants
 
 from llava_convert.core.errors import UsageError
 from llava_convert.core.tensors import QUANTS
-from llava_convert.ops import kernels as ggml
+from llava_convert.ops import kernels
 
 RNG = np.random.default_rng(0)
 # Root mean square error on normal weights, by gguf-py's reader: each type's own bits, with room for half a bit.
@@ -33,11 +33,11 @@ def hide(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hide]:
     """Put another file, or nothing, in place of xllamacpp's library until the test is over."""
 
     def forget() -> None:
-        for cached in (ggml._library, ggml._kernel):
+        for cached in (kernels._library, kernels._kernel):
             cached.cache_clear()
 
     def put(place: Path | None) -> None:
-        monkeypatch.setattr(ggml, "_place", lambda: place)
+        monkeypatch.setattr(kernels, "_place", lambda: place)
         forget()
 
     yield put
@@ -56,51 +56,51 @@ def weights(rows: int = 24, columns: int = 1024) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("dtype", sorted(ggml.BY_NUMPY))
+@pytest.mark.parametrize("dtype", sorted(kernels.BY_NUMPY))
 def test_against_gguf_py(dtype: str) -> None:
     """The wheel's C and gguf-py's NumPy are two implementations: their bytes are the same."""
-    assert "xllamacpp" in ggml.kernels()
+    assert "xllamacpp" in kernels.kernels()
     values = weights()
     signless = values + np.float32(0) if dtype in ("Q4_0", "Q5_0") else values  # -0 counts with gguf-py there
     wanted = quants.quantize(signless, GGMLQuantizationType[dtype])
-    assert np.array_equal(ggml.quantize(dtype, values), wanted)
+    assert np.array_equal(kernels.quantize(dtype, values), wanted)
 
 
-@pytest.mark.parametrize("dtype", ggml.NUMBERS)
+@pytest.mark.parametrize("dtype", kernels.NUMBERS)
 def test_values_come_back_as_well_as_the_type_can(dtype: str) -> None:
     values = RNG.standard_normal((32, 2048)).astype(np.float32)
-    made = ggml.quantize(dtype, values)
+    made = kernels.quantize(dtype, values)
     assert made.shape == (32, 2048 // QUANTS[dtype][0] * QUANTS[dtype][1])
     again = quants.dequantize(made, GGMLQuantizationType[dtype])
     error = float(np.sqrt(np.mean((again - values) ** 2)))
     assert ERRORS[dtype] / 2 < error < ERRORS[dtype]
-    assert np.array_equal(ggml.dequantize(dtype, made), again)
+    assert np.array_equal(kernels.dequantize(dtype, made), again)
 
 
-@pytest.mark.parametrize("dtype", ggml.NUMBERS)
+@pytest.mark.parametrize("dtype", kernels.NUMBERS)
 def test_rows_are_apart_and_threads_change_no_byte(dtype: str) -> None:
     values = weights(48, 512)
-    whole = ggml.quantize(dtype, values)
+    whole = kernels.quantize(dtype, values)
     with ThreadPoolExecutor(4) as workers:
-        parts = list(workers.map(lambda row: ggml.quantize(dtype, values[row : row + 3]), range(0, 48, 3)))
+        parts = list(workers.map(lambda row: kernels.quantize(dtype, values[row : row + 3]), range(0, 48, 3)))
     assert np.concatenate(parts).tobytes() == whole.tobytes()
     into = np.empty_like(whole)
-    assert ggml.quantize(dtype, values, into) is into and into.tobytes() == whole.tobytes()
+    assert kernels.quantize(dtype, values, into) is into and into.tobytes() == whole.tobytes()
 
 
 def test_numbers_are_those_of_the_format() -> None:
-    assert {name: GGMLQuantizationType[name].value for name in ggml.NUMBERS} == ggml.NUMBERS
-    assert all(gguf.GGML_QUANT_SIZES[GGMLQuantizationType[name]] == QUANTS[name] for name in ggml.NUMBERS)
+    assert {name: GGMLQuantizationType[name].value for name in kernels.NUMBERS} == kernels.NUMBERS
+    assert all(gguf.GGML_QUANT_SIZES[GGMLQuantizationType[name]] == QUANTS[name] for name in kernels.NUMBERS)
 
 
 def test_what_gguf_py_reads() -> None:
     for dtype, (_, size) in QUANTS.items():
         blocks = np.zeros((2, 3 * size), np.uint8)
-        if dtype in ggml.READABLE:
-            assert ggml.dequantize(dtype, blocks).shape == (2, 3 * QUANTS[dtype][0])
+        if dtype in kernels.READABLE:
+            assert kernels.dequantize(dtype, blocks).shape == (2, 3 * QUANTS[dtype][0])
         else:
             with pytest.raises(UsageError, match=f"gguf-py cannot read {dtype}"):
-                ggml.dequantize(dtype, blocks)
+                kernels.dequantize(dtype, blocks)
 
 
 @pytest.mark.parametrize("dtype", ["Q8_0", "Q4_K"])
@@ -108,11 +108,11 @@ def test_what_would_end_the_process_in_ggml_is_refused(dtype: str) -> None:
     good = np.zeros((4, 512), np.float32)
     for bad in (good[:, :100], good[:, ::2], good.astype(np.float64), good[0], np.zeros((4, 100), np.float32)):
         with pytest.raises(ValueError, match=dtype):
-            ggml.quantize(dtype, bad)
+            kernels.quantize(dtype, bad)
     for out in (np.empty((4, 3), np.uint8), np.empty((4, 512), np.uint8)):
         with pytest.raises(ValueError, match="needs contiguous bytes"):
-            ggml.quantize(dtype, good, out)
-    assert ggml.quantize(dtype, good[:0]).shape[0] == 0
+            kernels.quantize(dtype, good, out)
+    assert kernels.quantize(dtype, good[:0]).shape[0] == 0
 
 
 def test_the_wheel_is_loaded_without_its_python_and_leaves_arithmetic_alone() -> None:
@@ -120,10 +120,10 @@ def test_the_wheel_is_loaded_without_its_python_and_leaves_arithmetic_alone() ->
     script = """
 import sys, threading
 import numpy as np
-from llava_convert.ops import kernels as ggml
+from llava_convert.ops import kernels
 from llava_convert.ops.cast import _flushes_subnormals
-ggml.quantize("Q4_K", np.ones((1, 256), np.float32))
-assert ggml._library() is not None
+kernels.quantize("Q4_K", np.ones((1, 256), np.float32))
+assert kernels._library() is not None
 assert not {"xllamacpp", "gguf", "torch"} & sys.modules.keys()
 found = [_flushes_subnormals()]
 thread = threading.Thread(target=lambda: found.append(_flushes_subnormals()))
@@ -138,20 +138,20 @@ assert found == [False, False], found
 
 def test_five_types_go_without_the_wheel(hide: Hide) -> None:
     values = weights()
-    wanted = {dtype: ggml.quantize(dtype, values) for dtype in ggml.BY_NUMPY}
+    wanted = {dtype: kernels.quantize(dtype, values) for dtype in kernels.BY_NUMPY}
     hide(None)
-    assert ggml.kernels() == "gguf-py's NumPy"
+    assert kernels.kernels() == "gguf-py's NumPy"
     for dtype, made in wanted.items():
-        ggml.require(dtype)
+        kernels.require(dtype)
         into = np.empty_like(made)
-        assert ggml.quantize(dtype, values, into) is into
+        assert kernels.quantize(dtype, values, into) is into
         assert into.tobytes() == made.tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["Q2_K", "Q4_K", "IQ4_NL"])
 def test_the_others_need_it(hide: Hide, dtype: str) -> None:
     hide(None)
-    for act in (lambda: ggml.require(dtype), lambda: ggml.quantize(dtype, np.zeros((1, 256), np.float32))):
+    for act in (lambda: kernels.require(dtype), lambda: kernels.quantize(dtype, np.zeros((1, 256), np.float32))):
         with pytest.raises(UsageError, match=f"{dtype} needs ggml's own kernels: xllamacpp is not installed") as caught:
             act()
         assert "pip install 'llava-convert[llamacpp]'" in str(caught.value.hint)
@@ -165,15 +165,15 @@ def test_a_library_without_the_kernels_is_not_used(hide: Hide, tmp_path: Path) -
     text.write_text("no library")
     for place in (Path(another.__file__), text):
         hide(place)
-        assert ggml.kernels() == "gguf-py's NumPy"
+        assert kernels.kernels() == "gguf-py's NumPy"
         with pytest.raises(UsageError, match="holds no function"):
-            ggml.require("Q6_K")
-        ggml.require("Q8_0")
+            kernels.require("Q6_K")
+        kernels.require("Q8_0")
 
 
 def test_types_that_nobody_makes() -> None:
     for dtype in ("IQ2_XXS", "Q8_K", "F16"):
         with pytest.raises(UsageError, match=f"{dtype} is no type that can be made"):
-            ggml.require(dtype)
-    for dtype in ggml.NUMBERS:
-        ggml.require(dtype)
+            kernels.require(dtype)
+    for dtype in kernels.NUMBERS:
+        kernels.require(dtype)
