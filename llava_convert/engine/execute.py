@@ -12,9 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from io import BytesIO
 
-from llava_convert.core.tensors import TORCH_NAMES
 from llava_convert.engine.plan import Plan
 from llava_convert.engine.run import Outcome, run_task
 from llava_convert.engine.shards import PlannedTensor, Shard
@@ -26,6 +24,7 @@ from llava_convert.ops.quantize import Quantize
 from llava_convert.storage.output.staging import Stage
 from llava_convert.storage.ranges import FilePool, write_all
 from llava_convert.storage.remote.files import remote_of
+from llava_convert.storage.torch.write import encode_torch
 
 
 def execute(
@@ -163,15 +162,7 @@ def torch_beside(*, needed: bool) -> Iterator[Callable[[], None]]:
 
 def _torch_file(shard: Shard, pool: FilePool, outcome: Outcome, *, digest: bool = False) -> bytes:
     """A shard as torch.save writes it: for `mm_projector.bin`, whose reader calls torch.load."""
-    import torch
-
     sink = MemorySink({t.name: bytearray(t.nbytes) for t in shard.tensors})
     for task in tasks_of(shard.tensors, whole=True):
         run_task(task, pool, sink, outcome, digest=digest)
-    state = {}
-    for t in shard.tensors:
-        dtype = getattr(torch, TORCH_NAMES[t.dtype])
-        state[t.name] = torch.frombuffer(sink.tensors[t.name], dtype=dtype).reshape(t.shape)
-    out = BytesIO()
-    torch.save(state, out)
-    return out.getvalue()
+    return encode_torch([(t.name, t.dtype, t.shape) for t in shard.tensors], sink.tensors)

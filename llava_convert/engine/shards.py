@@ -12,6 +12,7 @@ from llava_convert.model.target import FileSet, Output, _groups, part_names, sha
 from llava_convert.ops.base import Op
 from llava_convert.storage.gguf.file import Typed, encode_gguf
 from llava_convert.storage.safetensors import encode_header
+from llava_convert.storage.torch.write import torch_size
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def shards_of(files: FileSet) -> tuple[list[Shard], dict[str, Any]]:
     prefix = f"{files.folder}/" if files.folder else ""
     if files.container == "torch":
         name = f"{prefix}{files.stem}.bin"
-        return [Shard(name, b"", 0, _place(name, files.outputs, {}), "torch")], {}
+        size = torch_size([(o.name, o.dtype, shape_of(o)) for o in files.outputs])
+        return [Shard(name, b"", size, _place(name, files.outputs, {}), "torch")], {}
     groups = _groups(files)
     shards = []
     for number, (name, group) in enumerate(zip(part_names(files, len(groups)), groups, strict=True), 1):

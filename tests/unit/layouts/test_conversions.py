@@ -269,6 +269,9 @@ def test_projector_file(tiny: Path, made: dict[str, Path], convert: Convert, sou
     """Its reader calls torch.load, and looks for the full names."""
     path = tiny / "iter_2.pth" if source == "pth" else made[source]
     out = convert(path, "official", part="projector", visual_encoder_id="org/tower", llm_id="org/llm")
+    options = {"to": "official", "part": "projector", "visual_encoder_id": "org/tower", "llm_id": "org/llm"}
+    (shard,) = llava_convert.convert(path, **options, out=out.with_name("planned"), dry_run=True).plan.shards
+    assert shard.size == (out / "mm_projector.bin").stat().st_size, "the plan counts it, and so the check of the room"
     state = torch.load(out / "mm_projector.bin", weights_only=True)
     assert sorted(state) == [f"model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("bias", "weight")]
     held = tensors(made["official"])
