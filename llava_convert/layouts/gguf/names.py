@@ -119,8 +119,7 @@ def parse_gguf_table(text: str, path: Path) -> GgufTable | None:
     raw = tomllib.loads(text)
     if "families" not in raw:
         return None
-    head = f'layout = "{raw["architecture"]}"\nwrites = "gguf"\n'
-    names = parse_layout_table(head + text, path)
+    names = parse_layout_table(text, path, layout=raw["architecture"], writes="gguf")
     heads = {row["disk"]: row["heads"] for row in raw["row"] if "op" in row}
     unknown = {row["op"] for row in raw["row"] if "op" in row} - {"rope"}
     if unknown:

@@ -168,9 +168,12 @@ class LayoutTable:
         return f"nearest row: {close[0]} ({self.path.name} line {texts[close[0]]})" if close else ""
 
 
-def parse_layout_table(text: str, path: Path) -> LayoutTable:
-    """Parse and check one table. Raises TableError when rows overlap or cannot be inverted."""
-    raw = tomllib.loads(text)
+def parse_layout_table(text: str, path: Path, **stated: str) -> LayoutTable:
+    """Parse and check one table. Raises TableError when rows overlap or cannot be inverted.
+
+    `stated` gives `layout` and `writes` where the text does not.
+    """
+    raw = {**tomllib.loads(text), **stated}
     lines = text.splitlines()
     rows: list[Row] = []
     for entry in raw["row"]:

@@ -381,3 +381,11 @@ def test_the_modelfile(tiny: Path) -> None:
     assert lines[3:] == ['PARAMETER stop "</s>"', 'PARAMETER stop "a\\"b"', "PARAMETER num_ctx 4096"]
     bare = modelfile(["m.gguf"], None, template=None, tokenizer=tokenizer, stops=[], context=512).decode()
     assert bare.count("FROM") == 1 and "TEMPLATE:" in bare and bare.endswith("num_ctx 512\n")
+
+
+def test_an_unknown_name_is_told_with_its_line_in_the_table() -> None:
+    table = table_for_arch("llama").names
+    lines = table.path.read_text(encoding="utf-8").splitlines()
+    for row in table.rows:
+        assert f'"{row.disk.text}"' in lines[row.line - 1], row.disk.text
+    assert f"({table.path.name} line {table.rows[0].line})" in table.nearest(table.rows[0].disk.text + "x", ())

@@ -350,6 +350,14 @@ def test_settings_against_peft(tmp_path: Path) -> None:
     assert (found.peft_type, found.bias) == ("LORA", "none")
 
 
+def test_rank_one_is_a_rank() -> None:
+    settings = settings_from_json({"r": 1, "lora_alpha": 3}, Path("adapter_config.json"))
+    found = adapter("q", settings=settings)
+    assert (settings.r, found.modules[f"{PART}.q"].rank, found.scale(f"{PART}.q")) == (1, 1, 3.0)
+    with pytest.raises(InputError, match="LoRA of"):
+        parse_adapter(pair("q", 0), settings, "test")
+
+
 @pytest.mark.parametrize("rank", [None, -1, "8", 2.0])
 def test_rank_must_be_a_count(rank: Any) -> None:
     with pytest.raises(InputError, match="r should be a count"):

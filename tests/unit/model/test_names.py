@@ -349,6 +349,7 @@ def test_text_half_of_a_clip_model_is_dropped_with_a_reason() -> None:
 def test_grouped_joins_layers() -> None:
     names = [f"layers.{i}.mlp.foo" for i in range(32)] + ["b", "layers.3.bar", "layers.9.bar"]
     assert grouped(names) == "b, layers.{0…31}.mlp.foo, layers.{3,9}.bar"
+    assert grouped(f"layers.{i}.foo" for i in (5, 3, 4)) == "layers.{3…5}.foo"
 
 
 def test_grouped_is_bounded() -> None:
