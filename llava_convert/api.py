@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from llava_convert.app import convert as engine
-from llava_convert.app.convert import Options
 from llava_convert.app.inspect import Inspection
 from llava_convert.app.inspect import inspect as look
+from llava_convert.app.options import Options, dtype_named
 from llava_convert.app.publish.publish import HUGGINGFACE, MESSAGE, Destination, named_hubs
 from llava_convert.app.publish.upload import push_level, pushed
 from llava_convert.app.publish.upload import upload as publish_folder
@@ -18,6 +18,7 @@ from llava_convert.core.errors import UsageError
 from llava_convert.core.progress import Say
 from llava_convert.engine.check import FULL, QUICK
 from llava_convert.engine.report import Published, Report
+from llava_convert.layouts.info import layout_named
 from llava_convert.model.options import ALL, TargetOptions
 from llava_convert.model.recipe import Bases
 from llava_convert.storage.remote.reach import url_of
@@ -44,7 +45,7 @@ def convert(
     max_shard_size: str | None = None,
     part: str = ALL,
     prompt_template: str | None = None,
-    image_processor: str = "clip",
+    image_processor: str | None = None,
     outtype: str | Sequence[str] | None = None,
     mmproj_outtype: str | Sequence[str] | None = None,
     pre: str | None = None,
@@ -56,7 +57,7 @@ def convert(
     resume: bool = False,
     threads: int = 0,
     push: str | None = None,
-    hub: str = HUGGINGFACE,
+    hub: str | None = None,
     private: bool = False,
     revision: str | None = None,
     create_pr: bool = False,
@@ -67,9 +68,12 @@ def convert(
     The options are those of the command line, where `llava-convert convert --help` explains them. Raises
     `llava_convert.ConvertError`. A source may be a hub's model or a URL, as on the command line.
     """
-    to_hub = Destination(push or "", named_hubs(hub), private, revision, create_pr)
-    if push is None and (private or revision is not None or create_pr):
-        raise UsageError("--private, --revision and --create-pr say how to publish", hint="--push REPO publishes")
+    to_hub = Destination(push or "", named_hubs(hub or HUGGINGFACE), private, revision, create_pr)
+    if push is None and (hub is not None or private or revision is not None or create_pr):
+        raise UsageError(
+            "--hub, --private, --revision and --create-pr say how to publish", hint="--push REPO publishes"
+        )
+    target = layout_named(to)
     level = (verify or QUICK) if push is None else push_level(verify)
     if push is not None and out is not None and url_of(Path(out)) is not None:
         raise UsageError(
@@ -77,7 +81,8 @@ def convert(
             hint="leave -o out, or name one",
         )
     options = Options(
-        to=to,
+        to=target.name,
+        asked=None if to.strip().lower() == target.name else to,
         out=_path(out),
         name=name,
         source_layout=source_layout,
@@ -86,7 +91,7 @@ def convert(
         dequantize=dequantize,
         bases=Bases(llm, visual_encoder, llm_id, visual_encoder_id, _alpha(lora_alpha), cache),
         target=TargetOptions(
-            dtype=None if dtype == "auto" else dtype,
+            dtype=None if dtype is None else dtype_named(dtype),
             max_shard_size=max_shard_size,
             part=part,
             prompt_template=prompt_template,
@@ -134,10 +139,17 @@ def verify(
     lora_alpha: float | Mapping[str, float] | None = None,
     cache: bool = False,
     part: str = ALL,
+    check: bool = False,
 ) -> Verdict:
-    """Whether OUT holds the weights of SOURCE, tensor by tensor, whoever converted it. `Verdict.same` says so."""
+    """Whether OUT holds the weights of SOURCE, tensor by tensor, whoever converted it.
+
+    The verdict is true where it does. With `check` a difference raises `llava_convert.MismatchError`.
+    """
     options = _source_options(llm, visual_encoder, pretrained_pth, config, lora_alpha, cache)
-    return engine.verify(source, out, replace(options, target=TargetOptions(part=part)))
+    verdict = engine.verify(source, out, replace(options, target=TargetOptions(part=part)))
+    if check:
+        verdict.refuse()
+    return verdict
 
 
 def upload(

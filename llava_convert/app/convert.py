@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_convert.app.card import card
+from llava_convert.app.options import Options, refuse_for_source, refuse_for_target
 from llava_convert.app.stage_one import with_stage_one
 from llava_convert.app.verify import Verdict, compare_checkpoints
 from llava_convert.core.addresses import address_of, called, name_of
 from llava_convert.core.errors import UnsupportedError, UsageError
 from llava_convert.core.progress import Say, Silence
-from llava_convert.core.tensors import FROM_TORCH_NAMES, QUANTS, TORCH_NAMES
+from llava_convert.core.tensors import QUANTS, TORCH_NAMES
 from llava_convert.core.text import utf8
 from llava_convert.engine.check import FULL, OFF, QUICK, check_full, check_quick
 from llava_convert.engine.execute import execute
@@ -25,11 +26,12 @@ from llava_convert.engine.record import dropped_texts, dump, record, stored_of
 from llava_convert.engine.report import Report, part_story, peak_memory
 from llava_convert.engine.run import Outcome
 from llava_convert.layouts.base import OpenOptions
-from llava_convert.layouts.registry import TARGETS, detect, layout, locate, open_checkpoint
+from llava_convert.layouts.info import TARGETS
+from llava_convert.layouts.registry import detect, layout, locate, open_checkpoint
 from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS, VISION, Checkpoint
 from llava_convert.model.options import ALL, TargetOptions
-from llava_convert.model.recipe import Bases, Model
+from llava_convert.model.recipe import Model
 from llava_convert.model.record import RECORD
 from llava_convert.model.target import KEEP, Target, parse_size
 from llava_convert.ops import kernels
@@ -42,30 +44,6 @@ from llava_convert.storage.remote.reach import reach, url_of
 
 if TYPE_CHECKING:
     from llava_convert.storage.output.remote_staging import RemoteStaging
-
-
-@dataclass(frozen=True)
-class Options:
-    """Everything that a conversion can be told. None means the default, which depends on source and target.
-
-    `repo` is what the output is going to be called on a hub (ms://… on ModelScope): its card's commands name that.
-    """
-
-    to: str
-    out: Path | None = None
-    name: str | None = None
-    source_layout: str | None = None
-    config: Path | None = None
-    pretrained_pth: Path | None = None
-    dequantize: bool = False
-    bases: Bases = field(default_factory=Bases)
-    target: TargetOptions = field(default_factory=TargetOptions)
-    verify: str = QUICK
-    digest: bool = False
-    force: bool = False
-    resume: bool = False
-    threads: int = 0
-    repo: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,13 +66,24 @@ def convert(source: str | Path, options: Options, say: Say | None = None) -> Rep
     OUT appears whole or not at all. Raises ConvertError, whose `exit_code` says which kind.
     """
     with mounts():
-        return _convert(prepare(source, options), options, say or Silence())
+        return _convert(_prepared(source, options), options, say or Silence())
 
 
 def plan(source: str | Path, options: Options) -> Report:
     """What `convert` would do; reads headers, writes nothing. Raises what `convert` raises."""
     with mounts():
-        return report(prepare(source, options), options)
+        return report(_prepared(source, options), options)
+
+
+def _prepared(source: str | Path, options: Options) -> Prepared:
+    """As `prepare`, for one job: an option that has no effect on it is an error."""
+    if options.to in TARGETS:
+        refuse_for_target(options)
+    ready = prepare(source, options)
+    refuse_for_source(options, ready.checkpoint, ready.model)
+    if options.asked is None:
+        return ready
+    return replace(ready, notes=(f"{options.asked} loads the {options.to} layout: that is made", *ready.notes))
 
 
 def _convert(ready: Prepared, options: Options, say: Say) -> Report:
@@ -279,10 +268,10 @@ def _check_options(options: Options) -> None:
         url_of(options.out)  # which refuses a hub
     if options.target.max_shard_size not in (None, KEEP):
         parse_size(options.target.max_shard_size)
-    if options.target.dtype not in (None, *FROM_TORCH_NAMES):
-        raise UsageError(f"--dtype {options.target.dtype}: it is one of auto, {', '.join(FROM_TORCH_NAMES)}")
     if options.verify not in (QUICK, FULL, OFF):
         raise UsageError(f"--verify {options.verify}: it is one of {QUICK}, {FULL}, {OFF}")
+    if options.target.image_processor not in (None, "clip", "llava"):
+        raise UsageError(f"--image-processor {options.target.image_processor}: it is one of clip, llava")
     if options.threads < 0:
         raise UsageError(f"--threads {options.threads}: a count, or 0 for one a core")
     if options.digest and find_spec("xxhash") is None:
@@ -340,7 +329,7 @@ def recorded_options(options: Options, ready: Prepared) -> dict[str, Any]:
         "max_shard_size": target.max_shard_size or "auto",
         "part": target.part,
         "prompt_template": target.prompt_template,
-        "image_processor": target.image_processor,
+        "image_processor": target.image_processor or "clip",
     }
 
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llava_convert.app.convert import Options, assembled, open_source, prepare
+from llava_convert.app.convert import assembled, open_source, prepare
+from llava_convert.app.options import Options
 from llava_convert.core.addresses import address_of, called
 from llava_convert.core.errors import ConvertError
 from llava_convert.core.tensors import TORCH_NAMES
 from llava_convert.engine.record import dropped_texts
 from llava_convert.layouts.defaults import refuse_quantised
-from llava_convert.layouts.registry import TARGETS
+from llava_convert.layouts.info import TARGETS
 from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS, Checkpoint
 from llava_convert.storage.remote.files import Traffic
 from llava_convert.storage.remote.mounts import fetched, mounted, mounts

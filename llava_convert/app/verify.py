@@ -27,9 +27,9 @@ from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.sidecars import folder_sidecars
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verdict:
-    """What `verify SOURCE OUT` found.
+    """What `verify SOURCE OUT` found; false where the models differ.
 
     Names are canonical ones; where OUT holds several files of one model, after the file's. `synthetic` are tensors that
     SOURCE's layout never has: OUT's are not compared. `defects` are what readers of OUT choke on.
@@ -51,6 +51,15 @@ class Verdict:
     @property
     def same(self) -> bool:
         return not (self.different or self.missing or self.extra or self.settings or self.defects)
+
+    def __bool__(self) -> bool:
+        return self.same
+
+    def __repr__(self) -> str:
+        counts = {"different": self.different, "missing": self.missing, "extra": self.extra}
+        said = "".join(f", {word}={len(found)}" for word, found in counts.items())
+        more = "".join(f", {word}={list(found)}" for word in ("settings", "defects") if (found := getattr(self, word)))
+        return f"Verdict(same={self.same}, equal={self.equal}{said}{more})"
 
     def refuse(self) -> None:
         """Raise MismatchError (exit 7) unless all is equal."""

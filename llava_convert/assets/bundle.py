@@ -108,7 +108,7 @@ class Artefacts:
             for name in ("preprocessor_config.json", "processor_config.json"):
                 if base is None and files is not None and files.has(name):
                     base = files.read_object(name)
-        return preprocessor_config(base, config, kind=self.options.image_processor, for_hf=for_hf)
+        return preprocessor_config(base, config, kind=self.options.image_processor or "clip", for_hf=for_hf)
 
     def id_of(self, part: str) -> tuple[str, str | None]:
         """The hub id to write for a part's base model, and a warning when it is a mere guess.

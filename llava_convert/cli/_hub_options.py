@@ -23,15 +23,14 @@ Push = Annotated[
         rich_help_panel=HUB_PANEL,
     ),
 ]
-HubOption = Annotated[
-    str,
-    typer.Option(
-        "--hub",
-        metavar="huggingface|modelscope|both",
-        help="Where to publish; the token is the one that the hub's own client keeps.",
-        rich_help_panel=HUB_PANEL,
-    ),
-]
+_HUB = typer.Option(
+    "--hub",
+    metavar="huggingface|modelscope|both",
+    help="Where to publish; the token is the one that the hub's own client keeps.",
+    rich_help_panel=HUB_PANEL,
+)
+HubOption = Annotated[str, _HUB]
+PushHub = Annotated[str | None, _HUB]  # says nothing where nothing is pushed
 Private = Annotated[
     bool,
     typer.Option("--private", help="Make the repository private, if it is to be made.", rich_help_panel=HUB_PANEL),

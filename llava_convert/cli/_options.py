@@ -133,11 +133,11 @@ PromptTemplate = Annotated[
     ),
 ]
 ImageProcessor = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--image-processor",
         metavar="clip|llava",
-        help="clip crops pictures to squares and loads everywhere; llava pads them, as training did.",
+        help="clip (the default) crops pictures to squares and loads everywhere; llava pads them, as training did.",
         rich_help_panel=OUTPUT_PANEL,
     ),
 ]

@@ -24,7 +24,6 @@ SOURCES = {
     "gguf": "GGUF of llama.cpp: a language model, with or without its mmproj.",
 }
 TARGETS = ("xtuner", "official", "hf", "gguf")
-DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -57,13 +56,13 @@ def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads
         max_shard_size: opt.MaxShardSize = None,
         part: opt.PartOption = "all",
         prompt_template: opt.PromptTemplate = None,
-        image_processor: opt.ImageProcessor = "clip",
+        image_processor: opt.ImageProcessor = None,
         outtype: opt.Outtype = None,
         mmproj_outtype: opt.MmprojOuttype = None,
         pre: opt.Pre = None,
         dequantize: opt.Dequantize = False,
         push: hubs.Push = None,
-        hub: hubs.HubOption = "huggingface",
+        hub: hubs.PushHub = None,
         private: hubs.Private = False,
         revision: hubs.Revision = None,
         create_pr: hubs.CreatePr = False,
@@ -83,10 +82,6 @@ def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads
             from llava_convert.api import convert
             from llava_convert.storage.output.staging import interrupt_on_sigterm
 
-            _one_of("--to", to, TARGETS)
-            _one_of("--dtype", dtype, DTYPES)
-            _one_of("--image-processor", image_processor, ("clip", "llava"))
-            _one_of("--verify", verify or "quick", ("quick", "full", "off"))
             with interrupt_on_sigterm():
                 found = convert(
                     source,
@@ -129,7 +124,7 @@ def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads
             if dry_run:
                 _print_plan(found, output)
                 if push is not None:
-                    output.line(f"then published: {push} ({hub})")
+                    output.line(f"then published: {push} ({hub or 'huggingface'})")
             else:
                 _print_done(found, output, part)
                 hubs.tell(found.published, output)
@@ -154,13 +149,6 @@ def parse_alpha(text: str | None) -> dict[str, float]:
     if not set(found) <= {"llm", "visual-encoder"} or not all(0 < value < 1e9 for value in found.values()):
         raise UsageError(f"--lora-alpha {text}: it is a number above 0", hint="write 16, or llm=256,visual-encoder=16")
     return found
-
-
-def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
-    from llava_convert.core.errors import UsageError
-
-    if value not in known:
-        raise UsageError(f"{option} {value}: it is one of {', '.join(known)}")
 
 
 def _print_plan(found: Report, output: Output) -> None:

@@ -32,8 +32,8 @@ def _inspect(
     output = Output(as_json, quiet, verbose)
 
     def action() -> None:
-        from llava_convert.app.convert import Options
         from llava_convert.app.inspect import inspect
+        from llava_convert.app.options import Options
         from llava_convert.cli.convert_command import parse_alpha
         from llava_convert.model.recipe import Bases
 

@@ -22,7 +22,8 @@ def _layouts(as_json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.V
 
     def action() -> None:
         from llava_convert.layouts.gguf.names import tables
-        from llava_convert.layouts.registry import SOURCES, TARGETS
+        from llava_convert.layouts.info import TARGETS
+        from llava_convert.layouts.registry import SOURCES
         from llava_convert.model.tables.families import architectures
         from llava_convert.model.tables.names import layout_table
         from llava_convert.ops import OPS

@@ -80,7 +80,7 @@ def _release(
 
     def action() -> None:
         from llava_convert.api import type_names
-        from llava_convert.app.convert import Options
+        from llava_convert.app.options import Options
         from llava_convert.app.publish.publish import Destination, named_hubs
         from llava_convert.app.publish.release import Release, plan, run_release
         from llava_convert.model.recipe import Bases

@@ -38,7 +38,8 @@ def _verify(
     output = Output(as_json, quiet, verbose)
 
     def action() -> None:
-        from llava_convert.app.convert import Options, verify
+        from llava_convert.app.convert import verify
+        from llava_convert.app.options import Options
         from llava_convert.model.options import TargetOptions
         from llava_convert.model.recipe import Bases
 

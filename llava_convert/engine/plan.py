@@ -20,7 +20,7 @@ from llava_convert.engine.shards import PlannedTensor, Shard, shards_of
 from llava_convert.model.target import Target
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """All of a conversion."""
 
@@ -29,6 +29,10 @@ class Plan:
     files: Mapping[str, bytes]
     indexes: Mapping[str, bytes]
     tags: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        count = sum(len(shard.tensors) for shard in self.shards)
+        return f"Plan({self.layout}, {count} tensors in {len(self.shards)} files, {self.bytes_written} bytes)"
 
     @property
     def tensors(self) -> tuple[PlannedTensor, ...]:

@@ -13,12 +13,12 @@ from typing import cast
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.text import printable
 from llava_convert.layouts.base import Found, Layout, OpenOptions
+from llava_convert.layouts.info import LAYOUTS
 from llava_convert.model.checkpoint import Checkpoint
 from llava_convert.storage.files import open_regular, read_fully, require_inside
 from llava_convert.storage.sidecars import folder_sidecars
 
-SOURCES = ("pth", "xtuner", "official", "hf", "gguf")
-TARGETS = ("xtuner", "official", "hf", "gguf")
+SOURCES = tuple(LAYOUTS)
 
 
 def layout(name: str) -> Layout:

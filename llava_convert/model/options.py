@@ -19,7 +19,7 @@ class TargetOptions:
     max_shard_size: str | None = None
     part: str = ALL
     prompt_template: str | None = None
-    image_processor: str = "clip"
+    image_processor: str | None = None
     outtypes: tuple[str, ...] = ()
     mmproj_outtypes: tuple[str, ...] = ()
     pre: str | None = None

@@ -41,7 +41,8 @@ def conversions(made: Path) -> Iterator[tuple[str, Path, Options]]:
     for to in LAYOUTS:
         yield f"tiny/pth-{to}", pth, {"to": to, **bases}
         for part in PARTS:
-            yield f"tiny/pth-{to}-{part}", pth, {"to": to, "part": part, **bases}
+            used = _used_by(part, to, bases)
+            yield f"tiny/pth-{to}-{part}", pth, {"to": to, "part": part, **used}
     for outtype in TYPES:
         yield f"tiny/pth-gguf-{outtype}", pth, {"to": "gguf", "outtype": outtype, **bases}
     for source in LAYOUTS:
@@ -53,7 +54,16 @@ def conversions(made: Path) -> Iterator[tuple[str, Path, Options]]:
         name = source.relative_to(GOLDEN / "cases")
         for to in LAYOUTS:
             if (name.name, to) not in _SAME:
-                yield f"golden/{name.as_posix()}-{to}", source, {"to": to, **_bases(name.parts[0])}
+                # Of a projector alone the xtuner layout holds no more.
+                used = {} if (name.parts[0], to) == ("c_pretrain", "xtuner") else _bases(name.parts[0])
+                yield f"golden/{name.as_posix()}-{to}", source, {"to": to, **used}
+
+
+def _used_by(part: str, to: str, bases: Options) -> Options:
+    """The bases that a part is made with; one that nothing uses would be refused."""
+    if part == "projector":
+        return bases if to == "official" else {}
+    return {key: value for key, value in bases.items() if key == part.replace("-", "_")}
 
 
 def _sources(case: Path) -> list[Path]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_convert.app.convert import Options, convert, verify
+from llava_convert.app.convert import convert, verify
+from llava_convert.app.options import Options
 from tests.golden.oracle import assert_same_weights, load
 
 CASES = ("a_full_vitlora", "b_llmlora_vitlora", "c_pretrain", "d_full_fullvit")

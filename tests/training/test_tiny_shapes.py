@@ -71,10 +71,11 @@ def test_gguf_and_back_answers_as_before(shown: Shown, tmp_path: Path) -> None:
     The weights are the same bits. Where two answers are as likely as each other, where a tensor lies in memory decides
     which kernel adds up in which order: seen for one question of 192 on one type of CPU, for none on others.
     """
-    llava_convert.convert(shown.folder / "gguf" / "tiny-shapes-f16.gguf", to="hf", out=tmp_path / "back")
+    gguf = shown.folder / "gguf" / "tiny-shapes-f16.gguf"
+    llava_convert.convert(gguf, to="hf", out=tmp_path / "back")
     ask = runtimes.hf(tmp_path / "back")
     answers = [ask(question.image(), question.text) for question in shown.questions]
-    assert llava_convert.verify(shown.folder / "hf", tmp_path / "back").same
+    assert llava_convert.verify(gguf, tmp_path / "back").same
     assert demo.differing(answers, shown.answers[demo.HF]) <= 1
 
 

@@ -22,7 +22,12 @@ REPORT_KEYS = {
 
 
 def test_names() -> None:
-    assert llava_convert.__all__ == ["convert", "inspect", "upload", "verify"]
+    errors = [name for name in llava_convert.__all__ if name.endswith("Error")]
+    assert llava_convert.__all__ == [*errors, "convert", "inspect", "upload", "verify"]
+    assert dir(llava_convert) == sorted([*llava_convert.__all__, "__version__"])
+    kinds = ["Convert", "Hub", "Input", "Mismatch", "Output", "Unsafe", "Unsupported", "Usage"]
+    assert errors == [f"{kind}Error" for kind in kinds]
+    assert all(issubclass(getattr(llava_convert, name), ConvertError) for name in errors)
     with pytest.raises(AttributeError, match="no attribute 'merge'"):
         _ = llava_convert.merge
 
@@ -116,7 +121,7 @@ def test_the_same_layout_needs_a_wish(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"dtype": "auto"}, {"dtype": "fp16"}, {"verify": "ful"}, {"threads": -1}],
+    [{"dtype": "auto"}, {"dtype": "int8"}, {"verify": "ful"}, {"threads": -1}],
     ids=lambda o: "-".join(map(str, *o.items())),
 )
 def test_values_of_the_command_line_and_others(tiny: Path, tmp_path: Path, options: dict[str, Any]) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_convert.app.convert import Options, verify
+from llava_convert.app.convert import verify
+from llava_convert.app.options import Options
 from llava_convert.app.publish.publish import Content
 from llava_convert.core.errors import InputError, MismatchError, UsageError
 from llava_convert.core.progress import Say

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.app import convert as engine
-from llava_convert.app.convert import Options, Prepared
+from llava_convert.app.convert import Prepared
+from llava_convert.app.options import Options
 from llava_convert.app.publish.contents import CARD, names, proven
 from llava_convert.app.publish.publish import Destination, Parcel, check, publish
 from llava_convert.app.stage_one import stage_one

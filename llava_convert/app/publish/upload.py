@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from llava_convert.app.convert import Options
+from llava_convert.app.options import Options
 from llava_convert.app.publish.contents import CARD, names, proven
 from llava_convert.app.publish.publish import BOTH, HUBS, Destination, Parcel, check, publish
 from llava_convert.core.errors import HubError, TransferInterrupted, UsageError

@@ -64,8 +64,6 @@ def lower(model: Model, options: TargetOptions) -> Target:
     Raises UsageError for unknown types and where no kernel makes one (exit 2), UnsupportedError (exit 4) for what
     llama.cpp's LLaVA cannot express.
     """
-    if options.dtype is not None:
-        raise UsageError(f"--dtype {options.dtype} does not apply to gguf", hint="--outtype and --mmproj-outtype do")
     made = Artefacts(model, options)
     types, mmproj_types = outtypes(model, options), _names(options.mmproj_outtypes or MMPROJ_TYPES, "--mmproj-outtype")
     sets: list[FileSet] = []

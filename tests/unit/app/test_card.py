@@ -27,7 +27,8 @@ from llava_convert.app.card.quickstarts import SECTIONS
 from llava_convert.app.card.tables import size, table
 from llava_convert.app.card.traps import lmdeploy_template
 from llava_convert.app.card.words import Words
-from llava_convert.app.convert import Options, prepare
+from llava_convert.app.convert import prepare
+from llava_convert.app.options import Options
 from llava_convert.app.publish.publish import Destination
 from llava_convert.app.publish.release import Release
 from llava_convert.app.publish.release import plan as plan_release
@@ -161,7 +162,7 @@ def test_license_of_the_base_models_card(make: Make, copied: Path) -> None:
     link = "https://huggingface.co/meta/tiny/blob/main/LICENSE"
     assert (data["license"], data["license_name"], data["license_link"]) == ("other", "tiny-1", link)
     assert f"[other]({link}): that of the language model meta/tiny." in text
-    assert "license" not in metadata(make("hf", part="visual-encoder", **bases))
+    assert "license" not in metadata(make("hf", part="visual-encoder", visual_encoder=bases["visual_encoder"]))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_convert.app.convert import Options, convert
+from llava_convert.app.convert import convert
 from llava_convert.app.inspect import inspect
+from llava_convert.app.options import Options
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import read_whole

@@ -1,0 +1,100 @@
+"""Everything that a conversion can be told, and whether it applies to the job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llava_convert.core.errors import UsageError
+from llava_convert.core.tensors import FROM_TORCH_NAMES, QUANTS
+from llava_convert.engine.check import QUICK
+from llava_convert.layouts.info import LAYOUTS
+from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, VISION, Checkpoint
+from llava_convert.model.options import TargetOptions
+from llava_convert.model.recipe import Bases, Model
+
+# What people call the dtypes: torch's names, those of its shorthands, and those of trainers' flags.
+_DTYPES = {
+    "float16": ("fp16", "f16", "half"),
+    "bfloat16": ("bf16",),
+    "float32": ("fp32", "f32", "float", "full"),
+}
+_FLAGS = {"outtypes": "--outtype", "mmproj_outtypes": "--mmproj-outtype"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that a conversion can be told. None means the default, which depends on source and target.
+
+    `to` is a layout's name; `asked` is the word that stood for it, where that was another. `repo` is what the output is
+    going to be called on a hub (ms://… on ModelScope): its card's commands name that.
+    """
+
+    to: str
+    out: Path | None = None
+    name: str | None = None
+    source_layout: str | None = None
+    config: Path | None = None
+    pretrained_pth: Path | None = None
+    dequantize: bool = False
+    bases: Bases = field(default_factory=Bases)
+    target: TargetOptions = field(default_factory=TargetOptions)
+    verify: str = QUICK
+    digest: bool = False
+    force: bool = False
+    resume: bool = False
+    threads: int = 0
+    repo: str | None = None
+    asked: str | None = None
+
+
+def dtype_named(word: str) -> str | None:
+    """torch's name of a dtype that may be called otherwise (fp16, half, torch.float16); None for `auto`.
+
+    Raises UsageError.
+    """
+    name = str(word).lower().removeprefix("torch.")
+    if name == "auto":
+        return None
+    found = next((dtype for dtype, others in _DTYPES.items() if name in (dtype, *others)), name)
+    if found not in FROM_TORCH_NAMES:
+        raise UsageError(f"--dtype {word}: it is one of auto, {', '.join(_DTYPES)}")
+    return found
+
+
+def refuse_for_target(options: Options) -> None:
+    """Raise UsageError for an option that has no effect in the target's layout, naming those where it has."""
+    plain = TargetOptions()
+    shaping = frozenset().union(*(info.writes for info in LAYOUTS.values()))
+    for name in sorted(shaping - LAYOUTS[options.to].writes):
+        if getattr(options.target, name) == getattr(plain, name):
+            continue
+        flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
+        where = ", ".join(info.name for info in LAYOUTS.values() if name in info.writes)
+        instead = "; the types of a GGUF are --outtype and --mmproj-outtype" if name == "dtype" else ""
+        raise UsageError(f"{flag} does not apply to {options.to}", hint=f"leave it out: it is for {where}{instead}")
+
+
+def refuse_for_source(options: Options, checkpoint: Checkpoint, model: Model) -> None:
+    """Raise UsageError for an option that nothing of this source uses."""
+    reads = LAYOUTS[checkpoint.layout].reads
+    if options.config is not None and "config" not in reads:
+        raise UsageError(
+            f"--config does not apply: {checkpoint.path.name} is {checkpoint.layout}",
+            hint="leave it out: it is the training config of a .pth, or of the xtuner layout",
+        )
+    if options.dequantize and not any(tensor.dtype in QUANTS for tensor in checkpoint.tensors().values()):
+        raise UsageError(
+            f"--dequantize does not apply: nothing in {checkpoint.path.name} is quantised",
+            hint="leave it out: it is for quantised GGUF files",
+        )
+    if options.bases.lora_alpha and not any(part.adapter for part in checkpoint.parts.values()):
+        raise UsageError(f"--lora-alpha does not apply: {checkpoint.path.name} has no LoRA", hint="leave it out")
+    for part, named in ((LLM, options.bases.llm), (VISION, options.bases.visual_encoder)):
+        if named is not None and part not in model.bases:
+            held = "is whole in" if checkpoint.parts[part].state == "full" else "is not needed of"
+            raise UsageError(
+                f"--{PART_WORDS[part]} {named} does not apply: the {PART_NAMES[part]} {held} {checkpoint.path.name}"
+                + ("" if held.startswith("is whole") else f" for {options.to}"),
+                hint="leave it out: a base is for a part that the source lacks, or holds as an adapter",
+            )
