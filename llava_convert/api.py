@@ -10,7 +10,7 @@ from llava_convert.app import convert as engine
 from llava_convert.app.inspect import Inspection
 from llava_convert.app.inspect import inspect as look
 from llava_convert.app.options import Options, dtype_named
-from llava_convert.app.publish.publish import HUGGINGFACE, MESSAGE, Destination, named_hubs
+from llava_convert.app.publish.publish import named_hubs
 from llava_convert.app.publish.upload import push_level, pushed
 from llava_convert.app.publish.upload import upload as publish_folder
 from llava_convert.app.verify import Verdict
@@ -21,6 +21,7 @@ from llava_convert.engine.report import Published, Report
 from llava_convert.layouts.info import layout_named
 from llava_convert.model.options import ALL, TargetOptions
 from llava_convert.model.recipe import Bases
+from llava_convert.storage.hubs import HUGGINGFACE, MESSAGE, Destination
 from llava_convert.storage.remote.reach import url_of
 
 PathLike = str | Path

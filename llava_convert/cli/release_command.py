@@ -81,9 +81,10 @@ def _release(
     def action() -> None:
         from llava_convert.api import type_names
         from llava_convert.app.options import Options
-        from llava_convert.app.publish.publish import Destination, named_hubs
+        from llava_convert.app.publish.publish import named_hubs
         from llava_convert.app.publish.release import Release, plan, run_release
         from llava_convert.model.recipe import Bases
+        from llava_convert.storage.hubs import Destination
         from llava_convert.storage.output.signals import interrupt_on_sigterm
         from llava_convert.storage.remote.mounts import mounts
 

@@ -21,12 +21,12 @@ STEPS = {
 }
 STATUSES = {
     401: "does not accept the token",
-    403: "may not write to org/model",
-    404: "finds no org/model",
-    409: "changed at the same time",
+    403: "://org/model: the token may not write to it (403)",
+    404: "://org/model: the repository does not exist",
+    409: "://org/model: it was changed at the same time",
     429: "too many requests",
-    500: "a fault of its own (500)",
-    503: "a fault of its own (503)",
+    500: "answered with an error of its own (500)",
+    503: "answered with an error of its own (503)",
     418: "refused (418)",
 }
 
@@ -113,13 +113,13 @@ def test_no_network(side: Side, runner: Runner, outputs: dict[str, Path], tmp_pa
     environment = side.server.env | {"HF_ENDPOINT": url, "MODELSCOPE_ENDPOINT": url, "MODELSCOPE_DOMAIN": url}
     with Runner(environment) as elsewhere:
         found = elsewhere("upload", outputs["official"], "org/model", "--hub", side.name)
-    refused(found, "cannot be reached", secrets(side.server))
+    refused(found, "the connection failed", secrets(side.server))
 
 
 def test_offline_mode(runner: Runner, huggingface: HuggingFace, outputs: dict[str, Path]) -> None:
     with Runner(huggingface.env | {"HF_HUB_OFFLINE": "1"}) as offline:
         found = offline("upload", outputs["official"], "org/model")
-    refused(found, "HF_HUB_OFFLINE is set", secrets(huggingface))
+    refused(found, "offline mode is on (HF_HUB_OFFLINE)", secrets(huggingface))
     assert huggingface.requests == []
 
 

@@ -17,12 +17,7 @@ from tests.hubs.modelscope import ModelScope
 from tests.hubs.runner import Runner
 
 # As `llava-convert`, but without pauses between two tries: what is tried again is the same.
-HURRIED = (
-    "from llava_convert.storage.remote import files as remote\n"
-    "remote.FIRST_PAUSE = 0.0\n"
-    "from llava_convert.cli import main\n"
-    "main()\n"
-)
+HURRIED = "from llava_convert.core import retry\nretry.FIRST_PAUSE = 0.0\nfrom llava_convert.cli import main\nmain()\n"
 # What the clients read once, when they are imported: a run with another value has to be a process of its own.
 _READ_ONCE = {"HF_ENDPOINT", "HF_HUB_OFFLINE", "PYTHONPATH", "MODELSCOPE_ENDPOINT", "MODELSCOPE_DOMAIN"}
 

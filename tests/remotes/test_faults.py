@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,6 +121,36 @@ def test_a_wrong_token(command: Command, hub: Hub, tmp_path: Path) -> None:
     assert wrong not in ran.stdout + ran.stderr and tree(tmp_path) == {}
 
 
+@pytest.mark.parametrize("status", [400, 401, 403, 404])
+@pytest.mark.parametrize("way", [[], ["--cache"]], ids=["in place", "cached"])
+@pytest.mark.parametrize("hub", HUBS, indirect=True)
+def test_what_a_server_repeats_is_not_printed(
+    command: Command, hub: Hub, way: list[str], status: int, tmp_path: Path
+) -> None:
+    """Its answer holds the token, a signed address and escape codes, as do the headers that its client logs."""
+
+    def echo(number: int, request: Request) -> Fault:
+        text = f"bad {request.headers.get('Authorization')} {hub.token} https://u:pw@h/x?signature=key#part \x1b[31m"
+        said = {"X-Error-Message": text.replace("\x1b", ""), "X-HF-Warning": f"t; {hub.token} /x?signature=key"}
+        return Status(status, said, json.dumps({"error": text, "Message": text, "Code": 1}).encode())
+
+    hub.fault = echo
+    for talk in ([], ["--verbose"]):
+        ran = command("convert", address(hub), "--to", "hf", "-o", "out", *way, *talk)
+        assert ran.code == 8 and len(ran.errors) == 1 and address(hub) in ran.errors[0], ran.stderr
+        assert "  → " in ran.stderr and bool(talk) == ("Traceback" in ran.stderr), ran.stderr
+        assert not [secret for secret in (hub.token, "signature=key", "u:pw", "\x1b") if secret in str(ran)], ran.stderr
+    assert str(status) in ran.stderr and tree(tmp_path) == {}, "--verbose has the details"
+
+
+@pytest.mark.parametrize("body", [b"null", b"[]", b"{}", b"<!doctype html><title>Log in</title>", b"\xff"])
+@pytest.mark.parametrize("hub", HUBS, indirect=True)
+def test_answers_that_make_no_sense(command: Command, hub: Hub, body: bytes, tmp_path: Path) -> None:
+    """A page of a hotel's network, or no object, where the hub's answer is expected."""
+    hub.fault = lambda number, request: Status(200, {"Content-Type": "text/html"}, body)
+    refused(command("inspect", address(hub)), hub, tmp_path, address(hub))
+
+
 def test_a_gated_model(command: Command, hf: HuggingFace, layouts: dict[str, Path], tmp_path: Path) -> None:
     hf.add("org/gated", layouts["hf"], gated=True)
     ran = command("inspect", "hf://org/gated", HF_TOKEN="")
@@ -129,7 +160,7 @@ def test_a_gated_model(command: Command, hf: HuggingFace, layouts: dict[str, Pat
 def test_a_typing_error_in_a_path_is_told_as_such(command: Command, hf: HuggingFace, tmp_path: Path) -> None:
     """`work_dirs/run` looks like a hub's id; `work_dirs/iter_1.pth` can be none."""
     ran = command("inspect", "work_dirs/run")
-    refused(ran, hf, tmp_path, "there is no work_dirs/run here, and hf://work_dirs/run: there is no such model")
+    refused(ran, hf, tmp_path, "there is no work_dirs/run here, and hf://work_dirs/run: the model does not exist")
     hf.forget()
     ran = command("inspect", "work_dirs/iter_1.pth")
     assert ran.code == 3 and "work_dirs/iter_1.pth does not exist" in ran.stderr and not hf.requests

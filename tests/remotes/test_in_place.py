@@ -174,7 +174,7 @@ def test_revisions_and_folders_inside(
     asked = [
         ("hf://org/many@refs/pr/3/models/v2", 0, "hf"),
         ("hf://org/many/models/v2", 3, "hf://org/many has no models/v2"),
-        ("hf://org/many@absent/models/v2", 8, "there is no such revision"),
+        ("hf://org/many@absent/models/v2", 8, "the revision absent does not exist"),
         ("hf://org", 2, "hf://ORG/NAME"),
     ]
     for address, code, said in asked:
@@ -205,7 +205,7 @@ def test_a_private_model_needs_its_token(
     assert command("inspect", "org/secret").code == 0
     ran = command("inspect", "org/secret", HF_TOKEN="")
     assert ran.code == 8 and len(ran.errors) == 1
-    assert "there is no org/secret here, and hf://org/secret: there is no such model, or it is private" in ran.stderr
+    assert "there is no org/secret here, and hf://org/secret: the model does not exist, or it is private" in ran.stderr
 
 
 def test_a_name_that_leads_out_is_refused(

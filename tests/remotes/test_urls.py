@@ -163,9 +163,9 @@ def test_a_target_that_is_there(s3: Store, layouts: dict[str, Path], tmp_path: P
 
 def test_what_cannot_be_reached(s3: Store, layouts: dict[str, Path], tmp_path: Path) -> None:
     for address, code, said in [
-        ("s3://models/absent", 8, "s3://models/absent: it is not there"),
+        ("s3://models/absent", 8, "s3://models/absent: it does not exist"),
         ("s3://no-such-bucket/x", 8, "s3://no-such-bucket/x"),
-        ("nonsense://x/y", 2, "no protocol of this name is known (nonsense)"),
+        ("nonsense://x/y", 2, "the protocol nonsense is not known"),
         ("memory://x/y", 8, "memory://x/y"),
     ]:
         ran = s3.run(tmp_path, "inspect", address)
@@ -431,10 +431,10 @@ def test_a_web_server_that_fails(layouts: dict[str, Path], tmp_path: Path) -> No
         assert ran.code == 0, ran.stderr
         web.fault = lambda number, request: Status(500)
         ran = shell("inspect", f"{web.url}/tiny-f16.gguf", code=HURRIED, environment=web.env)
-        assert ran.code == 8 and "the server answered 500" in ran.stderr, ran.stderr
+        assert ran.code == 8 and "the server answered with an error of its own (500)" in ran.stderr, ran.stderr
         web.fault = lambda number, request: None
         ran = shell("inspect", f"{web.url}/absent.gguf", code=HURRIED, environment=web.env)
-        assert ran.code == 8 and "it is not there" in ran.stderr, ran.stderr
+        assert ran.code == 8 and "it does not exist" in ran.stderr, ran.stderr
         ran = shell(
             "convert", layouts["official"], "--to", "hf", "-o", f"{web.url}/out", code=HURRIED, environment=web.env
         )

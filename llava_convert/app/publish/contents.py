@@ -8,7 +8,6 @@ from typing import Any
 
 from llava_convert.app.convert import verify
 from llava_convert.app.options import Options
-from llava_convert.app.publish.publish import Content
 from llava_convert.core.errors import InputError, MismatchError, UsageError
 from llava_convert.core.progress import Say
 from llava_convert.core.text import listed
@@ -17,6 +16,7 @@ from llava_convert.layouts.registry import open_checkpoint
 from llava_convert.model.record import RECORD, read_record
 from llava_convert.storage.files import require_inside
 from llava_convert.storage.fingerprints import contents
+from llava_convert.storage.hubs import Content
 from llava_convert.storage.remote.files import WEIGHTS
 
 CARD = "README.md"
@@ -121,5 +121,5 @@ def _check_card(folder: Path) -> None:
     except (yaml.YAMLError, ValueError, TypeError) as problem:
         first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         raise InputError(
-            f"{card}: the metadata between its --- lines cannot be read: {first}", hint="mend it, hubs refuse it"
+            f"{card}: the metadata between its --- lines cannot be read: {first}", hint="fix it, since hubs refuse it"
         ) from problem

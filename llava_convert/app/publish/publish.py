@@ -1,7 +1,7 @@
 """Publishing: a folder on a hub, whole and identical, or an error that says what to do.
 
-A hub is a module here and a row of HUBS. Each offers the same few steps, made of its own client; what the steps are
-put together to, what is retried and what counts as done stands in `publish` alone:
+Each hub's module (`storage.hubs`) offers the same few steps, made of its own client. How the steps are put together,
+what is retried and what counts as done stands here alone:
 
     place (make the repository) ─► listing (what is there) ─► send (what is not) ─► listing again, compared
 
@@ -12,98 +12,29 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
-from importlib import import_module
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TypeVar
 
-from llava_convert.app.publish.problems import RERUN, client_errors, interruptible, no_such_call, patiently, told
-from llava_convert.core.errors import HubError, UsageError
+from llava_convert.core.errors import HubError, TransferInterrupted, UsageError
+from llava_convert.core.hub_names import Address
 from llava_convert.core.progress import Say, Silence
+from llava_convert.core.retry import FIRST_TRIES, patiently
 from llava_convert.core.text import listed
 from llava_convert.engine.report import Published
+from llava_convert.storage.files import read_file
+from llava_convert.storage.hubs import HUBS, Content, Destination, Hub, Parcel, Sent, hub
+from llava_convert.storage.hubs.errors import RERUN, Asked, asking, client_errors, no_such_call
 
-HUGGINGFACE, MODELSCOPE, BOTH = "huggingface", "modelscope", "both"
-# By the name that --hub takes: the module that knows it. `both` is every row.
-HUBS: Mapping[str, str] = {
-    HUGGINGFACE: "llava_convert.app.publish.huggingface",
-    MODELSCOPE: "llava_convert.app.publish.modelscope",
-}
-MESSAGE = "Upload by llava-convert"
+BOTH = "both"  # what --hub calls every row of HUBS
+
+T = TypeVar("T")
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Where a folder goes, and how."""
-
-    repo: str
-    hubs: tuple[str, ...] = (HUGGINGFACE,)
-    private: bool = False
-    revision: str | None = None
-    create_pr: bool = False
-    message: str = MESSAGE
-
-    @property
-    def address(self) -> str:
-        """What a card names: the id on the Hugging Face Hub where it goes there, which most readers know."""
-        return self.repo if HUGGINGFACE in self.hubs else f"ms://{self.repo}"
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a file is by. A hub tells sha256, or git's sha1 of the blob, or neither."""
-
-    size: int
-    sha256: str | None = None
-    git_sha1: str | None = None
-
-
-@dataclass(frozen=True)
-class Parcel:
-    """A folder and what of it is published: by path, size and sha256."""
-
-    folder: Path
-    files: Mapping[str, Content]
-    to: Destination
-    bars: bool = False  # the clients may draw theirs
-
-
-@dataclass(frozen=True)
-class Sent:
-    """What a client made of an upload."""
-
-    revision: str
-    commit: str | None = None
-    url: str | None = None
-
-
-class Hub(Protocol):
-    """A hub's module. All but `require` and `token` use the network, and raise what the client raises."""
-
-    TITLE: str
-    BRANCH: str  # the one that a repository starts with
-    LOGIN: str  # what gives its client a token
-    TRIES: int  # of `send`, by how much its client repeats by itself
-
-    def require(self, to: Destination) -> None:
-        """Raises UsageError where the client is not installed, or cannot do what is asked."""
-
-    def token(self) -> str | None: ...
-
-    def place(self, to: Destination) -> str:
-        """Make repository and branch where they are not there; returns the repository's address."""
-        ...
-
-    def listing(self, to: Destination, revision: str) -> dict[str, Content]: ...
-
-    def send(self, parcel: Parcel, names: Collection[str]) -> Sent: ...
-
-
-def hub(name: str) -> Hub:
-    return cast(Hub, import_module(HUBS[name]))
+_SLOWER = 5.0  # the pauses before a hub is asked again: 1 and 2.5 seconds
 
 
 def named_hubs(word: str) -> tuple[str, ...]:
@@ -139,23 +70,28 @@ def publish(parcel: Parcel, say: Say | None = None) -> tuple[Published, ...]:
 
 def _publish(name: str, parcel: Parcel, say: Say) -> Published:
     chosen, to = hub(name), parcel.to
-    with told(chosen, to):
-        url = patiently(lambda: chosen.place(to))
-        revision = to.revision or chosen.BRANCH
-        there = _listing(chosen, to, revision)
-        lacking = _lacking(parcel, there or {})
-        sent = Sent(revision)
-        if lacking:
-            size = sum(parcel.files[path].size for path in lacking)
-            say.note(f"{chosen.TITLE}: {len(lacking)} of {len(parcel.files)} files to {to.repo}, {size:,} bytes")
-            # A pull request would be opened anew by each attempt.
-            sent = patiently(
-                lambda: interruptible(lambda: chosen.send(parcel, lacking)), 1 if to.create_pr else chosen.TRIES
-            )
-        elif to.create_pr:
-            say.note(f"{chosen.TITLE}: {to.repo} has all of it, so there is no pull request to open")
-        there = _listing(chosen, to, sent.revision) if lacking else there
-        left = _lacking(parcel, there) if there is not None else []
+    asked = Asked(
+        str(Address(HUBS[name], to.repo, to.revision)),
+        chosen.TITLE,
+        chosen.LOGIN,
+        to.revision or chosen.BRANCH,
+        writing=True,
+    )
+    url = _ask(asked, lambda: chosen.place(to))
+    revision = to.revision or chosen.BRANCH
+    there = _listing(chosen, asked, to, revision)
+    lacking = _lacking(parcel, there or {})
+    sent = Sent(revision)
+    if lacking:
+        size = sum(parcel.files[path].size for path in lacking)
+        say.note(f"{chosen.TITLE}: {len(lacking)} of {len(parcel.files)} files to {to.repo}, {size:,} bytes")
+        # A pull request would be opened anew by each attempt.
+        tries = 1 if to.create_pr else chosen.TRIES
+        sent = _ask(asked, lambda: _interruptible(lambda: chosen.send(parcel, lacking)), tries)
+    elif to.create_pr:
+        say.note(f"{chosen.TITLE}: {to.repo} has all of it, so there is no pull request to open")
+    there = _listing(chosen, asked, to, sent.revision) if lacking else there
+    left = _lacking(parcel, there) if there is not None else []
     if there is None:
         say.warn(f"{chosen.TITLE} lists no files there: that all have arrived is its client's word alone")
     if left:
@@ -177,14 +113,54 @@ def _publish(name: str, parcel: Parcel, say: Say) -> Published:
     )
 
 
-def _listing(chosen: Hub, to: Destination, revision: str) -> Mapping[str, Content] | None:
+def _ask(asked: Asked, action: Callable[[], T], tries: int = FIRST_TRIES) -> T:
+    """Do it, again where the hub or the network fails in passing. Raises HubError.
+
+    The clients repeat most of their requests themselves, but not those that create, list and commit.
+    """
+
+    def attempt() -> T:
+        with warnings.catch_warnings(), asking(asked):
+            warnings.simplefilter("ignore")  # the clients' are of no use here, and hold addresses
+            return action()
+
+    return patiently(asked.where, attempt, tries=tries, slower=_SLOWER)
+
+
+def _listing(chosen: Hub, asked: Asked, to: Destination, revision: str) -> Mapping[str, Content] | None:
     """What is there; None where the server has no such call, though it takes uploads."""
+
+    def ask() -> Mapping[str, Content] | None:
+        try:
+            return chosen.listing(to, revision)
+        except client_errors() as problem:
+            if not no_such_call(problem):
+                raise
+            return None
+
+    return _ask(asked, ask)
+
+
+def _interruptible(action: Callable[[], T]) -> T:
+    """Do it so that Ctrl-C ends it at once: the clients send in threads, and wait for them before they raise it."""
+    ended: list[T] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            ended.append(action())
+        except BaseException as problem:  # raised again below, whatever it is
+            failed.append(problem)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     try:
-        return patiently(lambda: chosen.listing(to, revision))
-    except client_errors() as problem:
-        if not no_such_call(problem):
-            raise
-        return None
+        thread.join()
+    except KeyboardInterrupt as stop:
+        raise TransferInterrupted(f"interrupted; {RERUN}") from stop
+    if failed:
+        raise failed[0]
+    return ended[0]
 
 
 def _lacking(parcel: Parcel, there: Mapping[str, Content]) -> list[str]:
@@ -197,10 +173,9 @@ def _same(path: Path, mine: Content, theirs: Content | None) -> bool:
         return False
     if theirs.sha256 is not None:
         return theirs.sha256 == mine.sha256
-    return theirs.git_sha1 is None or theirs.git_sha1 == git_sha1(path)
+    return theirs.git_sha1 is None or theirs.git_sha1 == git_sha1(read_file(path, mine.size))
 
 
-def git_sha1(path: Path) -> str:
-    """What git calls a file's content; hubs list the files so that are not in LFS, which are small."""
-    data = path.read_bytes()
+def git_sha1(data: bytes) -> str:
+    """The name that git gives to a file's content; hubs list the files so that are not in LFS, which are small."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

@@ -17,7 +17,7 @@ from llava_convert.app import convert as engine
 from llava_convert.app.convert import Prepared
 from llava_convert.app.options import Options
 from llava_convert.app.publish.contents import CARD, names, proven
-from llava_convert.app.publish.publish import Destination, Parcel, check, publish
+from llava_convert.app.publish.publish import check, publish
 from llava_convert.app.stage_one import stage_one
 from llava_convert.core.errors import ConvertError, HubError, MismatchError, OutputError, UsageError
 from llava_convert.core.progress import Say, Silence
@@ -27,6 +27,7 @@ from llava_convert.engine.report import Published
 from llava_convert.model.checkpoint import Checkpoint
 from llava_convert.model.options import TargetOptions
 from llava_convert.model.record import RECORD, read_record
+from llava_convert.storage.hubs import Destination, Parcel
 from llava_convert.storage.remote.mounts import mounted, mounts
 
 

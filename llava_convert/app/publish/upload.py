@@ -9,12 +9,13 @@ from pathlib import Path
 
 from llava_convert.app.options import Options
 from llava_convert.app.publish.contents import CARD, names, proven
-from llava_convert.app.publish.publish import BOTH, HUBS, Destination, Parcel, check, publish
+from llava_convert.app.publish.publish import BOTH, check, publish
 from llava_convert.core.errors import HubError, TransferInterrupted, UsageError
 from llava_convert.core.progress import Say, Silence
 from llava_convert.engine.check import FULL, OFF
 from llava_convert.engine.report import Published, Report
 from llava_convert.model.record import RECORD
+from llava_convert.storage.hubs import HUBS, Destination, Parcel
 
 
 def upload(

@@ -1,31 +1,43 @@
-"""Models on the Hugging Face Hub: read in place by ranges, or through the client's cache."""
+"""Models on the Hugging Face Hub: read in place by ranges or through the client's cache, and sent by the client.
+
+Facts of sending from huggingface_hub 2.4.0; the calls are there since 0.26. `upload_folder` does the work: through Xet
+it hashes, splits and commits as it goes, without Xet it sends what the hub's LFS lacks and commits once. Either way a
+rerun sends nothing twice. (`upload_large_folder` is gone in 2.x.)
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import glob
+from collections.abc import Collection
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    build_hf_headers,
+    disable_progress_bars,
+    enable_progress_bars,
+    get_session,
+    hf_raise_for_status,
+)
 
-from llava_convert.core.errors import HubError
+from llava_convert.core.errors import UsageError
 from llava_convert.core.hub_names import Address
-from llava_convert.storage.remote.cache import fetched, is_enough
-from llava_convert.storage.remote.files import FIRST_TRIES, WEIGHTS, Remote, TransientError, patiently, refuse
+from llava_convert.core.retry import FIRST_TRIES, TransientError, patiently
+from llava_convert.storage.hubs import Content, Destination, Parcel, Sent, already_public
+from llava_convert.storage.hubs.cache import fetched, is_enough
+from llava_convert.storage.hubs.errors import Asked, asking
+from llava_convert.storage.remote.files import WEIGHTS, Remote
+
+TITLE = "the Hugging Face Hub"
+BRANCH = "main"
+TRIES = 3  # it repeats neither the commit (without Xet) nor the check of the card
+LOGIN = "run `hf auth login`, or set HF_TOKEN"
 
 _TIMEOUT = constants.HF_HUB_DOWNLOAD_TIMEOUT  # seconds to connect, and between two bytes; set by the variable
 
@@ -35,7 +47,7 @@ def open(address: Address) -> Remote:
     where = str(address)
 
     def ask() -> tuple[str, dict[str, int]]:
-        with _asking(where):
+        with _asking(address):
             return _files(address)
 
     commit, files = patiently(where, ask, tries=FIRST_TRIES)
@@ -43,7 +55,7 @@ def open(address: Address) -> Remote:
     places: dict[str, str] = {}  # where weights are sent from, which is asked once a file
 
     def read(name: str, start: int, end: int) -> bytes:
-        with _asking(f"{where}/{name}"):
+        with _asking(address, f"{where}/{name}"):
             url = huggingface_hub.hf_hub_url(address.repo, name, revision=commit)
             place = places.get(name)
             if not name.lower().endswith(WEIGHTS):
@@ -68,7 +80,7 @@ def open(address: Address) -> Remote:
 def _files(address: Address) -> tuple[str, dict[str, int]]:
     """The commit and the size of each file. One request at the Hub; a mirror may know less of its calls."""
     api = huggingface_hub.HfApi()
-    commit, sizes = address.revision or "main", {}
+    commit, sizes = address.revision or BRANCH, {}
     try:
         info = api.model_info(address.repo, revision=address.revision, files_metadata=True, timeout=_TIMEOUT)
         commit, sizes = info.sha or commit, {one.rfilename: one.size for one in info.siblings or ()}
@@ -103,7 +115,7 @@ def download(address: Address) -> Path:
     """As `cached`, after fetching what is missing. Raises HubError."""
 
     def get(patterns: list[str]) -> Path:
-        with _asking(str(address)):
+        with _asking(address):
             return Path(
                 huggingface_hub.snapshot_download(address.repo, revision=address.revision, allow_patterns=patterns)
             )
@@ -111,37 +123,69 @@ def download(address: Address) -> Path:
     return fetched(str(address), get)
 
 
-@contextmanager
-def _asking(where: str) -> Iterator[None]:
-    """What the client raises becomes HubError, or TransientError where asking again may help."""
-    try:
-        yield
-    except OfflineModeIsEnabled:
-        raise HubError(f"{where}: offline mode is on (HF_HUB_OFFLINE), and the cache does not hold it") from None
-    except GatedRepoError:
-        raise HubError(
-            f"{where}: access is given on request, and not to the token in use",
-            hint="ask for access on its page, then `hf auth login`",
-        ) from None
-    except RevisionNotFoundError:
-        raise HubError(f"{where}: there is no such revision") from None
-    except RepositoryNotFoundError:
-        raise HubError(
-            f"{where}: there is no such model, or it is private and no token that may read it is in use",
-            hint="check the name; for a private one `hf auth login`, or set HF_TOKEN",
-        ) from None
-    except HFValidationError as problem:
-        raise HubError(f"{where}: {str(problem).splitlines()[0]}") from None
-    except HfHubHTTPError as problem:
-        refuse(where, problem.response.status_code, problem.response.headers)
-    except LocalEntryNotFoundError:  # what a download raises for any trouble of the network
-        raise TransientError("the connection failed") from None
-    except (OSError, _transport_error()) as problem:
-        raise TransientError(f"the connection failed ({type(problem).__name__})") from None
+def _asking(address: Address, where: str | None = None) -> AbstractContextManager[None]:
+    return asking(Asked(where or str(address), TITLE, LOGIN, address.revision or BRANCH))
 
 
-def _transport_error() -> type[Exception]:
-    """What the HTTP library below the client raises: it was requests (an OSError) up to 0.36, and is httpx since."""
-    library = sys.modules[type(get_session()).__module__.partition(".")[0]]
-    found: type[Exception] = getattr(library, "HTTPError", OSError)
+# --- sending
+
+
+def token() -> str | None:
+    return huggingface_hub.get_token()
+
+
+def require(to: Destination) -> None:
+    if to.create_pr and to.revision not in (None, BRANCH):
+        raise UsageError(
+            "--create-pr with --revision: a pull request is opened against the main branch",
+            hint="leave one of them out; --revision refs/pr/N alone adds to the pull request N",
+        )
+
+
+def _api() -> huggingface_hub.HfApi:
+    return huggingface_hub.HfApi(library_name="llava-convert")
+
+
+def place(to: Destination) -> str:
+    api = _api()
+    if to.private:
+        api.create_repo(to.repo, private=True, exist_ok=True)
+        if not api.model_info(to.repo).private:
+            raise already_public(to.repo, TITLE)
+    else:
+        api.create_repo(to.repo, exist_ok=True)
+    if to.revision not in (None, BRANCH) and not to.revision.startswith("refs/"):
+        api.create_branch(to.repo, branch=to.revision, exist_ok=True)
+    return f"{api.endpoint}/{to.repo}"
+
+
+def listing(to: Destination, revision: str) -> dict[str, Content]:
+    found = {}
+    for entry in _api().list_repo_tree(to.repo, recursive=True, revision=revision):
+        if isinstance(entry, RepoFile):
+            # Of a file in LFS the blob is its pointer, so that git's sha1 says nothing of the content.
+            lfs = entry.lfs
+            found[entry.path] = Content(entry.size, lfs.sha256) if lfs else Content(entry.size, git_sha1=entry.blob_id)
     return found
+
+
+def send(parcel: Parcel, names: Collection[str]) -> Sent:
+    to, api = parcel.to, _api()
+    hidden = not parcel.bars and not are_progress_bars_disabled()
+    if hidden:
+        disable_progress_bars()
+    try:
+        made = api.upload_folder(
+            repo_id=to.repo,
+            folder_path=parcel.folder,
+            allow_patterns=[glob.escape(name) for name in names],
+            revision=None if to.create_pr else to.revision,
+            create_pr=to.create_pr,
+            commit_message=to.message,
+        )
+    finally:
+        if hidden:
+            enable_progress_bars()
+    if made.pr_revision is not None:
+        return Sent(made.pr_revision, made.oid, made.pr_url)
+    return Sent(to.revision or BRANCH, made.oid)

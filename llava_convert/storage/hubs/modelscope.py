@@ -1,50 +1,67 @@
-"""Models on ModelScope: read in place by ranges, or through the client's cache."""
+"""Models on ModelScope: read in place by ranges or through the client's cache, and sent by the client.
+
+By modelscope_hub, which `modelscope` brings since its 1.40; facts of sending from its 0.5.1. Its upload keeps a record
+of what it has committed in the folder itself (`.ms_upload_cache`), under each file's name, time and size: the same
+folder sent to another server is then skipped as committed. So the record is neither read nor written here. The server
+says what it has, by its listing and, of large files, by the LFS batch request.
+"""
 
 from __future__ import annotations
 
+import glob
+import io
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import AbstractContextManager, redirect_stdout, suppress
 from pathlib import Path
+from typing import Any
 
 from llava_convert.core.errors import HubError, UsageError
 from llava_convert.core.hub_names import Address
-from llava_convert.storage.remote.cache import fetched, is_enough
-from llava_convert.storage.remote.files import Remote, TransientError, patiently, refuse
+from llava_convert.core.retry import patiently
+from llava_convert.storage.hubs import Content, Destination, Parcel, Sent, already_public
+from llava_convert.storage.hubs.cache import fetched, is_enough
+from llava_convert.storage.hubs.errors import Asked, asking
+from llava_convert.storage.remote.files import Remote
+
+_INSTALL = "pip install 'llava-convert[modelscope]'"
 
 try:
-    import requests
-    from modelscope import snapshot_download
     from modelscope_hub import HubApi
-    from modelscope_hub.errors import APIError, NetworkError, NotExistError
+    from modelscope_hub.config import get_default_config
+    from modelscope_hub.constants import Visibility
+    from modelscope_hub.errors import AlreadyExistsError
     from modelscope_hub.errors import HubError as ModelScopeError
 except ImportError as problem:
-    raise UsageError(
-        "models of ModelScope are read by its client, which is not installed",
-        hint="pip install 'llava-convert[modelscope]'",
-    ) from problem
+    raise UsageError("ModelScope's client is not installed", hint=_INSTALL) from problem
+
+TITLE = "ModelScope"
+BRANCH = "master"
+TRIES = 1  # it repeats each request of an upload for minutes
+LOGIN = "run `modelscope login`, or set MODELSCOPE_API_TOKEN"
+
+_MODEL = "model"
+_LISTINGS = 2  # the client itself repeats most of what fails there, but for an answer that breaks off
 
 # MODELSCOPE_DOMAIN is called deprecated since 0.5, and is what `modelscope` itself still reads.
 warnings.filterwarnings("ignore", "Environment variable MODELSCOPE_", FutureWarning)
-
-_LISTINGS = 2  # the client itself repeats most of what fails there, but for an answer that breaks off
 
 
 def open(address: Address) -> Remote:
     """The model at a branch: the server names no commit, but each file's sha256, which is asked again at the end."""
     where = str(Address(address.hub, address.repo, address.revision))
-    revision = address.revision or "master"
+    revision = address.revision or BRANCH
 
     def connect() -> HubApi:
-        with _asking(where):
+        with _asking(address, where):
             return HubApi(endpoint=HubApi().resolve_endpoint_for_read(address.repo))
 
     api = patiently(where, connect, tries=_LISTINGS)
 
     def ask() -> dict[str, tuple[int, str]]:
-        with _asking(where):
-            found = api.list_repo_files(address.repo, "model", revision=revision)
-        return {one.path: (int(one.size), str(one.sha256)) for one in found if one.type != "tree"}
+        with _asking(address, where):
+            found = api.list_repo_files(address.repo, _MODEL, revision=revision)
+            return {one.path: (int(one.size), str(one.sha256)) for one in found if one.type != "tree"}
 
     answers: list[dict[str, tuple[int, str]]] = []
 
@@ -55,10 +72,10 @@ def open(address: Address) -> Remote:
         return answers[-1]
 
     def read(name: str, start: int, end: int) -> bytes:
-        with _asking(f"{where}/{name}"):
+        with _asking(address, f"{where}/{name}"):
             response = api.legacy.download_stream(
                 address.repo,
-                "model",
+                _MODEL,
                 name,
                 revision,
                 headers={"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"},
@@ -81,7 +98,7 @@ def open(address: Address) -> Remote:
 def cached(address: Address, *, whole: bool) -> Path | None:
     """The model's folder in the client's cache, if all of it is there, or what is needed."""
     with suppress(ModelScopeError, ValueError):
-        folder = Path(snapshot_download(address.repo, revision=address.revision, local_files_only=True))
+        folder = Path(_snapshot(address.repo, revision=address.revision, local_files_only=True))
         return folder if is_enough(folder, whole=whole) else None
     return None
 
@@ -90,27 +107,68 @@ def download(address: Address) -> Path:
     """As `cached`, after fetching what is missing. Raises HubError."""
 
     def get(patterns: list[str]) -> Path:
-        with _asking(str(address)):
-            return Path(snapshot_download(address.repo, revision=address.revision, allow_patterns=patterns))
+        with _asking(address, str(address)):
+            return Path(_snapshot(address.repo, revision=address.revision, allow_patterns=patterns))
 
     return fetched(str(address), get)
 
 
-@contextmanager
-def _asking(where: str) -> Iterator[None]:
-    """What the client raises becomes HubError, or TransientError where asking again may help."""
+def _snapshot(repo: str, **options: Any) -> str:
+    # Imported late: it costs a second, and an upload does without.
     try:
-        yield
-    except NotExistError:
-        raise HubError(
-            f"{where}: there is no such model or revision, or it is private and no token that may read it is in use",
-            hint="check the name; for a private one `modelscope login`, or set MODELSCOPE_API_TOKEN",
-        ) from None
-    except APIError as problem:
-        if problem.status_code is None:
-            raise HubError(f"{where}: the server refused") from None
-        refuse(where, problem.status_code, {})
-    except (NetworkError, requests.RequestException) as problem:
-        raise TransientError(f"the connection failed ({type(problem).__name__})") from None
-    except (ModelScopeError, ValueError) as problem:
-        raise HubError(f"{where}: {str(problem).strip().splitlines()[0][:200]}") from None
+        from modelscope import snapshot_download
+    except ImportError as problem:
+        raise UsageError(
+            "the cache of ModelScope's client needs the package modelscope, which is not installed",
+            hint=_INSTALL,
+        ) from problem
+
+    return str(snapshot_download(repo, **options))
+
+
+def _asking(address: Address, where: str) -> AbstractContextManager[None]:
+    return asking(Asked(where, TITLE, LOGIN, address.revision or BRANCH))
+
+
+# --- sending
+
+
+def token() -> str | None:
+    found: str | None = get_default_config().token
+    return found
+
+
+def require(to: Destination) -> None:
+    if to.create_pr:
+        raise UsageError("--create-pr: ModelScope's client opens no pull requests", hint="--hub huggingface")
+
+
+def place(to: Destination) -> str:
+    api = HubApi()
+    try:
+        api.create_repo(to.repo, _MODEL, visibility=Visibility.PRIVATE if to.private else Visibility.PUBLIC)
+    except AlreadyExistsError:
+        if to.private and api.get_repo(to.repo, _MODEL).visibility == Visibility.PUBLIC:
+            raise already_public(to.repo, TITLE) from None
+    return f"{get_default_config().endpoint}/models/{to.repo}"
+
+
+def listing(to: Destination, revision: str) -> dict[str, Content]:
+    found = HubApi().list_repo_files(to.repo, _MODEL, revision=revision)
+    return {file.path: Content(file.size, file.sha256 or None) for file in found if file.type != "tree"}
+
+
+def send(parcel: Parcel, names: Collection[str]) -> Sent:
+    to = parcel.to
+    with redirect_stdout(io.StringIO()):  # it prints a report, and stdout is ours
+        HubApi().upload_folder(
+            to.repo,
+            _MODEL,
+            parcel.folder,
+            commit_message=to.message,
+            revision=to.revision or BRANCH,
+            allow_patterns=[glob.escape(name) for name in names],
+            use_cache=False,
+            disable_tqdm=not parcel.bars,
+        )
+    return Sent(to.revision or BRANCH)

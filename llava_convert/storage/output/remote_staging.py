@@ -19,11 +19,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llava_convert.core.errors import HubError, OutputError, UsageError
+from llava_convert.core.retry import FIRST_TRIES, patiently
+from llava_convert.storage.hubs.secrets import shown
 from llava_convert.storage.output.places import NO_ROOM, as_output_error
 from llava_convert.storage.output.staging import RECORD
-from llava_convert.storage.remote.files import FIRST_TRIES, Remote, RemoteFile, patiently, place
+from llava_convert.storage.remote.files import Remote, RemoteFile, place
 from llava_convert.storage.remote.mounts import mount, unmount
-from llava_convert.storage.remote.urls import asking, file_system, shown
+from llava_convert.storage.remote.urls import asking, file_system
 
 _LAST = ("config.json", ".index.json")  # in this order, after everything else
 
@@ -58,7 +60,6 @@ class RemoteStaging:
             )
         self.out = shown(url)
         self._fs, self._root = file_system(url)
-        self._protocol = url.partition("://")[0]
         self._plan_hash, self._resume, self._needed, self._say = plan_hash, resume, needed_bytes, say
         self._sent: dict[str, dict[str, Any]] = {}
         self._small: dict[str, bytes] = {}
@@ -180,7 +181,7 @@ class RemoteStaging:
 
     def _listing(self) -> dict[str, int]:
         def ask() -> dict[str, int]:
-            with asking(self.out, self._protocol), contextlib.suppress(FileNotFoundError):
+            with asking(self.out), contextlib.suppress(FileNotFoundError):
                 found = self._fs.find(self._root, detail=True)
                 names = {full: full[len(self._root) :].lstrip("/") for full in found}
                 return {name: int(found[full]["size"]) for full, name in names.items() if name}
@@ -189,14 +190,14 @@ class RemoteStaging:
         return patiently(self.out, ask)
 
     def _read(self, name: str, start: int, end: int) -> bytes:
-        with asking(f"{self.out}/{name}", self._protocol):
+        with asking(f"{self.out}/{name}"):
             return bytes(self._fs.cat_file(self._at(name), start=start, end=end))
 
     def _put(self, local: Path, name: str) -> None:
         where = f"{self.out}/{name}"
 
         def send() -> None:
-            with asking(where, self._protocol):
+            with asking(where):
                 self._fs.makedirs(os.path.dirname(self._at(name)), exist_ok=True)  # noqa: PTH120  # no path of here
                 self._fs.put_file(str(local), self._at(name))
 
@@ -206,7 +207,7 @@ class RemoteStaging:
         """What the store calls this content of a file (S3: its ETag): equal only while nobody writes it again."""
 
         def ask() -> str:
-            with asking(f"{self.out}/{name}", self._protocol):
+            with asking(f"{self.out}/{name}"):
                 return str(self._fs.checksum(self._at(name)))
 
         return patiently(f"{self.out}/{name}", ask)
@@ -216,7 +217,7 @@ class RemoteStaging:
             patiently(self.out, lambda name=name: self._remove_one(name))  # type: ignore[misc]
 
     def _remove_one(self, name: str) -> None:
-        with asking(self.out, self._protocol), contextlib.suppress(FileNotFoundError):
+        with asking(self.out), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._at(name))
 
 

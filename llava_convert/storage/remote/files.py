@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import SEEK_CUR, SEEK_END, RawIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING
 
-from llava_convert.core import retry as patience
 from llava_convert.core.errors import HubError, InputError
+from llava_convert.core.retry import TransientError, patiently
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -30,54 +30,6 @@ PIECE = 8 << 20
 KEPT = 4 << 20  # of what was read of a file's headers, for the next who opens it
 SMALL = 64 << 20  # no config or tokenizer of a model is larger
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot")
-
-TRIES = 6  # in a row without a byte; with these pauses they take 12 seconds
-FIRST_TRIES = 3  # of what is asked first: a name may be a typing error, and nothing is lost yet
-FIRST_PAUSE = 0.2
-
-
-BUSY = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may pass
-
-_MEANINGS = {
-    401: ": the token is missing or not valid",
-    403: ": the token may not read it",
-    404: ": it is not there",
-    416: ": the file is shorter than it was said to be",
-}
-
-T = TypeVar("T")
-
-
-class TransientError(Exception):
-    """What may go well when it is tried again: a busy server, a broken connection. `after` is the pause it asks for."""
-
-    def __init__(self, reason: str, after: float | None = None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.after = after
-
-
-def patiently(where: str, attempt: Callable[[], T], *, tries: int = TRIES) -> T:
-    """What `attempt` gives, tried again after a TransientError with growing pauses. Raises HubError (exit 8)."""
-
-    def pause(problem: Exception, number: int) -> float:
-        asked = problem.after if isinstance(problem, TransientError) else None
-        return asked if asked is not None else FIRST_PAUSE * 2.5 ** (number - 1)
-
-    try:
-        return patience.patiently(attempt, TransientError, pause, tries=tries)
-    except TransientError as last:
-        raise HubError(
-            f"{where}: {last.reason}, {tries} times in a row", hint="run the same command again later"
-        ) from None
-
-
-def refuse(where: str, status: int, headers: Mapping[str, str]) -> NoReturn:
-    """Raise what an HTTP status above 399 means: TransientError for a busy server, else HubError."""
-    if status in BUSY:
-        after = headers.get("Retry-After", "")
-        raise TransientError(f"the server answered {status}", float(after) if after.isdecimal() else None)
-    raise HubError(f"{where}: the server answered {status}{_MEANINGS.get(status, '')}")
 
 
 @dataclass

@@ -1,35 +1,23 @@
-"""Where a source can lie: here, on a hub, or at any URL that fsspec reads. Whatever it is, a path comes of it.
+"""Where a source can lie: here, on a hub (`storage.hubs`), or at any URL that fsspec reads (`urls`).
 
-One module a kind of place, with `open` (the folder as a `Remote`); the hubs' also have `cached` and `download`, by
-their own clients.
+Whatever it is, a path comes of it.
 """
 
 from __future__ import annotations
 
 import re
-from importlib import import_module
 from pathlib import Path
-from typing import Protocol, cast
 
 from llava_convert.core import addresses as aliases
 from llava_convert.core import hub_names as hub
 from llava_convert.core.errors import HubError, InputError, UsageError
 from llava_convert.core.hub_names import Address
-from llava_convert.storage.remote.files import WEIGHTS, Remote
+from llava_convert.storage.hubs import HUBS, hub_of
+from llava_convert.storage.hubs.secrets import shown
+from llava_convert.storage.remote.files import WEIGHTS
 from llava_convert.storage.remote.mounts import mount
 
-_HUBS = {"hf": "huggingface", "ms": "modelscope"}
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,3}(?=[^/])(.*)")  # a Path keeps one of the slashes; C:/ is a drive
-
-
-class Hub(Protocol):
-    """What a hub's module offers. All raise HubError (exit 8); UsageError where the client is not installed."""
-
-    def open(self, address: Address) -> Remote: ...
-
-    def cached(self, address: Address, *, whole: bool) -> Path | None: ...
-
-    def download(self, address: Address) -> Path: ...
 
 
 def reach(source: str | Path, *, cache: bool = False) -> Path:
@@ -43,13 +31,13 @@ def reach(source: str | Path, *, cache: bool = False) -> Path:
         scheme, rest = url.groups()
         if scheme == "file":
             return Path("/" + rest)
-        if scheme not in _HUBS:
+        if scheme not in HUBS.values():
             return _at_url(f"{scheme}://{rest}", cache)
         address = hub.parse(f"{scheme}://{rest}")
         if address is None:
             raise UsageError(
-                f"{scheme}://{rest} is no model's address",
-                hint=f"a model is called {scheme}://ORG/NAME, with @REVISION and /PATH where needed",
+                f"{shown(f'{scheme}://{rest}')} is not the address of a model",
+                hint=f"write {scheme}://ORG/NAME, with @REVISION and /PATH where needed, and nothing else",
             )
         return on_hub(address, cache=cache)
     if _is_here(text):
@@ -71,10 +59,11 @@ def url_of(out: Path) -> str | None:
     url = _URL.fullmatch(out.as_posix())
     if url is None:
         return None
-    if url[1] in _HUBS:
+    if url[1] in HUBS.values():
+        address = shown(out.as_posix())
         raise UsageError(
-            f"-o {url[1]}://{url[2]}: outputs are sent to hubs when they are whole and verified",
-            hint=f"leave -o out, and give --push {url[2]}",
+            f"-o {address}: outputs are sent to hubs when they are whole and verified",
+            hint=f"leave -o out, and give --push {address.partition('://')[2]}",
         )
     return f"{url[1]}://{url[2]}"
 
@@ -84,7 +73,7 @@ def on_hub(address: Address, *, cache: bool = False, weights: bool = True) -> Pa
 
     Raises HubError, and UsageError where its client is missing.
     """
-    client = cast(Hub, import_module(f"llava_convert.storage.hubs.{_HUBS[address.hub]}"))
+    client = hub_of(address)
     folder = client.cached(address, whole=weights)
     if folder is None:
         if cache:
@@ -99,7 +88,7 @@ def _at_url(url: str, cache: bool) -> Path:
     from llava_convert.storage.remote import urls
 
     if cache:
-        raise UsageError(f"--cache is for models of the hubs; {urls.shown(url)} is read in place")
+        raise UsageError(f"--cache is for models of the hubs; {shown(url)} is read in place")
     remote, file = urls.open(url)
     return mount(remote) / file
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import import_module
+from contextlib import AbstractContextManager
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,22 +11,13 @@ import fsspec
 from fsspec.registry import known_implementations
 
 from llava_convert.core.errors import HubError, UsageError
-from llava_convert.storage.remote.files import FIRST_TRIES, WEIGHTS, Remote, TransientError, patiently, refuse
+from llava_convert.core.retry import FIRST_TRIES, patiently
+from llava_convert.storage.hubs import errors
+from llava_convert.storage.hubs.secrets import shown
+from llava_convert.storage.remote.files import WEIGHTS, Remote
 
-_MEND = "download it, and name the local file"
+_INSTEAD = "download it, and name the local file"
 _EXTRAS = {"s3": "s3", "s3a": "s3", "https": "https", "http": "https"}
-# What the libraries below raise beside OSError, by protocol.
-_TROUBLE = {
-    "s3": ("botocore.exceptions", ("BotoCoreError", "ClientError")),
-    "https": ("aiohttp", ("ClientError",)),
-}
-
-
-def shown(url: str) -> str:
-    """A URL without what may be secret in it: user, password, and the signature in its query."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}".rstrip("/")
 
 
 def file_system(url: str) -> tuple[Any, str]:
@@ -39,9 +28,9 @@ def file_system(url: str) -> tuple[Any, str]:
     except ImportError as problem:
         extra = _EXTRAS.get(protocol)
         hint = f"pip install 'llava-convert[{extra}]'" if extra else known_implementations[protocol].get("err", "")
-        raise UsageError(f"{shown(url)}: what reads {protocol}:// is not installed", hint=hint) from problem
+        raise UsageError(f"{shown(url)}: the package that reads {protocol}:// is not installed", hint=hint) from problem
     except ValueError as problem:
-        raise UsageError(f"{shown(url)}: no protocol of this name is known ({protocol})") from problem
+        raise UsageError(f"{shown(url)}: the protocol {protocol} is not known") from problem
     return fs, str(path)
 
 
@@ -51,29 +40,29 @@ def open(url: str) -> tuple[Remote, str]:
     Raises HubError, and UsageError where a package is missing.
     """
     fs, path = file_system(url)
-    where, protocol = shown(url), url.partition("://")[0]
-    web = protocol in ("http", "https")
+    where = shown(url)
+    web = url.partition("://")[0] in ("http", "https")
 
     def listing() -> tuple[str, dict[str, dict[str, Any]]]:
-        with asking(where, protocol):
+        with asking(where):
             return _on_the_web(fs, path) if web else _in_a_store(fs, path)
 
     file, found = patiently(where, listing, tries=FIRST_TRIES)
     if not found:
-        raise HubError(f"{where}: there is nothing")
+        raise HubError(f"{where}: it is empty")
     sizes = {name: one["size"] for name, one in found.items() if name and one.get("size") is not None}
     if untold := [name for name in found if name.lower().endswith((*WEIGHTS, ".json")) and name not in sizes]:
-        raise HubError(f"{where}: the server does not tell the size of {untold[0]}", hint=_MEND)
+        raise HubError(f"{where}: the server does not say the size of {untold[0]}", hint=_INSTEAD)
     address = where.rpartition("/")[0] if file else where
 
     def read(name: str, start: int, end: int) -> bytes:
-        with asking(f"{address}/{name}", protocol):
+        with asking(f"{address}/{name}"):
             if web:
                 return _part(fs, found[name], start, end)
             return bytes(fs.cat_file(found[name]["name"], start=start, end=end))
 
     def version(name: str) -> str:
-        with asking(f"{address}/{name}", protocol):
+        with asking(f"{address}/{name}"):
             return _version(fs.info(found[name]["name"]))
 
     return Remote(address, {name: int(size) for name, size in sizes.items()}, read, version), file
@@ -102,7 +91,7 @@ def _part(fs: Any, one: dict[str, Any], start: int, end: int) -> bytes:
         try:
             return bytes(stream.read(end - start))
         except ValueError:
-            raise HubError(f"{shown(one['name'])}: the server does not give parts of files", hint=_MEND) from None
+            raise HubError(f"{shown(one['name'])}: the server does not give parts of files", hint=_INSTEAD) from None
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -110,33 +99,6 @@ def _version(info: dict[str, Any]) -> str:
     return str(next((info[key] for key in ("ETag", "etag", "LastModified", "mtime", "created") if key in info), ""))
 
 
-@contextmanager
-def asking(where: str, protocol: str) -> Iterator[None]:
-    """What a file system raises becomes HubError, or TransientError where asking again may help."""
-    try:
-        yield
-    except FileNotFoundError as problem:
-        # fsspec says so of any page of the web that it cannot have; why is in the cause.
-        status = getattr(problem.__cause__, "status", 404)
-        if status != 404:
-            refuse(where, status, {})
-        if problem.__cause__ is not None and not hasattr(problem.__cause__, "status"):
-            raise TransientError(f"the connection failed ({type(problem.__cause__).__name__})") from None
-        raise HubError(f"{where}: it is not there") from None
-    except PermissionError:
-        raise HubError(f"{where}: access is refused", hint="check the credentials in use") from None
-    except _trouble(protocol) as problem:
-        status = getattr(problem, "status", None)
-        if isinstance(status, int) and status >= 400:
-            refuse(where, status, {})
-        if type(problem).__name__ in ("NoCredentialsError", "ProfileNotFound"):
-            raise HubError(
-                f"{where}: no credentials are set",
-                hint="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile by AWS_PROFILE",
-            ) from None
-        raise TransientError(f"the connection failed ({type(problem).__name__})") from None
-
-
-def _trouble(protocol: str) -> tuple[type[Exception], ...]:
-    module, names = _TROUBLE.get({"http": "https", "s3a": "s3"}.get(protocol, protocol), ("builtins", ()))
-    return (OSError, TimeoutError, *(getattr(import_module(module), name) for name in names))
+def asking(where: str) -> AbstractContextManager[None]:
+    """Turn what a file system raises into HubError, or into TransientError where asking again may help."""
+    return errors.asking(errors.Asked(where, "the server", "check the credentials in use"))

@@ -29,11 +29,11 @@ from llava_convert.app.card.traps import lmdeploy_template
 from llava_convert.app.card.words import Words
 from llava_convert.app.convert import prepare
 from llava_convert.app.options import Options
-from llava_convert.app.publish.publish import Destination
 from llava_convert.app.publish.release import Release
 from llava_convert.app.publish.release import plan as plan_release
 from llava_convert.model.options import TargetOptions
 from llava_convert.model.recipe import Bases
+from llava_convert.storage.hubs import Destination
 from tests.interop.card_blocks import block, blocks
 from tests.interop.wide_models import PUBLISHED, WIDES, make_wide
 

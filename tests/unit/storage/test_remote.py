@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 from llava_convert.core import addresses as aliases
 from llava_convert.core import hub_names as hub
-from llava_convert.core.errors import HubError, InputError, UnsafeError
+from llava_convert.core import retry
+from llava_convert.core.errors import HubError, InputError, UnsafeError, UsageError
+from llava_convert.core.retry import TransientError, patiently
 from llava_convert.storage import ranges
 from llava_convert.storage.files import open_regular, read_fully, size_of
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.remote import files as remote
-from llava_convert.storage.remote.files import Remote, RemoteFile, RemoteStream, TransientError, patiently, remote_of
+from llava_convert.storage.remote.files import Remote, RemoteFile, RemoteStream, remote_of
 from llava_convert.storage.remote.mounts import mount, mounted, mounts
 from llava_convert.storage.remote.reach import reach, url_of
 
@@ -33,7 +35,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "KEPT", 20_000)
     monkeypatch.setattr(ranges, "FIRST", 1000)
     monkeypatch.setattr(ranges, "REMOTE_PIECE", 8000)
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.0)
 
 
 class Server:
@@ -181,7 +183,7 @@ def test_what_lies_beyond_the_end_is_an_input_error(root: Path) -> None:
 
 def test_what_passes_is_tried_again_and_what_stays_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.2)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.2)
     monkeypatch.setattr("time.sleep", pauses.append)
     answers = iter([TransientError("busy"), TransientError("busy", after=7.0), "done"])
 
@@ -295,6 +297,15 @@ def test_published_ids(text: str, id: str) -> None:
 def test_outputs_at_urls() -> None:
     assert url_of(Path("s3://bucket/folder")) == "s3://bucket/folder"
     assert url_of(Path("out/s3")) is None and url_of(Path("C:/out")) is None
+
+
+@pytest.mark.parametrize("scheme", ["hf", "ms"])
+@pytest.mark.parametrize("secret", ["org/m?token=KEY", "org/m#KEY", "me:KEY@org/m", "org/m@v1?token=KEY"])
+def test_secrets_in_an_address_are_not_repeated(scheme: str, secret: str) -> None:
+    for ask in (reach, lambda text: url_of(Path(text))):
+        with pytest.raises(UsageError) as caught:
+            ask(f"{scheme}://{secret}")
+        assert scheme in caught.value.message and "KEY" not in f"{caught.value.message} {caught.value.hint}"
 
 
 def test_a_local_source_is_a_local_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

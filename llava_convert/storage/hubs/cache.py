@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llava_convert.core.errors import ConvertError
+from llava_convert.core.retry import patiently
 from llava_convert.storage.json_files import read_object
-from llava_convert.storage.remote.files import patiently
 
 # No code, and no other framework's weights; torch's own only where there are no safetensors.
 _FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.md"]
