@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import sys
 from io import TextIOWrapper
@@ -25,7 +26,6 @@ app = typer.Typer(
     name="llava-convert",
     help="Convert LLaVA checkpoints between every layout in use, exactly.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -61,7 +61,19 @@ def main() -> None:
     # A command lives for seconds and makes a million objects (a tokenizer's merges) but hardly a cycle: to look for
     # them took a fifth of a small conversion.
     gc.disable()
-    app()
+    try:
+        app()
+    except SystemExit as stop:
+        _tell_in_json(stop)
+        raise
+
+
+def _tell_in_json(stop: SystemExit) -> None:
+    """Print a usage error as the object that other errors are with --json: it is found before a command runs."""
+    problem = stop.__context__
+    if "--json" in sys.argv and stop.code and hasattr(problem, "format_message"):
+        hint = "--help lists the options"
+        typer.echo(json.dumps({"error": problem.format_message(), "hint": hint, "exit_code": stop.code}, indent=2))
 
 
 def _forgiving_streams() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llava_convert.cli._options import choices
 from llava_convert.cli._output import Output, human_bytes
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ Push = Annotated[
 _HUB = typer.Option(
     "--hub",
     metavar="huggingface|modelscope|both",
+    autocompletion=choices("huggingface", "modelscope", "both"),
     help="Where to publish; the token is the one that the hub's own client keeps.",
     rich_help_panel=HUB_PANEL,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +11,31 @@ import typer
 SOURCE_PANEL, OUTPUT_PANEL, CHECK_PANEL, TALK_PANEL = "Source", "Output", "Checks and safety", "Talk"
 GGUF_PANEL = "GGUF"
 
+
+def choices(*values: str) -> Callable[[str], list[str]]:
+    """What TAB offers for an option of these values; others may be taken as well."""
+    return lambda incomplete: [value for value in values if value.startswith(incomplete.lower())]
+
+
+# Kept here as words, so that neither `--help` nor TAB need import the layouts; a test holds them to these.
+TARGETS = ("xtuner", "official", "hf", "gguf")
+_PARTS = ("all", "llm", "projector", "visual-encoder")
+_OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
+
 Source = Annotated[
     Path,
     typer.Argument(
         metavar="SOURCE",
         help="A file, a folder, a training work_dir; a hub's model (ORG/NAME, hf://…, ms://…), or a URL (s3://…).",
+    ),
+]
+To = Annotated[
+    str,
+    typer.Option(
+        "--to",
+        metavar="|".join(TARGETS),
+        help="Layout to convert to, or a program that loads it: vllm, transformers, ollama, llama.cpp.",
+        autocompletion=choices(*TARGETS),
     ),
 ]
 Llm = Annotated[
@@ -70,7 +91,11 @@ LoraAlpha = Annotated[
 PartOption = Annotated[
     str,
     typer.Option(
-        "--part", metavar="all|llm|projector|visual-encoder", help="Only one part.", rich_help_panel=OUTPUT_PANEL
+        "--part",
+        metavar="|".join(_PARTS),
+        help="Only one part.",
+        autocompletion=choices(*_PARTS),
+        rich_help_panel=OUTPUT_PANEL,
     ),
 ]
 Out = Annotated[
@@ -110,6 +135,7 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         metavar="auto|float16|bfloat16|float32",
+        autocompletion=choices("auto", "float16", "bfloat16", "float32"),
         help="auto: float16 for a .pth or the xtuner layout, else the source's.",
         rich_help_panel=OUTPUT_PANEL,
     ),
@@ -137,6 +163,7 @@ ImageProcessor = Annotated[
     typer.Option(
         "--image-processor",
         metavar="clip|llava",
+        autocompletion=choices("clip", "llava"),
         help="clip (the default) crops pictures to squares and loads everywhere; llava pads them, as training did.",
         rich_help_panel=OUTPUT_PANEL,
     ),
@@ -146,6 +173,7 @@ Outtype = Annotated[
     typer.Option(
         "--outtype",
         metavar="auto|f16|q8_0|q4_k_m|…[,…]",
+        autocompletion=choices(*_OUTTYPES),
         help="Types of the language model, one file each. auto: bf16 for a bf16 source, else f16.",
         rich_help_panel=GGUF_PANEL,
     ),
@@ -181,6 +209,7 @@ Verify = Annotated[
     typer.Option(
         "--verify",
         metavar="quick|full|off",
+        autocompletion=choices("quick", "full", "off"),
         help="quick: headers and files; full: every byte recomputed. Default: quick; full with --push.",
         rich_help_panel=CHECK_PANEL,
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -23,7 +23,6 @@ SOURCES = {
     "hf": "transformers' LlavaForConditionalGeneration.",
     "gguf": "GGUF of llama.cpp: a language model, with or without its mmproj.",
 }
-TARGETS = ("xtuner", "official", "hf", "gguf")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -34,14 +33,10 @@ def add_to(app: typer.Typer) -> None:
     )
 
 
-def _choice(*values: str) -> str:
-    return "|".join(values)
-
-
 def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads the signature of what is returned
     def command(
         source: opt.Source,
-        to: Annotated[str, typer.Option("--to", metavar=_choice(*TARGETS), help="Layout to convert to.")],
+        to: opt.To,
         out: opt.Out = None,
         name: opt.Name = None,
         llm: opt.Llm = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -221,3 +222,47 @@ def test_looking_and_renaming_never_import_torch(tiny: Path, tmp_path: Path) -> 
         ["pth", tiny / "iter_2.pth", "--to", "xtuner", "-o", tmp_path / "xtuner"],
     ):
         assert not modules(tmp_path, *command) & {"torch", "transformers", "peft"}, command
+
+
+# --- completion, and usage errors as data
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["pth", "x", "--to", ""], {"xtuner", "official", "hf", "gguf"}),
+        (["hf", "x", "--to", "g"], {"gguf"}),
+        (["pth", "x", "--dtype", "b"], {"bfloat16"}),
+        (["pth", "x", "--part", ""], {"all", "llm", "projector", "visual-encoder"}),
+        (["up"], {"upload"}),
+    ],
+)
+def test_bash_completes_values(words: list[str], offered: set[str]) -> None:
+    """By the script that --show-completion prints, in a real bash."""
+    line = ["llava-convert", *words]
+    script = f"""
+eval "$(llava-convert --show-completion bash 2>/dev/null || llava-convert --show-completion)"
+COMP_WORDS=({" ".join(f"'{word}'" for word in line)}) COMP_CWORD={len(words)}
+_llava_convert_completion llava-convert
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "SHELL": "/bin/bash"}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, timeout=60)
+    assert set(done.stdout.split()) == offered, done.stderr
+
+
+def test_what_is_offered_is_what_there_is() -> None:
+    from llava_convert.cli._options import TARGETS
+    from llava_convert.layouts.info import TARGETS as written
+
+    assert written == TARGETS
+
+
+@pytest.mark.parametrize("arguments", [["pth", "x"], ["pth", "x", "--to", "hf", "--nothing"], ["nothing"]])
+def test_a_usage_error_is_an_object_too(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "llava_convert", *arguments, "--json"], capture_output=True, text=True, timeout=60
+    )
+    found = json.loads(done.stdout)
+    assert done.returncode == found["exit_code"] == 2 and found["error"] and found["hint"]
+    assert "Traceback" not in done.stderr
