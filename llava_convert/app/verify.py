@@ -32,7 +32,8 @@ class Verdict:
     """What `verify SOURCE OUT` found; false where the models differ.
 
     Names are canonical ones; where OUT holds several files of one model, after the file's. `synthetic` are tensors that
-    SOURCE's layout never has: OUT's are not compared. `defects` are what readers of OUT choke on.
+    SOURCE's layout never has: OUT's are not compared. `quantised` of the `equal` ones are blocks in OUT and were floats
+    in SOURCE: they equal its quantisation, recomputed. `defects` are what readers of OUT choke on.
     """
 
     source: str
@@ -47,6 +48,7 @@ class Verdict:
     notes: tuple[str, ...] = ()
     defects: tuple[str, ...] = ()
     synthetic: tuple[str, ...] = ()
+    quantised: int = 0
 
     @property
     def same(self) -> bool:
@@ -93,6 +95,7 @@ class Verdict:
             "notes": list(self.notes),
             "defects": list(self.defects),
             "synthetic": list(self.synthetic),
+            "quantised": self.quantised,
         }
 
 
@@ -151,6 +154,7 @@ def compare_checkpoints(
         notes=tuple([*model.warnings]),
         defects=tuple(found.defects),
         synthetic=tuple(sorted(made_up)),
+        quantised=found.quantised,
     )
 
 
@@ -165,6 +169,7 @@ class _Compared:
     """What has been found so far, over all files of OUT."""
 
     equal: int = 0
+    quantised: int = 0
     different: dict[str, Difference] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
@@ -200,6 +205,8 @@ def _compare_one(
         sink = compare(planned, aligned, pool, progress=progress)
     found.different |= {label + name: difference for name, difference in sink.differences.items()}
     found.equal += len(planned) - len(sink.differences)
+    blocks = {t.canonical for t in planned if t.dtype in QUANTS and t.source.dtype not in QUANTS}
+    found.quantised += len(blocks - sink.differences.keys())
     found.missing += [label + name for name in wanted.keys() - stored.keys()]
     found.extra += [label + name for name in _untied(stored.keys() - wanted.keys() - made_up, tied)]
 

@@ -70,10 +70,10 @@ def main() -> None:
 
 def _tell_in_json(stop: SystemExit) -> None:
     """Print a usage error as the object that other errors are with --json: it is found before a command runs."""
-    problem = stop.__context__
-    if "--json" in sys.argv and stop.code and hasattr(problem, "format_message"):
+    message = getattr(stop.__context__, "format_message", None)
+    if "--json" in sys.argv and stop.code and message is not None:
         hint = "--help lists the options"
-        typer.echo(json.dumps({"error": problem.format_message(), "hint": hint, "exit_code": stop.code}, indent=2))
+        typer.echo(json.dumps({"error": message(), "hint": hint, "exit_code": stop.code}, indent=2))
 
 
 def _forgiving_streams() -> None:

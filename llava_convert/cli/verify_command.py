@@ -60,8 +60,9 @@ def _verify(
                 output.line(f"  differs: {name} in {gap.elements} elements, by at most {gap.largest:.3g}")
         verdict.refuse()
         rows = max(verdict.added_rows.values(), default=0)
+        quantised = f", {verdict.quantised} of them the source's quantisation, recomputed" if verdict.quantised else ""
         output.line(
-            f"the same: {verdict.equal} tensors equal bit for bit"
+            f"the same: {verdict.equal} tensors equal bit for bit{quantised}"
             + (f"; {rows} rows that the source does not have are not compared" if rows else "")
         )
 

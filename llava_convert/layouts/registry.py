@@ -5,20 +5,24 @@ A layout is one module here and one table in `mappings/layouts`; the engine asks
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path, PureWindowsPath
 from typing import cast
 
-from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.addresses import called
+from llava_convert.core.errors import ConvertError, InputError, UnsupportedError
 from llava_convert.core.text import printable
 from llava_convert.layouts.base import Found, Layout, OpenOptions
 from llava_convert.layouts.info import LAYOUTS
 from llava_convert.model.checkpoint import Checkpoint
 from llava_convert.storage.files import open_regular, read_fully, require_inside
+from llava_convert.storage.safetensors import SUFFIX, read_header
 from llava_convert.storage.sidecars import folder_sidecars
 
 SOURCES = tuple(LAYOUTS)
+_LOOKED_AT = 50  # files of a folder that is no checkpoint
 
 
 def layout(name: str) -> Layout:
@@ -87,7 +91,7 @@ def _choose(path: Path, name: str | None) -> tuple[str, str]:
         other, why = next(iter(claims.items()))
         raise UnsupportedError(
             f"{path} is not of the {name} layout but {other}: {why}",
-            hint=f"use `llava-convert {other} {path.name}`, or `convert`, which detects it",
+            hint=f"use `llava-convert {other} {called(path)}`, or `convert`, which detects it",
         )
     if name is None and len(claims) > 1:
         raise UnsupportedError(
@@ -101,16 +105,44 @@ def _choose(path: Path, name: str | None) -> tuple[str, str]:
                 hint="merge it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pth, "
                 "or accelerate merge-weights; then convert what that writes",
             )
-        raise UnsupportedError(f"{path} is no LLaVA that this tool knows{_what_else(path)}")
+        raise _unknown(path)
     chosen = name or next(iter(claims))
     return chosen, claims[chosen]
 
 
-def _what_else(path: Path) -> str:
-    """What a path is instead, where that is easily said."""
+def _unknown(path: Path) -> UnsupportedError:
+    """What to say of a path that no layout claims: what it is instead, and what beside or within it is one.
+
+    Raises InputError for a file of weights that is cut or broken.
+    """
+    said = f"{path} is no LLaVA that this tool knows"
+    if path.is_file():
+        if path.suffix.lower() == SUFFIX:
+            read_header(path)
+        around = _claimed([path.parent])
+        hint = f"it is a file of the model in {path.parent}: give that folder" if around else None
+        return UnsupportedError(said, hint=hint)
     found = look(path)
     if found.config is not None:
-        return f": its config.json is that of a {found.config.get('model_type')}"
-    if path.is_dir() and not found.names:
-        return ": the folder is empty"
-    return ""
+        said += f": its config.json is that of a {printable(found.config.get('model_type'))}"
+    elif not found.names:
+        said += ": the folder is empty"
+    within = _claimed(sorted((path / name for name in found.names if not name.startswith(".")), key=_age)[:_LOOKED_AT])
+    return UnsupportedError(said, hint=f"it holds {within.name}: give {within}" if within is not None else None)
+
+
+def _claimed(paths: Iterable[Path]) -> Path | None:
+    """The first of these that a layout claims."""
+    for path in paths:
+        with suppress(ConvertError, OSError):  # what cannot be read is none
+            if path.exists() and detect(path):
+                return path
+    return None
+
+
+def _age(path: Path) -> float:
+    """For sorting: the newest first, so that of a training's checkpoints the last is found."""
+    try:
+        return -path.lstat().st_mtime
+    except OSError:
+        return 0.0

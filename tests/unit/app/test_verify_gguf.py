@@ -107,3 +107,11 @@ def test_another_feature_layer_is_told(made: Path, tiny: Path, tmp_path: Path) -
 def test_as_json(made: Path) -> None:
     value = json.loads(json.dumps(llava_convert.verify(made / "hf", made / "gguf").as_json()))
     assert (value["same"], value["defects"], value["synthetic"]) == (True, [], [])
+
+
+def test_a_quantised_output_is_told_apart_from_an_equal_one(tiny: Path, tmp_path: Path) -> None:
+    for outtype, quantised in (("q8_0", 16), ("f32", 0)):
+        out = tmp_path / outtype
+        llava_convert.convert(tiny / "iter_2.pth", to="gguf", outtype=outtype, out=out)
+        found = llava_convert.verify(tiny / "iter_2.pth", out)
+        assert found and found.quantised == quantised == found.as_json()["quantised"]
