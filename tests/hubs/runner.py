@@ -79,6 +79,12 @@ def _serve(place: Path) -> None:
     import modelscope_hub
     import yaml  # noqa: F401
 
+    import llava_convert.api
+    import llava_convert.app.publish.release
+    import llava_convert.cli
+    import llava_convert.storage.hubs.huggingface
+    import llava_convert.storage.hubs.modelscope  # noqa: F401
+
     assert huggingface_hub.HfApi and modelscope_hub.HubApi  # their submodules are imported by name only
     for line in sys.stdin:
         wish = json.loads(line)
