@@ -30,7 +30,7 @@ from llava_convert.layouts.info import TARGETS
 from llava_convert.layouts.registry import detect, layout, locate, open_checkpoint
 from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS, VISION, Checkpoint
-from llava_convert.model.options import ALL, TargetOptions
+from llava_convert.model.options import ALL, TargetOptions, part_named
 from llava_convert.model.recipe import Model
 from llava_convert.model.record import RECORD
 from llava_convert.model.target import KEEP, Target, parse_size
@@ -300,12 +300,10 @@ def report(ready: Prepared, options: Options) -> Report:
 
 
 def _part(word: str) -> str:
-    if word == ALL:
-        return ALL
-    for part, name in PART_WORDS.items():
-        if word in (name, part):
-            return part
-    raise UsageError(f"--part {word}: it is all, {', '.join(PART_WORDS.values())}")
+    part = part_named(word)
+    if part is None:
+        raise UsageError(f"--part {word}: it is all, {', '.join(PART_WORDS.values())}")
+    return part
 
 
 def is_already(checkpoint: Checkpoint, options: Options) -> bool:

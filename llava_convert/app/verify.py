@@ -15,7 +15,7 @@ from llava_convert.engine.shards import PlannedTensor
 from llava_convert.layouts.registry import layout, open_each
 from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PARTS, VISION, Checkpoint
-from llava_convert.model.options import ALL, TargetOptions
+from llava_convert.model.options import ALL, TargetOptions, part_named
 from llava_convert.model.recipe import EMBEDDING, Bases, Recipe
 from llava_convert.model.record import read_options
 from llava_convert.model.tables.names import grouped
@@ -114,10 +114,7 @@ def compare_checkpoints(
     """
     every = open_each(out)
     target = layout(every[0].layout)
-    part = options.part
-    recorded = read_options(out)
-    if part == ALL:
-        part = source.default_part if recorded is None else recorded.get("part", ALL)
+    part = options.part if options.part != ALL else _part_of(every, out, source)
     options = replace(options, part=part)
     need = target.needs(source, part)
     model = assemble(
@@ -156,6 +153,17 @@ def compare_checkpoints(
         synthetic=tuple(sorted(made_up)),
         quantised=found.quantised,
     )
+
+
+def _part_of(every: Sequence[Checkpoint], out: Path, source: Checkpoint) -> str:
+    """The part of the model that OUT was made of: by its files where they tell, else by its record."""
+    alone = [theirs.default_part for theirs in every if theirs.default_part != ALL]
+    if alone and len(alone) == len(every):
+        return alone[0]
+    recorded = part_named((read_options(out) or {}).get("part"))
+    if recorded is not None and not any(theirs.whole for theirs in every):
+        return recorded
+    return source.default_part
 
 
 def _rows(every: Sequence[Checkpoint]) -> int | None:

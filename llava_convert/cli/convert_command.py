@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,7 +122,7 @@ def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads
                 if push is not None:
                     output.line(f"then published: {push} ({hub or 'huggingface'})")
             else:
-                _print_done(found, output, part)
+                _print_done(found, output)
                 hubs.tell(found.published, output)
             output.result(found.as_json())
 
@@ -169,7 +170,7 @@ def _print_plan(found: Report, output: Output) -> None:
     output.note("nothing was written (--dry-run)")
 
 
-def _print_done(found: Report, output: Output, part: str) -> None:
+def _print_done(found: Report, output: Output) -> None:
     plan = found.plan
     checked = {"quick": "headers and files checked", "full": "every byte checked", "off": "not checked"}
     output.line(
@@ -181,17 +182,20 @@ def _print_done(found: Report, output: Output, part: str) -> None:
     if found.layouts[1] == "gguf":
         for shard in plan.shards:
             output.line(f"  {shard.name}  {human_bytes(shard.size)}")
-    output.note(f"next: {_next(found, part)}")
+    output.note(f"next: {_next(found)}")
 
 
-def _next(found: Report, part: str) -> str:
-    """What to do with an output first."""
-    if found.layouts[1] == "hf" and part == "all" and isinstance(found.out, Path):
-        return f"AutoModelForImageTextToText.from_pretrained({str(found.out)!r})"
-    names = [shard.name for shard in found.plan.shards]
+def _next(found: Report) -> str:
+    """What to do with an output first: a command, or a line of Python."""
+    plan, layout = found.plan, found.layouts[1]
+    held = {tensor.canonical.partition(".")[0] for tensor in plan.tensors}
+    if layout == "hf" and isinstance(found.out, Path) and "language_model" in held:
+        loads = "AutoModelForImageTextToText" if "projector" in held else "AutoModelForCausalLM"
+        return f"from transformers import {loads}; {loads}.from_pretrained({str(found.out)!r})"
+    names = [shard.name for shard in plan.shards]
     llm = next((name for name in names if "-mmproj-" not in name), None)
     mmproj = next((name for name in names if "-mmproj-" in name), None)
-    if found.layouts[1] == "gguf" and llm is not None:
+    if layout == "gguf" and llm is not None:
         sees = f" --mmproj {found.out}/{mmproj}" if mmproj is not None else ""
         return f"llama-server -m {found.out}/{llm}{sees}"
-    return f"llava-convert verify {found.source} {found.out}"
+    return shlex.join(["llava-convert", "verify", str(found.source), str(found.out)])

@@ -58,9 +58,18 @@ def look(path: Path) -> Found:
 
 
 def detect(path: Path) -> dict[str, str]:
-    """Layouts that claim a path, with their reasons."""
+    """Layouts that claim a path, with their reasons: as a whole model, else as one part of it."""
     found = look(path)
+    return _whole(found) or _part(found)
+
+
+def _whole(found: Found) -> dict[str, str]:
     return {name: why for name in SOURCES if (why := layout(name).detect(found)) is not None}
+
+
+def _part(found: Found) -> dict[str, str]:
+    asked = {name: getattr(layout(name), "detect_part", None) for name in SOURCES}
+    return {name: why for name, ask in asked.items() if ask is not None and (why := ask(found)) is not None}
 
 
 def open_checkpoint(path: Path, name: str | None = None, options: OpenOptions | None = None) -> tuple[Checkpoint, str]:
@@ -132,11 +141,16 @@ def _unknown(path: Path) -> UnsupportedError:
 
 
 def _claimed(paths: Iterable[Path]) -> Path | None:
-    """The first of these that a layout claims."""
+    """The first of these that a layout claims: as a whole model, else as a part."""
+    looked: list[Found] = []
     for path in paths:
         with suppress(ConvertError, OSError):  # what cannot be read is none
-            if path.exists() and detect(path):
-                return path
+            looked += [look(path)] if path.exists() else []
+    for claims in (_whole, _part):
+        for found in looked:
+            with suppress(ConvertError, OSError):
+                if claims(found):
+                    return found.path
     return None
 
 

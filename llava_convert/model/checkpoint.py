@@ -109,8 +109,9 @@ class Dropped:
 class Checkpoint:
     """A source that was opened by its headers.
 
-    `default_part` is what `--part all` means: "all", or the one part of a source that is no LLaVA. `defects` are what a
-    reader of this layout chokes on, though nothing here needs it. `facts` are what else the source says of itself.
+    `default_part` is what `--part all` means: "all", or the one part of a source that is no LLaVA. `whole` is false
+    where the layout itself does not tell a model from a part of one. `defects` are what a reader of this layout chokes
+    on, though nothing here needs it. `facts` are what else the source says of itself.
     """
 
     layout: str
@@ -127,6 +128,7 @@ class Checkpoint:
     stubs: tuple[str, ...] = ()
     record: Mapping[str, Any] | None = None
     default_part: str = "all"
+    whole: bool = True
     defects: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from llava_convert.model.checkpoint import PART_WORDS
+
 ALL = "all"
+
+
+def part_named(word: object) -> str | None:
+    """The part, or all, that a word means: of `--part`, or of an older record. None for any other."""
+    words = {ALL: ALL} | {name: part for part, name in PART_WORDS.items()} | {part: part for part in PART_WORDS}
+    return words.get(word) if isinstance(word, str) else None
 
 
 @dataclass(frozen=True)

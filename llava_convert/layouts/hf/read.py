@@ -12,6 +12,7 @@ from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.layouts.base import Found, OpenOptions
+from llava_convert.layouts.hf.alone import NAME, open_part, part_of
 from llava_convert.layouts.naming import sort_tensors
 from llava_convert.model.checkpoint import LLM, PARTS, PROJECTOR, VISION, Checkpoint, Part, Settings
 from llava_convert.model.configs import old_flavour
@@ -20,7 +21,6 @@ from llava_convert.model.tables.names import layout_table
 from llava_convert.storage.sidecars import folder_sidecars
 from llava_convert.storage.weights import open_weights
 
-NAME = "hf"
 # What transformers' own LlavaConfig falls back on when a config says nothing of the tower.
 _CLIP_L_336: dict[str, Any] = {
     "model_type": "clip_vision_model",
@@ -47,7 +47,10 @@ def detect(found: Found) -> str | None:
 def open(path: Path, options: OpenOptions) -> Checkpoint:
     """Open a folder. Raises UnsupportedError for LLaVA-NeXT and its kin, and for names of no dialect."""
     beside = folder_sidecars(path)
-    raw = beside.read_object("config.json")
+    raw = beside.read_object("config.json") if beside.has("config.json") else {}
+    part = part_of(Found(path, raw or None, beside.names()))
+    if part is not None:
+        return open_part(path, part)
     if raw.get("model_type") != "llava":
         raise UnsupportedError(f"{path}: {raw.get('model_type')} is not supported, only llava")
     config = old_flavour(raw)

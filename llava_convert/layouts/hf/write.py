@@ -20,7 +20,7 @@ from llava_convert.core.text import to_json
 from llava_convert.layouts import single_part as single
 from llava_convert.layouts.base import Needs
 from llava_convert.layouts.defaults import output_dtype, shard_limit
-from llava_convert.layouts.hf.read import NAME
+from llava_convert.layouts.hf.alone import NAME
 from llava_convert.layouts.naming import outputs
 from llava_convert.model.checkpoint import LLM, PARTS, PROJECTOR, VISION, Checkpoint
 from llava_convert.model.configs import family, ordered

@@ -93,6 +93,7 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         dropped=tuple(dropped),
         warnings=warnings,
         record=read_record(folder),
+        whole=has_llm,
     )
 
 

@@ -88,6 +88,7 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         warnings=tuple(warnings),
         training=training,
         record=record,
+        whole=False,
     )
 
 

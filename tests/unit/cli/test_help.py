@@ -184,7 +184,7 @@ def test_dry_run(tiny: Path, tmp_path: Path) -> None:
         (["pth", "{tiny}/iter_2.pth", "--to", "hf", "--lora-alpha", "nan"], 2, "--lora-alpha"),
         (["pth", "{tiny}/absent.pth", "--to", "hf"], 3, "does not exist"),
         (["hf", "{tiny}/iter_2.pth", "--to", "official"], 4, "is not of the hf layout but pth"),
-        (["inspect", "{tiny}/llm"], 4, "is no LLaVA that this tool knows"),
+        (["inspect", "{tiny}/picture.png"], 4, "is no LLaVA that this tool knows"),
     ],
 )
 def test_errors(tiny: Path, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:

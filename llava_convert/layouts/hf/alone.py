@@ -1,0 +1,72 @@
+"""One part of a LLaVA in a folder of its own, as transformers keeps it: a language model, a vision tower, a projector.
+
+What `--part` writes, and what a base model on a hub is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llava_convert.core.errors import UnsupportedError
+from llava_convert.layouts.base import Found
+from llava_convert.layouts.naming import sort_tensors
+from llava_convert.model.bases import Base
+from llava_convert.model.checkpoint import PART_NAMES, PARTS, PROJECTOR, VISION, Checkpoint, Part, Settings
+from llava_convert.model.record import read_record
+from llava_convert.model.tables.families import architectures
+from llava_convert.model.tables.names import layout_table
+from llava_convert.storage.safetensors import read_header
+from llava_convert.storage.weights import open_weights
+
+NAME = "hf"
+_WHOLE_CLIP = ("clip", "siglip")  # a tower with the half that reads text
+_FILE = "model.safetensors"
+_PROJECTOR = "multi_modal_projector."
+
+
+def part_of(found: Found) -> str | None:
+    """Which part a folder holds alone, by its config; a projector, which has none, by its tensors' names."""
+    if found.config is not None:
+        kind = found.config.get("model_type")
+        if kind in _WHOLE_CLIP and "vision_config" in found.config:
+            return VISION
+        return next((a.part for a in architectures().values() if kind in a.model_types and a.part != PROJECTOR), None)
+    if _FILE in found.names and found.path.is_dir():
+        names = read_header(found.path / _FILE).tensors
+        return PROJECTOR if names and all(name.startswith(_PROJECTOR) for name in names) else None
+    return None
+
+
+def detect_part(found: Found) -> str | None:
+    """Why a folder is one part in transformers' form, or None. Asked only where it is no whole model of any layout."""
+    part = part_of(found)
+    return f"it is a {PART_NAMES[part]} alone" if part is not None else None
+
+
+def open_part(path: Path, part: str) -> Checkpoint:
+    """Open one part. Raises what reading a base model raises; UnsupportedError for tensors of no known name."""
+    parts = {name: Part() for name in PARTS}
+    if part == PROJECTOR:
+        found = open_weights(path)
+        sorted_ = sort_tensors(found.tensors, layout_table(NAME), path)
+        parts[part] = Part(sorted_.weights[part])
+        files, dropped, warnings = found.files, sorted_.dropped, found.warnings
+    else:
+        base = Base(part, path, path.name, from_hub=False)
+        parts[part] = Part(base.tensors, None, None, base.config, base.files)
+        files, dropped, warnings = base.weights.files, base.dropped, base.weights.warnings
+    if not parts[part].weights:
+        raise UnsupportedError(f"{path}: it holds no tensor of a {PART_NAMES[part]}")
+    return Checkpoint(
+        layout=NAME,
+        path=path,
+        root=path,
+        files=files,
+        parts=parts,
+        settings=Settings(),
+        dropped=dropped,
+        notes=(f"it is a {PART_NAMES[part]} alone, which `--part all` then means",),
+        warnings=warnings,
+        record=read_record(path),
+        default_part=part,
+    )
