@@ -8,8 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from llava_convert.core import addresses as aliases
-from llava_convert.core import hub_names as hub
+from llava_convert.core import addresses, hub_names
 from llava_convert.core.errors import HubError, InputError, UsageError
 from llava_convert.core.hub_names import Address
 from llava_convert.storage.hubs import HUBS, hub_of
@@ -33,7 +32,7 @@ def reach(source: str | Path, *, cache: bool = False) -> Path:
             return Path("/" + rest)
         if scheme not in HUBS.values():
             return _at_url(f"{scheme}://{rest}", cache)
-        address = hub.parse(f"{scheme}://{rest}")
+        address = hub_names.parse(f"{scheme}://{rest}")
         if address is None:
             raise UsageError(
                 f"{shown(f'{scheme}://{rest}')} is not the address of a model",
@@ -42,7 +41,7 @@ def reach(source: str | Path, *, cache: bool = False) -> Path:
         return on_hub(address, cache=cache)
     if _is_here(text):
         return Path(text).expanduser()
-    address = hub.parse(text)
+    address = hub_names.parse(text)
     if address is None or text.lower().endswith(WEIGHTS):
         raise InputError(
             f"{text} does not exist",
@@ -60,7 +59,7 @@ def url_of(out: Path) -> str | None:
     if url is None:
         return None
     if url[1] in HUBS.values():
-        address = shown(out.as_posix())
+        address = shown(f"{url[1]}://{url[2]}")
         raise UsageError(
             f"-o {address}: outputs are sent to hubs when they are whole and verified",
             hint=f"leave -o out, and give --push {address.partition('://')[2]}",
@@ -79,8 +78,14 @@ def on_hub(address: Address, *, cache: bool = False, weights: bool = True) -> Pa
         if cache:
             folder = client.download(address)
         else:
-            return _inside(mount(client.open(address)), address.path)
-    aliases.call(folder, str(Address(address.hub, address.repo, address.revision)))
+            remote = client.open(address)
+            if not remote.files:
+                raise HubError(
+                    f"{address}: the hub lists no file of it",
+                    hint="check the name, and the network, where a proxy may answer instead of the hub",
+                )
+            return _inside(mount(remote), address.path)
+    addresses.call(folder, str(Address(address.hub, address.repo, address.revision)))
     return _inside(folder, address.path)
 
 
