@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from llava_convert.app import convert as engine
 from llava_convert.app.inspect import Inspection
 from llava_convert.app.inspect import inspect as look
-from llava_convert.app.options import Options, dtype_named
+from llava_convert.app.options import Options, SourceOptions, dtype_named
 from llava_convert.app.publish.publish import named_hubs
 from llava_convert.app.publish.upload import push_level, pushed
 from llava_convert.app.publish.upload import upload as publish_folder
@@ -147,7 +146,7 @@ def verify(
     The verdict is true where it does. With `check` a difference raises `llava_convert.MismatchError`.
     """
     options = _source_options(llm, visual_encoder, pretrained_pth, config, lora_alpha, cache)
-    verdict = engine.verify(source, out, replace(options, target=TargetOptions(part=part)))
+    verdict = engine.verify(source, out, options, part=part)
     if check:
         verdict.refuse()
     return verdict
@@ -188,9 +187,8 @@ def _source_options(
     config: PathLike | None,
     lora_alpha: float | Mapping[str, float] | None,
     cache: bool,
-) -> Options:
-    return Options(
-        to="",
+) -> SourceOptions:
+    return SourceOptions(
         config=_path(config),
         pretrained_pth=_path(pretrained_pth),
         bases=Bases(llm, visual_encoder, lora_alpha=_alpha(lora_alpha), cache=cache),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_convert.app.card import card
-from llava_convert.app.options import Options, refuse_for_source, refuse_for_target
+from llava_convert.app.options import Options, SourceOptions, refuse_for_source, refuse_for_target
 from llava_convert.app.stage_one import with_stage_one
 from llava_convert.app.verify import Verdict, compare_checkpoints
 from llava_convert.core.addresses import address_of, called, name_of
@@ -77,10 +77,11 @@ def plan(source: str | Path, options: Options) -> Report:
 
 def _prepared(source: str | Path, options: Options) -> Prepared:
     """As `prepare`, for one job: an option that has no effect on it is an error."""
-    if options.to in TARGETS:
+    if options.to in TARGETS and not options.shared:
         refuse_for_target(options)
     ready = prepare(source, options)
-    refuse_for_source(options, ready.checkpoint, ready.model)
+    if not options.shared:
+        refuse_for_source(options, ready.checkpoint, ready.model)
     if options.asked is None:
         return ready
     return replace(ready, notes=(f"{options.asked} loads the {options.to} layout: that is made", *ready.notes))
@@ -237,14 +238,14 @@ def _out(checkpoint: Checkpoint, options: Options) -> Path:
     return options.out or Path(f"{_stem(checkpoint.path)}_{options.to}")
 
 
-def open_source(source: str | Path, options: Options) -> tuple[Checkpoint, str]:
+def open_source(source: str | Path, options: SourceOptions) -> tuple[Checkpoint, str]:
     """The source by its headers, and why it was taken for what it is."""
     path = reach(source, cache=options.bases.cache)
     return open_checkpoint(path, options.source_layout, OpenOptions(options.config, options.dequantize))
 
 
 def _open(
-    source: str | Path, options: Options, opened: tuple[Checkpoint, str] | None = None
+    source: str | Path, options: SourceOptions, opened: tuple[Checkpoint, str] | None = None
 ) -> tuple[Checkpoint, str, list[str]]:
     """The source, why it was taken for what it is, and what there is to tell of its stage 1."""
     checkpoint, why = opened or open_source(source, options)
@@ -346,14 +347,21 @@ def _nonfinite_warning(outcome: Outcome) -> str | None:
     return f"{sum(bad.values()):,} NaN or infinite values in {len(bad)} tensors, kept as they are (most in {name})"
 
 
-def verify(source: str | Path, out: str | Path, options: Options, say: Say | None = None) -> Verdict:
+def verify(
+    source: str | Path,
+    out: str | Path,
+    options: SourceOptions | None = None,
+    say: Say | None = None,
+    *,
+    part: str = ALL,
+) -> Verdict:
     """Compare OUT with SOURCE, tensor by tensor; the caller decides what a difference means."""
     say = say or Silence()
     with mounts():
-        return _verify(source, out, options, say)
+        return _verify(source, out, options or SourceOptions(), say, _part(part))
 
 
-def _verify(source: str | Path, theirs: str | Path, options: Options, say: Say) -> Verdict:
+def _verify(source: str | Path, theirs: str | Path, options: SourceOptions, say: Say, part: str) -> Verdict:
     checkpoint, _, told = _open(source, options)
     out = reach(theirs, cache=options.bases.cache)
     quantised = any(tensor.dtype in QUANTS for tensor in checkpoint.tensors().values())
@@ -363,7 +371,7 @@ def _verify(source: str | Path, theirs: str | Path, options: Options, say: Say) 
     for text in told:
         say.warn(text)
     total = out.stat().st_size if out.is_file() else sum(p.stat().st_size for p in out.rglob("*"))
-    target = replace(options.target, part=_part(options.target.part), lora_alpha=options.bases.lora_alpha)
+    target = TargetOptions(part=part, lora_alpha=options.bases.lora_alpha)
     return compare_checkpoints(
         checkpoint,
         out,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llava_convert.app.convert import assembled, open_source, prepare
-from llava_convert.app.options import Options
+from llava_convert.app.options import Options, SourceOptions
 from llava_convert.core.addresses import address_of, called
 from llava_convert.core.errors import ConvertError
 from llava_convert.core.tensors import TORCH_NAMES
@@ -70,16 +70,16 @@ class Inspection:
         }
 
 
-def inspect(source: str | Path, options: Options | None = None) -> Inspection:
+def inspect(source: str | Path, options: SourceOptions | None = None) -> Inspection:
     """Look at a checkpoint without reading a weight. Raises what opening raises."""
     with mounts():
-        return _inspect(source, options or Options(to=""))
+        return _inspect(source, options or SourceOptions())
 
 
-def _inspect(source: str | Path, options: Options) -> Inspection:
+def _inspect(source: str | Path, options: SourceOptions) -> Inspection:
     checkpoint, why = open_source(source, options)
     targets = {
-        to: _problem(source, (checkpoint, why), replace(options, to=to)) for to in TARGETS if to != checkpoint.layout
+        to: _problem(source, (checkpoint, why), Options.of(options, to)) for to in TARGETS if to != checkpoint.layout
     }
     stubs = (f"pickled names left inert: {', '.join(checkpoint.stubs)}",) if checkpoint.stubs else ()
     return Inspection(

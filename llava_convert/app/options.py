@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llava_convert.core.errors import UsageError
 from llava_convert.core.tensors import FROM_TORCH_NAMES, QUANTS
@@ -22,22 +23,29 @@ _DTYPES = {
 _FLAGS = {"outtypes": "--outtype", "mmproj_outtypes": "--mmproj-outtype"}
 
 
-@dataclass(frozen=True)
-class Options:
-    """Everything that a conversion can be told. None means the default, which depends on source and target.
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """How to read a source. None means that the source says it itself."""
 
-    `to` is a layout's name; `asked` is the word that stood for it, where that was another. `repo` is what the output is
-    going to be called on a hub (ms://… on ModelScope): its card's commands name that.
-    """
-
-    to: str
-    out: Path | None = None
-    name: str | None = None
     source_layout: str | None = None
     config: Path | None = None
     pretrained_pth: Path | None = None
     dequantize: bool = False
     bases: Bases = field(default_factory=Bases)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(SourceOptions):
+    """Everything that a conversion can be told. None means the default, which depends on source and target.
+
+    `to` is a layout's name; `asked` is the word that stood for it, where that was another. `repo` is what the output is
+    going to be called on a hub (ms://… on ModelScope): its card's commands name that. `shared` says that the options
+    are those of several jobs: one that has no effect on this job is then no error.
+    """
+
+    to: str
+    out: Path | None = None
+    name: str | None = None
     target: TargetOptions = field(default_factory=TargetOptions)
     verify: str = QUICK
     digest: bool = False
@@ -46,6 +54,12 @@ class Options:
     threads: int = 0
     repo: str | None = None
     asked: str | None = None
+    shared: bool = False
+
+    @classmethod
+    def of(cls, source: SourceOptions, to: str, **more: Any) -> Options:
+        """The options of a conversion of what `source` reads."""
+        return cls(**vars(source), to=to, **more)
 
 
 def dtype_named(word: str) -> str | None:

@@ -157,11 +157,11 @@ def compare_checkpoints(
 
 def _part_of(every: Sequence[Checkpoint], out: Path, source: Checkpoint) -> str:
     """The part of the model that OUT was made of: by its files where they tell, else by its record."""
-    alone = [theirs.default_part for theirs in every if theirs.default_part != ALL]
+    alone = [theirs.default_part for theirs in every if theirs.whole and theirs.default_part != ALL]
     if alone and len(alone) == len(every):
         return alone[0]
     recorded = part_named((read_options(out) or {}).get("part"))
-    if recorded is not None and not any(theirs.whole for theirs in every):
+    if recorded not in (None, ALL) and not any(theirs.whole for theirs in every):
         return recorded
     return source.default_part
 

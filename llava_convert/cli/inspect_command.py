@@ -33,14 +33,13 @@ def _inspect(
 
     def action() -> None:
         from llava_convert.app.inspect import inspect
-        from llava_convert.app.options import Options
+        from llava_convert.app.options import SourceOptions
         from llava_convert.cli.convert_command import parse_alpha
         from llava_convert.model.recipe import Bases
 
         found = inspect(
             source,
-            Options(
-                to="",
+            SourceOptions(
                 config=config,
                 pretrained_pth=pretrained_pth,
                 bases=Bases(llm, visual_encoder, lora_alpha=parse_alpha(lora_alpha), cache=cache),

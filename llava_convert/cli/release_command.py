@@ -80,7 +80,7 @@ def _release(
 
     def action() -> None:
         from llava_convert.api import type_names
-        from llava_convert.app.options import Options
+        from llava_convert.app.options import SourceOptions
         from llava_convert.app.publish.publish import named_hubs
         from llava_convert.app.publish.release import Release, plan, run_release
         from llava_convert.model.recipe import Bases
@@ -91,8 +91,7 @@ def _release(
         wanted = Release(
             source,
             name,
-            Options(
-                to="",
+            SourceOptions(
                 config=config,
                 pretrained_pth=pretrained_pth,
                 bases=Bases(llm, visual_encoder, llm_id, visual_encoder_id, parse_alpha(lora_alpha), cache),

@@ -39,18 +39,15 @@ def _verify(
 
     def action() -> None:
         from llava_convert.app.convert import verify
-        from llava_convert.app.options import Options
-        from llava_convert.model.options import TargetOptions
+        from llava_convert.app.options import SourceOptions
         from llava_convert.model.recipe import Bases
 
-        options = Options(
-            to="",
+        options = SourceOptions(
             config=config,
             pretrained_pth=pretrained_pth,
             bases=Bases(llm, visual_encoder, lora_alpha=parse_alpha(lora_alpha), cache=cache),
-            target=TargetOptions(part=part),
         )
-        verdict = verify(source, out, options, output)
+        verdict = verify(source, out, options, output, part=part)
         output.stop()
         output.result(verdict.as_json())
         for note in verdict.notes:

@@ -13,6 +13,7 @@ from llava_convert.model.bases import Base, is_folder
 from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, VISION, Checkpoint
 from llava_convert.model.configs import family
 from llava_convert.model.recipe import Recipe
+from llava_convert.model.record import readable_record
 from llava_convert.model.tables.families import Expected
 from llava_convert.model.tables.names import grouped
 from llava_convert.storage.fingerprints import identity
@@ -84,8 +85,8 @@ def check_base(
 
 def _refuse_second_merge(checkpoint: Checkpoint, part: str, base: Base) -> None:
     """A base that was itself made by merging this very adapter is told by its conversion.json."""
-    record = base.files.read_json("conversion.json") if base.files.has("conversion.json") else None
-    if not isinstance(record, dict) or "merge_lora" not in str(record.get("tensors")):
+    record = readable_record(base.folder)
+    if "merge_lora" not in str(record.get("tensors")):
         return
     sources = str(record.get("sources"))
     if any(str(found["sha256"]) in sources for found in identity(checkpoint.files)):

@@ -26,12 +26,16 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def read_options(folder: Path) -> dict[str, Any] | None:
     """The options that a conversion recorded of its output, None where there are none that can be read."""
-    try:
-        record = read_record(folder)
-    except InputError:
-        return None
-    options = record.get("options") if record is not None else None
+    options = readable_record(folder).get("options")
     return options if isinstance(options, dict) else None
+
+
+def readable_record(folder: Path) -> dict[str, Any]:
+    """As `read_record`, for who can do without: empty where there is none, or none that can be read."""
+    try:
+        return read_record(folder) or {}
+    except InputError:
+        return {}
 
 
 def _sound(added: Any) -> bool:

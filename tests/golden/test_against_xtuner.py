@@ -82,7 +82,7 @@ def test_verify_accepts_theirs_and_finds_one_changed_bit(golden: Path, tmp_path:
     if not theirs.is_dir():
         assert (case, layout) == ("c_pretrain", "hf")
         return
-    assert verify(source, theirs, Options(to="")).same
+    assert verify(source, theirs).same
     changed = tmp_path / "changed"
     for file in theirs.rglob("*"):
         target = changed / file.relative_to(theirs)
@@ -93,7 +93,7 @@ def test_verify_accepts_theirs_and_finds_one_changed_bit(golden: Path, tmp_path:
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    verdict = verify(source, changed, Options(to=""))
+    verdict = verify(source, changed)
     assert len(verdict.different) == 1 and next(iter(verdict.different.values())).elements == 1
 
 

@@ -200,6 +200,6 @@ def test_opened_by_headers(golden: Path, case: str) -> None:
 def test_verify_tells_ours_from_theirs(converted: Path, golden: Path, case: str) -> None:
     source = golden / "cases" / case / "iter_2.pth"
     for layout in LAYOUTS:
-        assert verify(source, converted / case / layout, Options(to="")).same
-    verdict = verify(source, golden / "cases" / case / LAYOUTS["xtuner"], Options(to=""))
+        assert verify(source, converted / case / layout).same
+    verdict = verify(source, golden / "cases" / case / LAYOUTS["xtuner"])
     assert verdict.different, "the real tool's float32 parts hold masters rounded to float16"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.app.convert import verify
-from llava_convert.app.options import Options
+from llava_convert.app.options import SourceOptions
 from llava_convert.core.errors import InputError, MismatchError, UsageError
 from llava_convert.core.progress import Say
 from llava_convert.core.text import listed
@@ -51,7 +51,7 @@ def _left_out(part: str) -> bool:
 
 
 def proven(
-    folder: Path, say: Say, *, level: str = FULL, source: str | Path | None = None, options: Options | None = None
+    folder: Path, say: Say, *, level: str = FULL, source: str | Path | None = None, options: SourceOptions | None = None
 ) -> Mapping[str, Content]:
     """The files to publish with their sizes and sha256, after they were proven to be what was converted.
 
@@ -68,7 +68,7 @@ def proven(
     if level == OFF:
         say.warn(f"{folder} is published unverified (--verify {OFF})")
     elif source is not None:
-        verify(source, folder, options or Options(to=""), say).refuse()
+        verify(source, folder, options, say).refuse()
     elif (record := read_record(folder)) is not None:
         vouched = _vouched(folder, record)
     else:

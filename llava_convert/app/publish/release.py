@@ -15,7 +15,7 @@ from typing import Any
 
 from llava_convert.app import convert as engine
 from llava_convert.app.convert import Prepared
-from llava_convert.app.options import Options
+from llava_convert.app.options import Options, SourceOptions
 from llava_convert.app.publish.contents import CARD, names, proven
 from llava_convert.app.publish.publish import check, publish
 from llava_convert.app.stage_one import stage_one
@@ -58,7 +58,7 @@ class Release:
 
     source: str | Path
     name: str
-    options: Options
+    options: SourceOptions
     to: Destination
     only: tuple[str, ...] = ()
     out: Path | None = None
@@ -148,14 +148,15 @@ def _rows(only: Sequence[str]) -> list[Row]:
 def _item(release: Release, row: Row, opened: tuple[Checkpoint, str]) -> Item | None:
     """The item of a row; None for the stage-1 projector where there was no stage 1 and nobody asked for it."""
     base = release.name.partition("/")[2]
-    options = replace(
+    options = Options.of(
         release.options,
-        to=row.layout,
+        row.layout,
         out=(release.out or Path(base)) / (base + row.suffix),
         name=base + row.title,
         target=TargetOptions(outtypes=release.outtypes if row.layout == "gguf" else ()),
         verify=FULL,
         repo=replace(release.to, repo=release.name + row.suffix).address,
+        shared=True,
     )
     source = opened[0].path
     if row.stage_one:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from llava_convert.app.options import Options
+from llava_convert.app.options import SourceOptions
 from llava_convert.app.publish.contents import CARD, names, proven
 from llava_convert.app.publish.publish import BOTH, check, publish
 from llava_convert.core.errors import HubError, TransferInterrupted, UsageError
@@ -25,7 +25,7 @@ def upload(
     *,
     level: str = FULL,
     source: str | Path | None = None,
-    options: Options | None = None,
+    options: SourceOptions | None = None,
 ) -> tuple[Published, ...]:
     """Publish a folder once it is proven to be what was converted. Raises what `proven` and `publish` raise."""
     say = say or Silence()

@@ -118,7 +118,7 @@ def _opened(path: Path, files: Files, options: OpenOptions) -> Checkpoint:
         notes=tuple(found.notes),
         warnings=tuple(found.warnings),
         default_part=LLM if files.mmproj is None else ALL,
-        whole=files.llm is not None,
+        whole=files.llm is not None and files.mmproj is not None,
         defects=tuple(found.defects),
         facts=found.facts,
     )

@@ -28,7 +28,7 @@ from llava_convert.app.card.tables import size, table
 from llava_convert.app.card.traps import lmdeploy_template
 from llava_convert.app.card.words import Words
 from llava_convert.app.convert import prepare
-from llava_convert.app.options import Options
+from llava_convert.app.options import Options, SourceOptions
 from llava_convert.app.publish.release import Release
 from llava_convert.app.publish.release import plan as plan_release
 from llava_convert.model.options import TargetOptions
@@ -338,7 +338,7 @@ def test_what_is_going_to_be_pushed_is_named_by_its_repository(tiny: Path, tmp_p
     assert 'load_pretrained_model(\n    "org/pushed", None, "llava-llama"\n)' in text and text.count("# out\n") == 1
     for hub, repo in (("huggingface", "org/tiny-transformers"), ("modelscope", "ms://org/tiny-transformers")):
         release = Release(
-            tiny / "iter_2.pth", "org/tiny", Options(to=""), Destination("", (hub,)), ("hf",), tmp_path / hub
+            tiny / "iter_2.pth", "org/tiny", SourceOptions(), Destination("", (hub,)), ("hf",), tmp_path / hub
         )
         assert [item.options.repo for item in plan_release(release)] == [repo]
 

@@ -72,8 +72,12 @@ def test_a_work_dir(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_no_llava(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match=r"config\.json is that of a llama"):
-        llava_convert.inspect(tiny / "llm")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UnsupportedError, match=r"config\.json is that of a bert"):
+        llava_convert.inspect(tmp_path / "bert")
+    (tmp_path / "bert" / "config.json").unlink()
+    (tmp_path / "bert").rmdir()
     with pytest.raises(UnsupportedError, match="the folder is empty"):
         llava_convert.inspect(tmp_path)
     with pytest.raises(InputError, match="does not exist"):
