@@ -12,7 +12,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 
+from llava_convert.core.errors import UsageError
 from llava_convert.engine.plan import Plan
 from llava_convert.engine.run import Outcome, run_task
 from llava_convert.engine.shards import PlannedTensor, Shard
@@ -131,8 +133,10 @@ def torch_beside(*, needed: bool) -> Iterator[Callable[[], None]]:
     """Import torch beside the first copies; what is yielded waits until it is there.
 
     Meanwhile torch keeps to one thread: ours share out the work, and one thread a product fixes the order of its
-    sums.
+    sums. Raises UsageError where it is needed and not installed.
     """
+    if needed and find_spec("torch") is None:
+        raise UsageError("a LoRA is merged by torch, which is not installed", hint="pip install torch")
     before: list[int] = []
 
     def load() -> None:
