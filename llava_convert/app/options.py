@@ -11,7 +11,7 @@ from llava_convert.core.tensors import FROM_TORCH_NAMES, QUANTS
 from llava_convert.engine.check import QUICK
 from llava_convert.layouts.info import LAYOUTS
 from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, VISION, Checkpoint
-from llava_convert.model.options import TargetOptions
+from llava_convert.model.options import ALL, TargetOptions, part_named
 from llava_convert.model.recipe import Bases, Model
 
 # What people call the dtypes: torch's names, those of its shorthands, and those of trainers' flags.
@@ -105,10 +105,12 @@ def refuse_for_source(options: Options, checkpoint: Checkpoint, model: Model) ->
     if options.bases.lora_alpha and not any(part.adapter for part in checkpoint.parts.values()):
         raise UsageError(f"--lora-alpha does not apply: {checkpoint.path.name} has no LoRA", hint="leave it out")
     for part, named in ((LLM, options.bases.llm), (VISION, options.bases.visual_encoder)):
-        if named is not None and part not in model.bases:
-            held = "is whole in" if checkpoint.parts[part].state == "full" else "is not needed of"
+        # With --part a base of another part is no mistake: it says what the source was trained on.
+        if named is None or part in model.bases or part_named(options.target.part) not in (ALL, part):
+            continue
+        if not LAYOUTS[options.to].leaves_out_frozen:
+            source = checkpoint.path.name
             raise UsageError(
-                f"--{PART_WORDS[part]} {named} does not apply: the {PART_NAMES[part]} {held} {checkpoint.path.name}"
-                + ("" if held.startswith("is whole") else f" for {options.to}"),
+                f"--{PART_WORDS[part]} {named} does not apply: {source} has no use for a {PART_NAMES[part]}",
                 hint="leave it out: a base is for a part that the source lacks, or holds as an adapter",
             )

@@ -12,13 +12,15 @@ class LayoutInfo:
     """One layout. `loaders` are programs that read it: their names stand for it, too.
 
     `writes` are the fields of TargetOptions that shape its output, none for a layout that is not written; `reads` are
-    the options of a source that it takes beside those of every source.
+    the options of a source that it takes beside those of every source. `leaves_out_frozen`: what training left as it
+    was is not written, so that a base is of no use.
     """
 
     name: str
     loaders: tuple[str, ...] = ()
     writes: frozenset[str] = frozenset()
     reads: frozenset[str] = frozenset()
+    leaves_out_frozen: bool = False
 
 
 _WEIGHTS = frozenset({"dtype", "max_shard_size", "prompt_template"})
@@ -27,7 +29,7 @@ LAYOUTS = {
     info.name: info
     for info in (
         LayoutInfo("pth", reads=_TRAINED),
-        LayoutInfo("xtuner", (), _WEIGHTS, _TRAINED),
+        LayoutInfo("xtuner", (), _WEIGHTS, _TRAINED, leaves_out_frozen=True),
         LayoutInfo("official", ("llava",), _WEIGHTS | {"image_processor"}, frozenset({"pretrained_pth", "lora_alpha"})),
         LayoutInfo("hf", ("transformers", "vllm"), _WEIGHTS | {"image_processor"}),
         LayoutInfo(

@@ -80,7 +80,7 @@ def refused(source: Path, out: Path, options: dict[str, Any], *said: str) -> Non
         ({"to": "xtuner", "image_processor": "llava"}, ("--image-processor does not apply", "it is for official, hf")),
         ({"to": "gguf", "dtype": "bf16"}, ("--dtype does not apply to gguf", "--outtype and --mmproj-outtype")),
         ({"to": "hf", "dequantize": True}, ("--dequantize does not apply", "nothing in iter_2.pth is quantised")),
-        ({"to": "hf", "part": "llm", "visual_encoder": "{tiny}/vit"}, ("--visual-encoder", "is not needed")),
+        ({"to": "hf", "part": "llm", "llm": "{tiny}/llm", "lora_alpha": {}, "hub": "both"}, ("--hub", "--push REPO")),
         ({"to": "hf", "hub": "modelscope"}, ("--hub", "--push REPO")),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
@@ -88,6 +88,16 @@ def refused(source: Path, out: Path, options: dict[str, Any], *said: str) -> Non
 def test_options_that_do_not_apply(tiny: Path, tmp_path: Path, options: dict[str, Any], said: tuple[str, ...]) -> None:
     filled = {k: v.replace("{tiny}", str(tiny)) if isinstance(v, str) else v for k, v in options.items()}
     refused(tiny / "iter_2.pth", tmp_path / "out", filled, *said)
+
+
+def test_bases_that_nothing_uses(tiny: Path, tmp_path: Path) -> None:
+    """Of a part that is no part of the source; but not where --part, or the layout itself, leaves it out."""
+    tower = {"visual_encoder": str(tiny / "vit")}
+    llava_convert.convert(tiny / "iter_2.pth", to="gguf", part="llm", out=tmp_path / "g", **tower)
+    (alone,) = (tmp_path / "g").glob("*.gguf")
+    refused(alone, tmp_path / "o", {"to": "hf", **tower}, "has no use for a vision tower")
+    for layout in ("xtuner", "hf"):  # the adapter's base, of one that leaves it out and of one that needs it
+        llava_convert.convert(tiny / "iter_2.pth", to=layout, out=tmp_path / f"with-{layout}", **tower)
 
 
 def test_options_of_another_source(tiny: Path, tmp_path: Path) -> None:
