@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from llava_convert.core.errors import OutputError, UsageError
-from llava_convert.storage.output import locks, staging
+from llava_convert.storage.output import finished, locks, staging
 from llava_convert.storage.output.staging import Staging, Terminated, interrupt_on_sigterm
 from llava_convert.storage.ranges import write_all
 
@@ -879,3 +879,23 @@ def test_large_files_are_vouched_for_too(tmp_path: Path) -> None:
     saved.rename(tmp_path / ".out.partial")
     with stage(tmp_path / "out", resume=True) as staged:
         assert staged.finished("1.safetensors") and staged.finished("2.safetensors")
+
+
+@pytest.mark.parametrize("algorithm", ["xxh3_128", "sha256"])
+def test_either_digest_vouches_where_it_can_be_computed(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """xxh3-128 is an extra: without it sha256 is written, and a record of the other vouches for nothing."""
+    both = finished._algorithms()
+    alone = {name: both[name] for name in both if name == algorithm}
+    monkeypatch.setattr(finished, "_algorithms", lambda: alone)
+    leave_half(tmp_path / "out")
+    assert f'"{algorithm}:' in (tmp_path / ".out.partial" / staging.RECORD).read_text()
+    shutil.copytree(tmp_path / ".out.partial", tmp_path / "saved")
+    with stage(tmp_path / "out", resume=True) as staged:
+        assert staged.finished("a.safetensors")
+    (tmp_path / "saved").rename(tmp_path / ".out.partial")
+    other = {name: both[name] for name in both if name != algorithm}
+    monkeypatch.setattr(finished, "_algorithms", lambda: other)
+    with stage(tmp_path / "out", resume=True) as staged:
+        assert not staged.finished("a.safetensors")

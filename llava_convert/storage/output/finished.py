@@ -1,7 +1,11 @@
 """Which files of an output are finished: a record in the staging folder, which a resumed run proves file by file.
 
-The record is the plan's hash, then a line of JSON for each finished file: its name, its size, its sha256. A file counts
-as finished for `--resume` once its line is there, and only while its content still has that sha256.
+The record is the plan's hash, then a line of JSON for each finished file: its name, its size, its digest. A file counts
+as finished for `--resume` once its line is there, and only while its content still has that digest.
+
+The digest is xxh3-128 where it is installed (extra `digest`), else sha256, which takes a fifth of a conversion's time
+(2 GB renamed on two cores: 2.8 s without, 3.4 with sha256). Either is against damage and mistakes: who may write to the
+folder could write the record, too.
 """
 
 from __future__ import annotations
@@ -12,11 +16,14 @@ import json
 import os
 import stat
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from llava_convert.storage.files import relative_name
-from llava_convert.storage.fingerprints import contents
 from llava_convert.storage.output.own_files import create_own, is_own, open_own
 from llava_convert.storage.ranges import read_into
 
@@ -52,9 +59,9 @@ class FinishedFiles:
         recorded = self._read()
         if recorded is None:
             return None
-        ours = {name: line for name, line in recorded.items() if self._is_ours(name)}
-        found = contents(self._folder, ours)
-        self._lines = {n: line for n, line in ours.items() if line == (found[n]["size"], found[n]["sha256"])}
+        self._lines = {
+            name: line for name, line in recorded.items() if self._is_ours(name) and self._holds(name, *line)
+        }
         return {name: size for name, (size, _) in self._lines.items()}
 
     def start(self) -> None:
@@ -90,19 +97,34 @@ class FinishedFiles:
             self._fd = -1
 
     def _hash(self, name: str, size: int) -> None:
-        digest = hashlib.sha256()
+        algorithm = next(iter(_algorithms()))
+        digest = self._digest(name, size, algorithm)
+        if digest is not None:
+            self._write(name, size, f"{algorithm}:{digest}")
+
+    def _holds(self, name: str, size: object, digest: object) -> bool:
+        """Whether a file is as its line says; not where the algorithm is not installed here."""
+        algorithm, _, value = str(digest).partition(":")
+        if algorithm not in _algorithms() or (self._folder / name).stat().st_size != size:
+            return False
+        assert isinstance(size, int)
+        return self._digest(name, size, algorithm) == value
+
+    def _digest(self, name: str, size: int, algorithm: str) -> str | None:
+        """The digest of a file of this size, None where the record is closed meanwhile."""
+        digest = _algorithms()[algorithm]()
         buffer = memoryview(bytearray(_BLOCK))
         fd = os.open(self._folder / name, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
         try:
             for at in range(0, size, _BLOCK):
                 if self._closing.is_set():
-                    return
+                    return None
                 block = buffer[: min(_BLOCK, size - at)]
                 read_into(fd, at, block, where=self._folder / name)
                 digest.update(block)
         finally:
             os.close(fd)
-        self._write(name, size, digest.hexdigest())
+        return str(digest.hexdigest())
 
     def _write(self, name: str, size: int, digest: str) -> None:
         with self._mutex:
@@ -145,6 +167,16 @@ class FinishedFiles:
                 else:
                     with contextlib.suppress(OSError):  # it holds a finished file
                         path.rmdir()
+
+
+@cache
+def _algorithms() -> dict[str, Callable[[], Any]]:
+    """What can be computed here, by name: the one to use comes first."""
+    if find_spec("xxhash") is None:
+        return {"sha256": hashlib.sha256}
+    import xxhash
+
+    return {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
 
 
 def _is_own_folder(path: Path) -> bool:
