@@ -74,6 +74,7 @@ def _writing(fits: Fits) -> Fits:
     return lambda cause: cause.writing and fits(cause)
 
 
+_busy = _status(408, 425, 500, 502, 503, 504)
 # Of httpx and httpx2, of requests and urllib3, of aiohttp, of modelscope_hub, of Python; and what a download by
 # huggingface_hub raises for any trouble of the network.
 _network = _named(
@@ -90,6 +91,7 @@ _NONSENSE = frozenset({"TypeError", "LookupError", "AttributeError"})
 _SENSELESS = "the answer of {hub} makes no sense ({detail})"
 _PORTAL = "check the network, where a proxy or a login page may answer instead; then run the same command again"
 _BROKEN = "the connection failed ({detail})"
+_FAILED = "{hub} answered with an error of its own ({status})"
 _UNKNOWN_MODEL = "the model does not exist, or it is private and the token in use may not read it"
 _NAME = "check the name; for a private model {login}"
 
@@ -140,19 +142,9 @@ _TABLE: tuple[Row, ...] = (
     Row(_reading(_status(416)), "the file is shorter than the server said (416)", _LATER),
     Row(_writing(_status(429)), "there were too many requests (429)", f"later, {RERUN}", transient=True),
     Row(_status(429), "there were too many requests (429)", _LATER, transient=True),
-    Row(
-        _writing(_status(408, 425, 500, 502, 503, 504)),
-        "{hub} answered with an error of its own ({status})",
-        f"later, {RERUN}",
-        transient=True,
-    ),
-    Row(
-        _status(408, 425, 500, 502, 503, 504),
-        "{hub} answered with an error of its own ({status})",
-        _LATER,
-        transient=True,
-    ),
-    Row(lambda cause: (cause.status or 0) >= 500, "{hub} answered with an error of its own ({status})", _LATER),
+    Row(_writing(_busy), _FAILED, f"later, {RERUN}", transient=True),
+    Row(_busy, _FAILED, _LATER, transient=True),
+    Row(lambda cause: (cause.status or 0) >= 500, _FAILED, _LATER),
     Row(
         _writing(lambda cause: cause.status is not None),
         "{hub} refused ({status}): {detail}",
