@@ -19,7 +19,7 @@ from llava_convert.layouts.info import LAYOUTS
 from llava_convert.model.checkpoint import Checkpoint
 from llava_convert.storage.files import open_regular, read_fully, require_inside
 from llava_convert.storage.safetensors import SUFFIX, read_header
-from llava_convert.storage.sidecars import folder_sidecars
+from llava_convert.storage.sidecars import folder_sidecars, refuse_links_out
 
 SOURCES = tuple(LAYOUTS)
 _LOOKED_AT = 50  # files of a folder that is no checkpoint
@@ -79,6 +79,8 @@ def open_checkpoint(path: Path, name: str | None = None, options: OpenOptions | 
     """
     path = locate(path)
     chosen, why = _choose(path, name)
+    if path.is_dir():
+        refuse_links_out(path)
     return layout(chosen).open(path, options or OpenOptions()), why
 
 
@@ -89,6 +91,8 @@ def open_each(path: Path) -> list[Checkpoint]:
     """
     path = locate(path)
     chosen = layout(_choose(path, None)[0])
+    if path.is_dir():
+        refuse_links_out(path)
     several: Callable[[Path, OpenOptions], list[Checkpoint]] | None = getattr(chosen, "open_each", None)
     return several(path, OpenOptions()) if several is not None else [chosen.open(path, OpenOptions())]
 

@@ -19,7 +19,7 @@ from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, Dropped
 from llava_convert.model.configs import named_config, old_flavour
 from llava_convert.model.tables.names import layout_table, lookup_errors
 from llava_convert.storage.remote.origin import cached_id
-from llava_convert.storage.sidecars import Sidecars, folder_sidecars
+from llava_convert.storage.sidecars import Sidecars, folder_sidecars, refuse_links_out
 from llava_convert.storage.weights import Weights, open_weights
 
 
@@ -114,6 +114,7 @@ def find_base(
                 f"{folder} is not a model folder: it has no config.json",
                 hint=f"give the base {PART_NAMES[part]} by {option}",
             )
+        refuse_links_out(folder)
         return Base(part, folder, asked, from_hub=False)
     if not is_id(asked):
         raise InputError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError
-from llava_convert.storage.files import read_file, require_inside
+from llava_convert.storage.files import os_reason, read_file, require_inside
 from llava_convert.storage.json_files import MAX_JSON_BYTES, json_bytes, parse_json
 
 # What lies beside weights: configs, vocabularies, templates, cards, and a training's config.
@@ -67,8 +67,7 @@ class Sidecars:
 def folder_sidecars(folder: Path) -> Sidecars:
     """The files of a folder. One value a folder: nothing of them is kept in it.
 
-    They are held to the rule of weights: a link that leaves the folder raises UnsafeError (`require_inside`), whether
-    or not a conversion needs that file; when the folder is first looked at, and again when the file is read.
+    They are held to the rule of weights: to read a link that leaves the folder raises UnsafeError (`require_inside`).
     """
 
     def names() -> frozenset[str]:
@@ -78,12 +77,30 @@ def folder_sidecars(folder: Path) -> Sidecars:
         path = require_inside(folder, name)
         return json_bytes(path) if name.endswith(".json") else read_file(path, MAX_JSON_BYTES)
 
-    if folder.is_dir():
-        with os.scandir(folder) as entries:
-            links = [entry.name for entry in entries if entry.name.endswith(_SUFFIXES) and entry.is_symlink()]
-        for name in sorted(links):
-            require_inside(folder, name)
     return Sidecars(folder, names, load, in_folder=True)
+
+
+def refuse_links_out(folder: Path) -> None:
+    """Raise UnsafeError for a small file of a model's folder that is a link out of it, whether or not a job reads it.
+
+    So what is refused does not depend on the target. Folders in it are looked through, too, not those in these. Raises
+    InputError where one cannot be listed.
+    """
+    for name in sorted(_links(folder)):
+        require_inside(folder, name)
+
+
+def _links(folder: Path) -> list[str]:
+    found: list[str] = []
+    try:
+        inner = [entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
+        for name in ("", *inner):
+            with os.scandir(folder / name) as entries:
+                links = (entry.name for entry in entries if entry.name.endswith(_SUFFIXES) and entry.is_symlink())
+                found += [f"{name}/{link}" if name else link for link in links]
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed: {os_reason(error)}") from error
+    return found
 
 
 def made_sidecars(where: Path, make: Callable[[], Mapping[str, bytes]]) -> Sidecars:

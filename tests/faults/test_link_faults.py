@@ -106,6 +106,7 @@ def test_a_link_that_has_no_part_in_it(gguf: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(gguf, tmp_path / "gguf"))
     (tmp_path / "other.gguf").write_bytes(b"GGUF")
     (source / "other.gguf").symlink_to(tmp_path / "other.gguf")
+    (source / "notes.json").symlink_to(tmp_path / "other.gguf")
     llm = next(path for path in source.glob("m-*.gguf") if "mmproj" not in path.name)
     accepted("gguf", llm, "--to", "hf", "-o", tmp_path / "out")
 
