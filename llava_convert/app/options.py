@@ -91,8 +91,7 @@ def refuse_for_target(options: Options) -> None:
 
 def refuse_for_source(options: Options, checkpoint: Checkpoint, model: Model) -> None:
     """Raise UsageError for an option that nothing of this source uses."""
-    reads = LAYOUTS[checkpoint.layout].reads
-    if options.config is not None and "config" not in reads:
+    if options.config is not None and not LAYOUTS[checkpoint.layout].takes_config:
         raise UsageError(
             f"--config does not apply: {checkpoint.path.name} is {checkpoint.layout}",
             hint="leave it out: it is the training config of a .pth, or of the xtuner layout",

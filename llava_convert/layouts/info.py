@@ -11,32 +11,30 @@ from llava_convert.core.errors import UsageError
 class LayoutInfo:
     """One layout. `loaders` are programs that read it: their names stand for it, too.
 
-    `writes` are the fields of TargetOptions that shape its output, none for a layout that is not written; `reads` are
-    the options of a source that it takes beside those of every source. `leaves_out_frozen`: what training left as it
-    was is not written, so that a base is of no use.
+    `writes` are the fields of TargetOptions that shape its output, none for a layout that is not written.
+    `takes_config` says that a training config helps to read it. `leaves_out_frozen`: what training left as it was is
+    not written, so that a base is of no use.
     """
 
     name: str
     loaders: tuple[str, ...] = ()
     writes: frozenset[str] = frozenset()
-    reads: frozenset[str] = frozenset()
+    takes_config: bool = False
     leaves_out_frozen: bool = False
 
 
 _WEIGHTS = frozenset({"dtype", "max_shard_size", "prompt_template"})
-_TRAINED = frozenset({"config", "pretrained_pth", "lora_alpha"})
 LAYOUTS = {
     info.name: info
     for info in (
-        LayoutInfo("pth", reads=_TRAINED),
-        LayoutInfo("xtuner", (), _WEIGHTS, _TRAINED, leaves_out_frozen=True),
-        LayoutInfo("official", ("llava",), _WEIGHTS | {"image_processor"}, frozenset({"pretrained_pth", "lora_alpha"})),
+        LayoutInfo("pth", takes_config=True),
+        LayoutInfo("xtuner", (), _WEIGHTS, takes_config=True, leaves_out_frozen=True),
+        LayoutInfo("official", ("llava",), _WEIGHTS | {"image_processor"}),
         LayoutInfo("hf", ("transformers", "vllm"), _WEIGHTS | {"image_processor"}),
         LayoutInfo(
             "gguf",
             ("llama.cpp", "ollama"),
             frozenset({"outtypes", "mmproj_outtypes", "pre", "max_shard_size", "prompt_template"}),
-            frozenset({"dequantize"}),
         ),
     )
 }

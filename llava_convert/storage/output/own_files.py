@@ -67,5 +67,5 @@ def _require_own(path: Path, info: os.stat_result) -> os.stat_result:
         what = "a folder" if stat.S_ISDIR(info.st_mode) else "a pipe, a socket or a device"
     raise OutputError(
         f"{path} is {what}; a conversion needs that name for a file of its own",
-        hint=f"see what it is, and remove it (rm {path}); or choose another place with -o",
+        hint="see what it is, and move it away; or choose another place with -o",
     )
