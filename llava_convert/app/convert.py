@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_convert.app.card import card
+from llava_convert.app.facts import fitted, refuse_lost, unknown_notes
+from llava_convert.app.judge import judge
 from llava_convert.app.options import Options, SourceOptions, refuse_for_source, refuse_for_target
 from llava_convert.app.stage_one import with_stage_one
 from llava_convert.app.verify import Verdict, compare_checkpoints
 from llava_convert.core.addresses import address_of, called, name_of
-from llava_convert.core.errors import UnsupportedError, UsageError
+from llava_convert.core.errors import MismatchError, UnsupportedError, UsageError
 from llava_convert.core.progress import Say, Silence
 from llava_convert.core.tensors import QUANTS, TORCH_NAMES
 from llava_convert.core.text import utf8
@@ -27,9 +29,10 @@ from llava_convert.engine.report import Report, part_story, peak_memory
 from llava_convert.engine.run import Outcome
 from llava_convert.layouts.base import OpenOptions
 from llava_convert.layouts.info import TARGETS
-from llava_convert.layouts.registry import detect, layout, locate, open_checkpoint
+from llava_convert.layouts.registry import detect, layout, locate, open_checkpoint, open_each
 from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS, VISION, Checkpoint
+from llava_convert.model.facts import spelled
 from llava_convert.model.options import ALL, TargetOptions, part_named
 from llava_convert.model.recipe import Model
 from llava_convert.model.record import RECORD
@@ -113,6 +116,7 @@ def _convert(ready: Prepared, options: Options, say: Say) -> Report:
         snapshot.recheck()
         if options.verify != OFF:
             written = check_quick(ready.plan, stage.path)
+            _check_facts(ready, stage.path)
             if options.verify == FULL:
                 bad = check_full(ready.plan, written, pool, progress=say.start("verifying", total))
                 outcome = _with_nonfinite(outcome, bad)
@@ -145,6 +149,22 @@ def _convert(ready: Prepared, options: Options, say: Say) -> Report:
         )
         stage.commit()
     return replace(report(ready, options), done=True, flushed=outcome.flushed, warnings=tuple(warnings))
+
+
+def _check_facts(ready: Prepared, staged: Path) -> None:
+    """Open what was written as its readers will, and hold what it says against the source, as `verify` does.
+
+    Raises MismatchError (exit 7).
+    """
+    for theirs in open_each(staged):
+        held = {name for name in PARTS if theirs.parts[name].state != "absent"}
+        found = judge(ready.model, ready.target, theirs, held)
+        if found.different:
+            name, gap = next(iter(found.different.items()))
+            raise MismatchError(
+                f"what was written says another thing than the source: {name} is {spelled(gap.source)} there, "
+                f"{spelled(gap.out)} in the output (and {len(found.different) - 1} more)"
+            )
 
 
 def _staging(ready: Prepared, options: Options, stamp: str, say: Say) -> Staging | RemoteStaging:
@@ -205,6 +225,8 @@ def assembled(source: str | Path, options: Options, opened: tuple[Checkpoint, st
     )
     if checkpoint.layout != options.to and not need.keep_added:
         model = without_added(model)
+    refuse_lost(model, options.to, part, options.allow_keys)
+    model = fitted(model, options.to)
     return Assembled(checkpoint, why, replace(model, warnings=(*told, *model.warnings)), target_options)
 
 
@@ -223,7 +245,13 @@ def prepare(source: str | Path, options: Options, opened: tuple[Checkpoint, str]
         target,
         plan,
         out,
-        notes=(*checkpoint.notes, *model.notes, *target.notes, *dropped_texts(checkpoint, model.dropped)),
+        notes=(
+            *checkpoint.notes,
+            *model.notes,
+            *unknown_notes(model),
+            *target.notes,
+            *dropped_texts(checkpoint, model.dropped),
+        ),
         warnings=(*checkpoint.warnings, *model.warnings, *target.warnings),
     )
 
@@ -329,6 +357,7 @@ def recorded_options(options: Options, ready: Prepared) -> dict[str, Any]:
         "part": target.part,
         "prompt_template": target.prompt_template,
         "image_processor": target.image_processor or "clip",
+        **({"pre": target.pre} if target.pre else {}),
     }
 
 

@@ -25,13 +25,17 @@ _FLAGS = {"outtypes": "--outtype", "mmproj_outtypes": "--mmproj-outtype"}
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """How to read a source. None means that the source says it itself."""
+    """How to read a source. None means that the source says it itself.
+
+    `allow_keys` are keys of configs that no table knows and that may be left behind.
+    """
 
     source_layout: str | None = None
     config: Path | None = None
     pretrained_pth: Path | None = None
     dequantize: bool = False
     bases: Bases = field(default_factory=Bases)
+    allow_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llava_convert.app.facts import fitted
+from llava_convert.app.judge import judge
 from llava_convert.core.arrays import FLOATS
 from llava_convert.core.errors import MismatchError
 from llava_convert.core.tensors import QUANTS, StoredTensor
-from llava_convert.engine.compare import Difference, compare
+from llava_convert.engine.compare import Difference, compare, nonfinite_after
 from llava_convert.engine.shards import PlannedTensor
 from llava_convert.layouts.registry import layout, open_each
 from llava_convert.model.assemble import assemble, without_added
-from llava_convert.model.checkpoint import LLM, PARTS, VISION, Checkpoint
+from llava_convert.model.checkpoint import LLM, PARTS, Checkpoint
+from llava_convert.model.facts import spelled
+from llava_convert.model.judgement import FactDifference, Judgement
 from llava_convert.model.options import ALL, TargetOptions, part_named
-from llava_convert.model.recipe import EMBEDDING, Bases, Recipe
+from llava_convert.model.recipe import EMBEDDING, HEAD, Bases
 from llava_convert.model.record import read_options
 from llava_convert.model.tables.names import grouped
 from llava_convert.model.target import Output
@@ -24,7 +29,9 @@ from llava_convert.ops import steps
 from llava_convert.ops.base import Op
 from llava_convert.ops.rows import PadRows
 from llava_convert.storage.ranges import FilePool
-from llava_convert.storage.sidecars import folder_sidecars
+
+_SHOWN = 6  # facts in a message
+_SHAPING = ("prompt_template", "image_processor", "pre")
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,7 +40,12 @@ class Verdict:
 
     Names are canonical ones; where OUT holds several files of one model, after the file's. `synthetic` are tensors that
     SOURCE's layout never has: OUT's are not compared. `quantised` of the `equal` ones are blocks in OUT and were floats
-    in SOURCE: they equal its quantisation, recomputed. `defects` are what readers of OUT choke on.
+    in SOURCE: they equal its quantisation, recomputed. `added_rows` of a vocabulary are in OUT alone, by tensor; those
+    that OUT's record tells of are compared with what it says, `unrecorded_rows` are only looked at for NaN.
+
+    `facts` differ: what configs, tokenizer, processor and metadata say that decides how a model computes, is prompted
+    or stops. `harmless` keys differ and decide nothing, each with the reason. `not_compared` is what OUT or SOURCE
+    cannot tell. `defects` are what readers of OUT choke on.
     """
 
     source: str
@@ -44,7 +56,10 @@ class Verdict:
     missing: tuple[str, ...]
     extra: tuple[str, ...]
     added_rows: dict[str, int] = field(default_factory=dict)
-    settings: tuple[str, ...] = ()
+    unrecorded_rows: dict[str, int] = field(default_factory=dict)
+    facts: dict[str, FactDifference] = field(default_factory=dict)
+    harmless: dict[str, str] = field(default_factory=dict)
+    not_compared: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     defects: tuple[str, ...] = ()
     synthetic: tuple[str, ...] = ()
@@ -52,7 +67,7 @@ class Verdict:
 
     @property
     def same(self) -> bool:
-        return not (self.different or self.missing or self.extra or self.settings or self.defects)
+        return not (self.different or self.missing or self.extra or self.facts or self.defects)
 
     def __bool__(self) -> bool:
         return self.same
@@ -60,8 +75,22 @@ class Verdict:
     def __repr__(self) -> str:
         counts = {"different": self.different, "missing": self.missing, "extra": self.extra}
         said = "".join(f", {word}={len(found)}" for word, found in counts.items())
-        more = "".join(f", {word}={list(found)}" for word in ("settings", "defects") if (found := getattr(self, word)))
+        more = "".join(f", {word}={list(found)}" for word in ("facts", "defects") if (found := getattr(self, word)))
         return f"Verdict(same={self.same}, equal={self.equal}{said}{more})"
+
+    def sentence(self) -> str:
+        """What was found of a model that is the same."""
+        parts = [f"{self.equal - self.quantised} tensors equal bit for bit"] if self.equal > self.quantised else []
+        if self.quantised:
+            parts.append(f"{self.quantised} equal the quantisation of the source, recomputed")
+        said = f"the same: {', '.join(parts) or 'no tensor'}, and all that configs, tokenizer and processor say"
+        rows = max(self.added_rows.values(), default=0)
+        unknown = max(self.unrecorded_rows.values(), default=0)
+        if rows and not unknown:
+            said += f"; {rows} rows that were added are as the record says"
+        elif unknown:
+            said += f"; plus {unknown} unrecorded rows of the vocabulary, which are not compared"
+        return said
 
     def refuse(self) -> None:
         """Raise MismatchError (exit 7) unless all is equal."""
@@ -69,16 +98,24 @@ class Verdict:
             return
         said = [f"{len(self.different)} tensors differ: {grouped(self.different)}"] if self.different else []
         if self.different:
-            worst = max(self.different.values(), key=lambda d: d.largest)
-            said[0] += f" (largest difference {worst.largest:.3g})"
+            shaped = {name: d.shapes for name, d in self.different.items() if d.shapes is not None}
+            gaps = [d.largest for d in self.different.values() if not math.isnan(d.largest) and d.shapes is None]
+            said[0] += f" (largest difference {max(gaps):.3g})" if gaps else ""
+            for name, (mine, theirs) in list(shaped.items())[:3]:
+                said.append(f"{name} is {list(mine)} in the source, {list(theirs)} in OUT")
         if self.missing:
             said.append(f"{len(self.missing)} are missing: {grouped(self.missing)}")
         if self.extra:
             said.append(f"{len(self.extra)} are not in the source: {grouped(self.extra)}")
-        said += self.settings
+        said += [f"{name} is {spelled(d.source)} in the source, {spelled(d.out)} in OUT" for name, d in self._shown()]
+        if len(self.facts) > _SHOWN:
+            said.append(f"and {len(self.facts) - _SHOWN} more facts differ (--json lists them)")
         if said:
             raise MismatchError(f"{self.out} is not {self.source}: " + "; ".join([*said, *self.defects]))
         raise MismatchError(f"{self.out} holds the weights of {self.source}, but: " + "; ".join(self.defects))
+
+    def _shown(self) -> list[tuple[str, FactDifference]]:
+        return list(self.facts.items())[:_SHOWN]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -87,11 +124,14 @@ class Verdict:
             "layouts": list(self.layouts),
             "same": self.same,
             "equal": self.equal,
-            "different": {k: {"elements": d.elements, "largest": d.largest} for k, d in sorted(self.different.items())},
+            "different": {name: d.as_json() for name, d in sorted(self.different.items())},
             "missing": list(self.missing),
             "extra": list(self.extra),
             "added_rows": self.added_rows,
-            "settings": list(self.settings),
+            "unrecorded_rows": self.unrecorded_rows,
+            "facts": {name: {"source": d.source, "out": d.out} for name, d in sorted(self.facts.items())},
+            "harmless": dict(sorted(self.harmless.items())),
+            "not_compared": list(self.not_compared),
             "notes": list(self.notes),
             "defects": list(self.defects),
             "synthetic": list(self.synthetic),
@@ -127,7 +167,9 @@ def compare_checkpoints(
     if source.layout != every[0].layout and not (need.keep_added and _rows(every) == _rows([source])):
         # Of a target that keeps added rows, OUT may still have been made of the model before they were added.
         model = without_added(model)
-    wanted = {o.canonical: o for files in target.lower(model, options).sets for o in files.outputs}
+    model = fitted(model, every[0].layout)
+    made = target.lower(model, _as_made(options, out))
+    wanted = {o.canonical: o for files in made.sets for o in files.outputs}
     made_up = {name for name, output in wanted.items() if output.recipe.origin == "synthetic"}
     found = _Compared()
     for theirs in every:
@@ -135,7 +177,7 @@ def compare_checkpoints(
         held = {name for name in PARTS if theirs.parts[name].state != "absent"} if len(every) > 1 else set(PARTS)
         mine = {name: o for name, o in wanted.items() if name not in made_up and _is_of(name, held)}
         _compare_one(found, mine, theirs, label, tied=model.tied, made_up=made_up, progress=progress)
-        found.settings += [text for text in _settings(source, theirs) if VISION in held]
+        found.judge(judge(model, made, theirs, held & _parts_of(theirs)), label)
         found.defects += [f"{label}{text}" for text in theirs.defects]
     lacking = [n for n in wanted if not any(_holds_part_of(theirs, n) for theirs in every)] if len(every) > 1 else []
     return Verdict(
@@ -147,7 +189,10 @@ def compare_checkpoints(
         missing=tuple(sorted({*found.missing, *lacking})),
         extra=tuple(sorted(found.extra)),
         added_rows=found.added,
-        settings=tuple(dict.fromkeys(found.settings)),
+        unrecorded_rows=found.unrecorded,
+        facts=found.facts,
+        harmless=found.harmless,
+        not_compared=tuple(dict.fromkeys(found.not_compared)),
         notes=tuple([*model.warnings]),
         defects=tuple(found.defects),
         synthetic=tuple(sorted(made_up)),
@@ -166,6 +211,18 @@ def _part_of(every: Sequence[Checkpoint], out: Path, source: Checkpoint) -> str:
     return source.default_part
 
 
+def _as_made(options: TargetOptions, out: Path) -> TargetOptions:
+    """With the options that OUT's record names, which shape its small files."""
+    recorded = read_options(out) or {}
+    said: dict[str, Any] = {name: recorded.get(name) for name in _SHAPING if getattr(options, name) is None}
+    shaping: dict[str, Any] = {name: value for name, value in said.items() if isinstance(value, str)}
+    return replace(options, **shaping)
+
+
+def _parts_of(theirs: Checkpoint) -> set[str]:
+    return {name for name in PARTS if theirs.parts[name].state != "absent"}
+
+
 def _rows(every: Sequence[Checkpoint]) -> int | None:
     """Of the embedding, in the first that has one."""
     found = (checkpoint.parts[LLM].weights.get(EMBEDDING) for checkpoint in every)
@@ -182,8 +239,16 @@ class _Compared:
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
     added: dict[str, int] = field(default_factory=dict)
-    settings: list[str] = field(default_factory=list)
+    unrecorded: dict[str, int] = field(default_factory=dict)
+    facts: dict[str, FactDifference] = field(default_factory=dict)
+    harmless: dict[str, str] = field(default_factory=dict)
+    not_compared: list[str] = field(default_factory=list)
     defects: list[str] = field(default_factory=list)
+
+    def judge(self, found: Judgement, label: str) -> None:
+        self.facts |= {label + name: difference for name, difference in found.different.items()}
+        self.harmless |= {label + name: reason for name, reason in found.harmless.items()}
+        self.not_compared += found.not_compared
 
 
 def _compare_one(
@@ -198,25 +263,40 @@ def _compare_one(
 ) -> None:
     """Compare the tensors of one model of OUT with the `wanted` ones."""
     stored = theirs.tensors()
+    if tied and HEAD in stored and HEAD not in wanted and EMBEDDING in wanted:
+        wanted = {**wanted, HEAD: replace(wanted[EMBEDDING], canonical=HEAD)}  # written out, it must say nothing new
+    recorded = (theirs.record or {}).get("added")
     planned: list[PlannedTensor] = []
     aligned: dict[str, StoredTensor] = {}
+    tails: dict[str, int] = {}
+    averaged: dict[str, int] = {}
     for name in sorted(wanted.keys() & stored.keys()):
-        tensor, rows = _replayed(wanted[name], stored[name])
+        tensor, rows = _replayed(wanted[name], stored[name], recorded=recorded is not None)
         if tensor is None:
-            found.different[label + name] = Difference(stored[name].numel, float("nan"))
+            found.different[label + name] = Difference(stored[name].numel, shapes=(rows, stored[name].shape))
             continue
         planned.append(tensor)
         aligned[name] = stored[name]
-        if rows:
-            found.added[label + name] = rows
+        more = stored[name].shape[0] - rows[0] if rows else 0
+        if more:
+            found.added[label + name] = more
+            if tensor.shape != stored[name].shape:
+                tails[name] = rows[0]
+            else:
+                averaged[name] = rows[0] * (stored[name].nbytes // stored[name].shape[0])
     with FilePool() as pool:
-        sink = compare(planned, aligned, pool, progress=progress)
+        sink = compare(planned, aligned, pool, progress=progress, tails=averaged)
+        for name, row in tails.items():
+            found.unrecorded[label + name] = stored[name].shape[0] - row
+            if bad := nonfinite_after(stored[name], row, pool):
+                found.different[label + name] = Difference(bad, float("nan"))
+    _check_record(found, recorded, stored.get(EMBEDDING), label)
     found.different |= {label + name: difference for name, difference in sink.differences.items()}
-    found.equal += len(planned) - len(sink.differences)
+    found.equal += len(planned) - len(sink.differences.keys() | (tails.keys() & _unlabelled(found.different, label)))
     blocks = {t.canonical for t in planned if t.dtype in QUANTS and t.source.dtype not in QUANTS}
     found.quantised += len(blocks - sink.differences.keys())
     found.missing += [label + name for name in wanted.keys() - stored.keys()]
-    found.extra += [label + name for name in _untied(stored.keys() - wanted.keys() - made_up, tied)]
+    found.extra += [label + name for name in stored.keys() - wanted.keys() - made_up]
 
 
 def _is_of(name: str, parts: set[str]) -> bool:
@@ -228,29 +308,41 @@ def _holds_part_of(theirs: Checkpoint, name: str) -> bool:
     return part is None or part.state != "absent"
 
 
-def _untied(extra: set[str], tied: bool) -> set[str]:
-    """A head written out beside a tied embedding says nothing new."""
-    return extra - {"language_model.lm_head.weight"} if tied else extra
+def _unlabelled(different: dict[str, Difference], label: str) -> set[str]:
+    return {name.removeprefix(label) for name in different}
 
 
-def _replayed(output: Output, stored: StoredTensor) -> tuple[PlannedTensor | None, int]:
-    """The tensor as a conversion would make it, in the stored dtype; and how many rows OUT has beyond it."""
-    recipe = Recipe(
-        output.recipe.tensor, tuple(op for op in output.recipe.ops if not isinstance(op, PadRows)), output.recipe.origin
-    )
-    extra = 0
+def _check_record(found: _Compared, recorded: Any, embedding: StoredTensor | None, label: str) -> None:
+    """OUT's record of added rows must be true of OUT."""
+    if isinstance(recorded, dict) and embedding is not None and recorded["rows"]["to"] != embedding.shape[0]:
+        found.facts[f"{label}rows of the embedding, by OUT's record"] = FactDifference(
+            recorded["rows"]["to"], embedding.shape[0]
+        )
+
+
+def _replayed(output: Output, stored: StoredTensor, *, recorded: bool) -> tuple[PlannedTensor | None, tuple[int, ...]]:
+    """The tensor as a conversion would make it, in the stored dtype, and the shape that it has in the source.
+
+    OUT may have more rows of the vocabulary: those that it `recorded` are made again, others are left out. None for
+    the tensor where the two cannot be compared.
+    """
+    recipe = output.recipe
+    bare = replace(recipe, ops=tuple(op for op in recipe.ops if not isinstance(op, PadRows)))
+    shape = bare.shape
+    if not (recorded and recipe.shape == stored.shape):
+        recipe = bare
     if recipe.shape != stored.shape:
-        if recipe.shape[1:] != stored.shape[1:] or recipe.shape[:1] > stored.shape[:1] or len(stored.shape) != 2:
-            return None, 0
-        extra = stored.shape[0] - recipe.shape[0]
+        more = recipe.shape[1:] == stored.shape[1:] and recipe.shape[:1] <= stored.shape[:1]
+        if not more or output.canonical not in (EMBEDDING, HEAD):
+            return None, shape
     if recipe.dtype != stored.dtype:
         if any(dtype not in FLOATS and dtype not in QUANTS for dtype in (stored.dtype, recipe.dtype)):
-            return None, 0
+            return None, shape
         recipe = recipe.then(*_between(recipe.dtype, stored.dtype))
     planned = PlannedTensor(
         output.canonical, output.canonical, recipe.tensor, recipe.origin, recipe.ops, stored.dtype, recipe.shape, 0
     )
-    return planned, extra
+    return planned, shape
 
 
 def _between(dtype: str, to: str) -> tuple[Op, ...]:
@@ -258,19 +350,3 @@ def _between(dtype: str, to: str) -> tuple[Op, ...]:
     if dtype in QUANTS and to in QUANTS:
         return (*steps(dtype, "F32"), *steps("F32", to))
     return steps(dtype, to)
-
-
-def _settings(source: Checkpoint, theirs: Checkpoint) -> tuple[str, ...]:
-    """How the parts work together, where both sides say."""
-    said: list[str] = []
-    mine, other = source.settings, theirs.settings
-    if theirs.layout != "xtuner" and source.layout != "xtuner":
-        if mine.select_layer != other.select_layer:
-            said.append(f"the projector reads layer {mine.select_layer} in the source, {other.select_layer} in OUT")
-        if mine.select_strategy != other.select_strategy:
-            said.append(f"feature selection is {mine.select_strategy} in the source, {other.select_strategy} in OUT")
-    if theirs.layout == "official" and theirs.parts[VISION].state == "full":
-        config = folder_sidecars(theirs.root).read_object("config.json")
-        if not config.get("unfreeze_mm_vision_tower"):
-            said.append("OUT holds a vision tower that its loader ignores (unfreeze_mm_vision_tower is not true)")
-    return tuple(said)

@@ -111,7 +111,7 @@ class Artefacts:
         return preprocessor_config(base, config, kind=self.options.image_processor or "clip", for_hf=for_hf)
 
     def id_of(self, part: str) -> tuple[str, str | None]:
-        """The hub id to write for a part's base model, and a warning when it is a mere guess.
+        """The hub id to write for a part's base model, and a note when it is a mere guess.
 
         No local path ever reaches an output.
         """
@@ -156,11 +156,22 @@ class Artefacts:
         config["_name_or_path"] = self.id_of(VISION)[0]
         return config
 
+    def notes(self, *parts: str) -> tuple[str, ...]:
+        """What is to be known of the files of these parts, and does no harm."""
+        return tuple(guess for part in parts if (guess := self.id_of(part)[1]) is not None)
+
     def warnings(self, *parts: str) -> tuple[str, ...]:
-        said = [w for part in parts if (w := self.id_of(part)[1]) is not None]
-        if LLM in parts and self.tokenizer is None:
-            said.append("there is no tokenizer beside the language model: the output has none either")
-        return tuple(said)
+        """What makes the output worse than a user would think."""
+        if LLM not in parts:
+            return ()
+        if self.tokenizer is None:
+            return ("there is no tokenizer beside the language model: the output has none either",)
+        if self.templates.tokenizer is None and self.model.checkpoint.default_part != LLM:
+            return (
+                "nothing says how the model is prompted, so that the output has no chat template: "
+                "--prompt-template NAME gives it (vicuna for LLaVA-1.5, llama3_chat for Llama-3)",
+            )
+        return ()
 
     def generation_file(self) -> dict[str, bytes]:
         return {"generation_config.json": to_json(self.generation_config)}

@@ -166,6 +166,16 @@ def wrap_chat_template(existing: str, *, writes_bos: bool = True) -> str:
     return head + existing
 
 
+def same_template(one: str | None, other: str | None) -> bool:
+    """Whether two chat templates say the same: alike, or one the other made to take list content."""
+    if one == other or one is None or other is None:
+        return one == other
+    ways = (True, False)
+    return other in {wrap_chat_template(one, writes_bos=way) for way in ways} or one in {
+        wrap_chat_template(other, writes_bos=way) for way in ways
+    }
+
+
 def hf_templates(tokenizer: Tokenizer, name: str | Mapping[str, Any] | None) -> ChatTemplates:
     """The templates for the transformers layout: of the prompt template `name`, else of the base tokenizer's own."""
     first_bos = not tokenizer.adds_bos

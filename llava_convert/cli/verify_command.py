@@ -54,13 +54,13 @@ def _verify(
             output.warn(note)
         if verbose:
             for name, gap in sorted(verdict.different.items()):
-                output.line(f"  differs: {name} in {gap.elements} elements, by at most {gap.largest:.3g}")
+                how = f"in {gap.elements} elements, by at most {gap.largest:.3g}" if gap.shapes is None else "in shape"
+                output.line(f"  differs: {name} {how}")
+            for name, reason in verdict.harmless.items():
+                output.line(f"  differs, and decides nothing: {name} ({reason})")
+            for what in verdict.not_compared:
+                output.line(f"  not compared: {what}")
         verdict.refuse()
-        rows = max(verdict.added_rows.values(), default=0)
-        quantised = f", {verdict.quantised} of them the source's quantisation, recomputed" if verdict.quantised else ""
-        output.line(
-            f"the same: {verdict.equal} tensors equal bit for bit{quantised}"
-            + (f"; {rows} rows that the source does not have are not compared" if rows else "")
-        )
+        output.line(verdict.sentence())
 
     raise typer.Exit(run(action, output))

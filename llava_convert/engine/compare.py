@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,21 +27,35 @@ from llava_convert.storage.streams import read_bytes
 
 @dataclass(slots=True)
 class Difference:
-    """How a tensor differs: elements whose bits differ (of a quantised one, whose values do), and the largest gap."""
+    """How a tensor differs: elements whose bits differ (of a quantised one, whose values do), and the largest gap.
+
+    `shapes`, of the source's and of the other, where these differ: nothing else is compared then.
+    """
 
     elements: int = 0
     largest: float = 0.0
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        if self.shapes is not None:
+            return {"shapes": [list(shape) for shape in self.shapes]}
+        return {"elements": self.elements, "largest": None if math.isnan(self.largest) else self.largest}
 
 
 @dataclass(slots=True)
 class CompareSink:
-    """Compares what arrives with stored tensors, by name."""
+    """Compares what arrives with stored tensors, by name.
+
+    From byte `tails` of a tensor on are rows of means, which depend on the dtype that the old rows were averaged in:
+    they are only held to be near.
+    """
 
     pool: FilePool
     stored: Mapping[str, StoredTensor]
     progress: Callable[[int], None]
     differences: dict[str, Difference] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
+    tails: Mapping[str, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def copy(self, task: Copy) -> None:
@@ -57,7 +73,11 @@ class CompareSink:
                 with self._lock:
                     self.nonfinite[tensor.name] = self.nonfinite.get(tensor.name, 0) + bad
         if mine != theirs:
-            self._differ(tensor.name, stored.dtype, mine, theirs)
+            head = max(0, min(self.tails.get(tensor.name, stored.nbytes) - start, len(mine)))
+            if mine[:head] != theirs[:head]:
+                self._differ(tensor.name, stored.dtype, mine[:head], theirs[:head])
+            if mine[head:] != theirs[head:] and not _near(mine[head:], theirs[head:], stored.dtype):
+                self._differ(tensor.name, stored.dtype, mine[head:], theirs[head:])
 
     def _differ(self, name: str, dtype: str, mine: memoryview, theirs: bytearray) -> None:
         largest = float("nan")
@@ -77,6 +97,26 @@ class CompareSink:
             found.largest = max(found.largest, largest)
 
 
+def nonfinite_after(tensor: StoredTensor, row: int, pool: FilePool) -> int:
+    """How many values of the rows from `row` on are NaN or infinite; 0 for a dtype that has none."""
+    if tensor.dtype not in FLOATS or row >= tensor.shape[0]:
+        return 0
+    width = tensor.nbytes // tensor.shape[0]
+    data = bytearray(tensor.nbytes - row * width)
+    read_bytes(pool, tensor, row * width, memoryview(data))
+    return count_nonfinite(as_array(data, tensor.dtype, 1), tensor.dtype)
+
+
+def _near(mine: memoryview, theirs: bytearray, dtype: str) -> bool:
+    """Whether two means of the same rows agree, as far as their dtypes let them: two units in the last place."""
+    if dtype not in FLOATS:
+        return False
+    one, other = (widen(as_array(data, dtype, 1), dtype).astype(np.float64) for data in (mine, theirs))
+    unit = {"F16": 2.0**-10, "BF16": 2.0**-7}.get(dtype, 2.0**-23)
+    bound = 2 * unit * np.abs(one) + unit * np.abs(one).max(initial=0.0)
+    return bool(np.all(np.abs(one - other) <= bound))
+
+
 def _largest_gap(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
     with np.errstate(invalid="ignore"):
         gap = np.abs(one.astype(np.float64) - other.astype(np.float64))
@@ -90,12 +130,15 @@ def compare(
     *,
     progress: Callable[[int], None],
     threads: int = 0,
+    tails: Mapping[str, int] | None = None,
 ) -> CompareSink:
     """Recompute every planned tensor and compare it with the stored one of its name (same dtype and shape).
 
+    `tails` are the bytes at which added rows begin, by name.
+
     Raises InputError when either side cannot be read.
     """
-    sink = CompareSink(pool, stored, progress)
+    sink = CompareSink(pool, stored, progress, tails=tails or {})
     merging = any(isinstance(op, MergeLora) for tensor in planned for op in tensor.ops)
     with torch_beside(needed=merging) as ready, ThreadPoolExecutor(threads or thread_count(planned)) as workers:
         run_all(workers, tasks_of(planned, whole=True), pool, sink, Outcome(), ready)

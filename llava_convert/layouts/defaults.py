@@ -8,12 +8,12 @@ from llava_convert.core.arrays import FLOATS
 from llava_convert.core.errors import UnsupportedError
 from llava_convert.core.tensors import FROM_TORCH_NAMES, QUANTS
 from llava_convert.layouts.naming import llm_dtype
+from llava_convert.model.checkpoint import AS_STORED, LLM
 from llava_convert.model.options import TargetOptions
 from llava_convert.model.recipe import Model, Recipe
 from llava_convert.model.target import KEEP, parse_size
 
-# What training leaves is float32 and published in float16; other sources keep theirs.
-_TRAINED = ("pth", "xtuner")
+_HALF = ("F16", "BF16")
 # Sources which lie in shards of their own making, or in none.
 _WITHOUT_SHARDS = ("pth", "gguf")
 
@@ -26,9 +26,7 @@ def output_dtype(model: Model, options: TargetOptions) -> str:
     refuse_quantised(model.recipes)
     if options.dtype is not None:
         return FROM_TORCH_NAMES[options.dtype]
-    if model.checkpoint.layout in _TRAINED:
-        return "F16"
-    dtype = llm_dtype(model)
+    dtype = _published_dtype(model) or llm_dtype(model)
     if dtype in QUANTS:
         return "F16"
     if dtype not in FLOATS:
@@ -37,6 +35,15 @@ def output_dtype(model: Model, options: TargetOptions) -> str:
             hint="give it by --dtype, if the source's tensors can be cast",
         )
     return dtype
+
+
+def _published_dtype(model: Model) -> str | None:
+    """The dtype to publish what a trainer left, mostly float32; None for a source that was published already."""
+    rule = model.checkpoint.publish_dtype
+    if rule != AS_STORED:
+        return None if rule is None else FROM_TORCH_NAMES[rule]
+    stored = llm_dtype(model) if model.part(LLM) else ""
+    return stored if stored in _HALF else "F16"
 
 
 def refuse_quantised(recipes: Mapping[str, Recipe]) -> None:

@@ -44,13 +44,17 @@ def lower(model: Model, options: TargetOptions, layout: str) -> Target:
     dtype = output_dtype(model, options)
     if options.part == LLM:
         return Target(
-            layout, (llm_files(model, options, dtype),), llm_artefacts(model, made, dtype), warnings=made.warnings(LLM)
+            layout,
+            (llm_files(model, options, dtype),),
+            llm_artefacts(model, made, dtype),
+            notes=made.notes(LLM),
+            warnings=made.warnings(LLM),
         )
     return Target(
         layout,
         (vision_files(model, options, dtype),),
         vision_artefacts(model, made, dtype),
-        warnings=made.warnings(VISION),
+        notes=made.notes(VISION),
     )
 
 
@@ -59,9 +63,11 @@ def llm_files(model: Model, options: TargetOptions, dtype: str) -> FileSet:
     return FileSet(tensors, limit=shard_limit(model, options))
 
 
-def llm_artefacts(model: Model, made: Artefacts, dtype: str) -> dict[str, bytes]:
-    """config, generation config and tokenizer of a text model."""
-    config = made.text_config(TORCH_NAMES[dtype])
+def llm_artefacts(
+    model: Model, made: Artefacts, dtype: str, facts: Mapping[str, Any] | None = None
+) -> dict[str, bytes]:
+    """config, generation config and tokenizer of a text model. `facts` are the config's keys for facts of the whole."""
+    config = made.text_config(TORCH_NAMES[dtype]) | dict(facts or {})
     config["architectures"] = [class_of(config)]
     files = {"config.json": to_json(ordered(config)), **made.generation_file()}
     files |= made.tokenizer_files()

@@ -91,6 +91,7 @@ def training_config(values: Mapping[str, Any], *, filename: str) -> TrainingConf
         max_position_embeddings=model.whole_or_none("max_position_embeddings"),
         quantized_llm=any(llm.get(key) for key in ("quantization_config", "load_in_4bit", "load_in_8bit")),
         pad_image_to_square=squares.pop() if len(squares) == 1 else None,
+        llm_dtype=_dtype(llm.values.get("torch_dtype")),
         data_paths=tuple(path for one in datasets if isinstance(path := one.values.get("data_path"), str)),
         unresolved=unresolved,
     )
@@ -213,6 +214,12 @@ def _downloaded(call: Call) -> Any:
     if key == "repo_id" and revision:  # a plain id has no place for it
         return call
     return name if key == "repo_id" else f"ms://{name}" + (f"@{revision}" if revision else "")
+
+
+def _dtype(value: Any) -> str | None:
+    """torch's name of a dtype; None for another value ("auto", or one that only code gives)."""
+    name = _last(str(value)) if isinstance(value, str | Dotted) else None
+    return name if name in ("float16", "bfloat16", "float32") else None
 
 
 def _lora(section: _Section) -> LoraSettings | None:

@@ -24,7 +24,15 @@ from llava_convert.model.checkpoint import (
     Checkpoint,
     Dropped,
 )
-from llava_convert.model.checks import check_base, check_heads, check_joints, check_shapes, refuse_unknown
+from llava_convert.model.checks import (
+    check_base,
+    check_heads,
+    check_joints,
+    check_layer,
+    check_projector,
+    check_shapes,
+    refuse_unknown,
+)
 from llava_convert.model.configs import family, named_config
 from llava_convert.model.projector import projector_config
 from llava_convert.model.recipe import EMBEDDING, HEAD, Bases, Model, Recipe
@@ -61,6 +69,9 @@ def assemble(
                 _add_part(checkpoint, part, asked, bases, found_configs)
             except InputError as problem:
                 warnings.append(f"{problem.message}: going on without its files")
+    if VISION in found_configs:
+        checkpoint = checkpoint.with_tower(found_configs[VISION])
+        check_layer(checkpoint, found_configs[VISION])
     recipes: dict[str, Recipe] = {}
     dropped: list[Dropped] = []
     tied = False
@@ -91,6 +102,7 @@ def assemble(
             tied = _tie(part_recipes, found_configs[LLM], warnings)
         recipes.update(part_recipes)
     if PROJECTOR in wanted:
+        check_projector(checkpoint)
         check_joints(recipes, found_configs)
     if checkpoint.image_newline is not None and set(wanted) >= {LLM, PROJECTOR}:
         recipes[IMAGE_NEWLINE] = Recipe(checkpoint.image_newline)

@@ -14,6 +14,8 @@ from typing import Any
 from llava_convert.core.errors import InputError
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.model.adapter import Adapter
+from llava_convert.model.facts import ASPECT, LAYER, STRATEGY
+from llava_convert.model.tables.facts import facts
 from llava_convert.model.training import TrainingConfig
 from llava_convert.ops.base import Op
 from llava_convert.storage.sidecars import Sidecars
@@ -21,6 +23,7 @@ from llava_convert.storage.sidecars import Sidecars
 LLM, VISION, PROJECTOR = "language_model", "vision_tower", "projector"
 PARTS = (LLM, VISION, PROJECTOR)
 IMAGE_NEWLINE = "image_newline"
+AS_STORED = "as stored"
 
 # What `--part` and messages call the parts.
 PART_WORDS = {LLM: "llm", VISION: "visual-encoder", PROJECTOR: "projector"}
@@ -56,12 +59,17 @@ class Part:
         return "full" if self.weights else "absent"
 
 
+# Fields of Settings, and the facts that they hold.
+_FACTS = {"select_layer": LAYER, "select_strategy": STRATEGY, "image_aspect_ratio": ASPECT}
+
+
 @dataclass(frozen=True)
 class Settings:
     """How the parts work together.
 
     `select_layer` is the hidden state of the tower that the projector reads (-2 is the last but one), and
-    `select_strategy` says whether the class token goes along ("full") or not ("default").
+    `select_strategy` says whether the class token goes along ("full") or not ("default"). `said` are the other facts of
+    mappings/facts/llava.toml, by name, as far as the source states them.
     """
 
     select_layer: int = -2
@@ -69,7 +77,7 @@ class Settings:
     image_aspect_ratio: str = "pad"
     prompt_template: str | Mapping[str, Any] | None = None
     max_position_embeddings: int | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    said: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         wrong = {
@@ -81,20 +89,33 @@ class Settings:
             if not right:
                 raise InputError(f"the {what} of the source cannot be {str(value)[:60]!r}")
 
+    @classmethod
+    def of(cls, said: Mapping[str, Any], **more: Any) -> Settings:
+        """The settings of facts by name."""
+        named = {field: said[fact] for field, fact in _FACTS.items() if fact in said}
+        rest = {fact: value for fact, value in said.items() if fact not in _FACTS.values()}
+        return cls(**{**named, **more}, said=rest)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Every fact by name, those that have a field of their own among them."""
+        return {**{fact: getattr(self, field) for field, fact in _FACTS.items()}, **self.said}
+
     def record(self) -> dict[str, Any]:
         """What conversion.json keeps, since not every layout has a place for it."""
-        return {
-            "select_layer": self.select_layer,
-            "select_strategy": self.select_strategy,
-            "image_aspect_ratio": self.image_aspect_ratio,
-        }
+        found: dict[str, Any] = {field: getattr(self, field) for field in _FACTS}
+        more = {name: value for name, value in sorted(self.said.items()) if value != facts()[name].default}
+        return {**found, "facts": more} if more else found
 
     @classmethod
     def recorded(cls, record: Mapping[str, Any] | None) -> Settings:
         """The settings that a conversion.json tells, else the defaults."""
         told = (record or {}).get("settings")
-        known = cls().record().keys()
-        return cls(**{k: v for k, v in told.items() if k in known}) if isinstance(told, dict) else cls()
+        if not isinstance(told, dict):
+            return cls()
+        said = told.get("facts")
+        more = {k: v for k, v in said.items() if k in facts()} if isinstance(said, dict) else {}
+        return cls(**{k: v for k, v in told.items() if k in _FACTS}, said=more)
 
 
 @dataclass(frozen=True)
@@ -111,7 +132,11 @@ class Checkpoint:
 
     `default_part` is what `--part all` means: "all", or the one part of a source that is no LLaVA. `whole` is false
     where the layout itself does not tell a model from a part of one. `defects` are what a reader of this layout chokes
-    on, though nothing here needs it. `facts` are what else the source says of itself.
+    on, though nothing here needs it. `facts` are what else the source says of itself. `unknown_keys` are those of its
+    own config that no table has, with their values; `stated` is what decides in files that are no JSON, as it stands.
+    `every_feature` are the types of towers of which the source's code hands on all features of the last layer but one,
+    whatever its config says. `publish_dtype` is the dtype to publish what a trainer left (torch's name; AS_STORED: that
+    of the language model, if it has 16 bits), None for what keeps its own.
     """
 
     layout: str
@@ -131,6 +156,16 @@ class Checkpoint:
     whole: bool = True
     defects: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    unknown_keys: Mapping[str, Any] = field(default_factory=dict)
+    stated: Mapping[str, Any] = field(default_factory=dict)
+    every_feature: tuple[str, ...] = ()
+    publish_dtype: str | None = None
+
+    def with_tower(self, config: Mapping[str, Any]) -> Checkpoint:
+        """The checkpoint once the config of its tower is known."""
+        if config.get("model_type") not in self.every_feature:
+            return self
+        return replace(self, settings=replace(self.settings, select_layer=-2, select_strategy="full"))
 
     def with_part(self, name: str, part: Part) -> Checkpoint:
         return replace(self, parts={**self.parts, name: part})

@@ -10,10 +10,13 @@ from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.hub_names import is_id, published_id
 from llava_convert.core.text import printable
 from llava_convert.model.bases import Base, is_folder
-from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, VISION, Checkpoint
+from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, PROJECTOR, VISION, Checkpoint
 from llava_convert.model.configs import family
+from llava_convert.model.facts import BIAS, DEPTH, LAYER, key_of, spelled
+from llava_convert.model.projector import projector_config
 from llava_convert.model.recipe import Recipe
 from llava_convert.model.record import readable_record
+from llava_convert.model.tables.facts import facts
 from llava_convert.model.tables.families import Expected
 from llava_convert.model.tables.names import grouped
 from llava_convert.storage.fingerprints import identity
@@ -118,4 +121,29 @@ def check_joints(recipes: Mapping[str, Recipe], configs: Mapping[str, dict[str, 
                 f"the projector {what} {size} features but the {PART_NAMES[part]} has {config['hidden_size']}: "
                 "they are not of one model",
                 hint=f"give the base model it was trained with by --{PART_WORDS[part]}",
+            )
+
+
+def check_layer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    """The layer that the projector reads must be one that the tower has, counted from the front or from the end."""
+    layer, blocks = checkpoint.settings.select_layer, int(config["num_hidden_layers"])
+    if -(blocks + 1) <= layer <= blocks:
+        return
+    raise InputError(
+        f"{checkpoint.path}: {key_of(LAYER, checkpoint.layout)} is {layer}, and the vision tower has {blocks} blocks: "
+        f"its layers are 0 to {blocks}, or -1 to -{blocks + 1} from the end",
+        hint="get the config that the model was trained with, or its vision tower by --visual-encoder",
+    )
+
+
+def check_projector(checkpoint: Checkpoint) -> None:
+    """What the source's config says of the projector must be what its tensors are."""
+    sizes = projector_config(checkpoint.parts[PROJECTOR].weights)
+    for name, found in ((DEPTH, sizes["depth"]), (BIAS, sizes["bias"])):
+        said = checkpoint.settings.said.get(name, found)
+        if said != found:
+            raise InputError(
+                f"{checkpoint.path}: {key_of(name, checkpoint.layout)} is {spelled(said)} ({facts()[name].what}), and "
+                f"the projector's tensors say {spelled(found)}",
+                hint="get config and weights of one model",
             )

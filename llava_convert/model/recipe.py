@@ -8,7 +8,9 @@ from typing import Any
 
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.model.bases import Base
-from llava_convert.model.checkpoint import LLM, VISION, Checkpoint, Dropped
+from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION, Checkpoint, Dropped
+from llava_convert.model.facts import BIAS, DEPTH, NEWLINE
+from llava_convert.model.projector import projector_config
 from llava_convert.ops.base import Op
 from llava_convert.storage.sidecars import Sidecars
 
@@ -86,6 +88,16 @@ class Model:
     warnings: tuple[str, ...]
     dropped: tuple[Dropped, ...]
     added: Mapping[str, Any] | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The facts of mappings/facts/llava.toml that the source states, by name, and what its tensors say."""
+        found = {**self.checkpoint.settings.facts, NEWLINE: self.checkpoint.image_newline is not None}
+        projector = {name: recipe.tensor for name, recipe in self.part(PROJECTOR).items()}
+        if projector:
+            sizes = projector_config(projector)
+            found |= {DEPTH: sizes["depth"], BIAS: sizes["bias"]}  # `check_projector` saw that the config agrees
+        return found
 
     def part(self, name: str) -> dict[str, Recipe]:
         """The recipes of one part, by canonical name."""

@@ -46,6 +46,7 @@ class TrainingConfig:
     `llm`, `visual_encoder`: path or id of the base model as written, `ms://ID` (`ms://ID@REVISION`) for ModelScope's
     `snapshot_download`, None when the config names none. `*_type`: the class, without `.from_pretrained`.
     `prompt_template`: xtuner's name for it ("llama3_chat"), or the template itself (SYSTEM, INSTRUCTION, ...).
+    `llm_dtype` is the dtype that the language model was loaded in (torch's name).
     `pad_image_to_square` is None when the datasets differ or there are none. `data_paths` are the datasets' files, as
     far as the config tells them. `unresolved` tells, by setting, why one that an option can give could not be read; ask
     through `require`.
@@ -65,7 +66,13 @@ class TrainingConfig:
     quantized_llm: bool = False
     pad_image_to_square: bool | None = None
     data_paths: tuple[str, ...] = ()
+    llm_dtype: str | None = None
     unresolved: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def publish_dtype(self) -> str:
+        """The dtype to publish the model in: that of its language model where it has 16 bits, else float16."""
+        return self.llm_dtype if self.llm_dtype in ("float16", "bfloat16") else "float16"
 
     def require(self, setting: Setting) -> str | Mapping[str, Any] | None:
         """The setting; UnsupportedError (exit 4) naming file, line and option when only running the config gives it.

@@ -347,7 +347,9 @@ def test_fault_54_projectors_of_other_depths(corpus: Corpus, tmp_path: Path, lay
         state = {**state, **more}
     source = write_pth(tiny(tmp_path), state, cfg)
     args = ("pth", source, "--to", "hf", "-o", tmp_path / "out")
-    refused(tmp_path, 4, f"has {layers} linear layers", "exactly 2", args=args, mend="official")
+    refused(
+        tmp_path, 4, f"is {layers} (how many linear layers the projector has)", "exactly 2", args=args, mend="official"
+    )
     accepted("pth", source, "--to", "official", "-o", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["mm_projector_type"] == kind
     assert run("verify", source, tmp_path / "out").code == 0

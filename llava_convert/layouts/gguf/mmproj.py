@@ -17,6 +17,7 @@ from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.core.text import printable, to_json
 from llava_convert.model.checkpoint import VISION
+from llava_convert.model.facts import ASPECT, MERGE, PINPOINTS
 from llava_convert.model.towers import towers
 from llava_convert.ops.base import Op
 from llava_convert.ops.rows import constant
@@ -104,8 +105,8 @@ def feature_layer(metadata: Metadata, config: Mapping[str, Any], where: Path) ->
     )
 
 
-def next_settings(metadata: Metadata) -> dict[str, Any]:
-    """What a LLaVA-NeXT says of how it cuts pictures, in the words of official configs; {} for LLaVA 1.5.
+def next_facts(metadata: Metadata) -> dict[str, Any]:
+    """What a LLaVA-NeXT says of how it cuts pictures, by the names of the facts; {} for LLaVA 1.5.
 
     The pinpoints are a flat array of widths and heights.
     """
@@ -114,7 +115,7 @@ def next_settings(metadata: Metadata) -> dict[str, Any]:
         return {}
     merge = value(metadata, "clip.vision.mm_patch_merge_type", "flat")
     pairs = [list(pair) for pair in zip(flat[::2], flat[1::2], strict=False)]
-    return {"image_grid_pinpoints": pairs, "mm_patch_merge_type": merge}
+    return {ASPECT: "anyres", PINPOINTS: pairs, MERGE: merge}
 
 
 def synthetic(config: Mapping[str, Any]) -> dict[str, tuple[StoredTensor, tuple[Op, ...]]]:

@@ -27,8 +27,12 @@ def modelfile(
     tokenizer: Tokenizer | None,
     stops: Sequence[str],
     context: int | None,
+    has_own: bool,
 ) -> bytes:
-    """The Modelfile of a language model's file, or its parts, and its mmproj, all beside it."""
+    """The Modelfile of a language model's file, or its parts, and its mmproj, all beside it.
+
+    `has_own` says that the GGUF has a chat template.
+    """
     lines = [f"FROM ./{llm[0]}"]
     if len(llm) > 1:
         lines.insert(
@@ -40,7 +44,8 @@ def modelfile(
     if text is not None:
         lines.append(f'TEMPLATE """{text}"""')
     else:
-        lines.append("# No TEMPLATE: the prompt is that of the GGUF's own chat template, where Ollama knows it.")
+        own = "that of the GGUF's own chat template, where Ollama knows it" if has_own else "not known"
+        lines.append(f"# No TEMPLATE: the prompt is {own}.")
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in dict.fromkeys(stops)]
     lines.append(f"PARAMETER num_ctx {min(context or MOST_CONTEXT, MOST_CONTEXT)}")
     return ("\n".join(lines) + "\n").encode()

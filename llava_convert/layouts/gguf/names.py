@@ -40,7 +40,8 @@ class Key:
 
     `default` is what a file that lacks it means (the name of another config key, or a value); without one, and unless
     `optional`, it must be there. `null` is how the config's null is written. Families in `stated` have it only where
-    their config says it. `share_of`: what is written is the config's share of that symbol.
+    their config says it. `share_of`: what is written is the config's share of that symbol. `when`: it is
+    there only where that entry of the config is true, and says so on the way back.
     """
 
     key: str
@@ -52,6 +53,7 @@ class Key:
     null: Any = None
     stated: tuple[str, ...] = ()
     share_of: str = ""
+    when: str = ""
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,8 @@ def metadata_of(table: GgufTable, config: Config) -> dict[str, Typed]:
     for key in table.keys:
         if family.name in key.stated and config.get(key.config) is None:
             continue
+        if key.when and not config.get(key.when):
+            continue
         value: Any
         if key.share_of:
             value = int(family.symbol(key.share_of, config) * limits.rotated_share(config))
@@ -210,6 +214,8 @@ def config_of(table: GgufTable, metadata: Metadata, tensors: Mapping[str, Stored
             value = config.get(key.default) if isinstance(key.default, str) else key.default
             value = None if key.null is not None and value == key.null else value
         config[key.config] = value
+        if key.when:
+            config[key.when] = True
     if table.part == VISION:
         return config | vision.config_of_activation(metadata)
     embedding = tensors.get("token_embd.weight")

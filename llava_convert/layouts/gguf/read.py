@@ -7,7 +7,7 @@ metadata. Quantised weights keep their bytes, unless they may be dequantised.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from llava_convert.model.checkpoint import (
     Settings,
 )
 from llava_convert.model.configs import family, named_config
+from llava_convert.model.facts import LAYER, read_facts
 from llava_convert.model.options import ALL
 from llava_convert.model.record import read_record
 from llava_convert.model.tables.names import lookup_errors
@@ -89,6 +90,7 @@ class _Opened:
     dropped: list[Dropped] = field(default_factory=list)
     defects: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    stated: dict[str, mmproj.Metadata] = field(default_factory=dict)
 
 
 def _opened(path: Path, files: Files, options: OpenOptions) -> Checkpoint:
@@ -121,6 +123,7 @@ def _opened(path: Path, files: Files, options: OpenOptions) -> Checkpoint:
         whole=files.llm is not None and files.mmproj is not None,
         defects=tuple(found.defects),
         facts=found.facts,
+        stated=found.stated,
     )
 
 
@@ -136,6 +139,9 @@ def _open_llm(found: _Opened, path: Path, options: OpenOptions) -> None:
     found.parts[LLM] = Part(weights, config=config if told else None, files=llm_sidecars(gguf.metadata, path), ops=ops)
     found.defects += defects.llm_defects(gguf.metadata)
     found.facts |= _facts(gguf.metadata, config)
+    found.stated[LLM] = gguf.metadata
+    plain = {key: typed.value for key, typed in gguf.metadata.items()}
+    found.settings = Settings.of(read_facts(NAME, plain, str(path)))
 
 
 def _llm_config(table: GgufTable, gguf: Gguf, path: Path, found: _Opened) -> tuple[dict[str, Any], bool]:
@@ -171,9 +177,12 @@ def _open_mmproj(found: _Opened, path: Path, options: OpenOptions, recorded: Set
     )
     found.parts[PROJECTOR] = Part(by_part[PROJECTOR], ops=ops)
     layer, note = mmproj.feature_layer(gguf.metadata, config, path)
-    found.settings = replace(recorded, select_layer=layer, extra=mmproj.next_settings(gguf.metadata))
+    found.settings = Settings.of(
+        {**recorded.facts, **found.settings.said, LAYER: layer, **mmproj.next_facts(gguf.metadata)}
+    )
     found.notes += [note] if note else []
     found.defects += defects.vision_defects(gguf.metadata, tower, config, tensors)
+    found.stated[VISION] = gguf.metadata
     found.facts["mmproj blocks"] = config["num_hidden_layers"]
 
 

@@ -22,10 +22,12 @@ from llava_convert.layouts.gguf.names import GgufTable, metadata_of, missing, ta
 from llava_convert.layouts.gguf.token_flags import runtime_name, unsaid
 from llava_convert.layouts.gguf.vocabulary import SPACE_PREFIX, tokenizer_metadata
 from llava_convert.layouts.naming import llm_dtype
-from llava_convert.model.checkpoint import IMAGE_NEWLINE, LLM, PARTS, PROJECTOR, VISION, Checkpoint
+from llava_convert.model.checkpoint import LLM, PARTS, PROJECTOR, VISION, Checkpoint
+from llava_convert.model.facts import words_of
 from llava_convert.model.options import ALL, TargetOptions
 from llava_convert.model.projector import projector_config
 from llava_convert.model.recipe import EMBEDDING, HEAD, Model, Recipe
+from llava_convert.model.tables.facts import Word, stated_in
 from llava_convert.model.target import KEEP, FileSet, Output, Target, parse_size, part_names
 from llava_convert.ops import kernels
 from llava_convert.ops.rows import constant
@@ -74,7 +76,7 @@ def lower(model: Model, options: TargetOptions) -> Target:
     if options.part in (ALL, LLM):
         limit = _limit(options)
         language, metadata = _language_model(model, made, options)
-        warnings += [*limits.warnings(model.configs[LLM]), *unsaid(_tokenizer(model, made))]
+        warnings += [*made.warnings(LLM), *limits.warnings(model.configs[LLM]), *unsaid(_tokenizer(model, made))]
         for kind in types:
             outputs = _typed(language, kind, model)
             one = FileSet(outputs, "", f"{name}-{kind}", limit, NAME, metadata | _file_type(kind))
@@ -96,8 +98,6 @@ def lower(model: Model, options: TargetOptions) -> Target:
             sets.append(FileSet(outputs, "", stem, None, NAME, metadata | _file_type(kind)))
             if OUTTYPES[kind].base in QUANTS and kind != "q8_0":
                 warnings.append(f"an mmproj of type {kind} sees clearly worse; q8_0 and above do not")
-        if IMAGE_NEWLINE in model.recipes:
-            warnings.append("image_newline is left out: llama.cpp's LLaVA makes no use of it")
     for output in (o for one in sets for o in one.outputs):
         if output.dtype in QUANTS and output.recipe.dtype != output.dtype:
             kernels.require(output.dtype)
@@ -158,10 +158,15 @@ def _language_model(model: Model, made: Artefacts, options: TargetOptions) -> tu
     metadata |= tokenizer_metadata(
         tokenizer, rows, pre=options.pre, chat_template=template, stop_ids=_stop_ids(made), config=config
     )
+    metadata |= {key: Typed(_word(key).type, value) for key, value in words_of(NAME, model.facts).items()}
     stated = tokenizer.config.get("add_prefix_space")
     if table.architecture == "llama" and isinstance(stated, bool):
         metadata.setdefault(SPACE_PREFIX, Typed("bool", stated))  # of byte-level ones too, where nothing reads it
     return found, metadata
+
+
+def _word(key: str) -> Word:
+    return stated_in(NAME)[key].layouts[NAME]
 
 
 def _tokenizer(model: Model, made: Artefacts) -> Tokenizer:
@@ -204,15 +209,7 @@ def _mmproj(model: Model, made: Artefacts, options: TargetOptions) -> tuple[Name
     table, projector = table_for_family(str(config["model_type"])), table_for_family("projector")
     recipes = model.part(PROJECTOR)
     sizes = projector_config({name: recipe.tensor for name, recipe in recipes.items()})
-    if sizes["depth"] != 2 or not sizes["bias"]:
-        raise UnsupportedError(
-            f"the projector has {sizes['depth']} linear layers{'' if sizes['bias'] else ' without biases'}; "
-            "llama.cpp's has exactly 2, with biases",
-            hint="convert to official or xtuner instead",
-        )
     settings = model.checkpoint.settings
-    if settings.select_strategy != "default":
-        raise UnsupportedError("the class token goes along to the language model, which llama.cpp's LLaVA cannot do")
     found = [*_written(projector, recipes, config), *_written(table, model.part(VISION), config)]
     lacking = missing(table, config, [disk for disk, _, _ in found])
     if lacking:
@@ -274,4 +271,5 @@ def _modelfile(model: Model, made: Artefacts, llm: list[str], mmprojs: list[str]
         tokenizer=tokenizer,
         stops=[texts[i] for i in _stop_ids(made) if i in texts],
         context=context if isinstance(context, int) else None,
+        has_own=made.templates.tokenizer is not None,
     )

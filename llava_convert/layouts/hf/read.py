@@ -16,11 +16,14 @@ from llava_convert.layouts.hf.alone import NAME, open_part, part_of
 from llava_convert.layouts.naming import sort_tensors
 from llava_convert.model.checkpoint import LLM, PARTS, PROJECTOR, VISION, Checkpoint, Part, Settings
 from llava_convert.model.configs import old_flavour
+from llava_convert.model.facts import ASPECT, read_facts
 from llava_convert.model.record import read_record
+from llava_convert.model.tables.facts import CONFIG, stated_in, unknown_keys
 from llava_convert.model.tables.names import layout_table
 from llava_convert.storage.sidecars import folder_sidecars
 from llava_convert.storage.weights import open_weights
 
+_HALVES = ("text_config", "vision_config")
 # What transformers' own LlavaConfig falls back on when a config says nothing of the tower.
 _CLIP_L_336: dict[str, Any] = {
     "model_type": "clip_vision_model",
@@ -59,26 +62,25 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
     text, vision = _text_config(config), _vision_config(config)
     configs: dict[str, dict[str, Any] | None] = {LLM: text, VISION: vision, PROJECTOR: None}
     parts = {name: Part(sorted_.weights[name], None, None, configs[name], beside) for name in PARTS}
-    layer = config.get("vision_feature_layer", -2)
+    layer = config.get("vision_feature_layer")
     if isinstance(layer, list):
         raise UnsupportedError(f"{path}: vision_feature_layer {layer!r}: only one layer can be carried over")
     record = read_record(path)
+    recorded = Settings.recorded(record).facts
+    said = {ASPECT: recorded[ASPECT], **read_facts(NAME, config, str(path / CONFIG))}
     return Checkpoint(
         layout=NAME,
         path=path,
         root=path,
         files=found.files,
         parts=parts,
-        settings=Settings(
-            select_layer=layer,
-            select_strategy=config.get("vision_feature_select_strategy", "default"),
-            image_aspect_ratio=Settings.recorded(record).image_aspect_ratio,
-        ),
+        settings=Settings.of(said),
         image_newline=sorted_.image_newline,
         dropped=sorted_.dropped,
         notes=tuple(f"names are in the {d} dialect" for d in sorted_.dialects if d != "classic"),
         warnings=found.warnings,
         record=record,
+        unknown_keys={key: config[key] for key in unknown_keys(config, (NAME, "common"), (*stated_in(NAME), *_HALVES))},
     )
 
 

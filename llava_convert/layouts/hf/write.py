@@ -14,7 +14,6 @@ from llava_convert.assets.tokenizer.llava_tokens import (
     undo_record,
     with_tokens,
 )
-from llava_convert.core.errors import UnsupportedError
 from llava_convert.core.tensors import TORCH_NAMES
 from llava_convert.core.text import to_json
 from llava_convert.layouts import single_part as single
@@ -24,8 +23,8 @@ from llava_convert.layouts.hf.alone import NAME
 from llava_convert.layouts.naming import outputs
 from llava_convert.model.checkpoint import LLM, PARTS, PROJECTOR, VISION, Checkpoint
 from llava_convert.model.configs import family, ordered
+from llava_convert.model.facts import words_of
 from llava_convert.model.options import ALL, TargetOptions
-from llava_convert.model.projector import projector_config
 from llava_convert.model.recipe import EMBEDDING, HEAD, Model, Recipe
 from llava_convert.model.tables.names import layout_table
 from llava_convert.model.target import FileSet, Target
@@ -43,15 +42,9 @@ def needs(checkpoint: Checkpoint, part: str) -> Needs:
 
 
 def lower(model: Model, options: TargetOptions) -> Target:
-    """The files of the transformers layout. Raises UnsupportedError (exit 4) for what its class cannot express."""
+    """The files of the transformers layout."""
     if options.part in (LLM, VISION):
         return single.lower(model, options, NAME)
-    sizes = projector_config({name: recipe.tensor for name, recipe in model.part(PROJECTOR).items()})
-    if sizes["depth"] != 2:
-        raise UnsupportedError(
-            f"the projector has {sizes['depth']} linear layers; transformers' LLaVA has exactly 2",
-            hint="convert to official or xtuner instead",
-        )
     dtype = output_dtype(model, options)
     if options.part == PROJECTOR:
         return Target(NAME, (FileSet(outputs(model.part(PROJECTOR), layout_table(NAME), dtype)),), {})
@@ -78,6 +71,7 @@ def lower(model: Model, options: TargetOptions) -> Target:
         (FileSet(tensors, limit=shard_limit(model, options, trained="5GB")),),
         files,
         added_rows=added,
+        notes=made.notes(LLM, VISION),
         warnings=made.warnings(LLM, VISION),
     )
 
@@ -116,15 +110,12 @@ def _config(model: Model, made: Artefacts, dtype: str, rows: int, tokens: TokenP
         "ignore_index": -100,
         "image_seq_length": positions - (settings.select_strategy == "default"),
         "image_token_index": tokens.image_id,
-        "multimodal_projector_bias": True,
-        "projector_hidden_act": "gelu",
         "text_config": ordered(text),
         "tie_word_embeddings": bool(text.get("tie_word_embeddings")),
         "torch_dtype": TORCH_NAMES[dtype],
         "vision_config": ordered(vision),
-        "vision_feature_layer": settings.select_layer,
-        "vision_feature_select_strategy": settings.select_strategy,
         "pad_token_id": tokens.pad_id,
         "vocab_size": rows,
+        **words_of(NAME, model.facts),
     }
     return ordered(config)

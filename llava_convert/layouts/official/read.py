@@ -12,12 +12,15 @@ from typing import Any
 
 from llava_convert.core.errors import UnsupportedError
 from llava_convert.core.tensors import StoredTensor
+from llava_convert.core.text import printable
 from llava_convert.layouts.adapter_folder import adapter_settings, read_adapter_config
 from llava_convert.layouts.base import Found, OpenOptions
 from llava_convert.layouts.naming import sort_tensors
 from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION, Checkpoint, Part, Settings
 from llava_convert.model.configs import old_flavour
+from llava_convert.model.facts import read_facts
 from llava_convert.model.record import read_record
+from llava_convert.model.tables.facts import CONFIG, key_table, stated_in, unknown_keys
 from llava_convert.model.tables.families import architectures
 from llava_convert.model.tables.names import layout_table
 from llava_convert.storage.files import require_inside
@@ -26,20 +29,11 @@ from llava_convert.storage.weights import open_weights
 
 NAME = "official"
 PROJECTOR_FILE = "mm_projector.bin"
-# What LLaVA adds to a text model's config.
-_OWN_KEYS = (
-    "mm_",
-    "image_aspect_ratio",
-    "image_grid_pinpoints",
-    "freeze_mm",
-    "tune_mm",
-    "unfreeze_mm",
-    "use_mm_proj",
-    "tokenizer_model_max_length",
-    "tokenizer_padding_side",
-    "image_crop_resolution",
-    "image_split_resolution",
-)
+# How LLaVA's own keys begin, those that no table has among them.
+_OWN_KEYS = ("mm_", "image_")
+# LLaVA-NEXT's code hands on every patch of these, and never looks at mm_vision_select_feature (siglip_encoder.py). The
+# llava package itself cannot load them.
+EVERY_PATCH = ("siglip_vision_model",)
 _NEITHER = ("mm_vision_tower", "mm_hidden_size", "mm_projector_type")
 
 
@@ -71,7 +65,7 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
     for name in (LLM, VISION, PROJECTOR):
         parts[name], left = sorted_.part(name, lora if name == LLM else None, str(path))
         dropped += left
-    text, own = _split(config)
+    text, own = _split(config, path)
     base = str(own.get("_name_or_path") or "") or (_lora_base(adapter) if adapter else None)
     has_llm = parts[LLM].state == "full"
     parts[LLM] = Part(
@@ -88,10 +82,12 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         root=folder,
         files=files,
         parts=parts,
-        settings=_settings(own),
+        settings=Settings.of(read_facts(NAME, own, str(folder / CONFIG))),
         image_newline=sorted_.image_newline,
         dropped=tuple(dropped),
-        warnings=warnings,
+        warnings=(*warnings, *_tower_warning(own, parts[VISION])),
+        unknown_keys={key: own[key] for key in unknown_keys(own, (NAME, "common"), stated_in(NAME))},
+        every_feature=EVERY_PATCH,
         record=read_record(folder),
         whole=has_llm,
     )
@@ -126,35 +122,62 @@ def _lora_base(adapter: Mapping[str, Any]) -> str | None:
     return str(base) if base else None
 
 
-def _split(config: Mapping[str, Any] | None) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+def _split(config: Mapping[str, Any] | None, path: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """The text model's config, and LLaVA's own keys."""
     if config is None:
         return None, {}
-    text = {k: v for k, v in config.items() if not k.startswith(_OWN_KEYS)}
-    kind = str(config.get("model_type"))
-    text["model_type"] = _text_type(kind)
-    own = {k: v for k, v in config.items() if k.startswith(_OWN_KEYS)}
+    own = {key: value for key, value in config.items() if _is_own(key)}
+    text = {key: value for key, value in config.items() if key not in own}
+    text["model_type"] = _text_type(config, path)
     own["_name_or_path"] = config.get("_name_or_path")
     return text, own
 
 
-def _text_type(kind: str) -> str:
-    for table in architectures().values():
-        for text, official in table.official.items():
-            if kind == official:
-                return text
-    if kind == "llava":
-        return "llama"
-    raise UnsupportedError(f"official LLaVA with model_type {kind!r} is not known")
+def _is_own(key: str) -> bool:
+    shared = key_table(LLM).knows(key) or key_table("common").knows(key)
+    return not shared and (key.startswith(_OWN_KEYS) or key in stated_in(NAME) or key_table(NAME).knows(key))
 
 
-def _settings(own: Mapping[str, Any]) -> Settings:
-    merge = own.get("mm_patch_merge_type", "flat")
-    ratio = own.get("image_aspect_ratio", "square")
-    extra = {k: v for k, v in own.items() if k in ("image_grid_pinpoints", "mm_patch_merge_type")}
-    return Settings(
-        select_layer=own.get("mm_vision_select_layer", -2),
-        select_strategy="full" if own.get("mm_vision_select_feature") == "cls_patch" else "default",
-        image_aspect_ratio=ratio,
-        extra=extra if merge != "flat" else {},
+def _text_type(config: Mapping[str, Any], path: Path) -> str:
+    """The model type of the language model alone, by the class that the config names and by its model type.
+
+    Raises UnsupportedError (exit 4) where the two name different families, or none that is known.
+    """
+    kind, classes = str(config.get("model_type")), config.get("architectures")
+    named = str(classes[0]) if isinstance(classes, list) and classes else ""
+    by_kind = {
+        text for table in architectures().values() for text, official in table.official.items() if official == kind
+    }
+    by_class = {
+        text
+        for table in architectures().values()
+        for text, official in table.official.items()
+        if class_of(official) == named
+    }
+    if by_kind and by_class and not by_kind & by_class:
+        raise UnsupportedError(
+            f"{path / CONFIG}: model_type is {printable(kind)}, and architectures names {printable(named)}: they are "
+            "of different families",
+            hint="get the config that the model was trained with, or put the right one of the two into it",
+        )
+    found = by_class or by_kind or ({"llama"} if kind == "llava" and not named.startswith("Llava") else set())
+    if not found:
+        what = f" ({printable(named)})" if named else ""
+        raise UnsupportedError(f"official LLaVA with model_type {printable(kind)!r}{what} is not known")
+    return min(found)
+
+
+def class_of(kind: str) -> str:
+    """The class of LLaVA's code for a model type of its own: llava_qwen is LlavaQwenForCausalLM."""
+    return f"Llava{kind.removeprefix('llava_').capitalize()}ForCausalLM"
+
+
+def _tower_warning(own: Mapping[str, Any], tower: Part) -> tuple[str, ...]:
+    # LLaVA-NeXT names the parts that it trained instead.
+    trained = own.get("unfreeze_mm_vision_tower") or "mm_vision_tower" in str(own.get("mm_tunable_parts"))
+    if tower.state != "full" or trained:
+        return ()
+    return (
+        "the folder holds a vision tower although its config says unfreeze_mm_vision_tower: false: it is taken. "
+        f"LLaVA's own loader would take {printable(str(own.get('mm_vision_tower')))} instead",
     )

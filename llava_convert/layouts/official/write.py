@@ -12,9 +12,10 @@ from llava_convert.layouts import single_part as single
 from llava_convert.layouts.base import Needs
 from llava_convert.layouts.defaults import output_dtype, shard_limit
 from llava_convert.layouts.naming import outputs
-from llava_convert.layouts.official.read import NAME
+from llava_convert.layouts.official.read import EVERY_PATCH, NAME, class_of
 from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION, Checkpoint
 from llava_convert.model.configs import family, ordered
+from llava_convert.model.facts import words_of
 from llava_convert.model.options import ALL, TargetOptions
 from llava_convert.model.projector import projector_config
 from llava_convert.model.recipe import Model
@@ -53,7 +54,11 @@ def lower(model: Model, options: TargetOptions) -> Target:
     if preprocessor is not None:
         files["preprocessor_config.json"] = to_json(preprocessor)
     return Target(
-        NAME, (FileSet(tensors, limit=shard_limit(model, options)),), files, warnings=made.warnings(LLM, VISION)
+        NAME,
+        (FileSet(tensors, limit=shard_limit(model, options)),),
+        files,
+        notes=made.notes(LLM, VISION),
+        warnings=made.warnings(LLM, VISION),
     )
 
 
@@ -63,28 +68,38 @@ def _config(model: Model, made: Artefacts, dtype: str) -> dict[str, Any]:
     kind = table.official.get(str(text["model_type"]))
     if kind is None:
         raise UnsupportedError(f"official LLaVA has no class for {text['model_type']}")
+    _refuse_other_features(model)
     projector = projector_config({name: recipe.tensor for name, recipe in model.part(PROJECTOR).items()})
-    settings = model.checkpoint.settings
     config = made.text_config(TORCH_NAMES[dtype])
     config |= {
-        "architectures": [f"Llava{kind.removeprefix('llava_').capitalize()}ForCausalLM"],
+        "architectures": [class_of(kind)],
         "model_type": kind,
-        "image_aspect_ratio": settings.image_aspect_ratio,
         "mm_hidden_size": projector["vision_hidden_size"],
         # "linear" would be a bare layer, without the index in its tensors' names.
         "mm_projector_type": f"mlp{projector['depth']}x_gelu",
         "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "cls_patch" if settings.select_strategy == "full" else "patch",
-        "mm_vision_select_layer": settings.select_layer,
         "mm_vision_tower": made.id_of(VISION)[0],
         "tune_mm_mlp_adapter": False,
         "unfreeze_mm_vision_tower": bool(model.part(VISION)),
         "use_mm_proj": True,
         "use_cache": True,
-        **settings.extra,
+        **words_of(NAME, model.facts),
     }
     return ordered(config)
+
+
+def _refuse_other_features(model: Model) -> None:
+    """Raise UnsupportedError (exit 4) for features that no code takes of such a tower in an official folder."""
+    kind = model.configs[VISION].get("model_type") if VISION in model.configs else None
+    settings = model.checkpoint.settings
+    if kind not in EVERY_PATCH or (settings.select_layer, settings.select_strategy) == (-2, "full"):
+        return
+    raise UnsupportedError(
+        f"the vision tower is a {kind} of which layer {settings.select_layer} was trained on "
+        f"({settings.select_strategy!r} features); what reads official folders with such a tower, LLaVA-NeXT's code, "
+        "always takes every feature of layer -2",
+        hint="convert to hf or xtuner, which can say it",
+    )
 
 
 def _projector_alone(model: Model, options: TargetOptions) -> Target:
@@ -94,5 +109,5 @@ def _projector_alone(model: Model, options: TargetOptions) -> Target:
     files: dict[str, bytes] = {}
     if LLM in model.configs:
         files["config.json"] = to_json(_config(model, made, dtype))
-    warnings = made.warnings(LLM, VISION) if LLM in model.configs else ()
-    return Target(NAME, (FileSet(tensors, stem="mm_projector", container="torch"),), files, warnings=warnings)
+    notes = made.notes(LLM, VISION) if LLM in model.configs else ()
+    return Target(NAME, (FileSet(tensors, stem="mm_projector", container="torch"),), files, notes=notes)

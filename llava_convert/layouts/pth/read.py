@@ -98,6 +98,7 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         warnings=(*read.warnings, *warnings),
         training=training,
         stubs=read.stubs,
+        publish_dtype=training.publish_dtype if training is not None else "float16",
     )
 
 

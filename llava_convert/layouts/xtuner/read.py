@@ -16,6 +16,7 @@ from llava_convert.layouts.base import Found, OpenOptions
 from llava_convert.layouts.naming import sort_tensors
 from llava_convert.layouts.training_config import load_training_config
 from llava_convert.model.checkpoint import (
+    AS_STORED,
     LLM,
     PROJECTOR,
     VISION,
@@ -25,7 +26,9 @@ from llava_convert.model.checkpoint import (
     Settings,
 )
 from llava_convert.model.configs import old_flavour
+from llava_convert.model.facts import LAYER, read_facts
 from llava_convert.model.record import read_record
+from llava_convert.model.tables.facts import CONFIG, stated_in, unknown_keys
 from llava_convert.model.tables.names import layout_table
 from llava_convert.model.training import TrainingConfig
 from llava_convert.storage.files import require_inside
@@ -41,6 +44,7 @@ LLM_ADAPTER, VISION_ADAPTER, VISION_FOLDER, PROJECTOR_FOLDER = (
 )
 _FOLDERS = (LLM_ADAPTER, VISION_ADAPTER, VISION_FOLDER, PROJECTOR_FOLDER)
 _CONFIG = "xtuner_config.py"
+PROJECTOR_CONFIG = f"{PROJECTOR_FOLDER}/{CONFIG}"
 
 
 def detect(found: Found) -> str | None:
@@ -65,6 +69,7 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
     training, record = _training(path, options), read_record(path)
     dropped: list[Dropped] = list(sorted_.dropped)
     parts: dict[str, Part] = {}
+    said: dict[str, Any] = {}
     for name, adapter, folder in (
         (LLM, LLM_ADAPTER, path),
         (VISION, VISION_ADAPTER, path / VISION_FOLDER),
@@ -75,21 +80,38 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         dropped += left
         own = folder if part.weights else None
         beside = folder_sidecars(own) if own is not None else None
-        config = old_flavour(beside.read_object("config.json")) if beside is not None and name != PROJECTOR else None
+        config = old_flavour(beside.read_object(CONFIG)) if beside is not None and name != PROJECTOR else None
+        if name == LLM and config is not None:
+            said |= read_facts(NAME, config, str(path / CONFIG))
+            config = {key: value for key, value in config.items() if key not in stated_in(NAME)}
         parts[name] = Part(part.weights, part.adapter, _base(path, adapter, name, training), config, beside)
+    projector = _projector_config(path)
+    said |= read_facts(NAME, projector, str(path / PROJECTOR_CONFIG), file=PROJECTOR_CONFIG)
     return Checkpoint(
         layout=NAME,
         path=path,
         root=path,
         files=tuple(files),
         parts=parts,
-        settings=_settings(training, record),
+        settings=_settings(training, record, said),
         dropped=tuple(dropped),
         warnings=tuple(warnings),
         training=training,
         record=record,
         whole=False,
+        publish_dtype=AS_STORED,
+        unknown_keys={
+            key: projector[key] for key in unknown_keys(projector, (PROJECTOR,), stated_in(NAME, PROJECTOR_CONFIG))
+        },
     )
+
+
+def _projector_config(path: Path) -> dict[str, Any]:
+    """What projector/config.json says, nothing where there is none."""
+    if not (path / PROJECTOR_FOLDER).is_dir():
+        return {}
+    files = folder_sidecars(path / PROJECTOR_FOLDER)
+    return files.read_object(CONFIG) if files.has(CONFIG) else {}
 
 
 def _has_weights(path: Path) -> bool:
@@ -105,11 +127,11 @@ def _training(path: Path, options: OpenOptions) -> TrainingConfig | None:
     return load_training_config(options.config or require_inside(path, _CONFIG))
 
 
-def _settings(training: TrainingConfig | None, record: Mapping[str, Any] | None) -> Settings:
-    """How the parts work together: the layout itself does not say."""
+def _settings(training: TrainingConfig | None, record: Mapping[str, Any] | None, said: Mapping[str, Any]) -> Settings:
+    """How the parts work together: what the folder itself does not say, a training config or the record does."""
     if training is None:
-        return Settings.recorded(record)
-    return Settings(select_layer=training.visual_select_layer, prompt_template=training.prompt_template)
+        return Settings.of({**Settings.recorded(record).facts, **said})
+    return Settings.of({LAYER: training.visual_select_layer, **said}, prompt_template=training.prompt_template)
 
 
 def _base(path: Path, adapter: str | None, part: str, training: TrainingConfig | None) -> str | None:

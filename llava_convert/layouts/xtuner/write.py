@@ -12,7 +12,14 @@ from llava_convert.layouts.adapter_folder import adapter_config
 from llava_convert.layouts.base import Needs
 from llava_convert.layouts.defaults import output_dtype
 from llava_convert.layouts.naming import adapter_outputs, outputs
-from llava_convert.layouts.xtuner.read import LLM_ADAPTER, NAME, PROJECTOR_FOLDER, VISION_ADAPTER, VISION_FOLDER
+from llava_convert.layouts.xtuner.read import (
+    LLM_ADAPTER,
+    NAME,
+    PROJECTOR_CONFIG,
+    PROJECTOR_FOLDER,
+    VISION_ADAPTER,
+    VISION_FOLDER,
+)
 from llava_convert.model.checkpoint import (
     LLM,
     PART_WORDS,
@@ -21,6 +28,8 @@ from llava_convert.model.checkpoint import (
     VISION,
     Checkpoint,
 )
+from llava_convert.model.configs import ordered
+from llava_convert.model.facts import words_of
 from llava_convert.model.options import ALL, TargetOptions
 from llava_convert.model.projector import projector_config
 from llava_convert.model.recipe import Model
@@ -60,7 +69,7 @@ def lower(model: Model, options: TargetOptions) -> Target:
             continue
         elif part == LLM:
             sets.append(single.llm_files(model, options, dtype))
-            files |= single.llm_artefacts(model, made, dtype)
+            files |= single.llm_artefacts(model, made, dtype, words_of(NAME, model.facts))
             named.append(part)
         elif part == VISION:
             sets.append(single.vision_files(model, options, _FIXED, VISION_FOLDER))
@@ -76,7 +85,7 @@ def lower(model: Model, options: TargetOptions) -> Target:
             f"the checkpoint holds no trained {words}: the xtuner layout leaves frozen parts out",
             hint="convert to official or hf, which carry the base model's weights",
         )
-    return Target(NAME, tuple(sets), files, warnings=made.warnings(*named))
+    return Target(NAME, tuple(sets), files, notes=made.notes(*named), warnings=made.warnings(*named))
 
 
 def _limit() -> int:
@@ -92,15 +101,13 @@ def _projector_files(model: Model) -> dict[str, bytes]:
             "AutoConfig": "configuration_projector.ProjectorConfig",
             "AutoModel": "modeling_projector.ProjectorModel",
         },
-        "bias": sizes["bias"],
-        "depth": sizes["depth"],
-        "hidden_act": "gelu",
         "llm_hidden_size": sizes["text_hidden_size"],
         "model_type": "projector",
         "torch_dtype": "float32",
         "visual_hidden_size": sizes["vision_hidden_size"],
+        **words_of(NAME, model.facts, file=PROJECTOR_CONFIG),
     }
-    files = {f"{PROJECTOR_FOLDER}/config.json": to_json(config)}
+    files = {PROJECTOR_CONFIG: to_json(ordered(config))}
     for name in ("configuration_projector.py", "modeling_projector.py"):
         files[f"{PROJECTOR_FOLDER}/{name}"] = (_CODE / name).read_bytes()
     return files

@@ -99,8 +99,8 @@ def test_another_feature_layer_is_told(made: Path, tiny: Path, tmp_path: Path) -
     shutil.copy(made / "gguf" / "tiny-bf16.gguf", tmp_path)
     write_mmproj(tmp_path / "mmproj.gguf", tiny / "vit", clip__vision__feature_layer=[3])
     found = llava_convert.verify(made / "hf", tmp_path)
-    assert found.settings == ("the projector reads layer -2 in the source, -1 in OUT",)
-    with pytest.raises(MismatchError, match="reads layer -2"):
+    assert {name: (d.source, d.out) for name, d in found.facts.items()} == {"vision.feature_layer": (2, 3)}
+    with pytest.raises(MismatchError, match=r"vision\.feature_layer is 2 in the source, 3 in OUT"):
         found.refuse()
 
 

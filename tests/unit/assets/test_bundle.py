@@ -98,12 +98,12 @@ def test_id_of_the_config_before_the_shape(tiny: Path, tmp_path: Path, known_tow
     assert config(ready)["mm_vision_tower"] == "org/by-name" != known_tower
 
 
-def test_the_folder_with_a_warning(tiny: Path, tmp_path: Path) -> None:
+def test_the_folder_with_a_note(tiny: Path, tmp_path: Path) -> None:
     vit = edited(tiny / "vit", tmp_path / "my-vit", _name_or_path="/home/someone/secret/clip")
     ready = planned(tiny / "iter_2.pth", "official", bases=Bases(visual_encoder=str(vit)))
     assert config(ready)["mm_vision_tower"] == "my-vit"
-    (warning,) = [w for w in ready.warnings if GUESS.format("vision tower") in w]
-    assert "'my-vit' is written; --visual-encoder-id gives it" in warning
+    (note,) = [text for text in ready.notes if GUESS.format("vision tower") in text]
+    assert "'my-vit' is written; --visual-encoder-id gives it" in note
     written = b"".join(ready.target.files.values())
     assert b"secret" not in written and str(tmp_path).encode() not in written
 
@@ -132,7 +132,7 @@ def test_a_difference_of_the_feature_layer_is_no_equality(tiny: Path, tmp_path: 
     (out / "config.json").write_text(json.dumps(found | {"mm_vision_select_layer": -1}))
     verdict = llava_convert.verify(tiny / "iter_2.pth", out)
     assert not verdict.same
-    assert verdict.settings == ("the projector reads layer -2 in the source, -1 in OUT",)
+    assert {name: (d.source, d.out) for name, d in verdict.facts.items()} == {"vision.feature_layer": (2, 3)}
 
 
 @pytest.mark.parametrize(

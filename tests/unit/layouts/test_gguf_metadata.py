@@ -375,12 +375,17 @@ def test_the_modelfile(tiny: Path) -> None:
         tokenizer=tokenizer,
         stops=["</s>", "</s>", 'a"b'],
         context=131072,
+        has_own=True,
     ).decode()
     lines = text.splitlines()
     assert lines[:2] == ["FROM ./m-f16.gguf", "FROM ./m-mmproj.gguf"] and lines[2].startswith('TEMPLATE """')
     assert lines[3:] == ['PARAMETER stop "</s>"', 'PARAMETER stop "a\\"b"', "PARAMETER num_ctx 4096"]
-    bare = modelfile(["m.gguf"], None, template=None, tokenizer=tokenizer, stops=[], context=512).decode()
-    assert bare.count("FROM") == 1 and "TEMPLATE:" in bare and bare.endswith("num_ctx 512\n")
+    bare = modelfile(["m.gguf"], None, template=None, tokenizer=tokenizer, stops=[], context=512, has_own=True).decode()
+    assert "the GGUF's own chat template" in bare
+    bare = modelfile(
+        ["m.gguf"], None, template=None, tokenizer=tokenizer, stops=[], context=512, has_own=False
+    ).decode()
+    assert bare.count("FROM") == 1 and "TEMPLATE: the prompt is not known" in bare and bare.endswith("num_ctx 512\n")
 
 
 def test_an_unknown_name_is_told_with_its_line_in_the_table() -> None:

@@ -92,6 +92,7 @@ def test_both_forms(text: str) -> None:
     assert read(text) == TrainingConfig(
         llm="org/llm",
         visual_encoder="org/vit",
+        llm_dtype="float16",
         freeze_llm=True,
         freeze_visual_encoder=False,
         llm_lora=LoraSettings(r=64, lora_alpha=16, other={"lora_dropout": 0.05}),
