@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_convert.app.adapters import refuse_ignored, with_adapters
 from llava_convert.app.card import card
 from llava_convert.app.facts import fitted, refuse_lost, unknown_notes
 from llava_convert.app.judge import judge
@@ -225,6 +226,7 @@ def assembled(source: str | Path, options: Options, opened: tuple[Checkpoint, st
     )
     if checkpoint.layout != options.to and not need.keep_added:
         model = without_added(model)
+    refuse_ignored(model, options.adapter)
     refuse_lost(model, options.to, part, options.allow_keys)
     model = fitted(model, options.to)
     return Assembled(checkpoint, why, replace(model, warnings=(*told, *model.warnings)), target_options)
@@ -277,6 +279,7 @@ def _open(
 ) -> tuple[Checkpoint, str, list[str]]:
     """The source, why it was taken for what it is, and what there is to tell of its stage 1."""
     checkpoint, why = opened or open_source(source, options)
+    checkpoint = with_adapters(checkpoint, options.adapter)
     checkpoint, told = with_stage_one(checkpoint, options.pretrained_pth)
     return checkpoint, why, told
 

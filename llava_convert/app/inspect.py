@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava_convert.app.adapters import ignored_note
 from llava_convert.app.convert import assembled, open_source, prepare
 from llava_convert.app.options import Options, SourceOptions
 from llava_convert.core.addresses import address_of, called
@@ -89,11 +90,16 @@ def _inspect(source: str | Path, options: SourceOptions) -> Inspection:
         parts=tuple(_part(checkpoint, name) for name in PARTS),
         settings=_settings(checkpoint),
         targets=targets,
-        notes=tuple(map(called, (*checkpoint.notes, *dropped_texts(checkpoint)))),
+        notes=tuple(map(called, (*checkpoint.notes, *_beside(checkpoint), *dropped_texts(checkpoint)))),
         warnings=tuple(map(called, checkpoint.warnings)),
         details=stubs,
         fetched=fetched(),
     )
+
+
+def _beside(checkpoint: Checkpoint) -> tuple[str, ...]:
+    note = ignored_note(checkpoint)
+    return () if note is None else (note,)
 
 
 def _part(checkpoint: Checkpoint, name: str) -> PartFound:

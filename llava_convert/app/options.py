@@ -27,7 +27,8 @@ _FLAGS = {"outtypes": "--outtype", "mmproj_outtypes": "--mmproj-outtype"}
 class SourceOptions:
     """How to read a source. None means that the source says it itself.
 
-    `allow_keys` are keys of configs that no table knows and that may be left behind.
+    `allow_keys` are keys of configs that no table knows and that may be left behind. `adapter`: the
+    folders of PEFT adapters to merge, in order, or "none" to leave out those that lie beside the model.
     """
 
     source_layout: str | None = None
@@ -36,6 +37,7 @@ class SourceOptions:
     dequantize: bool = False
     bases: Bases = field(default_factory=Bases)
     allow_keys: tuple[str, ...] = ()
+    adapter: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

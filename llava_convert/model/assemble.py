@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from llava_convert.core.errors import InputError
-from llava_convert.model.adapter import disputed
+from llava_convert.model.adapter import Adapter, disputed
 from llava_convert.model.bases import Base, find_base
 from llava_convert.model.checkpoint import (
     IMAGE_NEWLINE,
@@ -201,7 +201,9 @@ def _expected(checkpoint: Checkpoint, part: str, configs: Mapping[str, dict[str,
 def _trained(checkpoint: Checkpoint, part: str) -> dict[str, Recipe]:
     """The whole tensors of a part that training left."""
     own = checkpoint.parts[part]
-    whole = {**own.weights, **(own.adapter.overrides if own.adapter is not None else {})}
+    whole = dict(own.weights)
+    for adapter in (own.adapter, *own.merge):
+        whole |= adapter.overrides if adapter is not None else {}
     return {name: Recipe(tensor, own.ops.get(name, ()), own.origin) for name, tensor in whole.items()}
 
 
@@ -232,10 +234,14 @@ def _recipes(
 
 
 def _merge(checkpoint: Checkpoint, part: str, recipes: dict[str, Recipe], alpha: float | None) -> int:
-    """Put the LoRA of a part on its recipes; every module must find its weight. Returns how many did."""
-    adapter = checkpoint.parts[part].adapter
-    if adapter is None:
-        return 0
+    """Put the LoRAs of a part on its recipes; every module must find its weight. Returns how many did."""
+    own = checkpoint.parts[part]
+    return sum(
+        _merge_one(part, recipes, adapter, alpha) for adapter in (own.adapter, *own.merge) if adapter is not None
+    )
+
+
+def _merge_one(part: str, recipes: dict[str, Recipe], adapter: Adapter, alpha: float | None) -> int:
     unmatched = [module for module in adapter.modules if f"{module}.weight" not in recipes]
     if unmatched:
         raise InputError(

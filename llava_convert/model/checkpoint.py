@@ -38,6 +38,8 @@ class Part:
     model, which the source names by `base` (a folder or a hub id) when it can. `files` are the small ones beside
     the weights (tokenizer, processor), when the layout has them. `origin` is which checkpoint the weights are of.
 
+    `merge` are adapters to put on top of the whole weights, in order, whatever the target.
+
     By canonical name, `ops` make the canonical tensor of a stored one which the layout keeps in another form, and
     `synthetic` holds tensors which the layout never has and nothing reads: they stand in where no base has them.
     """
@@ -49,6 +51,7 @@ class Part:
     files: Sidecars | None = None
     origin: str = "checkpoint"
     ops: Mapping[str, tuple[Op, ...]] = field(default_factory=dict)
+    merge: tuple[Adapter, ...] = ()
     synthetic: Mapping[str, tuple[StoredTensor, tuple[Op, ...]]] = field(default_factory=dict)
 
     @property

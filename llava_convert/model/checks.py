@@ -76,14 +76,28 @@ def check_base(
     own = checkpoint.parts[part]
     if own.adapter is not None:
         _refuse_second_merge(checkpoint, part, base)
-    if (
-        own.base is not None
-        and base.id is not None
-        and is_id(own.base)
-        and not is_folder(own.base, checkpoint.path)
-        and published_id(own.base) != base.id
-    ):
-        warnings.append(f"the {PART_NAMES[part]} was trained on {own.base}, the base given is {base.id}")
+    if own.base is not None and not _may_be(own.base, base, checkpoint):
+        warnings.append(
+            f"the {PART_NAMES[part]} was trained on {own.base}, and the base given is {base.id or base.asked}: if they "
+            "are not the same model, the output is neither"
+        )
+
+
+def _may_be(named: str, base: Base, checkpoint: Checkpoint) -> bool:
+    """Whether a base can be the model that a source names: by its id, else by its last name, or what its config says.
+
+    A config that says nothing contradicts the name for an adapter alone: what was frozen is the published model.
+    """
+    if base.id is not None and is_id(named) and not is_folder(named, checkpoint.path):
+        return published_id(named) == base.id
+    own, wanted = base.config.get("_name_or_path"), _last_name(named)
+    if wanted in {_last_name(str(name)) for name in (base.asked, base.folder, own) if name}:
+        return True
+    return not own and checkpoint.parts[base.part].adapter is None
+
+
+def _last_name(name: str) -> str:
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
 
 
 def _refuse_second_merge(checkpoint: Checkpoint, part: str, base: Base) -> None:
