@@ -12,6 +12,7 @@ from llava_convert.core.errors import MismatchError
 from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.engine.compare import Difference, compare
 from llava_convert.engine.shards import PlannedTensor
+from llava_convert.layouts.info import LAYOUTS
 from llava_convert.layouts.registry import layout, open_each
 from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PARTS, VISION, Checkpoint
@@ -264,13 +265,14 @@ def _settings(source: Checkpoint, theirs: Checkpoint) -> tuple[str, ...]:
     """How the parts work together, where both sides say."""
     said: list[str] = []
     mine, other = source.settings, theirs.settings
-    if theirs.layout != "xtuner" and source.layout != "xtuner":
+    if LAYOUTS[theirs.layout].states_features and LAYOUTS[source.layout].states_features:
         if mine.select_layer != other.select_layer:
             said.append(f"the projector reads layer {mine.select_layer} in the source, {other.select_layer} in OUT")
         if mine.select_strategy != other.select_strategy:
             said.append(f"feature selection is {mine.select_strategy} in the source, {other.select_strategy} in OUT")
-    if theirs.layout == "official" and theirs.parts[VISION].state == "full":
+    flag = LAYOUTS[theirs.layout].tower_flag
+    if flag is not None and theirs.parts[VISION].state == "full":
         config = folder_sidecars(theirs.root).read_object("config.json")
-        if not config.get("unfreeze_mm_vision_tower"):
-            said.append("OUT holds a vision tower that its loader ignores (unfreeze_mm_vision_tower is not true)")
+        if not config.get(flag):
+            said.append(f"OUT holds a vision tower that its loader ignores ({flag} is not true)")
     return tuple(said)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from llava_convert.layouts.gguf.names import dialects
 from llava_convert.layouts.gguf.read import NAME, detect, open, open_each
 from llava_convert.layouts.gguf.write import lower, needs
 
-__all__ = ["NAME", "detect", "lower", "needs", "open", "open_each"]
+__all__ = ["NAME", "detect", "dialects", "lower", "needs", "open", "open_each"]

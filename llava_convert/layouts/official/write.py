@@ -53,7 +53,7 @@ def lower(model: Model, options: TargetOptions) -> Target:
     if preprocessor is not None:
         files["preprocessor_config.json"] = to_json(preprocessor)
     return Target(
-        NAME, (FileSet(tensors, limit=shard_limit(model, options)),), files, warnings=made.warnings(LLM, VISION)
+        NAME, (FileSet(tensors, limit=shard_limit(model, options, NAME)),), files, warnings=made.warnings(LLM, VISION)
     )
 
 

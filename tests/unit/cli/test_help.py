@@ -252,10 +252,12 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 
 
 def test_what_is_offered_is_what_there_is() -> None:
-    from llava_convert.cli._options import TARGETS
-    from llava_convert.layouts.info import TARGETS as written
+    from llava_convert.cli._options import _OUTTYPES, _PARTS
+    from llava_convert.layouts.gguf.mixes import OUTTYPES
+    from llava_convert.model.checkpoint import PART_WORDS
 
-    assert written == TARGETS
+    assert set(_PARTS) == {"all", *PART_WORDS.values()}
+    assert set(_OUTTYPES) <= {"auto", *OUTTYPES}
 
 
 @pytest.mark.parametrize("arguments", [["pth", "x"], ["pth", "x", "--to", "hf", "--nothing"], ["nothing"]])
