@@ -167,6 +167,8 @@ def test_dry_run(tiny: Path, tmp_path: Path) -> None:
     assert found.exit_code == 0 and list(tmp_path.iterdir()) == []
     assert "80 tensors" in found.stdout and "model.safetensors" in found.stdout
     assert "merge_lora → cast" in found.stdout
+    assert re.search(r"^  README\.md +[\d.]+ kB$", found.stdout, re.M)
+    assert re.search(r"^  conversion\.json +[\d.]+ kB$", found.stdout, re.M)
     assert "nothing was written (--dry-run)" in found.stderr
     value = json.loads(run("pth", tiny / "iter_2.pth", "--to", "hf", "--dry-run", "--json").stdout)
     assert (value["done"], value.keys()) == (False, JSON_KEYS)
