@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import llava_convert
 from llava_convert.cli import app
+from llava_convert.layouts.info import LAYOUTS, TARGETS
 
 ROOT = Path(llava_convert.__file__).resolve().parents[1]
 GROUP: Any = typer.main.get_command(app)
@@ -65,7 +66,7 @@ def documents() -> str:
 
 def test_the_commands() -> None:
     assert set(COMMANDS) == {
-        "pth", "xtuner", "official", "hf", "gguf", "convert", "inspect", "verify", "layouts", "train",
+        *LAYOUTS, "convert", "inspect", "verify", "layouts", "train",
         "data check", "data fix-ocrvqa", "upload", "release",
     }  # fmt: skip
 
@@ -128,8 +129,7 @@ def test_json_of_the_others(tiny: Path, tmp_path: Path) -> None:
     compared = json.loads(run("verify", tiny / "iter_2.pth", tmp_path / "o", "--json").stdout)
     assert (compared["same"], compared["equal"], compared["missing"]) == (True, 80, [])
     known = json.loads(run("layouts", "--json").stdout)
-    assert set(known["sources"]) == {"pth", "xtuner", "official", "hf", "gguf"}
-    assert known["targets"] == ["xtuner", "official", "hf", "gguf"]
+    assert set(known["sources"]) == set(LAYOUTS) and known["targets"] == list(TARGETS)
     assert known["ops"] == [
         "copy", "cast", "merge_lora", "pad_rows", "take_rows", "rope_permute", "quantize", "dequantize", "constant",
     ]  # fmt: skip
@@ -232,7 +232,7 @@ def test_looking_and_renaming_never_import_torch(tiny: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        (["pth", "x", "--to", ""], {"xtuner", "official", "hf", "gguf"}),
+        (["pth", "x", "--to", ""], set(TARGETS)),
         (["hf", "x", "--to", "g"], {"gguf"}),
         (["pth", "x", "--dtype", "b"], {"bfloat16"}),
         (["pth", "x", "--part", ""], {"all", "llm", "projector", "visual-encoder"}),

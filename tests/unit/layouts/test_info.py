@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from llava_convert.app.card.words import Words
 from llava_convert.layouts.info import LAYOUTS, TARGETS, Card
 
 PACKAGE = Path(llava_convert.__file__).parent
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if (PACKAGE / "layouts") not in path.parents)
+FOLDER = PACKAGE / "layouts"
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if FOLDER not in path.parents)
 
 # Strings that are spelled as a layout's name and mean something else.
 OTHER_THINGS = {
@@ -30,18 +30,25 @@ OTHER_THINGS = {
 }
 
 
+def folders_in(tree: ast.AST) -> Iterator[str]:
+    """Layouts whose folders a module imports from."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            assert not getattr(node, "level", 0), "imports are absolute in this package"
+            origin = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            for alias in node.names:
+                within = f"{origin}{alias.name}".partition("llava_convert.layouts.")[2].partition(".")[0]
+                yield from {within} & LAYOUTS.keys()
+
+
 def names_in(tree: ast.AST) -> Iterator[str]:
-    """Layouts that a module names: as a string of its own, as a keyword, or as a folder that it imports from."""
+    """Layouts that a module names: as a string of its own, as a keyword, or by importing from their folders."""
+    yield from folders_in(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and node.value in LAYOUTS:
             yield str(node.value)
         elif isinstance(node, ast.keyword) and node.arg in LAYOUTS:
             yield str(node.arg)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            origin = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
-            for alias in node.names:
-                within = f"{origin}{alias.name}".partition("llava_convert.layouts.")[2].partition(".")[0]
-                yield from {within} & LAYOUTS.keys()
 
 
 def test_no_module_elsewhere_names_a_layout() -> None:
@@ -77,13 +84,18 @@ def test_entries_import_no_reader_and_no_writer() -> None:
     assert {name for name in loaded if ".layouts." in name} == {"llava_convert.layouts.info"}
 
 
-def test_each_layout_has_a_folder_that_the_contract_names() -> None:
-    folders = {path.name for path in (PACKAGE / "layouts").iterdir() if (path / "__init__.py").is_file()}
-    assert set(LAYOUTS) == folders
-    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
-    contracts = settings["tool"]["importlinter"]["contracts"]
-    (independent,) = [contract["modules"] for contract in contracts if contract["type"] == "independence"]
-    assert set(independent) == {f"llava_convert.layouts.{name}" for name in LAYOUTS}
+def test_each_layout_has_a_folder() -> None:
+    assert set(LAYOUTS) == {path.parent.name for path in FOLDER.glob("*/__init__.py")}
+
+
+def test_no_layout_knows_another() -> None:
+    """Nor does what they share know one of them: the registry imports each by its name."""
+    found = {
+        path.relative_to(FOLDER).as_posix(): set(folders_in(ast.parse(path.read_text(encoding="utf-8"))))
+        for path in FOLDER.rglob("*.py")
+        if path.parent.name != "projector_code"  # which runs elsewhere, as a part of an output
+    }
+    assert {module: folders for module, folders in found.items() if folders - {module.partition("/")[0]}} == {}
 
 
 def cards() -> list[Card]:
