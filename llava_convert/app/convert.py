@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from llava_convert.app.adapters import refuse_ignored, with_adapters
 from llava_convert.app.card import card
+from llava_convert.app.card.facts import Facts
+from llava_convert.app.documents import Documents
 from llava_convert.app.facts import fitted, refuse_lost, unknown_notes
 from llava_convert.app.judge import judge
+from llava_convert.app.next_step import next_step
 from llava_convert.app.options import Options, SourceOptions, refuse_for_source, refuse_for_target
 from llava_convert.app.stage_one import with_stage_one
 from llava_convert.app.verify import Verdict, compare_checkpoints
@@ -25,18 +28,17 @@ from llava_convert.core.text import utf8
 from llava_convert.engine.check import FULL, OFF, QUICK, check_full, check_quick
 from llava_convert.engine.execute import execute
 from llava_convert.engine.plan import Plan, make_plan
-from llava_convert.engine.record import dropped_texts, dump, record, stored_of
+from llava_convert.engine.record import dropped_texts, record, stored_of
 from llava_convert.engine.report import Report, part_story, peak_memory
 from llava_convert.engine.run import Outcome
 from llava_convert.layouts.base import OpenOptions
-from llava_convert.layouts.info import TARGETS
+from llava_convert.layouts.info import LAYOUTS, TARGETS
 from llava_convert.layouts.registry import detect, layout, locate, open_checkpoint, open_each
 from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS, VISION, Checkpoint
 from llava_convert.model.facts import spelled
 from llava_convert.model.options import ALL, TargetOptions, part_named
 from llava_convert.model.recipe import Model
-from llava_convert.model.record import RECORD
 from llava_convert.model.target import KEEP, Target, parse_size
 from llava_convert.ops import kernels
 from llava_convert.ops.base import CastLoss
@@ -52,11 +54,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A conversion that is planned and not yet run."""
+    """A conversion that is planned and not yet run; `options` are those that its target was made with."""
 
     checkpoint: Checkpoint
     why: str
     model: Model
+    options: TargetOptions
     target: Target
     plan: Plan
     out: Path
@@ -76,7 +79,8 @@ def convert(source: str | Path, options: Options, say: Say | None = None) -> Rep
 def plan(source: str | Path, options: Options) -> Report:
     """What `convert` would do; reads headers, writes nothing. Raises what `convert` raises."""
     with mounts():
-        return report(_prepared(source, options), options)
+        ready = _prepared(source, options)
+        return report(ready, options, documents(ready, options))
 
 
 def _prepared(source: str | Path, options: Options) -> Prepared:
@@ -101,9 +105,11 @@ def _convert(ready: Prepared, options: Options, say: Say) -> Report:
     reads = sorted({extent.path for t in ready.plan.tensors for s in stored_of(t) for extent in s.extents})
     snapshot = Snapshot.take(reads)
     warnings = list(ready.warnings)
+    made = documents(ready, options)
+    planned = report(ready, options, made)
     with (
         FilePool() as pool,
-        _staging(ready, options, _stamp(ready.plan, snapshot), say) as stage,
+        _staging(ready, options, planned.bytes_written, _stamp(ready.plan, snapshot), say) as stage,
     ):
         total = sum(t.nbytes for t in ready.plan.tensors)
         outcome = execute(
@@ -127,29 +133,11 @@ def _convert(ready: Prepared, options: Options, say: Say) -> Report:
             warnings.append(extra)
         if outcome.flushed:
             say.note(f"{outcome.flushed:,} nonzero values became zero in the cast")
-        kept = recorded_options(options, ready)
-        verified: dict[str, Any] = {"level": options.verify}
-        if options.verify == FULL:  # so that who passes the output on can prove that it is what was verified
-            shards = [shard.name for shard in ready.plan.shards]
-            verified["files"] = stage.contents((*shards, *ready.plan.files, *ready.plan.indexes))
-        made = record(ready.plan, ready.target, ready.model, outcome, options=kept, verified=verified)
-        stage.write_bytes(RECORD, dump(made))
-        stage.write_bytes(
-            "README.md",
-            utf8(
-                card(
-                    ready.plan,
-                    ready.target,
-                    ready.model,
-                    ready.out.name if options.name is None else options.name,
-                    options=replace(options.target, ids=_asked_ids(options)),
-                    repo=options.repo,
-                    verified=options.verify,
-                )
-            ),
-        )
+        files = stage.contents(ready.plan.sizes) if made.vouches else {}
+        for name, data in made.completed(outcome.digests, files).items():
+            stage.write_bytes(name, data)
         stage.commit()
-    return replace(report(ready, options), done=True, flushed=outcome.flushed, warnings=tuple(warnings))
+    return replace(planned, done=True, flushed=outcome.flushed, warnings=tuple(warnings), fetched=fetched())
 
 
 def _check_facts(ready: Prepared, staged: Path) -> None:
@@ -168,7 +156,29 @@ def _check_facts(ready: Prepared, staged: Path) -> None:
             )
 
 
-def _staging(ready: Prepared, options: Options, stamp: str, say: Say) -> Staging | RemoteStaging:
+def documents(ready: Prepared, options: Options) -> Documents:
+    """README.md and conversion.json of an output that is not yet written.
+
+    Raises InputError for a source that cannot be read.
+    """
+    name = ready.out.name if options.name is None else options.name
+    facts = Facts(ready.plan, ready.target, ready.model, name, ready.options, options.repo)
+    return Documents(
+        ready.plan,
+        utf8(card(facts, verified=options.verify)),
+        record(
+            ready.plan,
+            ready.target,
+            ready.model,
+            options=recorded_options(options, ready),
+            verified=options.verify,
+        ),
+        digests=options.digest,
+        vouches=options.verify == FULL,  # so that who passes the output on can prove that it is what was verified
+    )
+
+
+def _staging(ready: Prepared, options: Options, needed: int, stamp: str, say: Say) -> Staging | RemoteStaging:
     """Where the output is built, by where it goes."""
     resume = options.resume and not options.digest  # taken while a shard is written: kept ones would have none
     url = url_of(ready.out)
@@ -181,7 +191,6 @@ def _staging(ready: Prepared, options: Options, stamp: str, say: Say) -> Staging
         ready.checkpoint.root if ready.checkpoint.path.is_dir() else ready.checkpoint.path,
         *(base.folder for base in ready.model.bases.values()),
     ]
-    needed = ready.plan.bytes_written
     return Staging(ready.out, stamp, force=options.force, resume=resume, needed_bytes=needed, reads=reads, say=say.note)
 
 
@@ -244,6 +253,7 @@ def prepare(source: str | Path, options: Options, opened: tuple[Checkpoint, str]
         checkpoint,
         found.why,
         model,
+        found.target,
         target,
         plan,
         out,
@@ -310,16 +320,21 @@ def _check_options(options: Options) -> None:
         raise UsageError("--digest needs xxhash, which is not installed", hint="pip install 'llava-convert[digest]'")
 
 
-def report(ready: Prepared, options: Options) -> Report:
+def report(ready: Prepared, options: Options, made: Documents) -> Report:
     """The report of a plan that is not (yet) run."""
     plan, model = ready.plan, ready.model
     dtypes = {t.dtype for t in plan.tensors if t.canonical.startswith(LLM)} or {t.dtype for t in plan.tensors}
+    out = url_of(ready.out) or ready.out
+    facts = Facts(plan, ready.target, model, str(out), ready.options, None)
+    source = address_of(ready.checkpoint.path)
     return Report(
-        source=address_of(ready.checkpoint.path),
-        out=url_of(ready.out) or ready.out,
+        source=source,
+        out=out,
         layouts=(ready.checkpoint.layout, options.to),
         why=ready.why,
         plan=plan,
+        documents=made.sizes,
+        next=next_step(facts, str(source), options, here=isinstance(out, Path)),
         dtype=", ".join(sorted(TORCH_NAMES.get(d, d) for d in dtypes)),
         notes=tuple(map(called, ready.notes)),
         warnings=tuple(map(called, ready.warnings)),
@@ -342,7 +357,7 @@ def is_already(checkpoint: Checkpoint, options: Options) -> bool:
     """Whether a checkpoint is already what is asked for; one that is an adapter or a projector alone is not."""
     if checkpoint.layout != options.to:
         return False
-    partial = checkpoint.layout != "xtuner" and checkpoint.parts[LLM].state != "full"
+    partial = not LAYOUTS[options.to].leaves_out_frozen and checkpoint.parts[LLM].state != "full"
     return options.target == TargetOptions() and not partial
 
 

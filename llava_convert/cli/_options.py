@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from llava_convert.layouts.info import LAYOUTS, TARGETS
+
 SOURCE_PANEL, OUTPUT_PANEL, CHECK_PANEL, TALK_PANEL = "Source", "Output", "Checks and safety", "Talk"
 GGUF_PANEL = "GGUF"
 
@@ -17,8 +19,7 @@ def choices(*values: str) -> Callable[[str], list[str]]:
     return lambda incomplete: [value for value in values if value.startswith(incomplete.lower())]
 
 
-# Kept here as words, so that neither `--help` nor TAB need import the layouts; a test holds them to these.
-TARGETS = ("xtuner", "official", "hf", "gguf")
+# Kept here as words, so that neither `--help` nor TAB need import the model; a test holds them to it.
 _PARTS = ("all", "llm", "projector", "visual-encoder")
 _OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
 
@@ -34,7 +35,8 @@ To = Annotated[
     typer.Option(
         "--to",
         metavar="|".join(TARGETS),
-        help="Layout to convert to, or a program that loads it: vllm, transformers, ollama, llama.cpp.",
+        help="Layout to convert to, or a program that loads it: "
+        f"{', '.join(loader for info in LAYOUTS.values() for loader in info.loaders)}.",
         autocompletion=choices(*TARGETS),
     ),
 ]

@@ -1,9 +1,7 @@
-"""`llava-convert pth|xtuner|official|hf SOURCE --to LAYOUT`, and `convert`, which detects the source."""
+"""`llava-convert LAYOUT SOURCE --to LAYOUT`, a command for each layout, and `convert`, which detects the source's."""
 
 from __future__ import annotations
 
-import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -12,23 +10,15 @@ from llava_convert.cli import _hub_options as hubs
 from llava_convert.cli import _options as opt
 from llava_convert.cli._errors import run
 from llava_convert.cli._output import Output, human_bytes
+from llava_convert.layouts.info import LAYOUTS, TARGETS
 
 if TYPE_CHECKING:
     from llava_convert.engine.report import Report
 
-# Kept here as words, so that `--help` need not import the layouts.
-SOURCES = {
-    "pth": "An mmengine .pth of xtuner's training.",
-    "xtuner": "The xtuner layout: LLM, projector/, visual_encoder_adapter/.",
-    "official": "Official LLaVA (haotian-liu).",
-    "hf": "transformers' LlavaForConditionalGeneration.",
-    "gguf": "GGUF of llama.cpp: a language model, with or without its mmproj.",
-}
-
 
 def add_to(app: typer.Typer) -> None:
-    for name, about in SOURCES.items():
-        app.command(name, help=f"{about} Convert it to another layout.", rich_help_panel="Convert")(_command(name))
+    for name, info in LAYOUTS.items():
+        app.command(name, help=f"{info.help} Convert it to another layout.", rich_help_panel="Convert")(_command(name))
     app.command("convert", help="Convert any of these; the layout is detected.", rich_help_panel="Convert")(
         _command(None)
     )
@@ -156,9 +146,9 @@ def _print_plan(found: Report, output: Output) -> None:
     output.line(f"  {len(plan.tensors)} tensors, {human_bytes(plan.bytes_read)} to read")
     for shard in plan.shards:
         output.line(f"  {shard.name:<40} {len(shard.tensors):>5} tensors  {human_bytes(shard.size):>9}")
-    for name in sorted((*plan.files, *plan.indexes)):
-        output.line(f"  {name}")
-    output.line(f"disk {human_bytes(plan.bytes_written)}, memory about {human_bytes(found.memory)}")
+    for name in sorted(found.files.keys() - {shard.name for shard in plan.shards}):
+        output.line(f"  {name:<40} {'':>13}  {human_bytes(found.files[name]):>9}")
+    output.line(f"disk {human_bytes(found.bytes_written)}, memory about {human_bytes(found.memory)}")
     if output.verbose:
         for tensor in plan.tensors:
             ops = " → ".join(op.name for op in tensor.ops) or "copy"
@@ -175,27 +165,11 @@ def _print_done(found: Report, output: Output) -> None:
     checked = {"quick": "headers and files checked", "full": "every byte checked", "off": "not checked"}
     output.line(
         f"{found.out}: {found.layouts[1]}, {len(plan.tensors)} tensors, {found.dtype}, "
-        f"{human_bytes(plan.bytes_written)}, {checked[found.verified]}"
+        f"{human_bytes(found.bytes_written)}, {checked[found.verified]}"
     )
     for part_name, story in found.parts.items():
         output.line(f"  {part_name:<15} {story}")
-    if found.layouts[1] == "gguf":
+    if TARGETS[found.layouts[1]].by_file:
         for shard in plan.shards:
             output.line(f"  {shard.name}  {human_bytes(shard.size)}")
-    output.note(f"next: {_next(found)}")
-
-
-def _next(found: Report) -> str:
-    """What to do with an output first: a command, or a line of Python."""
-    plan, layout = found.plan, found.layouts[1]
-    held = {tensor.canonical.partition(".")[0] for tensor in plan.tensors}
-    if layout == "hf" and isinstance(found.out, Path) and "language_model" in held:
-        loads = "AutoModelForImageTextToText" if "projector" in held else "AutoModelForCausalLM"
-        return f"from transformers import {loads}; {loads}.from_pretrained({str(found.out)!r})"
-    names = [shard.name for shard in plan.shards]
-    llm = next((name for name in names if "-mmproj-" not in name), None)
-    mmproj = next((name for name in names if "-mmproj-" in name), None)
-    if layout == "gguf" and llm is not None:
-        sees = f" --mmproj {found.out}/{mmproj}" if mmproj is not None else ""
-        return f"llama-server -m {found.out}/{llm}{sees}"
-    return shlex.join(["llava-convert", "verify", str(found.source), str(found.out)])
+    output.note(f"next: {found.next}")

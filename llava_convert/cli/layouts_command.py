@@ -21,21 +21,16 @@ def _layouts(as_json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.V
     output = Output(as_json, quiet, verbose)
 
     def action() -> None:
-        from llava_convert.layouts.gguf.names import tables
         from llava_convert.layouts.info import TARGETS
-        from llava_convert.layouts.registry import SOURCES
+        from llava_convert.layouts.registry import SOURCES, dialects
         from llava_convert.model.tables.families import architectures
-        from llava_convert.model.tables.names import layout_table
         from llava_convert.ops import OPS
 
-        gguf = {"gguf": sorted(table.architecture for table in tables())}
-        dialects = gguf | {
-            name: sorted({row.dialect for row in layout_table(name).rows}) for name in SOURCES if name not in gguf
-        }
+        names = {name: dialects(name) for name in SOURCES}
         families = {a.name: [a.part, *a.model_types] for a in architectures().values()}
         output.result(
             {
-                "sources": {name: dialects[name] for name in SOURCES},
+                "sources": names,
                 "targets": list(TARGETS),
                 "families": {name: {"part": f[0], "model_types": f[1:]} for name, f in families.items()},
                 "ops": ["copy", *(op.name for op in OPS)],
@@ -44,7 +39,7 @@ def _layouts(as_json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.V
         output.line("layouts (source → target)")
         for name in SOURCES:
             targets = ", ".join(t for t in TARGETS if t != name)
-            output.line(f"  {name:<10} → {targets:<22} names: {', '.join(dialects[name])}")
+            output.line(f"  {name:<10} → {targets:<22} names: {', '.join(names[name])}")
         output.line("families")
         for name, (part, *kinds) in families.items():
             output.line(f"  {name:<10} {part:<15} model_type {', '.join(kinds)}")

@@ -13,6 +13,7 @@ from llava_convert.cli import _options as opt
 from llava_convert.cli._errors import run
 from llava_convert.cli._output import Output, human_bytes
 from llava_convert.cli.convert_command import parse_alpha
+from llava_convert.layouts.info import TARGETS
 
 if TYPE_CHECKING:
     from llava_convert.app.publish.release import Item
@@ -33,7 +34,8 @@ def _release(
         typer.Option(
             "--name",
             metavar="ORG/NAME",
-            help="Repositories: NAME (xtuner), NAME-hf (official), NAME-transformers (hf), NAME-gguf, NAME-pretrain.",
+            help="Repositories: "
+            f"{', '.join(f'NAME{target.repo_suffix} ({name})' for name, target in TARGETS.items())}, NAME-pretrain.",
         ),
     ],
     hub: hubs.HubOption = "huggingface",
@@ -42,7 +44,7 @@ def _release(
         str | None,
         typer.Option(
             "--only",
-            metavar="xtuner,official,hf,gguf,pretrain",
+            metavar=",".join((*TARGETS, "pretrain")),
             help="These layouts. Default: all; pretrain where there is a stage-1 checkpoint.",
             rich_help_panel=opt.OUTPUT_PANEL,
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -87,7 +88,7 @@ def train(
             return
         last = runs.run(stages, work_dir, resume=resume, deepspeed=deepspeed, say=output)
         output.line(f"{last}: trained")
-        output.note(f"next: llava-convert pth {last} --to hf")
+        output.note(f"next: llava-convert convert {shlex.quote(str(last))} --to hf")
         output.result({"checkpoint": str(last), "stages": [stage.name for stage in stages]})
 
     raise typer.Exit(run(action, output))

@@ -39,9 +39,14 @@ class Plan:
         return tuple(t for shard in self.shards for t in shard.tensors)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The size of every file by its name, known before a byte is written."""
+        small = {name: len(data) for name, data in (*self.files.items(), *self.indexes.items())}
+        return {shard.name: shard.size for shard in self.shards} | small
+
+    @property
     def bytes_written(self) -> int:
-        files = sum(map(len, self.files.values())) + sum(map(len, self.indexes.values()))
-        return sum(shard.size for shard in self.shards) + files
+        return sum(self.sizes.values())
 
     @cached_property
     def batches(self) -> tuple[tuple[Shard, ...], ...]:

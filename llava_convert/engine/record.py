@@ -1,6 +1,7 @@
 """conversion.json: what made an output, from what, tensor by tensor; and what the way back can undo.
 
-No timestamp and no local path: the same input gives the same bytes on every machine.
+No timestamp and no local path: the same input gives the same bytes on every machine. It is made before the first byte
+of an output; what only the run finds out, digests of tensors and files, is filled in at the end (`completed`).
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from llava_convert._version import __version__
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.core.text import utf8
 from llava_convert.engine.plan import Plan
-from llava_convert.engine.run import Outcome
-from llava_convert.engine.shards import Shard
+from llava_convert.engine.shards import PlannedTensor, Shard
 from llava_convert.model.checkpoint import PART_WORDS, VISION, Checkpoint, Dropped
 from llava_convert.model.configs import without_stale
 from llava_convert.model.recipe import Model
@@ -50,7 +50,7 @@ def _inside(path: Path, root: Path) -> bool:
     return root in path.parents
 
 
-def stored_of(tensor: Any) -> Iterable[StoredTensor]:
+def stored_of(tensor: PlannedTensor) -> Iterable[StoredTensor]:
     yield tensor.source
     for op in tensor.ops:
         yield from op.inputs()
@@ -60,16 +60,18 @@ def record(
     plan: Plan,
     target: Target,
     model: Model,
-    outcome: Outcome | None,
     *,
     options: Mapping[str, Any],
-    verified: Mapping[str, Any],
+    verified: str,
 ) -> dict[str, Any]:
-    """The content of conversion.json. `outcome` adds digests when there are some; `verified` says how, and what."""
+    """The content of conversion.json but for its digests; `verified` is the level of the check.
+
+    Raises InputError for a source that cannot be read.
+    """
     places = sources_of(model, plan)
     names = {path: (role, _relative(path, root)) for role, root, files in places for path in files}
     tensors: dict[str, Any] = {}
-    for folder, t in ((_place_of(shard), t) for shard in plan.shards for t in shard.tensors):
+    for name, t in _tensors(plan):
         entry: dict[str, Any] = {"dtype": t.dtype, "shape": list(t.shape), **_where(t.source, names)}
         if t.origin == "synthetic":
             entry["origin"] = t.origin
@@ -78,9 +80,7 @@ def record(
                 {**op.describe(), "inputs": [_where(s, names) for s in op.inputs()]} if op.inputs() else op.describe()
                 for op in t.ops
             ]
-        if outcome is not None and (t.shard, t.name) in outcome.digests:
-            entry["xxh3_128"] = outcome.digests[t.shard, t.name]
-        tensors[f"{folder}/{t.name}" if folder else t.name] = entry
+        tensors[name] = entry
     found: dict[str, Any] = {
         "tool": {
             "name": "llava-convert",
@@ -90,7 +90,7 @@ def record(
         },
         "layout": {"from": model.checkpoint.layout, "to": plan.layout},
         "options": dict(options),
-        "verified": dict(verified),
+        "verified": {"level": verified},
         "sources": [
             {
                 "role": role,
@@ -114,6 +114,35 @@ def record(
     if target.added_rows is not None:
         found["added"] = dict(target.added_rows)
     return found
+
+
+def completed(
+    made: Mapping[str, Any],
+    plan: Plan,
+    *,
+    digests: Mapping[tuple[str, str], str] | None = None,
+    files: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A record with digests of tensors, by shard and name, and with size and sha256 of the files that were checked.
+
+    Raises KeyError where a tensor has no digest.
+    """
+    found = dict(made)
+    if digests is not None:
+        found["tensors"] = {
+            name: {**made["tensors"][name], "xxh3_128": digests[t.shard, t.name]} for name, t in _tensors(plan)
+        }
+    if files is not None:
+        found["verified"] = {**made["verified"], "files": dict(files)}
+    return found
+
+
+def _tensors(plan: Plan) -> Iterable[tuple[str, PlannedTensor]]:
+    """Each tensor with its name in the record."""
+    for shard in plan.shards:
+        place = _place_of(shard)
+        for tensor in shard.tensors:
+            yield (f"{place}/{tensor.name}" if place else tensor.name), tensor
 
 
 def _place_of(shard: Shard) -> str:

@@ -33,13 +33,18 @@ class Published:
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did, or would do."""
+    """What a conversion did, or would do.
+
+    `documents` are the sizes of the files that tell of the output, by name; `next` is a command, or a line of Python.
+    """
 
     source: Path | str
     out: Path | str
     layouts: tuple[str, str]
     why: str
     plan: Plan
+    documents: Mapping[str, int]
+    next: str
     dtype: str
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -50,6 +55,15 @@ class Report:
     parts: Mapping[str, str] = field(default_factory=dict)
     fetched: Traffic = field(default_factory=Traffic)
     published: tuple[Published, ...] = ()
+
+    @property
+    def files(self) -> dict[str, int]:
+        """The size of every file of the output, by its name: all are known before the first byte."""
+        return {**self.plan.sizes, **self.documents}
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(self.files.values())
 
     def as_json(self) -> dict[str, Any]:
         plan = self.plan
@@ -68,11 +82,11 @@ class Report:
             "tensors": len(plan.tensors),
             "ops": dict(sorted(ops.items())),
             "bytes_read": plan.bytes_read,
-            "bytes_written": plan.bytes_written,
+            "bytes_written": self.bytes_written,
             "bytes_fetched": self.fetched.bytes,
             "peak_memory": self.memory,
             "shards": [{"name": s.name, "size": s.size, "tensors": len(s.tensors)} for s in plan.shards],
-            "files": sorted(n for n in (*plan.files, *plan.indexes)),
+            "files": sorted(self.files.keys() - {shard.name for shard in plan.shards}),
             "verified": self.verified,
             "flushed_to_zero": self.flushed,
             "notes": list(self.notes),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from llava_convert.core.arrays import FLOATS
 from llava_convert.core.errors import UnsupportedError
 from llava_convert.core.tensors import FROM_TORCH_NAMES, QUANTS
+from llava_convert.layouts.info import LAYOUTS, TARGETS
 from llava_convert.layouts.naming import llm_dtype
 from llava_convert.model.checkpoint import AS_STORED, LLM
 from llava_convert.model.options import TargetOptions
@@ -14,8 +15,6 @@ from llava_convert.model.recipe import Model, Recipe
 from llava_convert.model.target import KEEP, parse_size
 
 _HALF = ("F16", "BF16")
-# Sources which lie in shards of their own making, or in none.
-_WITHOUT_SHARDS = ("pth", "gguf")
 
 
 def output_dtype(model: Model, options: TargetOptions) -> str:
@@ -58,9 +57,9 @@ def refuse_quantised(recipes: Mapping[str, Recipe]) -> None:
         )
 
 
-def shard_limit(model: Model, options: TargetOptions, *, trained: str = "2GB") -> int | str:
-    """Where shards end: as the user says, as the source's do, or after `trained` where it has none to keep."""
+def shard_limit(model: Model, options: TargetOptions, to: str) -> int | str:
+    """Where shards end: as the user says, as the source's do, or as layout `to` has it where it has none to keep."""
     asked = options.max_shard_size
     if asked is None:
-        return parse_size(trained) if model.checkpoint.layout in _WITHOUT_SHARDS else KEEP
+        return KEEP if LAYOUTS[model.checkpoint.layout].has_shards else parse_size(TARGETS[to].shard_size)
     return KEEP if asked == KEEP else parse_size(asked)

@@ -1,44 +1,224 @@
-"""What is known of each layout without opening a file: its names, and the options that have an effect there."""
+"""Everything that is known of a layout without opening a file: its names, its options, its words, its defaults.
+
+Data alone. A module outside of `layouts/` that has to tell layouts apart asks here, by what it needs to know, and
+names none. To add a layout, add a `LayoutInfo` to LAYOUTS: what has no default has no answer that is right for most.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llava_convert.core.errors import UsageError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What the README.md of an output says of its kind, and the hub by its front matter.
+
+    `quickstarts` are texts of `app/card/texts`, each on how a program uses the output, in order; one that does not fit
+    an output is left out (`app/card/quickstarts.py`). `library` is the hub's `library_name`, by which it offers code,
+    and `task` its `pipeline_tag`. `next` is what to try first, with the words of the texts; None: `verify`.
+    """
+
+    sentence: str
+    library: str
+    quickstarts: tuple[str, ...]
+    task: str = "image-text-to-text"
+    next: str | None = None
+
+
+# A language model or a vision tower alone is a folder that transformers reads, whichever layout it was made for.
+_LANGUAGE_MODEL = Card(
+    sentence="This is the language model of a LLaVA, on its own: it reads text and sees no pictures.",
+    library="transformers",
+    quickstarts=("language_model", "language_model_vllm", "llm_adapter"),
+    task="text-generation",
+    next="from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained(<<model_py>>)",
+)
+_VISION_TOWER = Card(
+    sentence="This is the vision tower of a LLaVA, on its own.",
+    library="transformers",
+    quickstarts=("vision_tower", "tower_adapter"),
+    task="image-feature-extraction",
+)
+_PROJECTOR = "This is the projector of a LLaVA, on its own: the layers between vision tower and language model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetInfo:
+    """A layout as what a conversion writes.
+
+    `options` are the fields of TargetOptions that shape its output. Of the cards, `whole` is that of a LLaVA, the
+    others of a part alone; `projector` is None where a projector alone is not written. `tags` are the hub's.
+
+    `shard_size` is where shards end when the source has none to follow. `repo_suffix` follows a release's name in the
+    repository's, and in the names of card and files unless `plain_names`. `pads_pictures`: its readers pad pictures to
+    squares by themselves, as training does. `by_file`: they are given a file, not the folder. `chat_template` tells
+    where the chat template is.
+    """
+
+    options: frozenset[str]
+    whole: Card
+    projector: Card | None
+    repo_suffix: str
+    language_model: Card = _LANGUAGE_MODEL
+    vision_tower: Card = _VISION_TOWER
+    tags: tuple[str, ...] = ()
+    shard_size: str = "2GB"
+    plain_names: bool = False
+    pads_pictures: bool = True
+    by_file: bool = False
+    chat_template: str = "the tokenizer's files"
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayoutInfo:
     """One layout. `loaders` are programs that read it: their names stand for it, too.
 
-    `writes` are the fields of TargetOptions that shape its output, none for a layout that is not written.
-    `takes_config` says that a training config helps to read it. `leaves_out_frozen`: what training left as it was is
-    not written, so that a base is of no use.
+    `help` is a sentence for the command of its name, `description` what cards call a source of it. `target` is None for
+    a layout that is not written.
+
+    `takes_config`: a training config helps to read it. `trainer` is the program whose training leaves it. `has_shards`:
+    its weights lie in shards that an output can follow. `has_card`: a README.md beside it is the model's own.
+
+    `leaves_out_frozen`: what training left as it was is not in it, so that a base is of no use to an output, and a
+    projector alone is all that a pretraining leaves.
     """
 
     name: str
+    help: str
+    description: str
+    target: TargetInfo | None
     loaders: tuple[str, ...] = ()
-    writes: frozenset[str] = frozenset()
     takes_config: bool = False
+    trainer: str | None = None
+    has_shards: bool = True
+    has_card: bool = True
     leaves_out_frozen: bool = False
+
+    @property
+    def writes(self) -> frozenset[str]:
+        """The fields of TargetOptions that shape its output, none for a layout that is not written."""
+        return self.target.options if self.target is not None else frozenset()
 
 
 _WEIGHTS = frozenset({"dtype", "max_shard_size", "prompt_template"})
 LAYOUTS = {
     info.name: info
     for info in (
-        LayoutInfo("pth", takes_config=True),
-        LayoutInfo("xtuner", (), _WEIGHTS, takes_config=True, leaves_out_frozen=True),
-        LayoutInfo("official", ("llava",), _WEIGHTS | {"image_processor"}),
-        LayoutInfo("hf", ("transformers", "vllm"), _WEIGHTS | {"image_processor"}),
         LayoutInfo(
-            "gguf",
-            ("llama.cpp", "ollama"),
-            frozenset({"outtypes", "mmproj_outtypes", "pre", "max_shard_size", "prompt_template"}),
+            name="pth",
+            help="An mmengine .pth of xtuner's training.",
+            description="a training checkpoint of xtuner (`.pth`)",
+            target=None,
+            takes_config=True,
+            trainer="xtuner",
+            has_shards=False,
+            has_card=False,  # its folder is a training's, whose README is about something else
+        ),
+        LayoutInfo(
+            name="xtuner",
+            help="The xtuner layout: LLM, projector/, visual_encoder_adapter/.",
+            description="xtuner's layout",
+            takes_config=True,
+            trainer="xtuner",
+            leaves_out_frozen=True,
+            target=TargetInfo(
+                options=_WEIGHTS,
+                # The hub has no snippet for "xtuner" nor for "llava", and that is right: with "transformers", or
+                # nothing, it would offer one that fails.
+                whole=Card(
+                    sentence="This is a LLaVA in xtuner's layout: a model that answers questions about pictures.",
+                    library="xtuner",
+                    quickstarts=("xtuner",),
+                ),
+                projector=Card(
+                    sentence="This is the projector of a LLaVA in xtuner's layout: what a pretraining leaves, to be "
+                    "used with the language model and the vision tower that it was trained between.",
+                    library="xtuner",
+                    quickstarts=("xtuner",),
+                ),
+                repo_suffix="",
+                tags=("xtuner",),
+            ),
+        ),
+        LayoutInfo(
+            name="official",
+            loaders=("llava",),
+            help="Official LLaVA (haotian-liu).",
+            description="the layout of the original LLaVA code",
+            target=TargetInfo(
+                options=_WEIGHTS | {"image_processor"},
+                whole=Card(
+                    sentence="This is a LLaVA in the layout of the original code (haotian-liu/LLaVA): a model that "
+                    "answers questions about pictures.",
+                    library="llava",
+                    quickstarts=("llava", "llava_forks", "lmdeploy_official", "sglang_official"),
+                ),
+                projector=Card(sentence=_PROJECTOR, library="llava", quickstarts=("projector_llava",)),
+                repo_suffix="-hf",  # as xtuner names its releases
+            ),
+        ),
+        LayoutInfo(
+            name="hf",
+            loaders=("transformers", "vllm"),
+            help="transformers' LlavaForConditionalGeneration.",
+            description="the transformers layout",
+            target=TargetInfo(
+                options=_WEIGHTS | {"image_processor"},
+                whole=Card(
+                    sentence="This is a LLaVA for transformers (`LlavaForConditionalGeneration`): a model that answers "
+                    "questions about pictures.",
+                    library="transformers",
+                    quickstarts=("transformers", "vllm", "lmdeploy", "sglang"),
+                    next="from transformers import AutoModelForImageTextToText; "
+                    "AutoModelForImageTextToText.from_pretrained(<<model_py>>)",
+                ),
+                projector=Card(sentence=_PROJECTOR, library="transformers", quickstarts=("projector",)),
+                repo_suffix="-transformers",
+                shard_size="5GB",
+                pads_pictures=False,
+            ),
+        ),
+        LayoutInfo(
+            name="gguf",
+            loaders=("llama.cpp", "ollama"),
+            help="GGUF of llama.cpp: a language model, with or without its mmproj.",
+            description="GGUF",
+            has_shards=False,
+            target=TargetInfo(
+                options=frozenset({"outtypes", "mmproj_outtypes", "pre", "max_shard_size", "prompt_template"}),
+                whole=Card(
+                    sentence="This is a LLaVA as GGUF, for llama.cpp and Ollama: a model that answers questions about "
+                    "pictures. It takes two files, a language model and an mmproj, which holds its eyes.",
+                    library="gguf",
+                    quickstarts=("llama_cpp", "ollama"),
+                    next="llama-server -m <<llm_sh>> --mmproj <<mmproj_sh>>",
+                ),
+                language_model=replace(
+                    _LANGUAGE_MODEL,
+                    library="gguf",
+                    quickstarts=("llama_cpp_text", "ollama_text"),
+                    next="llama-server -m <<llm_sh>>",
+                ),
+                vision_tower=replace(
+                    _VISION_TOWER,
+                    sentence="This is the mmproj of a LLaVA, on its own: its vision tower and projector as GGUF, for "
+                    "llama.cpp.",
+                    library="gguf",
+                    quickstarts=("llama_cpp_mmproj",),
+                ),
+                projector=None,
+                repo_suffix="-gguf",
+                tags=("gguf", "llama.cpp", "ollama"),
+                plain_names=True,  # a type follows the name of each file
+                by_file=True,
+                chat_template="the GGUF's metadata (`tokenizer.chat_template`)",
+            ),
         ),
     )
 }
-TARGETS = tuple(info.name for info in LAYOUTS.values() if info.writes)
+TARGETS = {info.name: info.target for info in LAYOUTS.values() if info.target is not None}
 
 
 def layout_named(word: str) -> LayoutInfo:
@@ -48,6 +228,6 @@ def layout_named(word: str) -> LayoutInfo:
         if wanted in (info.name, *info.loaders, *(name.replace(".", "") for name in info.loaders)):
             return info
     loaders = ", ".join(
-        f"{' or '.join(info.loaders)} for {info.name}" for info in LAYOUTS.values() if info.writes and info.loaders
+        f"{' or '.join(info.loaders)} for {info.name}" for info in LAYOUTS.values() if info.target and info.loaders
     )
     raise UsageError(f"--to {word}: no layout has that name", hint=f"one of {', '.join(TARGETS)} ({loaders})")

@@ -17,6 +17,7 @@ from llava_convert.core.text import printable
 from llava_convert.layouts.base import Found, Layout, OpenOptions
 from llava_convert.layouts.info import LAYOUTS
 from llava_convert.model.checkpoint import Checkpoint
+from llava_convert.model.tables.names import layout_table
 from llava_convert.storage.files import open_regular, read_fully, require_inside
 from llava_convert.storage.safetensors import SUFFIX, read_header
 from llava_convert.storage.sidecars import folder_sidecars, refuse_links_out
@@ -27,6 +28,12 @@ _LOOKED_AT = 50  # files of a folder that is no checkpoint
 
 def layout(name: str) -> Layout:
     return cast(Layout, import_module(f"llava_convert.layouts.{name}"))
+
+
+def dialects(name: str) -> list[str]:
+    """What a layout's names are told apart by: what its module says, else the dialects of its table."""
+    told: Callable[[], list[str]] | None = getattr(layout(name), "dialects", None)
+    return told() if told is not None else sorted({row.dialect for row in layout_table(name).rows})
 
 
 def locate(path: Path) -> Path:

@@ -45,22 +45,22 @@ def lower(model: Model, options: TargetOptions, layout: str) -> Target:
     if options.part == LLM:
         return Target(
             layout,
-            (llm_files(model, options, dtype),),
+            (llm_files(model, options, dtype, layout),),
             llm_artefacts(model, made, dtype),
             notes=made.notes(LLM),
             warnings=made.warnings(LLM),
         )
     return Target(
         layout,
-        (vision_files(model, options, dtype),),
+        (vision_files(model, options, dtype, layout),),
         vision_artefacts(model, made, dtype),
         notes=made.notes(VISION),
     )
 
 
-def llm_files(model: Model, options: TargetOptions, dtype: str) -> FileSet:
+def llm_files(model: Model, options: TargetOptions, dtype: str, layout: str) -> FileSet:
     tensors = outputs(model.part(LLM), layout_table("parts"), dtype, prefix="llm/")
-    return FileSet(tensors, limit=shard_limit(model, options))
+    return FileSet(tensors, limit=shard_limit(model, options, layout))
 
 
 def llm_artefacts(
@@ -74,9 +74,9 @@ def llm_artefacts(
     return files
 
 
-def vision_files(model: Model, options: TargetOptions, dtype: str, folder: str = "") -> FileSet:
+def vision_files(model: Model, options: TargetOptions, dtype: str, layout: str, folder: str = "") -> FileSet:
     tensors = outputs(model.part(VISION), layout_table("parts"), dtype, prefix="visual-encoder/")
-    return FileSet(tensors, folder=folder, limit=shard_limit(model, options))
+    return FileSet(tensors, folder=folder, limit=shard_limit(model, options, layout))
 
 
 def vision_artefacts(model: Model, made: Artefacts, dtype: str, folder: str = "") -> dict[str, bytes]:

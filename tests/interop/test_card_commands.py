@@ -12,11 +12,9 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from PIL import Image
 import llava_convert
 from tests.interop.card_blocks import block, blocks
 from tests.interop.peer_programs import PEERS, in_peer
+from tests.interop.printed_commands import served, words
 
 CAPTION = "a red sun over green hills"
 QUESTION = "What is in this picture?"
@@ -62,11 +61,6 @@ def python(code: str, shelf: Path, program: str | Path = sys.executable) -> str:
     done = subprocess.run([program, "-c", code], cwd=shelf, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{code}\n{done.stderr[-3000:]}"
     return done.stdout.strip()
-
-
-def words(command: str) -> list[str]:
-    """The words of a command, of which a backslash may carry some to the next line."""
-    return shlex.split(command.replace("\\\n", ""))
 
 
 def peer(environment: str) -> Path:
@@ -173,32 +167,13 @@ def test_xtuner_chat(make: Make, shelf: Path, monkeypatch: pytest.MonkeyPatch, o
 # llama.cpp.
 
 
-@contextmanager
-def served(folder: Path, shelf: Path) -> Iterator[str]:
-    """llama.cpp's server for the files that the printed `llama-server` names, at a port that is free."""
-    xllamacpp = pytest.importorskip("xllamacpp")
-    line = next(b.code for b in blocks(folder) if b.code.startswith("llama-server"))
-    options = dict(zip(*[iter(words(line)[1:])] * 2, strict=True))
-    assert options.keys() == {"-m", "--mmproj"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    params = xllamacpp.CommonParams()
-    params.model.path = str(shelf / options["-m"])
-    params.mmproj.path = str(shelf / options["--mmproj"])
-    params.hostnames, params.port = ["127.0.0.1"], port
-    params.n_ctx, params.n_parallel, params.warmup = 512, 1, False
-    server = xllamacpp.Server(params)
-    yield server.listening_address
-    del server
-
-
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
 def test_the_request_to_llama_server(make: Make, shelf: Path) -> None:
     """By the shell and curl, as printed, but for the port."""
     folder = make("gguf")
     request = next(b.code for b in blocks(folder) if b.code.startswith("curl"))
-    with served(folder, shelf) as address:
+    line = next(b.code for b in blocks(folder) if b.code.startswith("llama-server"))
+    with served(line, shelf) as address:
         code = request.replace("http://localhost:8080", address)
         assert code != request
         done = subprocess.run(["sh", "-c", code], cwd=shelf, capture_output=True, text=True, timeout=120, check=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -302,6 +303,18 @@ def test_a_base_that_is_not_there(tiny: Path, tmp_path: Path, part: str) -> None
     words = ["train", str(tmp_path / "r.toml"), "--work-dir", str(tmp_path / "w")]
     found = CliRunner().invoke(app, [*words, "--set", f"model.{part}={tmp_path / 'gone'}"])
     assert found.exit_code == 3 and f"{tmp_path / 'gone'}: cannot be loaded" in found.output.replace("\n", "")
+
+
+def test_the_printed_next_step_is_done(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder whose name the shell would cut."""
+    monkeypatch.chdir(tmp_path)
+    Path("r.toml").write_text(recipes.as_toml(tiny_recipe(tiny, tmp_path, [GOOD])))
+    done = CliRunner().invoke(app, ["train", "r.toml", "--work-dir", "my run"])
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("next: ")]
+    program, *words = shlex.split(line.removeprefix("next: "))
+    assert program == "llava-convert" and "my run" in " ".join(words)
+    assert CliRunner().invoke(app, words).exit_code == 0
 
 
 def test_taken_up_with_another_recipe(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

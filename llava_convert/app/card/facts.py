@@ -14,35 +14,20 @@ from llava_convert.assets.bundle import Artefacts
 from llava_convert.core.hub_names import is_id
 from llava_convert.engine.plan import Plan
 from llava_convert.engine.shards import Shard
+from llava_convert.layouts.info import LAYOUTS, TARGETS, Card, LayoutInfo, TargetInfo
 from llava_convert.model.checkpoint import LLM, PARTS, PROJECTOR, VISION
-from llava_convert.model.options import TargetOptions
+from llava_convert.model.options import ALL, TargetOptions
 from llava_convert.model.recipe import Model
 from llava_convert.model.target import Target
-
-_WHOLE = {
-    "xtuner": "This is a LLaVA in xtuner's layout: a model that answers questions about pictures.",
-    "official": "This is a LLaVA in the layout of the original code (haotian-liu/LLaVA): a model that answers "
-    "questions about pictures.",
-    "hf": "This is a LLaVA for transformers (`LlavaForConditionalGeneration`): a model that answers questions about "
-    "pictures.",
-    "gguf": "This is a LLaVA as GGUF, for llama.cpp and Ollama: a model that answers questions about pictures. It "
-    "takes two files, a language model and an mmproj, which holds its eyes.",
-}
-_ALONE = {
-    LLM: "This is the language model of a LLaVA, on its own: it reads text and sees no pictures.",
-    VISION: "This is the vision tower of a LLaVA, on its own.",
-    PROJECTOR: "This is the projector of a LLaVA, on its own: the layers between vision tower and language model.",
-}
-_PRETRAINED = (
-    "This is the projector of a LLaVA in xtuner's layout: what a pretraining leaves, to be used with the language "
-    "model and the vision tower that it was trained between."
-)
-_MMPROJ = "This is the mmproj of a LLaVA, on its own: its vision tower and projector as GGUF, for llama.cpp."
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the texts of a card are made of."""
+    """What the texts of a card are made of.
+
+    `name` is the output's, `repo` the hub id that it is going to have (ms://… on ModelScope); `options` are those that
+    the target was made with.
+    """
 
     plan: Plan
     target: Target
@@ -52,8 +37,24 @@ class Facts:
     repo: str | None
 
     @property
-    def layout(self) -> str:
-        return self.plan.layout
+    def kind(self) -> TargetInfo:
+        """What is known of the output's layout."""
+        return TARGETS[self.plan.layout]
+
+    @property
+    def source(self) -> LayoutInfo:
+        """What is known of the source's layout."""
+        return LAYOUTS[self.model.checkpoint.layout]
+
+    @property
+    def card(self) -> Card:
+        """What is said of such an output. Raises ValueError where the layout's entry has nothing of it."""
+        kind = self.kind
+        cards = {ALL: kind.whole, LLM: kind.language_model, VISION: kind.vision_tower, PROJECTOR: kind.projector}
+        found = cards[self.part]
+        if found is None:
+            raise ValueError(f"layouts/info.py has no card for the {self.part} of the {self.plan.layout} layout")
+        return found
 
     @cached_property
     def parts(self) -> frozenset[str]:
@@ -62,13 +63,16 @@ class Facts:
         return frozenset(part for part in PARTS if part in found)
 
     @cached_property
+    def part(self) -> str:
+        """The part that the output was asked to hold, or all: then, too, there may be no more than one."""
+        asked = self.options.part
+        return next(iter(self.parts)) if asked == ALL and len(self.parts) == 1 else asked
+
+    @property
     def alone(self) -> str | None:
-        """The one part that the output was asked to hold, None where it is a LLaVA."""
-        if self.layout == "gguf":
-            return None if len(self.parts) > 2 else LLM if LLM in self.parts else VISION
-        if len(self.parts) > 1 or (self.layout == "xtuner" and self.parts == {PROJECTOR}):
-            return None  # of xtuner's layout the projector alone is what a pretraining leaves
-        return next(iter(self.parts), None)
+        """The one part that the output is of, None where it is a LLaVA."""
+        pretrained = self.part == PROJECTOR and LAYOUTS[self.plan.layout].leaves_out_frozen
+        return None if self.part == ALL or pretrained else self.part
 
     @property
     def adapter(self) -> bool:
@@ -78,12 +82,6 @@ class Facts:
     @property
     def whole(self) -> bool:
         return self.alone is None
-
-    @property
-    def sentence(self) -> str:
-        if self.alone is None:
-            return _PRETRAINED if self.parts == {PROJECTOR} else _WHOLE[self.layout]
-        return _MMPROJ if (self.layout, self.alone) == ("gguf", VISION) else _ALONE[self.alone]
 
     @cached_property
     def title(self) -> str:
@@ -131,6 +129,12 @@ class Facts:
         """The hub id of a part's base model, where it is known and no guess."""
         name, guess = self.made.id_of(part)
         return name if guess is None and is_id(name) else None
+
+    def place_of(self, part: str) -> str | None:
+        """The folder within the output that a part's weights lie in, None where the output has none of them."""
+        shards = (shard.name for shard in self.plan.shards for t in shard.tensors if t.canonical.startswith(f"{part}."))
+        found = next(shards, None)
+        return None if found is None else found.rpartition("/")[0]
 
     def config(self, file: str = "config.json") -> Mapping[str, Any]:
         """A JSON file of the output, {} where there is none."""

@@ -9,13 +9,8 @@ from collections.abc import Mapping, Sequence
 from llava_convert.app.card.facts import Facts
 from llava_convert.app.card.origin import Origin
 from llava_convert.core.tensors import QUANTS
-from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION
+from llava_convert.model.checkpoint import LLM, PROJECTOR
 
-# Which library the hub offers to load it with. "xtuner" and "llava" are none that it has a snippet for, and that is
-# right: with "transformers", or nothing, it would offer one that fails.
-_LIBRARIES = {"hf": "transformers", "xtuner": "xtuner", "official": "llava", "gguf": "gguf"}
-_ALONE = {LLM: "text-generation", VISION: "image-feature-extraction", PROJECTOR: "image-text-to-text"}
-_LAYOUT_TAGS = {"xtuner": ("xtuner",), "official": (), "hf": (), "gguf": ("gguf", "llama.cpp", "ollama")}
 # Words which YAML takes for something else than a text.
 _NOT_TEXT = re.compile(r"(?i)y|n|yes|no|on|off|true|false|null|none|inf|nan")
 _PLAIN = re.compile(r"[A-Za-z][\w./+-]*", re.ASCII)
@@ -25,8 +20,8 @@ def front_matter(facts: Facts, origin: Origin) -> str:
     """The block between the dashes, both included."""
     license = origin.license
     fields: dict[str, str | Sequence[str] | None] = {
-        "pipeline_tag": "image-text-to-text" if facts.alone is None else _ALONE[facts.alone],
-        "library_name": _library(facts),
+        "pipeline_tag": facts.card.task,
+        "library_name": facts.card.library,
         "license": license.id if license else None,
         "license_name": license.name if license else None,
         "license_link": license.link if license else None,
@@ -55,18 +50,12 @@ def relation(facts: Facts, origin: Origin) -> str | None:
     return "adapter" if only else "finetune"
 
 
-def _library(facts: Facts) -> str:
-    library = _LIBRARIES[facts.layout]
-    # A language model or a tower on its own is a folder that transformers reads, whichever layout was asked for.
-    return "transformers" if facts.alone in (LLM, VISION) and facts.layout != "gguf" else library
-
-
 def _tags(facts: Facts) -> tuple[str, ...]:
     family = facts.model.configs.get(LLM, {}).get("model_type")
-    trained = ("xtuner",) if facts.model.checkpoint.layout in ("pth", "xtuner") else ()
+    trained = (facts.source.trainer,) if facts.source.trainer is not None else ()
     seeing = ("multimodal", "vision") if facts.alone != LLM else ()
     known = (family,) if isinstance(family, str) and facts.alone in (None, LLM) else ()
-    return tuple(dict.fromkeys(("llava", *seeing, *known, *_LAYOUT_TAGS[facts.layout], *trained)))
+    return tuple(dict.fromkeys(("llava", *seeing, *known, *facts.kind.tags, *trained)))
 
 
 def _yaml(fields: Mapping[str, str | Sequence[str] | None]) -> list[str]:

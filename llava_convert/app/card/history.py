@@ -15,13 +15,6 @@ from llava_convert.model.checkpoint import LLM, PART_NAMES, PARTS, VISION
 from llava_convert.ops.lora import MergeLora
 from llava_convert.ops.quantize import Dequantize, Quantize
 
-_SOURCES = {
-    "pth": "a training checkpoint of xtuner (`.pth`)",
-    "xtuner": "xtuner's layout",
-    "official": "the layout of the original LLaVA code",
-    "hf": "the transformers layout",
-    "gguf": "GGUF",
-}
 _LEVELS = {
     "quick": "After writing, the names, dtypes, shapes and places of all tensors, the index and the small files were "
     "compared with what was planned (`--verify quick`).",
@@ -50,7 +43,7 @@ def history(facts: Facts, origin: Origin, verified: str) -> list[str]:
 
 def _made(facts: Facts, origin: Origin) -> str:
     source = f" [{origin.source}](https://huggingface.co/{origin.source})," if origin.source else ""
-    said = f"llava-convert {__version__} made this of{source} {_SOURCES[facts.model.checkpoint.layout]}."
+    said = f"llava-convert {__version__} made this of{source} {facts.source.description}."
     bases = [
         f"{PART_NAMES[part]} [{name}](https://huggingface.co/{name})"
         for part in (LLM, VISION)
@@ -60,7 +53,8 @@ def _made(facts: Facts, origin: Origin) -> str:
 
 
 def _parts(facts: Facts) -> str:
-    """One row a part. Of GGUF, which may hold a part in several types, the files' table tells types and sizes."""
+    """One row a part; where the files have a table, that tells types and sizes."""
+    columns = 3 if facts.kind.by_file else 5
     rows = []
     for part in PARTS:
         mine = {t.canonical: t for t in facts.plan.tensors if t.canonical.startswith(f"{part}.")}
@@ -69,17 +63,15 @@ def _parts(facts: Facts) -> str:
             rows.append((PART_NAMES[part], _elsewhere(facts, part), "", "", ""))
             continue
         dtypes = ", ".join(sorted({TORCH_NAMES.get(t.dtype, t.dtype) for t in tensors}))
-        cells = ("", "") if facts.layout == "gguf" else (dtypes, size(sum(t.nbytes for t in tensors)))
-        rows.append((PART_NAMES[part], _weights(facts, part, tensors), str(len(tensors)), *cells))
-    columns = 3 if facts.layout == "gguf" else 5
+        cells = (str(len(tensors)), dtypes, size(sum(t.nbytes for t in tensors)))
+        rows.append((PART_NAMES[part], _weights(facts, part, tensors), *cells))
     head = ("part", "its weights are", "tensors", "dtype", "size")
     return table(head[:columns], (row[:columns] for row in rows))
 
 
 def _elsewhere(facts: Facts, part: str) -> str:
     name = facts.base_id(part)
-    whole = facts.whole and facts.layout in ("xtuner", "official")
-    return f"not here: those of the base model{f' `{name}`' if name else ''}" if whole else "not here"
+    return f"not here: those of the base model{f' `{name}`' if name else ''}" if facts.whole else "not here"
 
 
 def _weights(facts: Facts, part: str, tensors: Sequence[PlannedTensor]) -> str:
@@ -157,7 +149,8 @@ def _remarks(facts: Facts) -> list[str]:
             "`<image>`, `<pad>` and padding: each is the mean of the old rows, and means nothing."
         )
     processor = facts.plan.files.get("preprocessor_config.json")
-    if facts.layout == "hf" and facts.whole and processor is not None and b'"CLIPImageProcessor"' in processor:
+    crops = processor is not None and b'"CLIPImageProcessor"' in processor
+    if facts.whole and crops and not facts.kind.pads_pictures:
         said.append(
             "Training padded pictures to squares. The image processor here crops their middle, since that loads "
             "in every transformers version; on pictures that are not square the model sees other pixels. "

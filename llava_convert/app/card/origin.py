@@ -50,9 +50,8 @@ def origin(facts: Facts) -> Origin:
     """What the source's own card, its training config and its base models tell."""
     checkpoint = facts.model.checkpoint
     folder = checkpoint.path if checkpoint.path.is_dir() else None
-    # A .pth's folder is a training's, whose README is about something else.
-    own = _front_matter(folder) if folder is not None and checkpoint.layout != "pth" else {}
-    source = _published(checkpoint.root) if checkpoint.layout != "pth" else None
+    own = _front_matter(folder) if folder is not None and facts.source.has_card else {}
+    source = _published(checkpoint.root) if facts.source.has_card else None
     paths = checkpoint.training.data_paths if checkpoint.training is not None else ()
     datasets = {*datasets_of(paths), *(i for i in _texts(own.get("datasets")) if is_id(i))}
     return Origin(

@@ -11,7 +11,6 @@ from llava_convert.app.card.tables import size, table
 from llava_convert.app.card.traps import lmdeploy_template
 from llava_convert.assets.tokenizer.files import TEMPLATE
 from llava_convert.assets.tokenizer.llava_tokens import IMAGE_TOKEN
-from llava_convert.layouts.xtuner import LLM_ADAPTER, VISION_ADAPTER, VISION_FOLDER
 from llava_convert.model.checkpoint import LLM, PART_NAMES, VISION
 
 _BASES = {LLM: "BASE_LANGUAGE_MODEL", VISION: "BASE_VISION_TOWER"}
@@ -55,7 +54,7 @@ class Words:
 
     @property
     def files(self) -> str:
-        if self._facts.layout != "gguf":
+        if not self._facts.kind.by_file:
             return ""
         rows = [
             (f"`{shard.name}`", ", ".join(sorted({t.dtype for t in shard.tensors})), size(shard.size))
@@ -71,7 +70,7 @@ class Words:
             return ""
         if facts.on_modelscope:  # which no runtime asks by itself
             command = f"modelscope download {shlex.quote(facts.repo.removeprefix('ms://'))}"
-        elif facts.layout == "gguf" or facts.alone is not None:
+        elif facts.kind.by_file or facts.alone is not None:
             command = f"hf download {self.model_sh}"
         else:
             return ""
@@ -105,9 +104,7 @@ class Words:
     def _unknown_prompt(self) -> str:
         facts = self._facts
         if facts.has_chat_template:
-            gguf = facts.layout == "gguf"
-            where = "the GGUF's metadata (`tokenizer.chat_template`)" if gguf else "the tokenizer's files"
-            return f"## The prompt\n\nThe format is that of the chat template in {where}."
+            return f"## The prompt\n\nThe format is that of the chat template in {facts.kind.chat_template}."
         return (
             "## The prompt\n\nThe format that this model was trained on is not known: neither its training config nor "
             "its tokenizer tells it. Without it answers are poor. Where you know it, convert again with "
@@ -271,7 +268,7 @@ class Words:
         facts = self._facts
         llm = self.model_sh if "config.json" in facts.plan.files else shlex.quote(facts.base_id(LLM) or _BASES[LLM])
         lines = [f"xtuner chat {llm} --llava {self.model_sh}"]
-        if not self._whole_tower:
+        if self._tower_config is None:
             lines.append(f"--visual-encoder {shlex.quote(facts.base_id(VISION) or _BASES[VISION])}")
         prompt = facts.prompt
         template = f"--prompt-template {prompt.name} " if prompt is not None and prompt.name else ""
@@ -283,7 +280,7 @@ class Words:
         facts = self._facts
         elsewhere = [
             f"the {PART_NAMES[part]} {_named(facts.base_id(part), part)}"
-            for part, here in ((LLM, "config.json" in facts.plan.files), (VISION, self._whole_tower))
+            for part, here in ((LLM, "config.json" in facts.plan.files), (VISION, self._tower_config is not None))
             if not here
         ]
         if not elsewhere:
@@ -302,22 +299,23 @@ class Words:
         )
 
     @property
-    def _whole_tower(self) -> bool:
-        return f"{VISION_FOLDER}/config.json" in self._facts.plan.files
+    def _tower_config(self) -> str | None:
+        """The config of the tower, where the output holds one that is whole."""
+        place = self._facts.place_of(VISION)
+        name = f"{place}/config.json" if place else "config.json"
+        return name if place is not None and name in self._facts.plan.files else None
 
     # Parts alone.
 
     @property
     def tower_class_py(self) -> str:
-        config = self._facts.config(f"{VISION_FOLDER}/config.json" if self._whole_tower else "config.json")
+        config = self._facts.config(self._tower_config or "config.json")
         return str((config.get("architectures") or ["CLIPVisionModel"])[0])
 
     @property
     def tower_py(self) -> str:
-        """The folder of a tower alone; in xtuner's layout it is one below."""
-        if not self._whole_tower:
-            return self.model_py
-        return json.dumps(f"{self._facts.folder}/{VISION_FOLDER}", ensure_ascii=False)
+        """The folder of a tower alone, which may be one below."""
+        return self._place_py(VISION)
 
     @property
     def tower_processor_py(self) -> str:
@@ -337,11 +335,16 @@ class Words:
 
     @property
     def llm_adapter_py(self) -> str:
-        return json.dumps(f"{self._facts.folder}/{LLM_ADAPTER}", ensure_ascii=False)
+        return self._place_py(LLM)
 
     @property
     def tower_adapter_py(self) -> str:
-        return json.dumps(f"{self._facts.folder}/{VISION_ADAPTER}", ensure_ascii=False)
+        return self._place_py(VISION)
+
+    def _place_py(self, part: str) -> str:
+        """The folder that holds a part, as Python's literal: a library that knows the hub can be given its id."""
+        place = self._facts.place_of(part)
+        return json.dumps(f"{self._facts.folder}/{place}", ensure_ascii=False) if place else self.model_py
 
     @property
     def file_py(self) -> str:

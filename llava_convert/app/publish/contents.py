@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llava_convert.app.card import CARD
 from llava_convert.app.convert import verify
 from llava_convert.app.options import SourceOptions
 from llava_convert.core.errors import InputError, MismatchError, UsageError
@@ -19,7 +20,6 @@ from llava_convert.storage.fingerprints import contents
 from llava_convert.storage.hubs import Content
 from llava_convert.storage.remote.files import WEIGHTS
 
-CARD = "README.md"
 # Written after the verification, so not among the files that it vouches for.
 _UNVOUCHED = frozenset({CARD, RECORD})
 

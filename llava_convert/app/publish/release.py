@@ -1,8 +1,9 @@
 """A release: the layouts of one model, each in a repository of its own, named as xtuner's releases are.
 
-The names are data (ROWS). Everything is planned before anything is done; then each row is converted with full
-verification and published, one after the other. What a rerun finds done it leaves: an output whose record is the one
-that the conversion would write now, and whose files have the recorded sha256; and on the hubs the files that are there.
+The names are those of the layouts' entries (`layouts/info.py`). Everything is planned before anything is done; then
+each row is converted with full verification and published, one after the other. What a rerun finds done it leaves: an
+output whose record is the one that the conversion would write now, and whose files have the recorded sha256; and on the
+hubs the files that are there.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ from typing import Any
 
 from llava_convert.app import convert as engine
 from llava_convert.app.convert import Prepared
+from llava_convert.app.documents import Documents
 from llava_convert.app.options import Options, SourceOptions
-from llava_convert.app.publish.contents import CARD, names, proven
+from llava_convert.app.publish.contents import names, proven
 from llava_convert.app.publish.publish import check, publish
 from llava_convert.app.stage_one import stage_one
 from llava_convert.core.errors import ConvertError, HubError, MismatchError, OutputError, UsageError
 from llava_convert.core.progress import Say, Silence
 from llava_convert.engine.check import FULL
-from llava_convert.engine.record import record
+from llava_convert.engine.record import completed
 from llava_convert.engine.report import Published
+from llava_convert.layouts.info import LAYOUTS, TARGETS
 from llava_convert.model.checkpoint import Checkpoint
 from llava_convert.model.options import TargetOptions
-from llava_convert.model.record import RECORD, read_record
+from llava_convert.model.record import read_record
 from llava_convert.storage.hubs import Destination, Parcel
 from llava_convert.storage.remote.mounts import mounted, mounts
 
@@ -42,13 +45,17 @@ class Row:
     stage_one: bool = False
 
 
-# As https://huggingface.co/xtuner publishes llava-llama-3-8b-v1_1; the files in -gguf have no suffix in their names.
+# As https://huggingface.co/xtuner publishes llava-llama-3-8b-v1_1.
 ROWS = (
-    Row("xtuner", "", "xtuner", ""),
-    Row("official", "-hf", "official", "-hf"),
-    Row("hf", "-transformers", "hf", "-transformers"),
-    Row("gguf", "-gguf", "gguf", ""),
-    Row("pretrain", "-pretrain", "xtuner", "-pretrain", stage_one=True),
+    *(
+        Row(name, target.repo_suffix, name, "" if target.plain_names else target.repo_suffix)
+        for name, target in TARGETS.items()
+    ),
+    *(
+        Row("pretrain", "-pretrain", name, "-pretrain", stage_one=True)
+        for name in TARGETS
+        if LAYOUTS[name].leaves_out_frozen  # so that a projector alone is what a pretraining leaves
+    ),
 )
 
 
@@ -67,33 +74,34 @@ class Release:
 
 @dataclass(frozen=True)
 class Item:
-    """A layout with its folder and repository; `plan` is absent where the source is in this layout already."""
+    """A layout with its folder and repository; `made` is absent where the source is in this layout already."""
 
     row: Row
     repo: str
     folder: Path
     source: Path
     options: Options
-    plan: Prepared | None = None
+    made: Documents | None = None
     there: bool = False  # converted by an earlier run
     published: tuple[Published, ...] = field(default=())
 
     @property
     def size(self) -> int:
-        if self.plan is None:
-            return sum((self.folder / name).stat().st_size for name in names(self.folder))
-        return self.plan.plan.bytes_written
+        return sum(self._sizes.values())
 
     @property
     def files(self) -> list[str]:
-        if self.plan is None:
-            return names(self.folder)
-        plan = self.plan.plan
-        return sorted([*(shard.name for shard in plan.shards), *plan.files, *plan.indexes, CARD, RECORD])
+        return sorted(self._sizes)
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        if self.made is None:
+            return {name: (self.folder / name).stat().st_size for name in names(self.folder)}
+        return {**self.made.plan.sizes, **self.made.sizes}
 
     @property
     def story(self) -> str:
-        return "as it is" if self.plan is None else "there already" if self.there else "convert"
+        return "as it is" if self.made is None else "there already" if self.there else "convert"
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -153,7 +161,7 @@ def _item(release: Release, row: Row, opened: tuple[Checkpoint, str]) -> Item | 
         row.layout,
         out=(release.out or Path(base)) / (base + row.suffix),
         name=base + row.title,
-        target=TargetOptions(outtypes=release.outtypes if row.layout == "gguf" else ()),
+        target=TargetOptions(outtypes=release.outtypes if "outtypes" in TARGETS[row.layout].options else ()),
         verify=FULL,
         repo=replace(release.to, repo=release.name + row.suffix).address,
         shared=True,
@@ -177,16 +185,17 @@ def _item(release: Release, row: Row, opened: tuple[Checkpoint, str]) -> Item | 
             raise UsageError(f"{remote.address} is of this layout, and is not here", hint="--cache fetches it")
         return Item(row, release.name + row.suffix, source, source, options)
     ready = engine.prepare(source, options, None if row.stage_one else opened)
-    there = _is_there(ready, options)
+    made = engine.documents(ready, options)
+    there = _is_there(ready, made)
     if ready.out.exists() and not there:
         raise OutputError(
             f"{ready.out} exists, and is not what this release makes of {source.name}",
             hint="remove it, or give another folder by -o",
         )
-    return Item(row, release.name + row.suffix, ready.out, source, options, ready, there)
+    return Item(row, release.name + row.suffix, ready.out, source, options, made, there)
 
 
-def _is_there(ready: Prepared, options: Options) -> bool:
+def _is_there(ready: Prepared, made: Documents) -> bool:
     """Whether an output is what the conversion would make, by its record alone."""
     try:
         found = read_record(ready.out)
@@ -196,8 +205,7 @@ def _is_there(ready: Prepared, options: Options) -> bool:
     if found is None or not isinstance(verified, dict) or verified.get("level") != FULL:
         return False
     # The record names plan, options and the identity of every source, and nothing that two runs could differ in.
-    kept = engine.recorded_options(options, ready)
-    wanted = record(ready.plan, ready.target, ready.model, None, options=kept, verified=verified)
+    wanted = completed(made.record, ready.plan, files=verified.get("files"))
     return bool(found == json.loads(json.dumps(wanted)))
 
 
@@ -229,7 +237,7 @@ def _do(item: Item, release: Release, say: Say) -> Item:
             say.note(f"{problem.message}: it is converted again")
             options = replace(options, force=True)
     if files is None:
-        if item.plan is not None:
+        if item.made is not None:
             engine.convert(item.source, options, say)
         files = proven(item.folder, say)
     to = replace(release.to, repo=item.repo)

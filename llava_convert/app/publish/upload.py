@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from llava_convert.app.card import CARD
 from llava_convert.app.options import SourceOptions
-from llava_convert.app.publish.contents import CARD, names, proven
+from llava_convert.app.publish.contents import names, proven
 from llava_convert.app.publish.publish import BOTH, check, publish
 from llava_convert.core.errors import HubError, TransferInterrupted, UsageError
 from llava_convert.core.progress import Say, Silence

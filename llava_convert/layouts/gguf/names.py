@@ -116,6 +116,11 @@ def tables() -> tuple[GgufTable, ...]:
     return tuple(table for table in found if table is not None)
 
 
+def dialects() -> list[str]:
+    """The architectures, each of which has names of its own."""
+    return sorted(table.architecture for table in tables())
+
+
 def parse_gguf_table(text: str, path: Path) -> GgufTable | None:
     """One table; None for a file of the folder that holds something else. Raises TableError for a contradiction."""
     raw = tomllib.loads(text)

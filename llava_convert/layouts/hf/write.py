@@ -68,7 +68,7 @@ def lower(model: Model, options: TargetOptions) -> Target:
     added = _added(model, recipes, tokens, record)
     return Target(
         NAME,
-        (FileSet(tensors, limit=shard_limit(model, options, trained="5GB")),),
+        (FileSet(tensors, limit=shard_limit(model, options, NAME)),),
         files,
         added_rows=added,
         notes=made.notes(LLM, VISION),

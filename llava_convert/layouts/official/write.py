@@ -55,7 +55,7 @@ def lower(model: Model, options: TargetOptions) -> Target:
         files["preprocessor_config.json"] = to_json(preprocessor)
     return Target(
         NAME,
-        (FileSet(tensors, limit=shard_limit(model, options)),),
+        (FileSet(tensors, limit=shard_limit(model, options, NAME)),),
         files,
         notes=made.notes(LLM, VISION),
         warnings=made.warnings(LLM, VISION),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llava_convert.layouts.xtuner.read import LLM_ADAPTER, NAME, VISION_ADAPTER, VISION_FOLDER, detect, open
+from llava_convert.layouts.xtuner.read import NAME, detect, open
 from llava_convert.layouts.xtuner.write import lower, needs
 
-__all__ = ["LLM_ADAPTER", "NAME", "VISION_ADAPTER", "VISION_FOLDER", "detect", "lower", "needs", "open"]
+__all__ = ["NAME", "detect", "lower", "needs", "open"]

@@ -68,11 +68,11 @@ def lower(model: Model, options: TargetOptions) -> Target:
         elif not model.part(part):
             continue
         elif part == LLM:
-            sets.append(single.llm_files(model, options, dtype))
+            sets.append(single.llm_files(model, options, dtype, NAME))
             files |= single.llm_artefacts(model, made, dtype, words_of(NAME, model.facts))
             named.append(part)
         elif part == VISION:
-            sets.append(single.vision_files(model, options, _FIXED, VISION_FOLDER))
+            sets.append(single.vision_files(model, options, _FIXED, NAME, VISION_FOLDER))
             files |= single.vision_artefacts(model, made, _FIXED, VISION_FOLDER)
             named.append(part)
         else:

@@ -21,9 +21,10 @@ import llava_convert
 from llava_convert._version import __version__
 from llava_convert.app import convert as engine
 from llava_convert.app.card import card
+from llava_convert.app.card.facts import Facts
 from llava_convert.app.card.front_matter import _scalar
 from llava_convert.app.card.origin import datasets_of
-from llava_convert.app.card.quickstarts import SECTIONS
+from llava_convert.app.card.quickstarts import CONDITIONS
 from llava_convert.app.card.tables import size, table
 from llava_convert.app.card.traps import lmdeploy_template
 from llava_convert.app.card.words import Words
@@ -31,7 +32,7 @@ from llava_convert.app.convert import prepare
 from llava_convert.app.options import Options, SourceOptions
 from llava_convert.app.publish.release import Release
 from llava_convert.app.publish.release import plan as plan_release
-from llava_convert.model.options import TargetOptions
+from llava_convert.layouts.info import TARGETS
 from llava_convert.model.recipe import Bases
 from llava_convert.storage.hubs import Destination
 from tests.interop.card_blocks import block, blocks
@@ -309,12 +310,11 @@ def test_the_trap_is_told_only_to_names_that_fall_into_it(make: Make) -> None:
 # Names.
 
 
-def written(tiny: Path, to: str, name: str, **options: Any) -> str:
+def written(tiny: Path, to: str, name: str, repo: str | None = None) -> str:
     """A card alone, of a plan that is not run."""
     bases = Bases(llm_id="meta/tiny", visual_encoder_id="openai/tiny")
     ready = prepare(tiny / "iter_2.pth", Options(to=to, out=Path(name), bases=bases))
-    ids = {"language_model": "meta/tiny", "vision_tower": "openai/tiny"}
-    return card(ready.plan, ready.target, ready.model, name, options=TargetOptions(ids=ids), verified="full", **options)
+    return card(Facts(ready.plan, ready.target, ready.model, name, ready.options, repo), verified="full")
 
 
 @pytest.mark.parametrize("to", ["hf", "official", "xtuner", "gguf"])
@@ -458,8 +458,15 @@ def test_one_part_is_not_called_a_whole_model(make: Make) -> None:
 
 
 def test_every_text_is_used_and_every_word_known() -> None:
-    named = {section.text for section in SECTIONS}
+    cards = [
+        card
+        for target in TARGETS.values()
+        for card in (target.whole, target.language_model, target.vision_tower, target.projector)
+        if card is not None
+    ]
+    named = {f"{text}.md" for card in cards for text in card.quickstarts}
     assert named == {file.name for file in TEXTS.iterdir()}
+    assert {f"{text}.md" for text in CONDITIONS} <= named
     for file in TEXTS.iterdir():
         text = file.read_text(encoding="utf-8")
         words = [piece.partition(">>")[0] for piece in text.split("<<")[1:] if ">>" in piece.partition("\n")[0]]

@@ -10,6 +10,7 @@ import pytest
 
 import llava_convert
 from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.layouts.info import TARGETS
 
 JSON_KEYS = {"path", "layout", "why", "parts", "settings", "targets", "notes", "warnings", "details", "bytes_fetched"}
 
@@ -31,7 +32,7 @@ def test_a_training_checkpoint(tiny: Path) -> None:
     assert (tower.state, tower.tensors) == ("lora", 36)
     assert tower.detail.startswith("LoRA r=8 alpha=16 on 18 modules; base model ")
     assert (projector.state, projector.tensors, projector.bytes) == ("full", 4, 4 * (64 * 32 + 64 + 64 * 64 + 64))
-    assert found.targets == {"xtuner": None, "official": None, "hf": None, "gguf": None}
+    assert found.targets == dict.fromkeys(TARGETS)
     assert found.settings["feature layer"] == -2
 
 
@@ -39,7 +40,7 @@ def test_a_training_checkpoint(tiny: Path) -> None:
 def test_each_layout(made: Path, layout: str) -> None:
     found = llava_convert.inspect(made / layout)
     assert found.layout == layout and found.why
-    assert layout not in found.targets and len(found.targets) == 3
+    assert found.targets.keys() == TARGETS.keys() - {layout}
     states = {part.name: part.state for part in found.parts}
     assert states == {"llm": "full", "visual-encoder": "lora" if layout == "xtuner" else "full", "projector": "full"}
 
@@ -51,7 +52,7 @@ def test_what_is_missing_and_how_to_supply_it(made: Path, tiny: Path) -> None:
         assert problem is not None
         assert "base vision tower 'vit' is not here" in problem and "--visual-encoder" in problem
     supplied = llava_convert.inspect(made / "xtuner", visual_encoder=str(tiny / "vit"))
-    assert supplied.targets == {"official": None, "hf": None, "gguf": None}
+    assert supplied.targets == dict.fromkeys(TARGETS.keys() - {"xtuner"})
 
 
 def test_as_json(made: Path) -> None:

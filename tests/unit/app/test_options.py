@@ -77,7 +77,10 @@ def refused(source: Path, out: Path, options: dict[str, Any], *said: str) -> Non
         ({"to": "hf", "outtype": "q4_k_m"}, ("--outtype does not apply to hf", "it is for gguf")),
         ({"to": "official", "mmproj_outtype": "f16"}, ("--mmproj-outtype does not apply", "it is for gguf")),
         ({"to": "xtuner", "pre": "llama-bpe"}, ("--pre does not apply to xtuner", "it is for gguf")),
-        ({"to": "xtuner", "image_processor": "llava"}, ("--image-processor does not apply", "it is for official, hf")),
+        (
+            {"to": "xtuner", "image_processor": "llava"},
+            ("--image-processor does not apply", "for official, ", "hf"),
+        ),
         ({"to": "gguf", "dtype": "bf16"}, ("--dtype does not apply to gguf", "--outtype and --mmproj-outtype")),
         ({"to": "hf", "dequantize": True}, ("--dequantize does not apply", "nothing in iter_2.pth is quantised")),
         ({"to": "hf", "part": "llm", "llm": "{tiny}/llm", "lora_alpha": {}, "hub": "both"}, ("--hub", "--push REPO")),

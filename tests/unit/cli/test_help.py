@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import llava_convert
 from llava_convert.cli import app
+from llava_convert.layouts.info import LAYOUTS, TARGETS
 
 ROOT = Path(llava_convert.__file__).resolve().parents[1]
 GROUP: Any = typer.main.get_command(app)
@@ -65,7 +66,7 @@ def documents() -> str:
 
 def test_the_commands() -> None:
     assert set(COMMANDS) == {
-        "pth", "xtuner", "official", "hf", "gguf", "convert", "inspect", "verify", "layouts", "train",
+        *LAYOUTS, "convert", "inspect", "verify", "layouts", "train",
         "data check", "data fix-ocrvqa", "upload", "release",
     }  # fmt: skip
 
@@ -128,8 +129,7 @@ def test_json_of_the_others(tiny: Path, tmp_path: Path) -> None:
     compared = json.loads(run("verify", tiny / "iter_2.pth", tmp_path / "o", "--json").stdout)
     assert (compared["same"], compared["equal"], compared["missing"]) == (True, 80, [])
     known = json.loads(run("layouts", "--json").stdout)
-    assert set(known["sources"]) == {"pth", "xtuner", "official", "hf", "gguf"}
-    assert known["targets"] == ["xtuner", "official", "hf", "gguf"]
+    assert set(known["sources"]) == set(LAYOUTS) and known["targets"] == list(TARGETS)
     assert known["ops"] == [
         "copy", "cast", "merge_lora", "pad_rows", "take_rows", "rope_permute", "quantize", "dequantize", "constant",
     ]  # fmt: skip
@@ -167,6 +167,8 @@ def test_dry_run(tiny: Path, tmp_path: Path) -> None:
     assert found.exit_code == 0 and list(tmp_path.iterdir()) == []
     assert "80 tensors" in found.stdout and "model.safetensors" in found.stdout
     assert "merge_lora → cast" in found.stdout
+    assert re.search(r"^  README\.md +[\d.]+ kB$", found.stdout, re.M)
+    assert re.search(r"^  conversion\.json +[\d.]+ kB$", found.stdout, re.M)
     assert "nothing was written (--dry-run)" in found.stderr
     value = json.loads(run("pth", tiny / "iter_2.pth", "--to", "hf", "--dry-run", "--json").stdout)
     assert (value["done"], value.keys()) == (False, JSON_KEYS)
@@ -230,7 +232,7 @@ def test_looking_and_renaming_never_import_torch(tiny: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        (["pth", "x", "--to", ""], {"xtuner", "official", "hf", "gguf"}),
+        (["pth", "x", "--to", ""], set(TARGETS)),
         (["hf", "x", "--to", "g"], {"gguf"}),
         (["pth", "x", "--dtype", "b"], {"bfloat16"}),
         (["pth", "x", "--part", ""], {"all", "llm", "projector", "visual-encoder"}),
@@ -252,10 +254,12 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 
 
 def test_what_is_offered_is_what_there_is() -> None:
-    from llava_convert.cli._options import TARGETS
-    from llava_convert.layouts.info import TARGETS as written
+    from llava_convert.cli._options import _OUTTYPES, _PARTS
+    from llava_convert.layouts.gguf.mixes import OUTTYPES
+    from llava_convert.model.checkpoint import PART_WORDS
 
-    assert written == TARGETS
+    assert set(_PARTS) == {"all", *PART_WORDS.values()}
+    assert set(_OUTTYPES) <= {"auto", *OUTTYPES}
 
 
 @pytest.mark.parametrize("arguments", [["pth", "x"], ["pth", "x", "--to", "hf", "--nothing"], ["nothing"]])
