@@ -10,7 +10,7 @@ from typing import Any
 from llava_convert.core.arrays import FLOATS
 from llava_convert.core.errors import MismatchError
 from llava_convert.core.tensors import QUANTS, StoredTensor
-from llava_convert.engine.compare import Difference, compare
+from llava_convert.engine.compare import Difference, compare, merged_in_float32
 from llava_convert.engine.shards import PlannedTensor
 from llava_convert.layouts.registry import layout, open_each
 from llava_convert.model.assemble import assemble, without_added
@@ -33,7 +33,9 @@ class Verdict:
 
     Names are canonical ones; where OUT holds several files of one model, after the file's. `synthetic` are tensors that
     SOURCE's layout never has: OUT's are not compared. `quantised` of the `equal` ones are blocks in OUT and were floats
-    in SOURCE: they equal its quantisation, recomputed. `defects` are what readers of OUT choke on.
+    in SOURCE: they equal its quantisation, recomputed. `rounded` are tensors of merged LoRA, of which some elements are
+    the exact merge but for what a merge in float32, as others do it, rounds otherwise: mostly by the last bit.
+    `defects` are what readers of OUT choke on.
     """
 
     source: str
@@ -49,6 +51,7 @@ class Verdict:
     defects: tuple[str, ...] = ()
     synthetic: tuple[str, ...] = ()
     quantised: int = 0
+    rounded: dict[str, Difference] = field(default_factory=dict)
 
     @property
     def same(self) -> bool:
@@ -87,7 +90,8 @@ class Verdict:
             "layouts": list(self.layouts),
             "same": self.same,
             "equal": self.equal,
-            "different": {k: {"elements": d.elements, "largest": d.largest} for k, d in sorted(self.different.items())},
+            "different": _plain(self.different),
+            "rounded": _plain(self.rounded),
             "missing": list(self.missing),
             "extra": list(self.extra),
             "added_rows": self.added_rows,
@@ -97,6 +101,10 @@ class Verdict:
             "synthetic": list(self.synthetic),
             "quantised": self.quantised,
         }
+
+
+def _plain(differences: dict[str, Difference]) -> dict[str, Any]:
+    return {name: {"elements": d.elements, "largest": d.largest} for name, d in sorted(differences.items())}
 
 
 def compare_checkpoints(
@@ -152,6 +160,7 @@ def compare_checkpoints(
         defects=tuple(found.defects),
         synthetic=tuple(sorted(made_up)),
         quantised=found.quantised,
+        rounded=found.rounded,
     )
 
 
@@ -179,6 +188,7 @@ class _Compared:
     equal: int = 0
     quantised: int = 0
     different: dict[str, Difference] = field(default_factory=dict)
+    rounded: dict[str, Difference] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
     added: dict[str, int] = field(default_factory=dict)
@@ -211,7 +221,9 @@ def _compare_one(
             found.added[label + name] = rows
     with FilePool() as pool:
         sink = compare(planned, aligned, pool, progress=progress)
-    found.different |= {label + name: difference for name, difference in sink.differences.items()}
+        rounded = merged_in_float32([t for t in planned if t.name in sink.differences], aligned, pool)
+    for name, difference in sink.differences.items():
+        (found.rounded if name in rounded else found.different)[label + name] = difference
     found.equal += len(planned) - len(sink.differences)
     blocks = {t.canonical for t in planned if t.dtype in QUANTS and t.source.dtype not in QUANTS}
     found.quantised += len(blocks - sink.differences.keys())

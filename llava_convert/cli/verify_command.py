@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +12,9 @@ from llava_convert.cli import _options as opt
 from llava_convert.cli._errors import run
 from llava_convert.cli._output import Output
 from llava_convert.cli.convert_command import parse_alpha
+
+if TYPE_CHECKING:  # read late, so that `--help` stays quick
+    from llava_convert.engine.compare import Difference
 
 
 def add_to(app: typer.Typer) -> None:
@@ -55,12 +59,20 @@ def _verify(
         if verbose:
             for name, gap in sorted(verdict.different.items()):
                 output.line(f"  differs: {name} in {gap.elements} elements, by at most {gap.largest:.3g}")
+            for name, gap in sorted(verdict.rounded.items()):
+                output.line(f"  rounded otherwise: {name} in {gap.elements} elements, by at most {gap.largest:.3g}")
         verdict.refuse()
         rows = max(verdict.added_rows.values(), default=0)
         quantised = f", {verdict.quantised} of them the source's quantisation, recomputed" if verdict.quantised else ""
         output.line(
             f"the same: {verdict.equal} tensors equal bit for bit{quantised}"
+            + (f"; {_rounded(verdict.rounded.values())}" if verdict.rounded else "")
             + (f"; {rows} rows that the source does not have are not compared" if rows else "")
         )
 
     raise typer.Exit(run(action, output))
+
+
+def _rounded(merged: Collection[Difference]) -> str:
+    count = sum(difference.elements for difference in merged)
+    return f"{len(merged)} more but for {count} elements, which a merge of LoRA in float32 rounds otherwise"
