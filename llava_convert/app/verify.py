@@ -13,7 +13,7 @@ from llava_convert.app.judge import judge
 from llava_convert.core.arrays import FLOATS
 from llava_convert.core.errors import MismatchError
 from llava_convert.core.tensors import QUANTS, StoredTensor
-from llava_convert.engine.compare import Difference, compare, nonfinite_after
+from llava_convert.engine.compare import Difference, compare, merged_in_float32, nonfinite_after
 from llava_convert.engine.shards import PlannedTensor
 from llava_convert.layouts.registry import layout, open_each
 from llava_convert.model.assemble import assemble, without_added
@@ -40,12 +40,13 @@ class Verdict:
 
     Names are canonical ones; where OUT holds several files of one model, after the file's. `synthetic` are tensors that
     SOURCE's layout never has: OUT's are not compared. `quantised` of the `equal` ones are blocks in OUT and were floats
-    in SOURCE: they equal its quantisation, recomputed. `added_rows` of a vocabulary are in OUT alone, by tensor; those
-    that OUT's record tells of are compared with what it says, `unrecorded_rows` are only looked at for NaN.
+    in SOURCE: they equal its quantisation, recomputed. `rounded` are tensors of merged LoRA, of which some elements are
+    the exact merge but for what a merge in float32, as others do it, rounds otherwise: mostly by the last bit.
 
-    `facts` differ: what configs, tokenizer, processor and metadata say that decides how a model computes, is prompted
-    or stops. `harmless` keys differ and decide nothing, each with the reason. `not_compared` is what OUT or SOURCE
-    cannot tell. `defects` are what readers of OUT choke on.
+    `added_rows` of a vocabulary are in OUT alone, by tensor; those that OUT's record tells of are compared with what it
+    says, `unrecorded_rows` are only looked at for NaN. `facts` differ: what configs, tokenizer, processor and metadata
+    say that decides how a model computes, is prompted or stops. `harmless` keys differ and decide nothing, each with
+    the reason. `not_compared` is what OUT or SOURCE cannot tell. `defects` are what readers of OUT choke on.
     """
 
     source: str
@@ -64,6 +65,7 @@ class Verdict:
     defects: tuple[str, ...] = ()
     synthetic: tuple[str, ...] = ()
     quantised: int = 0
+    rounded: dict[str, Difference] = field(default_factory=dict)
 
     @property
     def same(self) -> bool:
@@ -83,6 +85,11 @@ class Verdict:
         parts = [f"{self.equal - self.quantised} tensors equal bit for bit"] if self.equal > self.quantised else []
         if self.quantised:
             parts.append(f"{self.quantised} equal the quantisation of the source, recomputed")
+        if self.rounded:
+            count = sum(difference.elements for difference in self.rounded.values())
+            parts.append(
+                f"{len(self.rounded)} but for {count} elements, which a merge of LoRA in float32 rounds otherwise"
+            )
         said = f"the same: {', '.join(parts) or 'no tensor'}, and all that configs, tokenizer and processor say"
         rows = max(self.added_rows.values(), default=0)
         unknown = max(self.unrecorded_rows.values(), default=0)
@@ -125,6 +132,7 @@ class Verdict:
             "same": self.same,
             "equal": self.equal,
             "different": {name: d.as_json() for name, d in sorted(self.different.items())},
+            "rounded": {name: d.as_json() for name, d in sorted(self.rounded.items())},
             "missing": list(self.missing),
             "extra": list(self.extra),
             "added_rows": self.added_rows,
@@ -197,6 +205,7 @@ def compare_checkpoints(
         defects=tuple(found.defects),
         synthetic=tuple(sorted(made_up)),
         quantised=found.quantised,
+        rounded=found.rounded,
     )
 
 
@@ -236,6 +245,7 @@ class _Compared:
     equal: int = 0
     quantised: int = 0
     different: dict[str, Difference] = field(default_factory=dict)
+    rounded: dict[str, Difference] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
     added: dict[str, int] = field(default_factory=dict)
@@ -286,12 +296,14 @@ def _compare_one(
                 averaged[name] = rows[0] * (stored[name].nbytes // stored[name].shape[0])
     with FilePool() as pool:
         sink = compare(planned, aligned, pool, progress=progress, tails=averaged)
+        rounded = merged_in_float32([t for t in planned if t.name in sink.differences], aligned, pool)
         for name, row in tails.items():
             found.unrecorded[label + name] = stored[name].shape[0] - row
             if bad := nonfinite_after(stored[name], row, pool):
                 found.different[label + name] = Difference(bad, float("nan"))
     _check_record(found, recorded, stored.get(EMBEDDING), label)
-    found.different |= {label + name: difference for name, difference in sink.differences.items()}
+    for name, difference in sink.differences.items():
+        (found.rounded if name in rounded else found.different)[label + name] = difference
     found.equal += len(planned) - len(sink.differences.keys() | (tails.keys() & _unlabelled(found.different, label)))
     blocks = {t.canonical for t in planned if t.dtype in QUANTS and t.source.dtype not in QUANTS}
     found.quantised += len(blocks - sink.differences.keys())

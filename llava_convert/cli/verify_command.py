@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from llava_convert.cli import _options as opt
 from llava_convert.cli._errors import run
 from llava_convert.cli._output import Output
 from llava_convert.cli.convert_command import parse_alpha
+
+if TYPE_CHECKING:  # read late, so that `--help` stays quick
+    pass
 
 
 def add_to(app: typer.Typer) -> None:
@@ -56,6 +59,8 @@ def _verify(
             for name, gap in sorted(verdict.different.items()):
                 how = f"in {gap.elements} elements, by at most {gap.largest:.3g}" if gap.shapes is None else "in shape"
                 output.line(f"  differs: {name} {how}")
+            for name, gap in sorted(verdict.rounded.items()):
+                output.line(f"  rounded otherwise: {name} in {gap.elements} elements, by at most {gap.largest:.3g}")
             for name, reason in verdict.harmless.items():
                 output.line(f"  differs, and decides nothing: {name} ({reason})")
             for what in verdict.not_compared:

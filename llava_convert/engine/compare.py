@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 
 from llava_convert.core.arrays import FLOATS, Array, as_array, raw
 from llava_convert.core.tensors import QUANTS, StoredTensor
-from llava_convert.engine.execute import run_all, thread_count, torch_beside
+from llava_convert.engine.execute import run_all, thread_count
 from llava_convert.engine.run import Outcome
 from llava_convert.engine.shards import PlannedTensor
+from llava_convert.engine.sinks import Sink
 from llava_convert.engine.tasks import Copy, tasks_of
 from llava_convert.ops import kernels
+from llava_convert.ops.blas import one_thread
 from llava_convert.ops.cast import count_nonfinite, widen
 from llava_convert.ops.lora import MergeLora
 from llava_convert.storage.ranges import FilePool
@@ -139,7 +141,61 @@ def compare(
     Raises InputError when either side cannot be read.
     """
     sink = CompareSink(pool, stored, progress, tails=tails or {})
-    merging = any(isinstance(op, MergeLora) for tensor in planned for op in tensor.ops)
-    with torch_beside(needed=merging) as ready, ThreadPoolExecutor(threads or thread_count(planned)) as workers:
-        run_all(workers, tasks_of(planned, whole=True), pool, sink, Outcome(), ready)
+    _run(planned, pool, sink, threads)
     return sink
+
+
+def _run(planned: Sequence[PlannedTensor], pool: FilePool, sink: Sink, threads: int) -> None:
+    with one_thread(), ThreadPoolExecutor(threads or thread_count(planned)) as workers:
+        run_all(workers, tasks_of(planned, whole=True), pool, sink, Outcome())
+
+
+def merged_in_float32(
+    planned: Sequence[PlannedTensor], stored: Mapping[str, StoredTensor], pool: FilePool, *, threads: int = 0
+) -> set[str]:
+    """Which of the merged tensors are stored as a merge in float32 may have made them, whatever order it summed in.
+
+    Each stored element must lie between what comes of the exact merge less all that float32's roundings may be off,
+    and of the exact merge plus that, both rounded to the stored dtype (casts keep order). Quantised tensors never pass:
+    a block's scale depends on all its elements. Raises InputError when either side cannot be read.
+    """
+    merged = [t for t in planned if t.dtype in FLOATS and any(isinstance(op, MergeLora) for op in t.ops)]
+    sink = _BoundsSink(pool, stored)
+    bounds = [_bound(tensor, shard, margin) for tensor in merged for shard, margin in ((_LEAST, -1), (_MOST, 1))]
+    _run(bounds, pool, sink, threads)
+    return {tensor.name for tensor in merged} - sink.outside
+
+
+# A bound is a planned tensor of the same name, in a shard of this name.
+_LEAST, _MOST = "least", "most"
+
+
+def _bound(tensor: PlannedTensor, shard: str, margin: int) -> PlannedTensor:
+    ops = (replace(op, margin=margin) if isinstance(op, MergeLora) else op for op in tensor.ops)
+    return replace(tensor, ops=tuple(ops), shard=shard)
+
+
+@dataclass(slots=True)
+class _BoundsSink:
+    """Compares stored tensors with the least and the most that they may be."""
+
+    pool: FilePool
+    stored: Mapping[str, StoredTensor]
+    outside: set[str] = field(default_factory=set)
+
+    def copy(self, task: Copy) -> None:
+        raise AssertionError("comparisons take tensors, not runs")
+
+    def put(self, tensor: PlannedTensor, start: int, data: Array) -> None:
+        if tensor.name in self.outside:
+            return
+        theirs = bytearray(data.nbytes)
+        read_bytes(self.pool, self.stored[tensor.name], start, memoryview(theirs))
+        found, bound = (_exactly(as_array(held, tensor.dtype, 1), tensor.dtype) for held in (theirs, raw(data)))
+        within = found >= bound if tensor.shard == _LEAST else found <= bound
+        if not (within | (np.isnan(found) & np.isnan(bound))).all():
+            self.outside.add(tensor.name)
+
+
+def _exactly(values: Array, dtype: str) -> Array:
+    return values if dtype == "F64" else widen(values, dtype)

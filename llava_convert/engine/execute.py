@@ -6,22 +6,18 @@ tensors in several types are written together, so that each source is read once.
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
+from contextlib import ExitStack
 
-from llava_convert.core.errors import UsageError
 from llava_convert.engine.plan import Plan
 from llava_convert.engine.run import Outcome, run_task
 from llava_convert.engine.shards import PlannedTensor, Shard
 from llava_convert.engine.sinks import FileSink, MemorySink, Progress, Sink
 from llava_convert.engine.tasks import Copy, Work, tasks_of
-from llava_convert.ops.cast import use_torch
-from llava_convert.ops.lora import MergeLora
+from llava_convert.ops.blas import one_thread
 from llava_convert.ops.quantize import Quantize
 from llava_convert.storage.output.staging import Stage
 from llava_convert.storage.ranges import FilePool, write_all
@@ -38,10 +34,7 @@ def execute(
     cast overflows. The caller commits.
     """
     outcome = Outcome()
-    with (
-        torch_beside(needed=any(map(_merges, plan.tensors))) as torch_ready,
-        ThreadPoolExecutor(threads or thread_count(plan.tensors)) as workers,
-    ):
+    with one_thread(), ThreadPoolExecutor(threads or thread_count(plan.tensors)) as workers:
         for batch in plan.batches:
             for shard in (shard for shard in batch if stage.finished(shard.name)):
                 progress(sum(t.nbytes for t in shard.tensors))
@@ -58,16 +51,12 @@ def execute(
                     write_all(files[shard.name], 0, memoryview(shard.header))
                 tasks = tasks_of([t for shard in left for t in shard.tensors], whole=digest)
                 sink = FileSink(pool, files, progress)
-                run_all(workers, tasks, pool, sink, outcome, torch_ready, digest=digest)
+                run_all(workers, tasks, pool, sink, outcome, digest=digest)
                 outcome.refuse_overflow()  # before the files count as finished, which a resumed run would keep
     for small in (plan.files, plan.indexes):
         for name, data in small.items():
             stage.write_bytes(name, data)
     return outcome
-
-
-def _merges(tensor: PlannedTensor) -> bool:
-    return any(isinstance(op, MergeLora) for op in tensor.ops)
 
 
 def run_all(
@@ -76,7 +65,6 @@ def run_all(
     pool: FilePool,
     sink: Sink,
     outcome: Outcome,
-    torch_ready: Callable[[], None],
     *,
     digest: bool = False,
 ) -> None:
@@ -99,10 +87,6 @@ def run_all(
         # One thread copies: two writing to one file spin on its lock, which takes the other core from the writeback.
         running += [workers.submit(copy_all)] if copies else []
         running += [workers.submit(run_task, task, pool, sink, outcome, stopped=stopped) for task in remote]
-        if work:
-            # Copies hardly hold the interpreter's lock; arithmetic beside the import of torch wants it for a few
-            # microseconds at a time, and both then ran at half their speed (import 1.4 s alone, 2.4 s so).
-            torch_ready()
         running += [
             workers.submit(run_task, task, pool, sink, outcome, digest=digest, stopped=stopped) for task in work
         ]
@@ -126,42 +110,6 @@ def thread_count(tensors: Sequence[PlannedTensor]) -> int:
         return 8
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(16 if any(isinstance(op, Quantize) for t in tensors for op in t.ops) else 4, cores)
-
-
-@contextmanager
-def torch_beside(*, needed: bool) -> Iterator[Callable[[], None]]:
-    """Import torch beside the first copies; what is yielded waits until it is there.
-
-    Meanwhile torch keeps to one thread: ours share out the work, and one thread a product fixes the order of its
-    sums. Raises UsageError where it is needed and not installed.
-    """
-    if needed and find_spec("torch") is None:
-        raise UsageError("a LoRA is merged by torch, which is not installed", hint="pip install torch")
-    before: list[int] = []
-
-    def load() -> None:
-        collecting = gc.isenabled()
-        gc.disable()  # a seventh of the import's time goes to walking what it makes
-        try:
-            import torch
-        finally:
-            if collecting:
-                gc.enable()
-        before.append(torch.get_num_threads())
-        torch.set_num_threads(1)
-        use_torch()
-
-    loader = threading.Thread(target=load, daemon=True)
-    if needed:
-        loader.start()
-    try:
-        yield loader.join if needed else lambda: None
-    finally:
-        if needed:
-            loader.join()
-            import torch
-
-            torch.set_num_threads(before[0])
 
 
 def _torch_file(shard: Shard, pool: FilePool, outcome: Outcome, *, digest: bool = False) -> bytes:

@@ -118,8 +118,8 @@ def test_theirs_is_the_merge_of_masters_rounded_to_float16(
 def test_ours_is_the_merge_of_the_masters(
     converted: Path, golden: Path, trained: dict[str, Tensors], case: str, layout: str
 ) -> None:
-    """Merged in float32 and rounded once, bit for bit; no bit of the vocabulary's old rows is lost either."""
-    wanted = official(golden, trained[case], torch.float32)
+    """Merged in float64 and rounded once, bit for bit; no bit of the vocabulary's old rows is lost either."""
+    wanted = official(golden, trained[case], torch.float64)
     ours = load(converted / case / layout)
     assert {weight.dtype for weight in ours.values()} == {torch.float16}
     assert_same_weights(ours, hf(wanted, golden) if layout == "hf" else wanted, rows=LLM_ROWS)
@@ -150,18 +150,19 @@ def test_ours_is_nearer_to_the_exact_merge(
     names = [name for name in ours if name.endswith("weight") and ("encoder.layers" in name or "proj.weight" in name)]
     merged = [name for name in names if "layer_norm" not in name and (llm_lora or not is_llm(name))]
     assert len(merged) == (18 + 14 if llm_lora else 18)
-    nearer = 0
+    alike = 0
     for name in merged:
-        # Both as float16: only the rounding of the masters tells them apart.
+        # Both as float16: the rounding of the masters tells them apart, and in a few elements float32's.
         mine = (ours[name].double() - exact[name]).abs()
         other = (theirs[name].half().double() - exact[name]).abs()
-        if torch.equal(ours[name], theirs[name].half()):
+        if (ours[name] != theirs[name].half()).sum() <= 2:
             # The tower's last layer has no gradient at feature layer -2: its LoRA is as it began, in bfloat16.
             assert ".encoder.layers.2." in name
+            assert (mine <= other).all()
+            alike += 1
         else:
-            nearer += 1
             assert mine.mean() < other.mean(), name
-    assert nearer == len(merged) - 6
+    assert alike == 6
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -111,7 +111,7 @@ def stored(name: str, *shape: int) -> StoredTensor:
 small = st.integers(-8, 8)
 
 
-@settings(deadline=None)  # the first run imports torch
+@settings(deadline=None)
 @given(st.data(), st.integers(1, 20), st.integers(1, 5), st.integers(1, 4), cuts)
 def test_merge_is_the_formula(data: st.DataObject, rows: int, columns: int, rank: int, ends: list[int]) -> None:
     """On small whole numbers every sum is exact, so that any order of them and any cut must give the same."""

@@ -36,8 +36,8 @@ def run(environment: dict[str, str], cwd: Path, *arguments: str | Path) -> subpr
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_jobs_without_a_merge(tiny: Path, tmp_path: Path, environment: dict[str, str]) -> None:
-    """From a `.pth` to its own parts, and from a whole model to every layout and back, verified in full."""
+def test_every_kind_of_job(tiny: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+    """From a `.pth` to its parts and, its LoRA merged, to whole models; to every layout and back, verified in full."""
     source, bases = tiny / "iter_2.pth", ("--llm", tiny / "llm")
     jobs = [
         ("pth", source, "--to", "xtuner", "-o", "xtuner"),
@@ -48,15 +48,12 @@ def test_jobs_without_a_merge(tiny: Path, tmp_path: Path, environment: dict[str,
         ("inspect", source),
         ("verify", source, "llm"),
         ("verify", "llm", "gguf"),
+        *(("pth", source, "--to", "hf", "--dtype", dtype, "-o", dtype) for dtype in ("float16", "bfloat16", "float32")),
+        ("pth", source, "--to", "official", "-o", "official"),
+        ("pth", source, "--to", "gguf", "-o", "merged", "--outtype", "q8_0"),
+        *(("verify", source, out) for out in ("float16", "bfloat16", "float32", "official", "merged")),
     ]
     for job in jobs:
         full = ("--verify", "full") if "--to" in job else ()
         done = run(environment, tmp_path, *job, *full)
         assert done.returncode == 0, (job, done.stderr)
-
-
-def test_a_merge_says_what_it_needs(tiny: Path, tmp_path: Path, environment: dict[str, str]) -> None:
-    done = run(environment, tmp_path, "pth", tiny / "iter_2.pth", "--to", "hf", "-o", "out")
-    assert done.returncode == 2, done.stderr
-    assert "a LoRA is merged by torch, which is not installed" in done.stderr and "pip install torch" in done.stderr
-    assert list(tmp_path.iterdir()) == []

@@ -27,7 +27,8 @@ class Word:
 
     `key` of `file` holds it, `default` is what readers take where the key is absent; it is written where its value is
     another, or `always`. `words` are the layout's own names of values. Without a key only the values in `unsaid` can go
-    there, for the reason `why`. `type` is GGUF's. `silent`: the layout says nothing of it, its readers are told.
+    there, for the reason `why`. `type` is that of an entry of metadata. `silent`: the layout says nothing of it, its
+    readers are told.
     """
 
     key: str | None = None
@@ -84,14 +85,13 @@ class Fact:
 class KeyTable:
     """The keys of one kind of file: the `kinds` of those that decide, the reasons why others are `harmless`.
 
-    A `*` in a harmless key stands for anything. `gguf` are values that GGUF's readers compute whatever a file says.
-    `files` are patterns of the files that the table is about, in one `layout` or in all.
+    A `*` in a harmless key stands for anything. `files` are patterns of the files that the table is about, in one
+    `layout` or in all.
     """
 
     name: str
     kinds: Mapping[str, str]
     harmless: Mapping[str, str]
-    gguf: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     layout: str | None = None
 
@@ -156,8 +156,7 @@ def key_table(name: str) -> KeyTable:
                 raise TableError(f"{name}.toml: {key} is of two kinds")
             kinds[key] = kind
     harmless = {key: reason for reason, keys in raw.get("harmless", {}).items() for key in keys}
-    gguf = {key: tuple(values) for key, values in raw.get("gguf", {}).items()}
-    table = KeyTable(name, kinds, harmless, gguf, tuple(raw.get("files", ())), raw.get("layout"))
+    table = KeyTable(name, kinds, harmless, tuple(raw.get("files", ())), raw.get("layout"))
     twice = [key for key in kinds if table.reason(key) is not None]
     if twice:
         raise TableError(f"{name}.toml: {twice[0]} decides, and does not")
