@@ -39,6 +39,8 @@ def convert(
     pretrained_pth: PathLike | None = None,
     config: PathLike | None = None,
     lora_alpha: float | Mapping[str, float] | None = None,
+    adapter: PathLike | Sequence[PathLike] | None = None,
+    allow_key: str | Sequence[str] | None = None,
     cache: bool = False,
     dequantize: bool = False,
     dtype: str | None = None,
@@ -89,6 +91,8 @@ def convert(
         config=_path(config),
         pretrained_pth=_path(pretrained_pth),
         dequantize=dequantize,
+        adapter=_names(adapter),
+        allow_key=_names(allow_key),
         bases=Bases(llm, visual_encoder, llm_id, visual_encoder_id, _alpha(lora_alpha), cache),
         target=TargetOptions(
             dtype=None if dtype is None else dtype_named(dtype),
@@ -137,18 +141,21 @@ def verify(
     pretrained_pth: PathLike | None = None,
     config: PathLike | None = None,
     lora_alpha: float | Mapping[str, float] | None = None,
+    adapter: PathLike | Sequence[PathLike] | None = None,
     cache: bool = False,
     part: str = ALL,
     check: bool = False,
+    strict: bool = False,
 ) -> Verdict:
     """Whether OUT holds the weights of SOURCE, tensor by tensor, whoever converted it.
 
-    The verdict is true where it does. With `check` a difference raises `llava_convert.MismatchError`.
+    The verdict is true where it does. With `check` a difference raises `llava_convert.MismatchError`; with `strict`
+    rows of the vocabulary that no record tells of are one.
     """
-    options = _source_options(llm, visual_encoder, pretrained_pth, config, lora_alpha, cache)
+    options = _source_options(llm, visual_encoder, pretrained_pth, config, lora_alpha, cache, adapter)
     verdict = engine.verify(source, out, options, part=part)
     if check:
-        verdict.refuse()
+        verdict.refuse(strict=strict)
     return verdict
 
 
@@ -187,12 +194,21 @@ def _source_options(
     config: PathLike | None,
     lora_alpha: float | Mapping[str, float] | None,
     cache: bool,
+    adapter: PathLike | Sequence[PathLike] | None = None,
 ) -> SourceOptions:
     return SourceOptions(
+        adapter=_names(adapter),
         config=_path(config),
         pretrained_pth=_path(pretrained_pth),
         bases=Bases(llm, visual_encoder, lora_alpha=_alpha(lora_alpha), cache=cache),
     )
+
+
+def _names(value: PathLike | Sequence[PathLike] | None) -> tuple[str, ...]:
+    """One name, or several."""
+    if value is None:
+        return ()
+    return (str(value),) if isinstance(value, str | Path) else tuple(map(str, value))
 
 
 def _alpha(value: float | Mapping[str, float] | None) -> dict[str, float]:

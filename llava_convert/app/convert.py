@@ -236,7 +236,7 @@ def assembled(source: str | Path, options: Options, opened: tuple[Checkpoint, st
     if checkpoint.layout != options.to and not need.keep_added:
         model = without_added(model)
     refuse_ignored(model, options.adapter)
-    refuse_lost(model, options.to, part, options.allow_keys)
+    refuse_lost(model, options.to, part, options.allow_key)
     model = fitted(model, options.to)
     return Assembled(checkpoint, why, replace(model, warnings=(*told, *model.warnings)), target_options)
 

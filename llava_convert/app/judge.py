@@ -43,6 +43,8 @@ def judge(model: Model, target: Target, theirs: Checkpoint, held: Iterable[str])
         if mine is not None and other is not None:
             _compare_adapters(found, mine, other)
     _compare_files(found, model, target.files, theirs)
+    for key, value in theirs.unknown_keys.items():
+        found.compare(key, model.checkpoint.unknown_keys.get(key), value)
     _allow_fewer_stops(found, theirs)
     return found
 
@@ -190,8 +192,10 @@ def _compare_file(
     other = beside.read_object(last)
     own = any(table.layout is not None for table in tables)
     if own:  # the other keys of such a file are the language model's, which has been compared
-        wanted = {key for table in tables for key in table.kinds}
-        mine, other = ({key: value for key, value in side.items() if key in wanted} for side in (mine, other))
+        mine, other = (
+            {key: value for key, value in side.items() if any(table.knows(key) for table in tables)}
+            for side in (mine, other)
+        )
         mine, other = _with_texts(mine, _texts(files, beside)), _with_texts(other, _own_texts(beside))
         for key in (
             "pad_token_id",

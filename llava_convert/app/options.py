@@ -27,7 +27,7 @@ _FLAGS = {"outtypes": "--outtype", "mmproj_outtypes": "--mmproj-outtype"}
 class SourceOptions:
     """How to read a source. None means that the source says it itself.
 
-    `allow_keys` are keys of configs that no table knows and that may be left behind. `adapter`: the
+    `allow_key` are keys of configs that no table knows and that may be left behind. `adapter`: the
     folders of PEFT adapters to merge, in order, or "none" to leave out those that lie beside the model.
     """
 
@@ -36,7 +36,7 @@ class SourceOptions:
     pretrained_pth: Path | None = None
     dequantize: bool = False
     bases: Bases = field(default_factory=Bases)
-    allow_keys: tuple[str, ...] = ()
+    allow_key: tuple[str, ...] = ()
     adapter: tuple[str, ...] = ()
 
 

@@ -99,9 +99,11 @@ class Verdict:
             said += f"; plus {unknown} unrecorded rows of the vocabulary, which are not compared"
         return said
 
-    def refuse(self) -> None:
-        """Raise MismatchError (exit 7) unless all is equal."""
+    def refuse(self, *, strict: bool = False) -> None:
+        """Raise MismatchError (exit 7) unless all is equal; `strict`: and every row of OUT's vocabulary is known."""
         if self.same:
+            if strict and self.unrecorded_rows:
+                raise MismatchError(f"{self.out} is not {self.source} alone: {self.sentence()}")
             return
         said = [f"{len(self.different)} tensors differ: {grouped(self.different)}"] if self.different else []
         if self.different:

@@ -206,6 +206,22 @@ Dequantize = Annotated[
         rich_help_panel=GGUF_PANEL,
     ),
 ]
+Adapter = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DIR",
+        help="PEFT adapter to merge (may be given several times), or none: leave out those beside the model.",
+        rich_help_panel=SOURCE_PANEL,
+    ),
+]
+AllowKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Key of a config that no table knows and that may be left behind.",
+        rich_help_panel=SOURCE_PANEL,
+    ),
+]
 Verify = Annotated[
     str | None,
     typer.Option(

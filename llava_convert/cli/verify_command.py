@@ -32,6 +32,10 @@ def _verify(
     pretrained_pth: opt.PretrainedPth = None,
     config: opt.Config = None,
     lora_alpha: opt.LoraAlpha = None,
+    adapter: opt.Adapter = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Unrecorded vocabulary rows are a difference.")
+    ] = False,
     cache: opt.Cache = False,
     part: opt.PartOption = "all",
     as_json: opt.Json = False,
@@ -49,6 +53,7 @@ def _verify(
             config=config,
             pretrained_pth=pretrained_pth,
             bases=Bases(llm, visual_encoder, lora_alpha=parse_alpha(lora_alpha), cache=cache),
+            adapter=tuple(adapter or ()),
         )
         verdict = verify(source, out, options, output, part=part)
         output.stop()
@@ -65,7 +70,7 @@ def _verify(
                 output.line(f"  differs, and decides nothing: {name} ({reason})")
             for what in verdict.not_compared:
                 output.line(f"  not compared: {what}")
-        verdict.refuse()
+        verdict.refuse(strict=strict)
         output.line(verdict.sentence())
 
     raise typer.Exit(run(action, output))

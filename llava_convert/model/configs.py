@@ -6,11 +6,12 @@ The old flavour (`torch_dtype`, `rope_theta` and `rope_scaling`, every dimension
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from llava_convert.core.errors import InputError
-from llava_convert.model.tables.families import Architecture, architecture_for
+from llava_convert.model.tables.families import Architecture, architecture_for, architectures
 
 # Written by save_pretrained about itself, or only meant for the class that it came from.
 _STALE = ("transformers_version", "architectures", "auto_map", "_attn_implementation_autoset", "_commit_hash")
@@ -45,6 +46,20 @@ def named_config(config: Mapping[str, Any], part: str, *, where: str) -> dict[st
 
 def family(part: str, config: Mapping[str, Any]) -> Architecture:
     return architecture_for(part, str(config["model_type"]))
+
+
+def kinds_that_fit(part: str, config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """The model types of a part whose tensors, for this config, are the ones of these canonical names."""
+    there = set(names)
+    found: list[str] = []
+    for table in architectures().values():
+        if table.part != part:
+            continue
+        with suppress(InputError):  # a config of another family may lack a size
+            expected = table.tensors(table.complete(config))
+            if there <= expected.keys() and all(name in there or want.tied for name, want in expected.items()):
+                found += table.model_types
+    return found
 
 
 def without_stale(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ _MODEL = (
 )
 # What the keys of tokenizer_config.json mean where they stand in no file.
 _DEFAULTS = {"legacy": True}
+# Compared by what they mean.
+_COMPARED = ("add_bos_token", "added_tokens_decoder", "chat_template")
 _SPECIAL = ("bos", "eos", "unk", "pad")
 _FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
 
@@ -41,25 +43,16 @@ def compare_tokenizers(
         _compare_steps(found, mine.fast, theirs.fast)
     elif mine.fast:
         found.not_compared.append("the steps of the tokenizer: OUT has no tokenizer.json")
-    table, skipped = key_table("tokenizer"), {f"{name}_token" for name in _SPECIAL} | {"add_bos_token"}
+    table, skipped = key_table("tokenizer"), {f"{name}_token" for name in _SPECIAL} | set(_COMPARED)
     sides = []
     for side in (mine, theirs):
         said = {**_DEFAULTS, **side.config}
-        sides.append({key: said.get(key) for key in table.kinds if key not in skipped})
-    _same_length(sides)
+        sides.append({key: value for key, value in said.items() if table.knows(key) and key not in skipped})
     found.compare_keys("tokenizer_config.json: ", [table], sides[0], sides[1])
     if template and not same_template(mine.chat_template, theirs.chat_template):
         found.differ("chat template", mine.chat_template, theirs.chat_template)
     elif not template:
         found.not_compared.append("the chat template, which readers of OUT do not take")
-
-
-def _same_length(sides: list[dict[str, Any]]) -> None:
-    """The longest text where there is none: releases write numbers of 30 digits for it."""
-    for side in sides:
-        length = side.get("model_max_length")
-        if isinstance(length, int | float) and length > 1e12:
-            side["model_max_length"] = None
 
 
 def _compare_tokens(found: Judgement, mine: Tokenizer, theirs: Tokenizer, *, exact: bool) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 
 from llava_convert.core.errors import UnsupportedError
 from llava_convert.core.tensors import StoredTensor
-from llava_convert.core.text import printable
+from llava_convert.core.text import listed, printable
 from llava_convert.layouts.adapter_folder import adapter_settings, read_adapter_config
 from llava_convert.layouts.base import Found, OpenOptions
 from llava_convert.layouts.naming import sort_tensors
 from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION, Checkpoint, Part, Settings
-from llava_convert.model.configs import old_flavour
+from llava_convert.model.configs import kinds_that_fit, old_flavour
 from llava_convert.model.facts import read_facts
 from llava_convert.model.record import read_record
 from llava_convert.model.tables.facts import CONFIG, key_table, stated_in, unknown_keys
@@ -68,6 +68,8 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
     text, own = _split(config, path)
     base = str(own.get("_name_or_path") or "") or (_lora_base(adapter) if adapter else None)
     has_llm = parts[LLM].state == "full"
+    if has_llm and text is not None:
+        _check_family(text, config or {}, parts[LLM], path)
     parts[LLM] = Part(
         parts[LLM].weights,
         parts[LLM].adapter,
@@ -165,6 +167,19 @@ def _text_type(config: Mapping[str, Any], path: Path) -> str:
         what = f" ({printable(named)})" if named else ""
         raise UnsupportedError(f"official LLaVA with model_type {printable(kind)!r}{what} is not known")
     return min(found)
+
+
+def _check_family(text: Mapping[str, Any], config: Mapping[str, Any], part: Part, path: Path) -> None:
+    """Raise UnsupportedError (exit 4) where the tensors are those of another family than the config names."""
+    fitting = kinds_that_fit(LLM, text, part.weights)
+    if fitting and text["model_type"] not in fitting:
+        named = listed(
+            [f"{key} {printable(config[key])}" for key in ("model_type", "architectures") if config.get(key)]
+        )
+        raise UnsupportedError(
+            f"{path}: its config says {text['model_type']} ({named}), and its tensors are those of {listed(fitting)}",
+            hint="get config and weights of one model",
+        )
 
 
 def class_of(kind: str) -> str:
