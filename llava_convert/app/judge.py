@@ -46,6 +46,7 @@ def judge(model: Model, target: Target, theirs: Checkpoint, held: Iterable[str])
     for key, value in theirs.unknown_keys.items():
         found.compare(key, model.checkpoint.unknown_keys.get(key), value)
     _allow_fewer_stops(found, theirs)
+    _allow_another_eos(found, target)
     return found
 
 
@@ -55,10 +56,26 @@ def _allow_fewer_stops(found: Judgement, theirs: Checkpoint) -> None:
     gap = found.different.get(name)
     if gap is None or not _silent(theirs) or theirs.record is not None:
         return
-    said, wanted = (set(ids if isinstance(ids, list) else [ids]) for ids in (gap.out, gap.source))
+    said, wanted = _ids(gap.out), _ids(gap.source)
     if said <= wanted and said != {None}:
         del found.different[name]
         found.not_compared.append("the stop ids of the prompt template, which readers of OUT take by its name")
+
+
+def _allow_another_eos(found: Judgement, target: Target) -> None:
+    """A model's config names one stop id where generation_config has all, and releases differ in which."""
+    name, stops = f"{LLM}.eos_token_id", "generation_config.json: eos_token_id"
+    gap, data = found.different.get(name), target.files.get("generation_config.json")
+    if gap is None or data is None or stops in found.different:
+        return
+    every = json.loads(data).get("eos_token_id")
+    if _ids(gap.out) <= _ids(every):
+        del found.different[name]
+        found.harmless[name] = "it is among the stop ids of generation_config.json"
+
+
+def _ids(value: Any) -> set[Any]:
+    return set(value) if isinstance(value, list) else {value}
 
 
 def _silent(theirs: Checkpoint) -> bool:
