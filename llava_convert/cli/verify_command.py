@@ -33,9 +33,7 @@ def _verify(
     config: opt.Config = None,
     lora_alpha: opt.LoraAlpha = None,
     adapter: opt.Adapter = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Unrecorded vocabulary rows are a difference.")
-    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Unrecorded vocabulary rows are a difference.")] = False,
     cache: opt.Cache = False,
     part: opt.PartOption = "all",
     as_json: opt.Json = False,

@@ -18,12 +18,23 @@ from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.text import to_json
 from llava_convert.layouts.gguf.pre_tokenizers import pre_tokenizers
 from llava_convert.layouts.gguf.token_flags import takes_space
-from llava_convert.layouts.gguf.vocabulary import BYTE, CONTROL, ENDS, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from llava_convert.layouts.gguf.vocabulary import (
+    BYTE,
+    CONTROL,
+    ENDS,
+    NORMAL,
+    SPACE_FIRST,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+)
 from llava_convert.storage.gguf.file import Typed
 from llava_convert.storage.sentencepiece import Piece, write_model
 
 MOST_TOKENS = 4_000_000
 _BYTES: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+# As transformers' LlamaConverter makes them with `legacy` false.
+_AT_THE_BEGINNING = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
 _SAMPLING = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
 
 
@@ -198,6 +209,7 @@ def _byte_level(found: _Vocabulary) -> dict[str, Any]:
 
 def _sentencepiece(found: _Vocabulary) -> dict[str, Any]:
     prefix = bool(found.get("tokenizer.ggml.add_space_prefix", True))
+    first = prefix and bool(found.get(SPACE_FIRST, False))
     normalizers: list[dict[str, Any]] = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
     normalizers.append({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
     decoders: list[dict[str, Any]] = [
@@ -211,8 +223,8 @@ def _sentencepiece(found: _Vocabulary) -> dict[str, Any]:
     model = {"fuse_unk": True, "byte_fallback": True, "unk_token": found.special.get("unk_token"), "vocab": vocab}
     return _json(
         found,
-        normalizer={"type": "Sequence", "normalizers": normalizers},
-        pre_tokenizer=None,
+        normalizer=None if first else {"type": "Sequence", "normalizers": normalizers},
+        pre_tokenizer=_AT_THE_BEGINNING if first else None,
         post_processor=_post_processor(found, []),
         decoder={"type": "Sequence", "decoders": decoders},
         model={**model, "merges": _merges(found.pieces, vocab)},
@@ -293,7 +305,7 @@ def _config(found: _Vocabulary, content: Mapping[str, Any], kind: str) -> dict[s
     if IMAGE_TOKEN in found.added.values():
         config.setdefault("unk_token", None)  # LLaVA's tokens are in: nothing is to be added before them
     if llama:
-        config["legacy"] = True
+        config["legacy"] = not found.get(SPACE_FIRST, False)
     template = found.get("tokenizer.chat_template")
     if isinstance(template, str) and template:
         config["chat_template"] = template

@@ -53,7 +53,7 @@ def unsaid(tokenizer: Tokenizer) -> list[str]:
             f"special tokens take white space around them along ({(lstrip or rstrip)[0]} is one of "
             f"{len({*lstrip, *rstrip})}), which a GGUF cannot say: leave none there in prompts"
         )
-    if _only_first(tokenizer):
+    if space_first(tokenizer):
         said.append(
             "llama.cpp puts a space in front of text behind a special token, and of text that begins with one; this "
             "tokenizer puts one at the beginning of the whole text alone, where there is none"
@@ -61,8 +61,8 @@ def unsaid(tokenizer: Tokenizer) -> list[str]:
     return said
 
 
-def _only_first(tokenizer: Tokenizer) -> bool:
-    """SentencePiece as transformers has it since `legacy` is false: "first" of Metaspace."""
+def space_first(tokenizer: Tokenizer) -> bool:
+    """Whether SentencePiece's space stands at the beginning of a text alone, as in transformers with `legacy` false."""
     if tokenizer.byte_level:
         return False
     if tokenizer.fast:

@@ -20,6 +20,7 @@ from llava_convert.storage.gguf.file import Typed
 from llava_convert.storage.sentencepiece import is_tiktoken, read_model
 
 SPACE_PREFIX = "tokenizer.ggml.add_space_prefix"
+SPACE_FIRST = "llava.tokenizer_space_first"  # for the way back: no runtime reads it
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0
 # Tokens at which llama.cpp ends a generation by their text alone (llama-vocab.cpp, special_eog_ids).

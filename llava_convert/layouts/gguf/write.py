@@ -19,8 +19,8 @@ from llava_convert.layouts.gguf import limits, mixes, rope
 from llava_convert.layouts.gguf.mixes import OUTTYPES
 from llava_convert.layouts.gguf.modelfile import modelfile
 from llava_convert.layouts.gguf.names import GgufTable, metadata_of, missing, table_for_family
-from llava_convert.layouts.gguf.token_flags import runtime_name, unsaid
-from llava_convert.layouts.gguf.vocabulary import SPACE_PREFIX, tokenizer_metadata
+from llava_convert.layouts.gguf.token_flags import runtime_name, space_first, unsaid
+from llava_convert.layouts.gguf.vocabulary import SPACE_FIRST, SPACE_PREFIX, tokenizer_metadata
 from llava_convert.layouts.naming import llm_dtype
 from llava_convert.model.checkpoint import LLM, PARTS, PROJECTOR, VISION, Checkpoint
 from llava_convert.model.facts import words_of
@@ -159,6 +159,8 @@ def _language_model(model: Model, made: Artefacts, options: TargetOptions) -> tu
         tokenizer, rows, pre=options.pre, chat_template=template, stop_ids=_stop_ids(made), config=config
     )
     metadata |= {key: Typed(_word(key).type, value) for key, value in words_of(NAME, model.facts).items()}
+    if space_first(tokenizer):
+        metadata[SPACE_FIRST] = Typed("bool", True)
     stated = tokenizer.config.get("add_prefix_space")
     if table.architecture == "llama" and isinstance(stated, bool):
         metadata.setdefault(SPACE_PREFIX, Typed("bool", stated))  # of byte-level ones too, where nothing reads it
