@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from llava_convert.core.arrays import FLOATS
@@ -12,7 +11,7 @@ from llava_convert.core.errors import MismatchError
 from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.engine.compare import Difference, compare
 from llava_convert.engine.shards import PlannedTensor
-from llava_convert.layouts.registry import layout, open_each
+from llava_convert.layouts.registry import layout
 from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PARTS, VISION, Checkpoint
 from llava_convert.model.options import ALL, TargetOptions, part_named
@@ -24,7 +23,7 @@ from llava_convert.ops import steps
 from llava_convert.ops.base import Op
 from llava_convert.ops.rows import PadRows
 from llava_convert.storage.ranges import FilePool
-from llava_convert.storage.sidecars import folder_sidecars
+from llava_convert.storage.remote.session import Session
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,7 +100,8 @@ class Verdict:
 
 def compare_checkpoints(
     source: Checkpoint,
-    out: Path,
+    every: Sequence[Checkpoint],
+    session: Session,
     *,
     bases: Bases,
     options: TargetOptions,
@@ -109,17 +109,19 @@ def compare_checkpoints(
 ) -> Verdict:
     """Whether OUT, of any layout and from any converter, holds the weights of the source, tensor by tensor.
 
+    `every` are the models in OUT: several where it has several types of one.
+
     Each tensor is made as a conversion to OUT's layout would make it, in the dtype that OUT has it in, and compared bit
     for bit. Rows beyond the source's vocabulary are counted, not compared. Raises what opening raises.
     """
-    every = open_each(out)
     target = layout(every[0].layout)
-    part = options.part if options.part != ALL else _part_of(every, out, source)
+    part = options.part if options.part != ALL else _part_of(every, source)
     options = replace(options, part=part)
     need = target.needs(source, part)
     model = assemble(
         source,
         bases,
+        session,
         weights=need.weights,
         configs=need.configs,
         optional_configs=need.optional_configs,
@@ -140,7 +142,7 @@ def compare_checkpoints(
     lacking = [n for n in wanted if not any(_holds_part_of(theirs, n) for theirs in every)] if len(every) > 1 else []
     return Verdict(
         source=str(source.path),
-        out=str(out),
+        out=str(every[0].path),
         layouts=(source.layout, every[0].layout),
         equal=found.equal,
         different=found.different,
@@ -155,12 +157,12 @@ def compare_checkpoints(
     )
 
 
-def _part_of(every: Sequence[Checkpoint], out: Path, source: Checkpoint) -> str:
+def _part_of(every: Sequence[Checkpoint], source: Checkpoint) -> str:
     """The part of the model that OUT was made of: by its files where they tell, else by its record."""
     alone = [theirs.default_part for theirs in every if theirs.whole and theirs.default_part != ALL]
     if alone and len(alone) == len(every):
         return alone[0]
-    recorded = part_named((read_options(out) or {}).get("part"))
+    recorded = part_named((read_options(every[0].beside) or {}).get("part"))
     if recorded not in (None, ALL) and not any(theirs.whole for theirs in every):
         return recorded
     return source.default_part
@@ -270,7 +272,7 @@ def _settings(source: Checkpoint, theirs: Checkpoint) -> tuple[str, ...]:
         if mine.select_strategy != other.select_strategy:
             said.append(f"feature selection is {mine.select_strategy} in the source, {other.select_strategy} in OUT")
     if theirs.layout == "official" and theirs.parts[VISION].state == "full":
-        config = folder_sidecars(theirs.root).read_object("config.json")
+        config = theirs.beside.read_object("config.json")
         if not config.get("unfreeze_mm_vision_tower"):
             said.append("OUT holds a vision tower that its loader ignores (unfreeze_mm_vision_tower is not true)")
     return tuple(said)

@@ -111,13 +111,15 @@ class Checkpoint:
 
     `default_part` is what `--part all` means: "all", or the one part of a source that is no LLaVA. `whole` is false
     where the layout itself does not tell a model from a part of one. `defects` are what a reader of this layout chokes
-    on, though nothing here needs it. `facts` are what else the source says of itself.
+    on, though nothing here needs it. `facts` are what else the source says of itself. `beside` are the small files in
+    `root`.
     """
 
     layout: str
     path: Path
     root: Path
     files: tuple[Path, ...]
+    beside: Sidecars
     parts: Mapping[str, Part]
     settings: Settings = Settings()
     image_newline: StoredTensor | None = None
