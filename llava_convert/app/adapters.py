@@ -13,6 +13,7 @@ from llava_convert.model.adapter import Adapter, parse_adapter
 from llava_convert.model.checkpoint import LLM, PART_NAMES, PARTS, Checkpoint
 from llava_convert.model.recipe import Model
 from llava_convert.model.tables.names import grouped, layout_table
+from llava_convert.storage.sidecars import folder_sidecars
 from llava_convert.storage.weights import open_weights
 
 NONE = "none"
@@ -50,7 +51,7 @@ def _opened(folder: Path, checkpoint: Checkpoint) -> dict[str, Adapter]:
         raise InputError(
             f"{folder} holds no adapter ({', '.join(_FILES[1:])})", hint="give the folder of the adapter by --adapter"
         )
-    settings = adapter_settings(folder)
+    settings = adapter_settings(folder_sidecars(folder))
     found = open_weights(folder, stems=("adapter_model",))
     bare = {name.removeprefix(_PREFIX): tensor for name, tensor in found.tensors.items()}
     tables = [(layout_table(checkpoint.layout), ""), (layout_table("parts"), "llm/")]

@@ -20,7 +20,6 @@ from llava_convert.app.next_step import next_step
 from llava_convert.app.options import Options, SourceOptions, refuse_for_source, refuse_for_target
 from llava_convert.app.stage_one import with_stage_one
 from llava_convert.app.verify import Verdict, compare_checkpoints
-from llava_convert.core.addresses import address_of, called, name_of
 from llava_convert.core.errors import MismatchError, UnsupportedError, UsageError
 from llava_convert.core.progress import Say, Silence
 from llava_convert.core.tensors import QUANTS, TORCH_NAMES
@@ -33,7 +32,7 @@ from llava_convert.engine.report import Report, part_story, peak_memory
 from llava_convert.engine.run import Outcome
 from llava_convert.layouts.base import OpenOptions
 from llava_convert.layouts.info import LAYOUTS, TARGETS
-from llava_convert.layouts.registry import detect, layout, locate, open_checkpoint, open_each
+from llava_convert.layouts.registry import layout, recognise
 from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS, VISION, Checkpoint
 from llava_convert.model.facts import spelled
@@ -45,8 +44,9 @@ from llava_convert.ops.base import CastLoss
 from llava_convert.storage.fingerprints import Snapshot
 from llava_convert.storage.output.staging import Staging
 from llava_convert.storage.ranges import FilePool
-from llava_convert.storage.remote.mounts import fetched, mounts
+from llava_convert.storage.remote.mounts import address_of
 from llava_convert.storage.remote.reach import reach, url_of
+from llava_convert.storage.remote.session import Session
 
 if TYPE_CHECKING:
     from llava_convert.storage.output.remote_staging import RemoteStaging
@@ -72,22 +72,22 @@ def convert(source: str | Path, options: Options, say: Say | None = None) -> Rep
 
     OUT appears whole or not at all. Raises ConvertError, whose `exit_code` says which kind.
     """
-    with mounts():
-        return _convert(_prepared(source, options), options, say or Silence())
+    with Session() as session:
+        return _convert(_prepared(source, options, session), options, say or Silence(), session)
 
 
 def plan(source: str | Path, options: Options) -> Report:
     """What `convert` would do; reads headers, writes nothing. Raises what `convert` raises."""
-    with mounts():
-        ready = _prepared(source, options)
-        return report(ready, options, documents(ready, options))
+    with Session() as session:
+        ready = _prepared(source, options, session)
+        return report(ready, options, documents(ready, options), session)
 
 
-def _prepared(source: str | Path, options: Options) -> Prepared:
+def _prepared(source: str | Path, options: Options, session: Session) -> Prepared:
     """As `prepare`, for one job: an option that has no effect on it is an error."""
     if options.to in TARGETS and not options.shared:
         refuse_for_target(options)
-    ready = prepare(source, options)
+    ready = prepare(source, options, session)
     if not options.shared:
         refuse_for_source(options, ready.checkpoint, ready.model)
     if options.asked is None:
@@ -95,10 +95,10 @@ def _prepared(source: str | Path, options: Options) -> Prepared:
     return replace(ready, notes=(f"{options.asked} loads the {options.to} layout: that is made", *ready.notes))
 
 
-def _convert(ready: Prepared, options: Options, say: Say) -> Report:
-    for text in ready.notes:
+def _convert(ready: Prepared, options: Options, say: Say, session: Session) -> Report:
+    for text in map(session.called, ready.notes):
         say.note(text)
-    for text in ready.warnings:
+    for text in map(session.called, ready.warnings):
         say.warn(text)
     if options.resume and options.digest:
         say.note("--digest reads every tensor, so that --resume keeps nothing")
@@ -106,7 +106,7 @@ def _convert(ready: Prepared, options: Options, say: Say) -> Report:
     snapshot = Snapshot.take(reads)
     warnings = list(ready.warnings)
     made = documents(ready, options)
-    planned = report(ready, options, made)
+    planned = report(ready, options, made, session)
     with (
         FilePool() as pool,
         _staging(ready, options, planned.bytes_written, _stamp(ready.plan, snapshot), say) as stage,
@@ -137,7 +137,7 @@ def _convert(ready: Prepared, options: Options, say: Say) -> Report:
         for name, data in made.completed(outcome.digests, files).items():
             stage.write_bytes(name, data)
         stage.commit()
-    return replace(planned, done=True, flushed=outcome.flushed, warnings=tuple(warnings), fetched=fetched())
+    return replace(planned, done=True, flushed=outcome.flushed, warnings=tuple(warnings), fetched=session.fetched)
 
 
 def _check_facts(ready: Prepared, staged: Path) -> None:
@@ -145,7 +145,7 @@ def _check_facts(ready: Prepared, staged: Path) -> None:
 
     Raises MismatchError (exit 7).
     """
-    for theirs in open_each(staged):
+    for theirs in recognise(staged).open_each():
         held = {name for name in PARTS if theirs.parts[name].state != "absent"}
         found = judge(ready.model, ready.target, theirs, held)
         if found.different:
@@ -204,12 +204,14 @@ class Assembled:
     target: TargetOptions
 
 
-def assembled(source: str | Path, options: Options, opened: tuple[Checkpoint, str] | None = None) -> Assembled:
+def assembled(
+    source: str | Path, options: Options, session: Session, opened: tuple[Checkpoint, str] | None = None
+) -> Assembled:
     """What a conversion starts from; `opened` is the source where it has been opened already. Reads headers only."""
     if options.to not in TARGETS:
         raise UsageError(f"--to {options.to}: this version writes {', '.join(TARGETS)}")
     _check_options(options)
-    checkpoint, why, told = _open(source, options, opened)
+    checkpoint, why, told = _open(source, options, session, opened)
     if is_already(checkpoint, options):
         raise UnsupportedError(
             f"{checkpoint.path} is already {options.to} layout",
@@ -221,7 +223,7 @@ def assembled(source: str | Path, options: Options, opened: tuple[Checkpoint, st
     target_options = replace(
         options.target,
         part=part,
-        name=options.name or _out(checkpoint, options).name,
+        name=options.name or _out(checkpoint, options, session).name,
         ids=_asked_ids(options),
         lora_alpha=options.bases.lora_alpha,
     )
@@ -229,6 +231,7 @@ def assembled(source: str | Path, options: Options, opened: tuple[Checkpoint, st
     model = assemble(
         checkpoint,
         options.bases,
+        session,
         weights=need.weights,
         configs=need.configs,
         optional_configs=need.optional_configs,
@@ -241,14 +244,16 @@ def assembled(source: str | Path, options: Options, opened: tuple[Checkpoint, st
     return Assembled(checkpoint, why, replace(model, warnings=(*told, *model.warnings)), target_options)
 
 
-def prepare(source: str | Path, options: Options, opened: tuple[Checkpoint, str] | None = None) -> Prepared:
+def prepare(
+    source: str | Path, options: Options, session: Session, opened: tuple[Checkpoint, str] | None = None
+) -> Prepared:
     """Open the source and plan the conversion; writes nothing, reads headers only."""
-    found = assembled(source, options, opened)
+    found = assembled(source, options, session, opened)
     checkpoint, model = found.checkpoint, found.model
     target = layout(options.to).lower(model, found.target)
     tags = {"from": checkpoint.layout, "to": options.to, "digest": options.digest}
     plan = make_plan(target, tags=tags | _kernels(target))
-    out = _out(checkpoint, options)
+    out = _out(checkpoint, options, session)
     return Prepared(
         checkpoint,
         found.why,
@@ -274,23 +279,23 @@ def _kernels(target: Target) -> dict[str, str]:
     return {"kernels": kernels.kernels()} if quantises else {}
 
 
-def _out(checkpoint: Checkpoint, options: Options) -> Path:
-    return options.out or Path(f"{_stem(checkpoint.path)}_{options.to}")
+def _out(checkpoint: Checkpoint, options: Options, session: Session) -> Path:
+    return options.out or Path(f"{_stem(checkpoint.path, session)}_{options.to}")
 
 
-def open_source(source: str | Path, options: SourceOptions) -> tuple[Checkpoint, str]:
+def open_source(source: str | Path, options: SourceOptions, session: Session) -> tuple[Checkpoint, str]:
     """The source by its headers, and why it was taken for what it is."""
-    path = reach(source, cache=options.bases.cache)
-    return open_checkpoint(path, options.source_layout, OpenOptions(options.config, options.dequantize))
+    found = recognise(reach(source, session, cache=options.bases.cache), options.source_layout)
+    return found.open(OpenOptions(options.config, options.dequantize)), found.why
 
 
 def _open(
-    source: str | Path, options: SourceOptions, opened: tuple[Checkpoint, str] | None = None
+    source: str | Path, options: SourceOptions, session: Session, opened: tuple[Checkpoint, str] | None = None
 ) -> tuple[Checkpoint, str, list[str]]:
     """The source, why it was taken for what it is, and what there is to tell of its stage 1."""
-    checkpoint, why = opened or open_source(source, options)
+    checkpoint, why = opened or open_source(source, options, session)
     checkpoint = with_adapters(checkpoint, options.adapter)
-    checkpoint, told = with_stage_one(checkpoint, options.pretrained_pth)
+    checkpoint, told = with_stage_one(checkpoint, options.pretrained_pth, session)
     return checkpoint, why, told
 
 
@@ -300,7 +305,9 @@ def _asked_ids(options: Options) -> dict[str, str]:
 
 def _stamp(plan: Plan, snapshot: Snapshot) -> str:
     """What a resumed run must have in common with the killed one: the plan, and sources that nobody touched since."""
-    states = [[called(path), s.size, s.mtime_ns, s.inode, s.version] for path, s in snapshot.states.items()]
+    states = [
+        [address_of(path) or str(path), s.size, s.mtime_ns, s.inode, s.version] for path, s in snapshot.states.items()
+    ]
     return hashlib.sha256(json.dumps([plan.hash, states]).encode()).hexdigest()
 
 
@@ -320,13 +327,13 @@ def _check_options(options: Options) -> None:
         raise UsageError("--digest needs xxhash, which is not installed", hint="pip install 'llava-convert[digest]'")
 
 
-def report(ready: Prepared, options: Options, made: Documents) -> Report:
+def report(ready: Prepared, options: Options, made: Documents, session: Session) -> Report:
     """The report of a plan that is not (yet) run."""
     plan, model = ready.plan, ready.model
     dtypes = {t.dtype for t in plan.tensors if t.canonical.startswith(LLM)} or {t.dtype for t in plan.tensors}
     out = url_of(ready.out) or ready.out
     facts = Facts(plan, ready.target, model, str(out), ready.options, None)
-    source = address_of(ready.checkpoint.path)
+    source = session.address_of(ready.checkpoint.path)
     return Report(
         source=source,
         out=out,
@@ -336,13 +343,13 @@ def report(ready: Prepared, options: Options, made: Documents) -> Report:
         documents=made.sizes,
         next=next_step(facts, str(source), options, here=isinstance(out, Path)),
         dtype=", ".join(sorted(TORCH_NAMES.get(d, d) for d in dtypes)),
-        notes=tuple(map(called, ready.notes)),
-        warnings=tuple(map(called, ready.warnings)),
+        notes=tuple(map(session.called, ready.notes)),
+        warnings=tuple(map(session.called, ready.warnings)),
         verified=options.verify,
         done=False,
         memory=peak_memory(plan),
         parts={PART_WORDS[part]: part_story(model, plan, part) for part in PARTS},
-        fetched=fetched(),
+        fetched=session.fetched,
     )
 
 
@@ -361,8 +368,8 @@ def is_already(checkpoint: Checkpoint, options: Options) -> bool:
     return options.target == TargetOptions() and not partial
 
 
-def _stem(path: Path) -> str:
-    name = name_of(path)
+def _stem(path: Path, session: Session) -> str:
+    name = session.name_of(path)
     return name.removesuffix(path.suffix) if path.suffix in (".pth", ".pt", ".bin", ".safetensors", ".gguf") else name
 
 
@@ -404,25 +411,35 @@ def verify(
 ) -> Verdict:
     """Compare OUT with SOURCE, tensor by tensor; the caller decides what a difference means."""
     say = say or Silence()
-    with mounts():
-        return _verify(source, out, options or SourceOptions(), say, _part(part))
+    with Session() as session:
+        return _verify(source, out, options or SourceOptions(), say, _part(part), session)
 
 
-def _verify(source: str | Path, theirs: str | Path, options: SourceOptions, say: Say, part: str) -> Verdict:
-    checkpoint, _, told = _open(source, options)
-    out = reach(theirs, cache=options.bases.cache)
-    quantised = any(tensor.dtype in QUANTS for tensor in checkpoint.tensors().values())
-    if quantised and checkpoint.layout not in detect(locate(out)):
-        # In another layout they have become floats.
-        checkpoint, _, told = _open(source, replace(options, dequantize=True))
-    for text in told:
+def _verify(
+    source: str | Path, theirs: str | Path, options: SourceOptions, say: Say, part: str, session: Session
+) -> Verdict:
+    found = recognise(reach(source, session, cache=options.bases.cache), options.source_layout)
+    out = reach(theirs, session, cache=options.bases.cache)
+    other = recognise(out)
+    # In another layout quantised weights have become floats.
+    opened = found.open(OpenOptions(options.config, options.dequantize or found.layout != other.layout)), found.why
+    checkpoint, _, told = _open(source, options, session, opened)
+    for text in map(session.called, told):
         say.warn(text)
     total = out.stat().st_size if out.is_file() else sum(p.stat().st_size for p in out.rglob("*"))
     target = TargetOptions(part=part, lora_alpha=options.bases.lora_alpha)
-    return compare_checkpoints(
+    verdict = compare_checkpoints(
         checkpoint,
-        out,
+        other.open_each(),
+        session,
         bases=options.bases,
         options=target,
         progress=say.start("comparing", total),
+    )
+    return replace(
+        verdict,
+        source=session.called(checkpoint.path),
+        out=session.called(out),
+        notes=tuple(map(session.called, verdict.notes)),
+        defects=tuple(map(session.called, verdict.defects)),
     )

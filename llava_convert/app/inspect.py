@@ -9,7 +9,6 @@ from typing import Any
 from llava_convert.app.adapters import ignored_note
 from llava_convert.app.convert import assembled, open_source, prepare
 from llava_convert.app.options import Options, SourceOptions
-from llava_convert.core.addresses import address_of, called
 from llava_convert.core.errors import ConvertError
 from llava_convert.core.tensors import TORCH_NAMES
 from llava_convert.engine.record import dropped_texts
@@ -17,7 +16,8 @@ from llava_convert.layouts.defaults import refuse_quantised
 from llava_convert.layouts.info import TARGETS
 from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS, Checkpoint
 from llava_convert.storage.remote.files import Traffic
-from llava_convert.storage.remote.mounts import fetched, mounted, mounts
+from llava_convert.storage.remote.mounts import mounted
+from llava_convert.storage.remote.session import Session
 
 
 @dataclass(frozen=True)
@@ -73,27 +73,29 @@ class Inspection:
 
 def inspect(source: str | Path, options: SourceOptions | None = None) -> Inspection:
     """Look at a checkpoint without reading a weight. Raises what opening raises."""
-    with mounts():
-        return _inspect(source, options or SourceOptions())
+    with Session() as session:
+        return _inspect(source, options or SourceOptions(), session)
 
 
-def _inspect(source: str | Path, options: SourceOptions) -> Inspection:
-    checkpoint, why = open_source(source, options)
+def _inspect(source: str | Path, options: SourceOptions, session: Session) -> Inspection:
+    checkpoint, why = open_source(source, options, session)
     targets = {
-        to: _problem(source, (checkpoint, why), Options.of(options, to)) for to in TARGETS if to != checkpoint.layout
+        to: _problem(source, (checkpoint, why), Options.of(options, to), session)
+        for to in TARGETS
+        if to != checkpoint.layout
     }
     stubs = (f"pickled names left inert: {', '.join(checkpoint.stubs)}",) if checkpoint.stubs else ()
     return Inspection(
-        path=address_of(checkpoint.path),
+        path=session.address_of(checkpoint.path),
         layout=checkpoint.layout,
         why=why,
         parts=tuple(_part(checkpoint, name) for name in PARTS),
         settings=_settings(checkpoint),
         targets=targets,
-        notes=tuple(map(called, (*checkpoint.notes, *_beside(checkpoint), *dropped_texts(checkpoint)))),
-        warnings=tuple(map(called, checkpoint.warnings)),
+        notes=tuple(map(session.called, (*checkpoint.notes, *_beside(checkpoint), *dropped_texts(checkpoint)))),
+        warnings=tuple(map(session.called, checkpoint.warnings)),
         details=stubs,
-        fetched=fetched(),
+        fetched=session.fetched,
     )
 
 
@@ -135,7 +137,7 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
     return {**found, **checkpoint.facts}
 
 
-def _problem(source: str | Path, opened: tuple[Checkpoint, str], options: Options) -> str | None:
+def _problem(source: str | Path, opened: tuple[Checkpoint, str], options: Options, session: Session) -> str | None:
     """Why a target cannot be planned as things are, or None.
 
     Where the files beside the weights would first have to be made of metadata, or fetched (a tokenizer has megabytes),
@@ -144,9 +146,9 @@ def _problem(source: str | Path, opened: tuple[Checkpoint, str], options: Option
     files = opened[0].parts[LLM].files
     try:
         if files is None or (files.in_folder and mounted(files.where) is None):
-            prepare(source, options, opened)
+            prepare(source, options, session, opened)
         else:
-            refuse_quantised(assembled(source, options, opened).model.recipes)
+            refuse_quantised(assembled(source, options, session, opened).model.recipes)
     except ConvertError as problem:
-        return problem.message + (f" ({problem.hint})" if problem.hint else "")
+        return session.called(problem.message + (f" ({problem.hint})" if problem.hint else ""))
     return None

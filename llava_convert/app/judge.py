@@ -176,12 +176,12 @@ def _compare_files(found: Judgement, model: Model, files: Mapping[str, bytes], t
     for name, data in sorted(files.items()):
         tables = tables_of(theirs.layout, name) if name.endswith(".json") else []
         folder, _, last = name.rpartition("/")
-        beside = folder_sidecars(theirs.root / folder)
+        beside = folder_sidecars(theirs.root / folder) if folder else theirs.beside
         if last == "preprocessor_config.json":
             _compare_pictures(found, json.loads(data), beside, model.configs[VISION])
         elif tables and last != "tokenizer_config.json":  # which is compared with the tokenizer
             _compare_file(found, name, json.loads(data), last, beside, tables, files)
-    made, beside = _top(files, theirs), folder_sidecars(theirs.root)
+    made, beside = _top(files, theirs), theirs.beside
     if not has_tokenizer(made):
         return
     if has_tokenizer(beside):

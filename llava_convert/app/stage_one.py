@@ -14,9 +14,10 @@ from llava_convert.core.errors import ConvertError
 from llava_convert.layouts.registry import open_checkpoint
 from llava_convert.model.checkpoint import PART_NAMES, PARTS, Checkpoint
 from llava_convert.storage.remote.reach import reach
+from llava_convert.storage.remote.session import Session
 
 
-def with_stage_one(checkpoint: Checkpoint, named: Path | None) -> tuple[Checkpoint, list[str]]:
+def with_stage_one(checkpoint: Checkpoint, named: Path | None, session: Session) -> tuple[Checkpoint, list[str]]:
     """The checkpoint with the parts that it lacks and stage 1 trained; and what there is to tell.
 
     `named` is what the user gives, here or remote; else the training config names it. Raises what reaching and opening
@@ -26,7 +27,7 @@ def with_stage_one(checkpoint: Checkpoint, named: Path | None) -> tuple[Checkpoi
     absent = [part for part in PARTS if checkpoint.parts[part].state == "absent"]
     if asked is None or not (absent or named):
         return checkpoint, []
-    found = stage_one(checkpoint, named)
+    found = stage_one(checkpoint, named, session)
     if found is None:
         name = Path(asked).name
         return checkpoint, [
@@ -34,7 +35,7 @@ def with_stage_one(checkpoint: Checkpoint, named: Path | None) -> tuple[Checkpoi
             f"{' or the '.join(PART_NAMES[part] for part in absent)}, that is lost (--pretrained-pth gives it)"
         ]
     try:
-        first, _ = open_checkpoint(found)
+        first, _ = session.once((open_checkpoint, found), lambda: open_checkpoint(found))
     except ConvertError as problem:
         if named:
             raise
@@ -47,13 +48,13 @@ def with_stage_one(checkpoint: Checkpoint, named: Path | None) -> tuple[Checkpoi
     return checkpoint, []
 
 
-def stage_one(checkpoint: Checkpoint, named: str | Path | None) -> Path | None:
+def stage_one(checkpoint: Checkpoint, named: str | Path | None, session: Session) -> Path | None:
     """Where the stage-1 checkpoint is: the one that is named, or the one that the training config names.
 
     None where there is none. Raises what reaching `named` raises.
     """
     if named:
-        return reach(named)
+        return session.once((reach, str(named)), lambda: reach(named, session))
     asked = checkpoint.training.pretrained_pth if checkpoint.training else None
     return _find(asked, checkpoint) if asked else None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from llava_convert.app.facts import fitted
@@ -15,7 +14,7 @@ from llava_convert.core.errors import MismatchError
 from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.engine.compare import Difference, compare, merged_in_float32, nonfinite_after
 from llava_convert.engine.shards import PlannedTensor
-from llava_convert.layouts.registry import layout, open_each
+from llava_convert.layouts.registry import layout
 from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PARTS, Checkpoint
 from llava_convert.model.facts import spelled
@@ -29,6 +28,8 @@ from llava_convert.ops import steps
 from llava_convert.ops.base import Op
 from llava_convert.ops.rows import PadRows
 from llava_convert.storage.ranges import FilePool
+from llava_convert.storage.remote.session import Session
+from llava_convert.storage.sidecars import Sidecars
 
 _SHOWN = 6  # facts in a message
 _SHAPING = ("prompt_template", "image_processor", "pre")
@@ -151,7 +152,8 @@ class Verdict:
 
 def compare_checkpoints(
     source: Checkpoint,
-    out: Path,
+    every: Sequence[Checkpoint],
+    session: Session,
     *,
     bases: Bases,
     options: TargetOptions,
@@ -159,17 +161,19 @@ def compare_checkpoints(
 ) -> Verdict:
     """Whether OUT, of any layout and from any converter, holds the weights of the source, tensor by tensor.
 
+    `every` are the models in OUT: several where it has several types of one.
+
     Each tensor is made as a conversion to OUT's layout would make it, in the dtype that OUT has it in, and compared bit
     for bit. Rows beyond the source's vocabulary are counted, not compared. Raises what opening raises.
     """
-    every = open_each(out)
     target = layout(every[0].layout)
-    part = options.part if options.part != ALL else _part_of(every, out, source)
+    part = options.part if options.part != ALL else _part_of(every, source)
     options = replace(options, part=part)
     need = target.needs(source, part)
     model = assemble(
         source,
         bases,
+        session,
         weights=need.weights,
         configs=need.configs,
         optional_configs=need.optional_configs,
@@ -178,7 +182,7 @@ def compare_checkpoints(
         # Of a target that keeps added rows, OUT may still have been made of the model before they were added.
         model = without_added(model)
     model = fitted(model, every[0].layout)
-    made = target.lower(model, _as_made(options, out))
+    made = target.lower(model, _as_made(options, every[0].beside))
     wanted = {o.canonical: o for files in made.sets for o in files.outputs}
     made_up = {name for name, output in wanted.items() if output.recipe.origin == "synthetic"}
     found = _Compared()
@@ -192,7 +196,7 @@ def compare_checkpoints(
     lacking = [n for n in wanted if not any(_holds_part_of(theirs, n) for theirs in every)] if len(every) > 1 else []
     return Verdict(
         source=str(source.path),
-        out=str(out),
+        out=str(every[0].path),
         layouts=(source.layout, every[0].layout),
         equal=found.equal,
         different=found.different,
@@ -211,20 +215,20 @@ def compare_checkpoints(
     )
 
 
-def _part_of(every: Sequence[Checkpoint], out: Path, source: Checkpoint) -> str:
+def _part_of(every: Sequence[Checkpoint], source: Checkpoint) -> str:
     """The part of the model that OUT was made of: by its files where they tell, else by its record."""
     alone = [theirs.default_part for theirs in every if theirs.whole and theirs.default_part != ALL]
     if alone and len(alone) == len(every):
         return alone[0]
-    recorded = part_named((read_options(out) or {}).get("part"))
+    recorded = part_named((read_options(every[0].beside) or {}).get("part"))
     if recorded not in (None, ALL) and not any(theirs.whole for theirs in every):
         return recorded
     return source.default_part
 
 
-def _as_made(options: TargetOptions, out: Path) -> TargetOptions:
+def _as_made(options: TargetOptions, beside: Sidecars) -> TargetOptions:
     """With the options that OUT's record names, which shape its small files."""
-    recorded = read_options(out) or {}
+    recorded = read_options(beside) or {}
     said: dict[str, Any] = {name: recorded.get(name) for name in _SHAPING if getattr(options, name) is None}
     shaping: dict[str, Any] = {name: value for name, value in said.items() if isinstance(value, str)}
     return replace(options, **shaping)

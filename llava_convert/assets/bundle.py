@@ -23,7 +23,6 @@ from llava_convert.model.options import TargetOptions
 from llava_convert.model.recipe import EMBEDDING, Model
 from llava_convert.model.towers import id_by_shape
 from llava_convert.storage.remote.origin import published
-from llava_convert.storage.sidecars import folder_sidecars
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Artefacts:
         if config is None:
             return None
         base: dict[str, Any] | None = None
-        for files in (self.model.files(VISION), folder_sidecars(self.model.checkpoint.root)):
+        for files in (self.model.files(VISION), self.model.checkpoint.beside):
             for name in ("preprocessor_config.json", "processor_config.json"):
                 if base is None and files is not None and files.has(name):
                     base = files.read_object(name)

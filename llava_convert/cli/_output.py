@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from llava_convert.core.addresses import called
 from llava_convert.core.errors import OutputError
 
 if TYPE_CHECKING:
@@ -95,7 +94,6 @@ class Output:
             self._progress = None
 
     def _talk(self, text: str, style: str | None = None) -> None:
-        text = called(text)
         # A closed pipe must not hide what the command did.
         with suppress(BrokenPipeError):
             if style is not None and sys.stderr.isatty():
@@ -108,7 +106,6 @@ class Output:
 
 
 def _print(text: str) -> None:
-    text = called(text)
     try:
         print(text, flush=True)  # now, so that a closed pipe or a full disk is noticed while it can be told
     except BrokenPipeError:

@@ -88,7 +88,6 @@ def _release(
         from llava_convert.model.recipe import Bases
         from llava_convert.storage.hubs import Destination
         from llava_convert.storage.output.signals import interrupt_on_sigterm
-        from llava_convert.storage.remote.mounts import mounts
 
         wanted = Release(
             source,
@@ -103,7 +102,7 @@ def _release(
             out=out,
             outtypes=type_names(outtype),
         )
-        with interrupt_on_sigterm(), mounts():
+        with interrupt_on_sigterm():
             items = plan(wanted) if dry_run else run_release(wanted, output)
         output.stop()
         _print_table(items, wanted.to.hubs, output)

@@ -6,7 +6,8 @@ it, a command where there is one. They are raised anywhere and printed in one pl
 
 from __future__ import annotations
 
-from llava_convert.core.addresses import called
+from collections.abc import Callable
+
 from llava_convert.core.text import escaped
 
 
@@ -17,10 +18,16 @@ class ConvertError(Exception):
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         # Names from files stand in messages, and a terminal obeys escape sequences (tests/fuzz found several such).
-        message = escaped(called(message), keep="\n")
+        message = escaped(message, keep="\n")
         super().__init__(message)
         self.message = message
-        self.hint = hint if hint is None else called(hint)
+        self.hint = hint
+
+    def reword(self, words: Callable[[str], str]) -> None:
+        """Say it otherwise: a folder by the address that the user knows it by, say."""
+        self.message = words(self.message)
+        self.hint = self.hint if self.hint is None else words(self.hint)
+        self.args = (self.message,)
 
 
 class UsageError(ConvertError):

@@ -21,7 +21,7 @@ from llava_convert.ops.blas import one_thread
 from llava_convert.ops.quantize import Quantize
 from llava_convert.storage.output.staging import Stage
 from llava_convert.storage.ranges import FilePool, write_all
-from llava_convert.storage.remote.files import remote_of
+from llava_convert.storage.remote.mounts import remote_of
 from llava_convert.storage.torch.write import encode_torch
 
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from llava_convert.core.addresses import called
 from llava_convert.core.tensors import Extent
 from llava_convert.core.text import to_json
 from llava_convert.engine.shards import PlannedTensor, Shard, shards_of
 from llava_convert.model.target import Target
+from llava_convert.storage.remote.mounts import address_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -92,7 +92,7 @@ class Plan:
 
 def _place(extent: Extent) -> list[Any]:
     """Where bytes are, in words that mean the same to the next run: a remote file by its address."""
-    return [called(extent.path), extent.offset, extent.length]
+    return [address_of(extent.path) or str(extent.path), extent.offset, extent.length]
 
 
 def make_plan(target: Target, *, tags: Mapping[str, Any] | None = None) -> Plan:

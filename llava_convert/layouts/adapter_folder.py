@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from llava_convert.assets.bundle import Artefacts
@@ -13,20 +12,19 @@ from llava_convert.model.checkpoint import (
     VISION,
 )
 from llava_convert.model.training import LoraSettings
-from llava_convert.storage.sidecars import folder_sidecars
+from llava_convert.storage.sidecars import Sidecars
 
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-def adapter_settings(folder: Path) -> LoraSettings | None:
+def adapter_settings(files: Sidecars) -> LoraSettings | None:
     """The adapter's settings, None where the folder has no adapter_config.json. Raises what reading it raises."""
-    config = read_adapter_config(folder)
-    return settings_from_json(config, folder / ADAPTER_CONFIG) if config is not None else None
+    config = read_adapter_config(files)
+    return settings_from_json(config, files.place(ADAPTER_CONFIG)) if config is not None else None
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any] | None:
+def read_adapter_config(files: Sidecars) -> dict[str, Any] | None:
     """The object in adapter_config.json, None where there is none. Raises InputError, UnsafeError for a link out."""
-    files = folder_sidecars(folder)
     return files.read_object(ADAPTER_CONFIG) if files.has(ADAPTER_CONFIG) else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +11,8 @@ from llava_convert.model.checkpoint import Checkpoint
 from llava_convert.model.options import TargetOptions
 from llava_convert.model.recipe import Model
 from llava_convert.model.target import Target
+from llava_convert.storage.headers import Headers
+from llava_convert.storage.sidecars import Sidecars
 
 
 @dataclass(frozen=True)
@@ -40,21 +42,27 @@ class Needs:
 
 @dataclass(frozen=True)
 class Found:
-    """A path looked at once, for all layouts to judge: its config.json, and the names in it."""
+    """A path looked at once, for all layouts to judge: its config.json, and the names in it.
+
+    What a layout reads to judge is kept in `beside`, the small files of its folder, and `headers`: it is there when the
+    path is opened.
+    """
 
     path: Path
     config: Mapping[str, Any] | None
     names: frozenset[str]
+    beside: Sidecars
+    headers: Headers = field(default_factory=Headers)
 
 
 class Layout(Protocol):
-    """A layout module. `detect` says why a path is of this layout, or None when it is not."""
+    """A layout module. `detect` says why a path is of this layout, or None when it is not; `open` gets what it read."""
 
     NAME: str
 
     def detect(self, found: Found) -> str | None: ...
 
-    def open(self, path: Path, options: OpenOptions) -> Checkpoint: ...
+    def open(self, found: Found, options: OpenOptions) -> Checkpoint: ...
 
     def needs(self, checkpoint: Checkpoint, part: str) -> Needs: ...
 

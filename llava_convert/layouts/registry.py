@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path, PureWindowsPath
 from typing import cast
 
-from llava_convert.core.addresses import called
 from llava_convert.core.errors import ConvertError, InputError, UnsupportedError
 from llava_convert.core.text import printable
 from llava_convert.layouts.base import Found, Layout, OpenOptions
@@ -23,6 +23,7 @@ from llava_convert.storage.safetensors import SUFFIX, read_header
 from llava_convert.storage.sidecars import folder_sidecars, refuse_links_out
 
 SOURCES = tuple(LAYOUTS)
+OpenEach = Callable[[Found, OpenOptions], list[Checkpoint]]
 _LOOKED_AT = 50  # files of a folder that is no checkpoint
 
 
@@ -59,15 +60,10 @@ def look(path: Path) -> Found:
     """What every layout judges by. Raises InputError for a broken config.json."""
     if path.is_dir():
         names = frozenset(p.name for p in path.iterdir())
-        config = folder_sidecars(path).read_json("config.json") if "config.json" in names else None
-        return Found(path, config if isinstance(config, dict) else None, names)
-    return Found(path, None, frozenset())
-
-
-def detect(path: Path) -> dict[str, str]:
-    """Layouts that claim a path, with their reasons: as a whole model, else as one part of it."""
-    found = look(path)
-    return _whole(found) or _part(found)
+        beside = folder_sidecars(path)
+        config = beside.read_json("config.json") if "config.json" in names else None
+        return Found(path, config if isinstance(config, dict) else None, names, beside)
+    return Found(path, None, frozenset(), folder_sidecars(path.parent))
 
 
 def _whole(found: Found) -> dict[str, str]:
@@ -79,39 +75,55 @@ def _part(found: Found) -> dict[str, str]:
     return {name: why for name, ask in asked.items() if ask is not None and (why := ask(found)) is not None}
 
 
-def open_checkpoint(path: Path, name: str | None = None, options: OpenOptions | None = None) -> tuple[Checkpoint, str]:
-    """Open a source of layout `name`, or of the one it is found to be; also returns why it was taken for that.
+@dataclass(frozen=True)
+class Recognised:
+    """A source that was looked at and not yet opened: its layout, and why it was taken for that."""
+
+    found: Found
+    layout: str
+    why: str
+
+    def open(self, options: OpenOptions | None = None) -> Checkpoint:
+        """Raises what the layout's `open` raises, and UnsafeError for a link that leaves the folder."""
+        self._refuse_links_out()
+        return layout(self.layout).open(self.found, options or OpenOptions())
+
+    def open_each(self) -> list[Checkpoint]:
+        """Every model there: one, but for a layout that keeps several types of one model side by side."""
+        several: OpenEach | None = getattr(layout(self.layout), "open_each", None)
+        if several is None:
+            return [self.open()]
+        self._refuse_links_out()
+        return several(self.found, OpenOptions())
+
+    def _refuse_links_out(self) -> None:
+        if self.found.path.is_dir():
+            refuse_links_out(self.found.path)
+
+
+def recognise(path: Path, name: str | None = None) -> Recognised:
+    """The source that a path means, of layout `name` or of the one that it is found to be.
 
     Raises UnsupportedError (exit 4) when it is of no known layout, of several, or of another than `name`.
     """
-    path = locate(path)
-    chosen, why = _choose(path, name)
-    if path.is_dir():
-        refuse_links_out(path)
-    return layout(chosen).open(path, options or OpenOptions()), why
+    found = look(locate(path))
+    return Recognised(found, *_choose(found, name))
 
 
-def open_each(path: Path) -> list[Checkpoint]:
-    """Every model at a path: one, but for a layout that keeps several types of one model side by side.
-
-    Raises what `open_checkpoint` raises.
-    """
-    path = locate(path)
-    chosen = layout(_choose(path, None)[0])
-    if path.is_dir():
-        refuse_links_out(path)
-    several: Callable[[Path, OpenOptions], list[Checkpoint]] | None = getattr(chosen, "open_each", None)
-    return several(path, OpenOptions()) if several is not None else [chosen.open(path, OpenOptions())]
+def open_checkpoint(path: Path, name: str | None = None, options: OpenOptions | None = None) -> tuple[Checkpoint, str]:
+    """Open a source; also returns why it was taken for its layout. Raises what `recognise` and `open` raise."""
+    source = recognise(path, name)
+    return source.open(options), source.why
 
 
-def _choose(path: Path, name: str | None) -> tuple[str, str]:
+def _choose(found: Found, name: str | None) -> tuple[str, str]:
     """The layout to open a path as, and why. Raises UnsupportedError (exit 4)."""
-    claims = detect(path)
+    path, claims = found.path, _whole(found) or _part(found)
     if name is not None and name not in claims and claims:
         other, why = next(iter(claims.items()))
         raise UnsupportedError(
             f"{path} is not of the {name} layout but {other}: {why}",
-            hint=f"use `llava-convert {other} {called(path)}`, or `convert`, which detects it",
+            hint=f"use `llava-convert {other} {path}`, or `convert`, which detects it",
         )
     if name is None and len(claims) > 1:
         raise UnsupportedError(
@@ -125,16 +137,17 @@ def _choose(path: Path, name: str | None) -> tuple[str, str]:
                 hint="merge it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pth, "
                 "or accelerate merge-weights; then convert what that writes",
             )
-        raise _unknown(path)
+        raise _unknown(found)
     chosen = name or next(iter(claims))
     return chosen, claims[chosen]
 
 
-def _unknown(path: Path) -> UnsupportedError:
+def _unknown(found: Found) -> UnsupportedError:
     """What to say of a path that no layout claims: what it is instead, and what beside or within it is one.
 
     Raises InputError for a file of weights that is cut or broken.
     """
+    path = found.path
     said = f"{path} is no LLaVA that this tool knows"
     if path.is_file():
         if path.suffix.lower() == SUFFIX:
@@ -142,7 +155,6 @@ def _unknown(path: Path) -> UnsupportedError:
         around = _claimed([path.parent])
         hint = f"it is a file of the model in {path.parent}: give that folder" if around else None
         return UnsupportedError(said, hint=hint)
-    found = look(path)
     if found.config is not None:
         said += f": its config.json is that of a {printable(found.config.get('model_type'))}"
     elif not found.names:

@@ -15,7 +15,7 @@ from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
 from llava_convert.model.training import LoraSettings, Setting, TrainingConfig
 from llava_convert.storage.pyconfig.evaluate import MAX_TEXT, Call, Dotted, Unknown, evaluate
 from llava_convert.storage.pyconfig.values import CONFIG_HINT, PLAIN_HINT
-from llava_convert.storage.remote.files import remote_of
+from llava_convert.storage.remote.mounts import remote_of
 
 
 def load_training_config(path: Path) -> TrainingConfig:

@@ -41,12 +41,14 @@ from llava_convert.model.tables.names import grouped
 from llava_convert.model.towers import tower_config
 from llava_convert.ops.rows import TakeRows
 from llava_convert.storage.ranges import FilePool
+from llava_convert.storage.remote.session import Session
 from llava_convert.storage.streams import same_bytes
 
 
 def assemble(
     checkpoint: Checkpoint,
     asked: Bases,
+    session: Session,
     *,
     weights: Iterable[str],
     configs: Iterable[str],
@@ -54,8 +56,8 @@ def assemble(
 ) -> Model:
     """The model that a target needs: the `weights` of some parts, the `configs` of some.
 
-    Parts in `optional_configs` get their config when their base can be had. Raises InputError (exit 3) for what is
-    missing or does not fit, UnsupportedError (exit 4) for unknown tensors.
+    `session` reaches the bases. Parts in `optional_configs` get their config when their base can be had. Raises
+    InputError (exit 3) for what is missing or does not fit, UnsupportedError (exit 4) for unknown tensors.
     """
     wanted = tuple(weights)
     bases: dict[str, Base] = {}
@@ -63,10 +65,10 @@ def assemble(
     warnings: list[str] = []
     for part in (LLM, VISION):
         if part in wanted or part in tuple(configs):
-            _add_part(checkpoint, part, asked, bases, found_configs)
+            _add_part(checkpoint, part, asked, session, bases, found_configs)
         elif part in tuple(optional_configs):
             try:
-                _add_part(checkpoint, part, asked, bases, found_configs)
+                _add_part(checkpoint, part, asked, session, bases, found_configs)
             except InputError as problem:
                 warnings.append(f"{problem.message}: going on without its files")
     if VISION in found_configs:
@@ -86,7 +88,7 @@ def assemble(
         stored = _trained(checkpoint, part)
         if any(name not in stored and want.tied not in stored for name, want in expected.items()):
             # Only now: a fully trained part needs its base's config alone, not gigabytes of its weights.
-            base = _base(checkpoint, part, asked, weights=True)
+            base = _base(checkpoint, part, asked, session, weights=True)
             if base is not None:
                 bases[part] = base
                 stored = {name: Recipe(tensor, (), "base") for name, tensor in base.tensors.items()} | stored
@@ -145,14 +147,20 @@ def without_added(model: Model) -> Model:
 
 
 def _add_part(
-    checkpoint: Checkpoint, part: str, asked: Bases, bases: dict[str, Base], configs: dict[str, dict[str, Any]]
+    checkpoint: Checkpoint,
+    part: str,
+    asked: Bases,
+    session: Session,
+    bases: dict[str, Base],
+    configs: dict[str, dict[str, Any]],
 ) -> None:
     """Find the config of a part, in the checkpoint or in its base model."""
     own = checkpoint.parts[part]
     if own.config is not None:
         configs[part] = named_config(own.config, part, where=str(checkpoint.path))
-        if asked.asked(part) is not None and (base := _base(checkpoint, part, asked, weights=False)) is not None:
-            bases[part] = base  # for the files that the source lacks, a tokenizer say
+        given = _base(checkpoint, part, asked, session, weights=False) if asked.asked(part) is not None else None
+        if given is not None:
+            bases[part] = given  # for the files that the source lacks, a tokenizer say
         return
     if part == VISION and own.state == "full" and asked.asked(part) is None:
         # The official layout holds the tower's weights without its config.
@@ -160,14 +168,14 @@ def _add_part(
         if known is not None:
             configs[part] = named_config({"_name_or_path": own.base, **known}, part, where=str(checkpoint.path))
             return
-    base = _base(checkpoint, part, asked, weights=False)
+    base = _base(checkpoint, part, asked, session, weights=False)
     if base is None:
         raise InputError(
             f"the checkpoint holds no config of the {PART_NAMES[part]} and does not name its base model",
             hint=f"give its folder or hub id by --{PART_WORDS[part]}",
         )
     bases[part] = base
-    configs[part] = base.config
+    configs[part] = dict(base.config)
     if part == LLM and checkpoint.settings.max_position_embeddings is not None:
         _lengthen(configs[part], checkpoint.settings.max_position_embeddings)
 
@@ -183,13 +191,15 @@ def _lengthen(config: dict[str, Any], positions: int) -> None:
         config["rope_scaling"] = {"type": "linear", "factor": float(math.ceil(positions / (before * factor)))}
 
 
-def _base(checkpoint: Checkpoint, part: str, asked: Bases, *, weights: bool) -> Base | None:
+def _base(checkpoint: Checkpoint, part: str, asked: Bases, session: Session, *, weights: bool) -> Base | None:
     """The part's base model: the one that the user names, else the one that the source names."""
     explicit = asked.asked(part)
     name = explicit or checkpoint.parts[part].base
     if name is None:
         return None
-    return find_base(part, name, checkpoint.path, explicit=explicit is not None, weights=weights, cache=asked.cache)
+    return find_base(
+        part, name, checkpoint.path, session, explicit=explicit is not None, weights=weights, cache=asked.cache
+    )
 
 
 def _expected(checkpoint: Checkpoint, part: str, configs: Mapping[str, dict[str, Any]]) -> dict[str, Expected]:

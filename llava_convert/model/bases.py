@@ -19,27 +19,28 @@ from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, Dropped
 from llava_convert.model.configs import named_config, old_flavour
 from llava_convert.model.tables.names import layout_table, lookup_errors
 from llava_convert.storage.remote.origin import cached_id
+from llava_convert.storage.remote.session import Session
 from llava_convert.storage.sidecars import Sidecars, folder_sidecars, refuse_links_out
 from llava_convert.storage.weights import Weights, open_weights
 
 
 @dataclass(frozen=True)
 class Base:
-    """One base model on disk. `asked` is how it was named: an id, or a path (which never reaches an output)."""
+    """One base model on disk. `asked` is how it was named: an id, or a path (which never reaches an output).
+
+    What is read of it is kept, so that all who ask in one session read it once.
+    """
 
     part: str
     folder: Path
     asked: str
     from_hub: bool
+    files: Sidecars
 
     @property
     def id(self) -> str | None:
         """The hub id, when the name or the folder gives one for certain."""
         return published_id(self.asked) if self.from_hub else cached_id(self.folder)
-
-    @property
-    def files(self) -> Sidecars:
-        return folder_sidecars(self.folder)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -99,12 +100,13 @@ class Base:
 
 
 def find_base(
-    part: str, asked: str, source: Path, *, explicit: bool, weights: bool = True, cache: bool = False
+    part: str, asked: str, source: Path, session: Session, *, explicit: bool, weights: bool = True, cache: bool = False
 ) -> Base:
     """The base named `asked`: a folder, or a hub id (from its client's cache if all is there, else read in place).
 
     `cache` downloads it to that cache first. `explicit` says that the user named it, so that only the current folder
-    counts. Raises InputError (exit 3) naming it and the option which mends it.
+    counts. A session has one Base of a folder, which is read once. Raises InputError (exit 3) naming it and the option
+    which mends it.
     """
     option = f"--{PART_WORDS[part]}"
     folder = _local(asked, source, explicit=explicit)
@@ -114,15 +116,24 @@ def find_base(
                 f"{folder} is not a model folder: it has no config.json",
                 hint=f"give the base {PART_NAMES[part]} by {option}",
             )
-        refuse_links_out(folder)
-        return Base(part, folder, asked, from_hub=False)
+        return _base(part, folder, asked, session, from_hub=False)
     if not is_id(asked):
         raise InputError(
             f"the base {PART_NAMES[part]} {asked!r} is not here"
             + ("" if explicit else ", neither under the current folder nor beside the source"),
             hint=f"give its folder or hub id by {option}",
         )
-    return Base(part, _from_hub(part, asked, option, weights=weights, cache=cache), asked, from_hub=True)
+    folder = _from_hub(part, asked, option, session, weights=weights, cache=cache)
+    return _base(part, folder, asked, session, from_hub=True)
+
+
+def _base(part: str, folder: Path, asked: str, session: Session, *, from_hub: bool) -> Base:
+    def make() -> Base:
+        if not from_hub:
+            refuse_links_out(folder)
+        return Base(part, folder, asked, from_hub, folder_sidecars(folder))
+
+    return session.once((Base, part, folder, asked), make)
 
 
 def is_folder(asked: str, source: Path) -> bool:
@@ -142,13 +153,13 @@ def _local(asked: str, source: Path, *, explicit: bool) -> Path | None:
         return None
 
 
-def _from_hub(part: str, name: str, option: str, *, weights: bool, cache: bool) -> Path:
+def _from_hub(part: str, name: str, option: str, session: Session, *, weights: bool, cache: bool) -> Path:
     from llava_convert.storage.remote.reach import on_hub  # its clients take half a second to import
 
     address = parse(name)
     assert address is not None
     try:
-        return on_hub(address, weights=weights, cache=cache)
+        return on_hub(address, session, weights=weights, cache=cache)
     except HubError as problem:
         raise InputError(
             f"the base {PART_NAMES[part]} {name!r} is neither a folder nor in the hub's cache, "

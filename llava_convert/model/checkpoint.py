@@ -135,8 +135,10 @@ class Checkpoint:
 
     `default_part` is what `--part all` means: "all", or the one part of a source that is no LLaVA. `whole` is false
     where the layout itself does not tell a model from a part of one. `defects` are what a reader of this layout chokes
-    on, though nothing here needs it. `facts` are what else the source says of itself. `unknown_keys` are those of its
-    own config that no table has, with their values; `stated` is what decides in files that are no JSON, as it stands.
+    on, though nothing here needs it. `facts` are what else the source says of itself. `beside` are the small files in
+    `root`. `unknown_keys` are those of its own config that no table has, with their values; `stated` is what decides in
+    files that are no JSON, as it stands.
+
     `every_feature` are the types of towers of which the source's code hands on all features of the last layer but one,
     whatever its config says. `publish_dtype` is the dtype to publish what a trainer left (torch's name; AS_STORED: that
     of the language model, if it has 16 bits), None for what keeps its own.
@@ -146,6 +148,7 @@ class Checkpoint:
     path: Path
     root: Path
     files: tuple[Path, ...]
+    beside: Sidecars
     parts: Mapping[str, Part]
     settings: Settings = Settings()
     image_newline: StoredTensor | None = None

@@ -102,7 +102,7 @@ def _last_name(name: str) -> str:
 
 def _refuse_second_merge(checkpoint: Checkpoint, part: str, base: Base) -> None:
     """A base that was itself made by merging this very adapter is told by its conversion.json."""
-    record = readable_record(base.folder)
+    record = readable_record(base.files)
     if "merge_lora" not in str(record.get("tensors")):
         return
     sources = str(record.get("sources"))

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError
-from llava_convert.storage.sidecars import folder_sidecars
+from llava_convert.storage.sidecars import Sidecars
 
 RECORD = "conversion.json"
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
+def read_record(files: Sidecars) -> dict[str, Any] | None:
     """What an earlier conversion wrote into a folder, or None."""
-    files = folder_sidecars(folder)
     if not files.has(RECORD):
         return None
     found = files.read_json(RECORD)
     if not isinstance(found, dict) or not _sound(found.get("added")):
         raise InputError(
-            f"{folder / RECORD}: not what a conversion writes", hint="delete it: the weights do not need it"
+            f"{files.place(RECORD)}: not what a conversion writes", hint="delete it: the weights do not need it"
         )
     return found
 
 
-def read_options(folder: Path) -> dict[str, Any] | None:
+def read_options(files: Sidecars) -> dict[str, Any] | None:
     """The options that a conversion recorded of its output, None where there are none that can be read."""
-    options = readable_record(folder).get("options")
+    options = readable_record(files).get("options")
     return options if isinstance(options, dict) else None
 
 
-def readable_record(folder: Path) -> dict[str, Any]:
+def readable_record(files: Sidecars) -> dict[str, Any]:
     """As `read_record`, for who can do without: empty where there is none, or none that can be read."""
     try:
-        return read_record(folder) or {}
+        return read_record(files) or {}
     except InputError:
         return {}
 

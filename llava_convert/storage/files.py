@@ -10,7 +10,8 @@ from pathlib import Path, PurePosixPath
 
 from llava_convert.core.errors import InputError, UnsafeError
 from llava_convert.core.text import printable
-from llava_convert.storage.remote.files import RemoteStream, remote_of
+from llava_convert.storage.remote.files import RemoteStream
+from llava_convert.storage.remote.mounts import remote_of
 
 _READ_BYTES = 256 << 10
 

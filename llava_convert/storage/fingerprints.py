@@ -13,7 +13,7 @@ from pathlib import Path
 from llava_convert.core.errors import InputError
 from llava_convert.core.text import printable
 from llava_convert.storage.files import open_regular, os_reason, read_fully, require_regular, size_of
-from llava_convert.storage.remote.files import remote_of
+from llava_convert.storage.remote.mounts import remote_of
 from llava_convert.storage.safetensors import MAX_HEADER_BYTES, SUFFIX
 
 # A torch zip ends with its directory, about 100 bytes for each tensor, the CRC of its data among them (APPNOTE.TXT

@@ -19,12 +19,14 @@ import struct
 import sys
 import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from llava_convert.core.errors import InputError
-from llava_convert.storage.remote.files import FIRST, RemoteFile, remote_of
+from llava_convert.storage.remote.files import FIRST, RemoteFile
+from llava_convert.storage.remote.mounts import remote_of
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -40,7 +42,7 @@ _FICLONERANGE = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range
 _SYNC_FILE_RANGE_WRITE = 2
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # trying another way cannot help
 
-_refused: set[tuple[str, int, int]] = set()  # (method, source device, target device) known not to work
+Refused = set[tuple[str, int, int]]  # (method, source device, target device) that were found not to work
 _position = threading.Lock()
 _local = threading.local()
 
@@ -97,23 +99,26 @@ def copy_range(
     *,
     progress: Callable[[int], None],
     where: object = None,
+    refused: Refused | None = None,
 ) -> None:
     """Copy `length` bytes; `progress` gets the size of each piece that arrived.
 
-    Tries a clone, then `copy_file_range` (both only where the offsets agree modulo 4096), then a buffer.
-    Raises InputError when the source ends first or cannot be read, OSError when the target cannot be written.
+    Tries a clone, then `copy_file_range` (both only where the offsets agree modulo 4096), then a buffer. What does not
+    work is added to `refused`, and what is in it is not tried. Raises InputError when the source ends first or cannot
+    be read, OSError when the target cannot be written.
     """
     end = src_off + length
     shift = dst_off - src_off
     at = src_off
+    refused = set() if refused is None else refused
     if shift % BLOCK == 0 and length > 0:
         pair = (os.fstat(src_fd).st_dev, os.fstat(dst_fd).st_dev)
         first, last = -(-at // BLOCK) * BLOCK, end // BLOCK * BLOCK
-        if last - first >= CLONE_LEAST and ("clone", *pair) not in _refused:
+        if last - first >= CLONE_LEAST and ("clone", *pair) not in refused:
             _through_buffer(src_fd, at, dst_fd, shift, first, progress, where)
-            at = _by_clone(src_fd, first, dst_fd, shift, last, progress, pair)
-        if end - at > BUFFER and ("kernel", *pair) not in _refused:
-            at = _in_kernel(src_fd, at, dst_fd, shift, end, progress, pair)
+            at = _by_clone(src_fd, first, dst_fd, shift, last, progress, pair, refused)
+        if end - at > BUFFER and ("kernel", *pair) not in refused:
+            at = _in_kernel(src_fd, at, dst_fd, shift, end, progress, pair, refused)
     _through_buffer(src_fd, at, dst_fd, shift, end, progress, where)
 
 
@@ -128,6 +133,7 @@ class FilePool:
         self._mutex = threading.Lock()
         self._ahead = threading.local()
         self._stopped = threading.Event()
+        self._refused: Refused = set()
 
     def stop(self) -> None:
         """Let threads that still fetch something give up after the piece that they are at: nobody wants it any more."""
@@ -150,7 +156,9 @@ class FilePool:
         """Copy `length` bytes of a file into an open one, as `copy_range` does. Raises what `read_into` raises."""
         remote = remote_of(path)
         if remote is None:
-            copy_range(self.open(path), offset, dst_fd, dst_off, length, progress=progress, where=path)
+            copy_range(
+                self.open(path), offset, dst_fd, dst_off, length, progress=progress, where=path, refused=self._refused
+            )
             return
         for done in range(0, length, REMOTE_PIECE):
             if self._stopped.is_set():
@@ -278,15 +286,22 @@ def _through_buffer(
 
 
 def _by_clone(
-    src_fd: int, at: int, dst_fd: int, shift: int, end: int, progress: Callable[[int], None], pair: tuple[int, int]
+    src_fd: int,
+    at: int,
+    dst_fd: int,
+    shift: int,
+    end: int,
+    progress: Callable[[int], None],
+    pair: tuple[int, int],
+    refused: Refused,
 ) -> int:
-    """Share the blocks of `at`..`end` and return where it stopped; a refusal is remembered for the two devices."""
+    """Share the blocks of `at`..`end` and return where it stopped; a refusal is added for the two devices."""
     while at < end:
         piece = min(CLONE_PIECE, end - at)
         try:
             _clone(src_fd, at, piece, dst_fd, at + shift)
         except OSError:
-            _refused.add(("clone", *pair))  # whatever it was, writing the bytes will tell
+            refused.add(("clone", *pair))  # whatever it was, writing the bytes will tell
             break
         at += piece
         progress(piece)
@@ -302,7 +317,14 @@ def _clone(src_fd: int, src_off: int, length: int, dst_fd: int, dst_off: int) ->
 
 
 def _in_kernel(
-    src_fd: int, at: int, dst_fd: int, shift: int, end: int, progress: Callable[[int], None], pair: tuple[int, int]
+    src_fd: int,
+    at: int,
+    dst_fd: int,
+    shift: int,
+    end: int,
+    progress: Callable[[int], None],
+    pair: tuple[int, int],
+    refused: Refused,
 ) -> int:
     """Copy by `copy_file_range` and return where it stopped; the caller does the rest through a buffer."""
     if sys.platform != "linux" or not hasattr(os, "copy_file_range"):
@@ -313,7 +335,7 @@ def _in_kernel(
         except OSError as exc:
             if exc.errno in _FULL:
                 raise
-            _refused.add(("kernel", *pair))
+            refused.add(("kernel", *pair))
             break
         if moved == 0:  # the source's end, or a file system that pretends: a read tells which
             break
@@ -323,17 +345,13 @@ def _in_kernel(
     return at
 
 
-_sync_file_range_call: list[Any] = []  # filled once; ctypes is imported only by a process that writes
-
-
+@cache
 def _sync_file_range() -> Any:
-    if not _sync_file_range_call:
-        call = None
-        if sys.platform == "linux":
-            import ctypes
+    if sys.platform != "linux":
+        return None
+    import ctypes  # only in a process that writes
 
-            call = getattr(ctypes.CDLL(None), "sync_file_range", None)
-            if call is not None:
-                call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-        _sync_file_range_call.append(call)
-    return _sync_file_range_call[0]
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is not None:
+        call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return call

@@ -7,11 +7,11 @@ one is first asked for. Readers see one thing for both.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llava_convert.core.errors import InputError
 from llava_convert.storage.files import os_reason, read_file, require_inside
@@ -21,17 +21,21 @@ from llava_convert.storage.json_files import MAX_JSON_BYTES, json_bytes, parse_j
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".py")
 
 
-@dataclass(frozen=True)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
 class Sidecars:
     """Files by name. `where` is the folder or file that they are of, for messages; `list_names` and `load` find them.
 
-    Equal values stand for the same place, so that what was parsed of one can be kept.
+    Each file is read once and kept as long as this is: outputs hold most of them as they are.
     """
 
     where: Path
     list_names: Callable[[], frozenset[str]]
     load: Callable[[str], bytes]
     in_folder: bool = False
+    _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def names(self) -> frozenset[str]:
         return self.list_names()
@@ -45,7 +49,14 @@ class Sidecars:
 
         Raises InputError where it cannot be read, or is no file of its kind; UnsafeError where it leads elsewhere.
         """
-        return self.load(name)
+        return self.once(name, lambda: self.load(name))
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives of these files, which is called when it is first asked for."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        found: T = self._kept[key]
+        return found
 
     def read_json(self, name: str) -> Any:
         """The value in a JSON file. Raises InputError where it is not JSON."""
@@ -63,9 +74,8 @@ class Sidecars:
         return self.where / name
 
 
-@cache
 def folder_sidecars(folder: Path) -> Sidecars:
-    """The files of a folder. One value a folder: nothing of them is kept in it.
+    """The files of a folder, as they are when they are first read.
 
     They are held to the rule of weights: to read a link that leaves the folder raises UnsafeError (`require_inside`).
     """

@@ -16,9 +16,9 @@ from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.core.text import listed, printable
 from llava_convert.storage.files import os_reason, relative_name, require_inside, require_regular
+from llava_convert.storage.headers import Headers
 from llava_convert.storage.json_files import read_json
 from llava_convert.storage.safetensors import SUFFIX as SAFETENSORS_SUFFIX
-from llava_convert.storage.safetensors import read_header
 
 TORCH_SUFFIXES = (".bin", ".pth", ".pt")
 INDEX_SUFFIX = ".index.json"
@@ -44,11 +44,14 @@ class Weights:
     warnings: tuple[str, ...]
 
 
-def open_weights(path: Path, *, stems: Sequence[str] = ("model", "pytorch_model")) -> Weights:
+def open_weights(
+    path: Path, *, stems: Sequence[str] = ("model", "pytorch_model"), headers: Headers | None = None
+) -> Weights:
     """The weights at `path`: a folder, a `.safetensors` file, a torch file (`.bin`, `.pth`, `.pt`), or an index.
 
     In a folder they are `<stem>.safetensors` or `<stem>.bin`, or shards with an index; for an adapter pass
-    `stems=("adapter_model",)`. A folder which has both formats is read from safetensors, with a warning.
+    `stems=("adapter_model",)`. A folder which has both formats is read from safetensors, with a warning. `headers` are
+    those of the source that this is of, some of which may have been read.
 
     Raises InputError where something is missing or corrupt, or index and shards disagree (fault rows 14, 17, 24, 25,
     29, 32); UnsupportedError where it is not clear which file counts (row 26) or a format is unknown; UnsafeError
@@ -59,12 +62,12 @@ def open_weights(path: Path, *, stems: Sequence[str] = ("model", "pytorch_model"
     except OSError as error:
         raise InputError(f"{printable(path)}: cannot be read: {os_reason(error)}") from error
     if is_folder:
-        return _open_folder(path, stems)
-    require_regular(path)  # what is missing should not be told that its suffix is unknown
+        return _open_folder(path, stems, headers or Headers())
     suffix = path.suffix.lower()
     if suffix == ".json":
-        return _open_index(path.parent, path.name, _read_index(path), ())
+        return _open_index(path.parent, path.name, _read_index(path), (), headers or Headers())
     if suffix not in (SAFETENSORS_SUFFIX, *TORCH_SUFFIXES):
+        require_regular(path)  # what is missing should not be told that its suffix is unknown
         raise UnsupportedError(
             f"{printable(path)}: not known as a file of weights",
             hint=f"name a folder, an index, or a file of {SAFETENSORS_SUFFIX}, {', '.join(TORCH_SUFFIXES)}",
@@ -74,7 +77,7 @@ def open_weights(path: Path, *, stems: Sequence[str] = ("model", "pytorch_model"
     warnings = (
         (f"{printable(path.name)} is one shard of {part[2]}; the others are left out",) if part and partial else ()
     )
-    return _open_single(path.parent, path.name, warnings)
+    return _open_single(path.parent, path.name, warnings, headers or Headers())
 
 
 def reject_ungathered(where: str, tensors: Iterable[StoredTensor]) -> None:
@@ -91,7 +94,7 @@ def reject_ungathered(where: str, tensors: Iterable[StoredTensor]) -> None:
         )
 
 
-def _open_folder(root: Path, stems: Sequence[str]) -> Weights:
+def _open_folder(root: Path, stems: Sequence[str], headers: Headers) -> Weights:
     try:
         names = {entry.name for entry in root.iterdir()}
     except OSError as error:
@@ -106,7 +109,7 @@ def _open_folder(root: Path, stems: Sequence[str]) -> Weights:
         others = [name for other in suffixes if other != suffix for name in found[other]]
         if others:
             warnings.append(f"{printable(root)} has safetensors and torch files: {listed(others)} ignored")
-        return _open_found(root, found[suffix], tuple(warnings))
+        return _open_found(root, found[suffix], tuple(warnings), headers)
     adapter = any(name.startswith("adapter_model.") for name in names) and "adapter_model" not in stems
     raise InputError(
         f"{printable(root)}: no weights: looked for {listed(_candidates(None, stems, *suffixes))}",
@@ -131,7 +134,7 @@ def _reject_lost_index(root: Path, names: set[str], stems: Sequence[str], suffix
             )
 
 
-def _open_found(root: Path, found: list[str], warnings: tuple[str, ...]) -> Weights:
+def _open_found(root: Path, found: list[str], warnings: tuple[str, ...], headers: Headers) -> Weights:
     """Opens the one file or index that `found` leaves no doubt about."""
     maps = {name: _read_index(require_inside(root, name)) for name in found if name.endswith(INDEX_SUFFIX)}
     # An index which names only the single file beside it says nothing else than that file does.
@@ -143,26 +146,27 @@ def _open_found(root: Path, found: list[str], warnings: tuple[str, ...]) -> Weig
             hint=f"name the file itself as the source, such as {printable(root / left[0])}, or remove the stale one",
         )
     if left[0] in maps:
-        return _open_index(root, left[0], maps[left[0]], warnings)
-    return _open_single(root, left[0], warnings, check_link=True)
+        return _open_index(root, left[0], maps[left[0]], warnings, headers)
+    return _open_single(root, left[0], warnings, headers, check_link=True)
 
 
-def _open_single(root: Path, name: str, warnings: tuple[str, ...], *, check_link: bool = False) -> Weights:
+def _open_single(
+    root: Path, name: str, warnings: tuple[str, ...], headers: Headers, *, check_link: bool = False
+) -> Weights:
     """One file. Its link is followed anywhere when the user named the file, and not when a folder did."""
     path = require_inside(root, name) if check_link else root / name
-    tensors, notes = _read_file(path)
+    tensors, notes = _read_file(path, headers)
     reject_ungathered(printable(path), tensors.values())
     return Weights(root, (path,), tensors, dict.fromkeys(tensors, name), (*warnings, *notes))
 
 
-def _read_file(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+def _read_file(path: Path, headers: Headers) -> tuple[dict[str, StoredTensor], list[str]]:
     """The tensors of one file of either format, and what should be said of it."""
     if path.suffix.lower() == SAFETENSORS_SUFFIX:
-        return read_header(path).tensors, []
-    require_regular(path)
-    from llava_convert.storage.torch.file import read_torch, state_dict  # most sources have no torch file
+        return headers.safetensors(path).tensors, []
+    from llava_convert.storage.torch.file import state_dict  # most sources have no torch file
 
-    found = state_dict(read_torch(path))
+    found = state_dict(headers.torch(path))
     notes = [f"{printable(path.name)}: weights taken from within {listed(found.unwrapped)}"] if found.unwrapped else []
     return found.tensors, notes
 
@@ -194,7 +198,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     return {**index, "weight_map": {tensor: plain[file] for tensor, file in weight_map.items()}}
 
 
-def _open_index(root: Path, name: str, index: dict[str, Any], warnings: tuple[str, ...]) -> Weights:
+def _open_index(root: Path, name: str, index: dict[str, Any], warnings: tuple[str, ...], headers: Headers) -> Weights:
     """The shards that `index` names; only these count, whatever else lies beside them and however they are called."""
     where = printable(root / name)
     weight_map: dict[str, str] = index["weight_map"]
@@ -209,7 +213,7 @@ def _open_index(root: Path, name: str, index: dict[str, Any], warnings: tuple[st
     shard_of: dict[str, str] = {}
     notes: list[str] = []
     for shard, path in paths.items():
-        held, said = _read_file(path)
+        held, said = _read_file(path, headers)
         notes += said
         for tensor in held:
             if tensor in shard_of:

@@ -11,6 +11,7 @@ from llava_convert.app.convert import prepare
 from llava_convert.app.options import Options
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.engine.record import stored_of
+from llava_convert.storage.remote.session import Session
 from llava_convert.storage.torch.file import read_torch
 
 
@@ -21,7 +22,7 @@ def test_fault_37_history_and_optimizer_are_ignored(tiny: Path, tmp_path: Path) 
     assert {"message_hub", "optimizer", "param_schedulers"} <= root.keys()
     kept = {extent for state in root["optimizer"]["state"].values() for t in (state["exp_avg"], state["exp_avg_sq"])
             for extent in t.extents}  # fmt: skip
-    plan = prepare(source, Options(to="xtuner", out=tmp_path / "out")).plan
+    plan = prepare(source, Options(to="xtuner", out=tmp_path / "out"), Session()).plan
     read = {extent for t in plan.tensors for stored in stored_of(t) for extent in stored.extents}
     assert kept and not kept & read
     inspected = llava_convert.inspect(source)

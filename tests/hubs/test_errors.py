@@ -99,5 +99,8 @@ def test_logs_of_threads_are_kept_apart_and_the_handlers_come_back() -> None:
             thread.start()
         for thread in threads:
             thread.join()
+        sending = threading.Thread(target=logger.warning, args=("of a file",))
+        sending.start()
+        sending.join()
     assert [log.lines for log in logs.values()] == [[f"huggingface_hub: of {n}\n"] for n in logs]
-    assert len(upload.lines) == 4 and (logger.handlers, logger.propagate) == before
+    assert upload.lines == ["huggingface_hub: of a file\n"] and (logger.handlers, logger.propagate) == before

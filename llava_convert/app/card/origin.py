@@ -17,7 +17,7 @@ from llava_convert.core.resources import data_dir
 from llava_convert.model.checkpoint import LLM
 from llava_convert.storage.remote.mounts import mounted
 from llava_convert.storage.remote.origin import published
-from llava_convert.storage.sidecars import folder_sidecars
+from llava_convert.storage.sidecars import Sidecars
 
 # Meta's cards carry the license's text in their front matter: 40 kB.
 _MOST_FRONT_MATTER = 256 * 1024
@@ -49,8 +49,8 @@ class Origin:
 def origin(facts: Facts) -> Origin:
     """What the source's own card, its training config and its base models tell."""
     checkpoint = facts.model.checkpoint
-    folder = checkpoint.path if checkpoint.path.is_dir() else None
-    own = _front_matter(folder) if folder is not None and facts.source.has_card else {}
+    beside = checkpoint.beside if checkpoint.path.is_dir() else None
+    own = _front_matter(beside) if beside is not None and facts.source.has_card else {}
     source = _published(checkpoint.root) if facts.source.has_card else None
     paths = checkpoint.training.data_paths if checkpoint.training is not None else ()
     datasets = {*datasets_of(paths), *(i for i in _texts(own.get("datasets")) if is_id(i))}
@@ -95,7 +95,7 @@ def _license(facts: Facts, own: Mapping[str, Any], source: str | None) -> Licens
     base, name = facts.model.bases.get(LLM), facts.base_id(LLM)
     whose = f"that of the language model {name}" if name else "that of the language model"
     if base is not None:
-        found = _stated(_front_matter(base.folder), whose, name)
+        found = _stated(_front_matter(base.files), whose, name)
     return found or _stated(_licenses().get(name or "", {}), whose, name)
 
 
@@ -114,9 +114,8 @@ def _stated(card: Mapping[str, Any], whose: str, repo: str | None) -> License | 
     )
 
 
-def _front_matter(folder: Path) -> Mapping[str, Any]:
+def _front_matter(files: Sidecars) -> Mapping[str, Any]:
     """The metadata of a folder's model card, {} where it has none that can be read."""
-    files = folder_sidecars(folder)
     try:
         text = files.read("README.md").decode(errors="replace") if files.has("README.md") else ""
     except (OSError, ConvertError):

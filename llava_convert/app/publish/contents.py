@@ -19,6 +19,7 @@ from llava_convert.storage.files import require_inside
 from llava_convert.storage.fingerprints import contents
 from llava_convert.storage.hubs import Content
 from llava_convert.storage.remote.files import WEIGHTS
+from llava_convert.storage.sidecars import folder_sidecars
 
 # Written after the verification, so not among the files that it vouches for.
 _UNVOUCHED = frozenset({CARD, RECORD})
@@ -69,7 +70,7 @@ def proven(
         say.warn(f"{folder} is published unverified (--verify {OFF})")
     elif source is not None:
         verify(source, folder, options, say).refuse()
-    elif (record := read_record(folder)) is not None:
+    elif (record := read_record(folder_sidecars(folder))) is not None:
         vouched = _vouched(folder, record)
     else:
         opened, why = open_checkpoint(folder)

@@ -31,7 +31,9 @@ from llava_convert.model.checkpoint import Checkpoint
 from llava_convert.model.options import TargetOptions
 from llava_convert.model.record import read_record
 from llava_convert.storage.hubs import Destination, Parcel
-from llava_convert.storage.remote.mounts import mounted, mounts
+from llava_convert.storage.remote.mounts import mounted
+from llava_convert.storage.remote.session import Session
+from llava_convert.storage.sidecars import folder_sidecars
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,18 @@ def plan(release: Release) -> list[Item]:
 
     Raises UsageError for an unknown layout or name, and what hinders a layout, with the command that leaves it out.
     """
+    with Session() as session:
+        return _plan(release, session)
+
+
+def _plan(release: Release, session: Session) -> list[Item]:
     check_name(release.name)
     rows = _rows(release.only)
-    opened = engine.open_source(release.source, release.options)
+    opened = engine.open_source(release.source, release.options, session)
     items = []
     for row in rows:
         try:
-            item = _item(release, row, opened)
+            item = _item(release, row, opened, session)
         except ConvertError as problem:
             others = ",".join(other.word for other in rows if other != row)
             hints = [problem.hint, f"--only {others} leaves it out" if others else None]
@@ -153,7 +160,7 @@ def _rows(only: Sequence[str]) -> list[Row]:
     return [row for row in ROWS if not only or row.word in only]
 
 
-def _item(release: Release, row: Row, opened: tuple[Checkpoint, str]) -> Item | None:
+def _item(release: Release, row: Row, opened: tuple[Checkpoint, str], session: Session) -> Item | None:
     """The item of a row; None for the stage-1 projector where there was no stage 1 and nobody asked for it."""
     base = release.name.partition("/")[2]
     options = Options.of(
@@ -168,7 +175,7 @@ def _item(release: Release, row: Row, opened: tuple[Checkpoint, str]) -> Item | 
     )
     source = opened[0].path
     if row.stage_one:
-        first = stage_one(opened[0], options.pretrained_pth)
+        first = stage_one(opened[0], options.pretrained_pth, session)
         if first is None:
             if release.only:
                 raise UsageError("there is no stage-1 checkpoint", hint="--pretrained-pth PATH names it")
@@ -184,7 +191,7 @@ def _item(release: Release, row: Row, opened: tuple[Checkpoint, str]) -> Item | 
         if (remote := mounted(source)) is not None:
             raise UsageError(f"{remote.address} is of this layout, and is not here", hint="--cache fetches it")
         return Item(row, release.name + row.suffix, source, source, options)
-    ready = engine.prepare(source, options, None if row.stage_one else opened)
+    ready = engine.prepare(source, options, session, None if row.stage_one else opened)
     made = engine.documents(ready, options)
     there = _is_there(ready, made)
     if ready.out.exists() and not there:
@@ -198,7 +205,7 @@ def _item(release: Release, row: Row, opened: tuple[Checkpoint, str]) -> Item | 
 def _is_there(ready: Prepared, made: Documents) -> bool:
     """Whether an output is what the conversion would make, by its record alone."""
     try:
-        found = read_record(ready.out)
+        found = read_record(folder_sidecars(ready.out))
     except ConvertError:
         return False
     verified = (found or {}).get("verified")
@@ -211,8 +218,8 @@ def _is_there(ready: Prepared, made: Documents) -> bool:
 
 def run_release(release: Release, say: Say | None = None) -> list[Item]:
     """Convert and publish every layout. Raises what converting and publishing raise; a rerun continues."""
-    with mounts():  # of a remote source, for all its conversions
-        return _run(release, plan(release), say or Silence())
+    with Session() as session:  # of a remote source, for all its conversions
+        return _run(release, _plan(release, session), say or Silence())
 
 
 def _run(release: Release, items: list[Item], say: Say) -> list[Item]:

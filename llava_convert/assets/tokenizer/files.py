@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -164,21 +164,8 @@ def open_tokenizer(files: Sidecars) -> Tokenizer:
             f"{files.where}: no tokenizer (looked for tokenizer.json, tokenizer.model, vocab.json)",
             hint="name the base model with --llm, whose tokenizer is taken",
         )
-    return _opened(files, names, _stamps(files, names))
-
-
-def _stamps(files: Sidecars, names: tuple[str, ...]) -> tuple[tuple[int, int, int], ...]:
-    """The state of files which can change while this process lives; those made of metadata cannot."""
-    if not files.in_folder:
-        return ()
-    stats = [(files.where / name).stat() for name in names]
-    return tuple((s.st_size, s.st_mtime_ns, s.st_ino) for s in stats)
-
-
-@lru_cache(maxsize=2)
-def _opened(files: Sidecars, names: tuple[str, ...], stamps: tuple[tuple[int, int, int], ...]) -> Tokenizer:
-    """One object for one state of the files: `inspect` plans for every target, and a Llama-3 tokenizer has 9 MB."""
-    return Tokenizer(files, names)
+    # One object for one place: `inspect` plans for every target, and a Llama-3 tokenizer has 9 MB.
+    return files.once(Tokenizer, lambda: Tokenizer(files, names))
 
 
 def content_of(value: Any) -> str | None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
 from llava_convert.core.text import listed, printable
-from llava_convert.storage.files import open_regular, read_fully, require_inside
-from llava_convert.storage.gguf.file import open_gguf
+from llava_convert.storage.files import require_inside
+from llava_convert.storage.headers import Headers
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
@@ -27,7 +27,6 @@ _TYPES = r"mmproj|bf16|f16|f32|fp16|fp32|int4|int8|mxfp4|tq[12]_0|i?q[1-8](?:_(?
 _NOT_OF_THE_MODEL = re.compile(rf"(?:^|[-_.])(?:{_TYPES})(?=[-_.]|$)")
 # The first key, which both writers make the architecture: magic, version, two counts, then a string's length and text,
 # the value's type, and the value, a string again (ggml, docs/gguf.md).
-_HEAD_BYTES = 256
 _FIRST_KEY = len(ARCHITECTURE).to_bytes(8, "little") + ARCHITECTURE.encode() + (8).to_bytes(4, "little")
 
 
@@ -46,34 +45,32 @@ class Files:
         return found
 
 
-def starts_as_gguf(path: Path) -> bool:
-    with open_regular(path) as stream:
-        return read_fully(stream, len(MAGIC), path) == MAGIC
+def starts_as_gguf(path: Path, headers: Headers) -> bool:
+    return headers.start(path).startswith(MAGIC)
 
 
-def architecture_of(path: Path) -> str:
+def architecture_of(path: Path, headers: Headers) -> str:
     """`general.architecture` of a file, "" where there is none. Raises what reading the header raises.
 
     Of almost every file the first bytes tell it, so that a folder of many types is looked through quickly.
     """
-    with open_regular(path) as stream:
-        head = read_fully(stream, _HEAD_BYTES, path)
+    head = headers.start(path)
     rest = head[24:].removeprefix(_FIRST_KEY)
     if head.startswith(MAGIC + (3).to_bytes(4, "little")) and len(rest) < len(head) - 24:
         size = int.from_bytes(rest[:8], "little")
         if size <= len(rest) - 8:
             return rest[8 : 8 + size].decode("utf-8", "replace")
-    value = open_gguf(path).metadata.get(ARCHITECTURE)
+    value = headers.gguf(path).metadata.get(ARCHITECTURE)
     return str(value.value) if value is not None else ""
 
 
-def find(path: Path) -> Files:
+def find(path: Path, headers: Headers) -> Files:
     """The one model at `path`: a file, or a folder.
 
     Raises UnsupportedError (exit 4) naming the files where there are several, or none; what reading a header raises.
     """
     if path.is_dir():
-        llms, mmprojs = _sorted_out(_files_in(path))
+        llms, mmprojs = _sorted_out(_files_in(path), headers)
         if len(llms) > 1:
             raise _ambiguous(path, llms, "language models, or several types of one", llms[0])
         if llms:
@@ -82,19 +79,19 @@ def find(path: Path) -> Files:
             raise _ambiguous(path, mmprojs, "vision towers (mmproj)", mmprojs[0] if mmprojs else None)
         return Files(None, mmprojs[0])
     path = _first_of(path)
-    if architecture_of(path) == VISION_ARCHITECTURE:
+    if architecture_of(path, headers) == VISION_ARCHITECTURE:
         return Files(None, path)
-    others = [other for other in _files_in(path.parent) if other != path and _may_be_mmproj(other)]
+    others = [other for other in _files_in(path.parent) if other != path and _may_be_mmproj(other, headers)]
     return Files(path, _beside(path, others))
 
 
-def find_all(path: Path) -> list[Files]:
+def find_all(path: Path, headers: Headers) -> list[Files]:
     """Every model at `path`; of a folder with several types of one model each file once, together as far as it goes."""
     if not path.is_dir():
-        return [find(path)]
-    llms, mmprojs = _sorted_out(_files_in(path))
+        return [find(path, headers)]
+    llms, mmprojs = _sorted_out(_files_in(path), headers)
     if not llms and not mmprojs:
-        return [find(path)]
+        return [find(path, headers)]
     count = max(len(llms), len(mmprojs))
     padded = ([*files, *[None] * (count - len(files))] for files in (llms, mmprojs))
     return [Files(llm, mmproj) for llm, mmproj in zip(*padded, strict=True)]
@@ -116,23 +113,23 @@ def _first_of(path: Path) -> Path:
     return first if first.is_file() else path
 
 
-def _sorted_out(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+def _sorted_out(paths: Iterable[Path], headers: Headers) -> tuple[list[Path], list[Path]]:
     llms: list[Path] = []
     mmprojs: list[Path] = []
     for path in paths:
         require_inside(path.parent, path.name)
-        (mmprojs if architecture_of(path) == VISION_ARCHITECTURE else llms).append(path)
+        (mmprojs if architecture_of(path, headers) == VISION_ARCHITECTURE else llms).append(path)
     return llms, mmprojs
 
 
-def _may_be_mmproj(path: Path) -> bool:
+def _may_be_mmproj(path: Path, headers: Headers) -> bool:
     """Whether a file beside a language model is an mmproj.
 
     One that is broken, or a link out of the folder, only counts when it is called so.
     """
     try:
         require_inside(path.parent, path.name)
-        return architecture_of(path) == VISION_ARCHITECTURE
+        return architecture_of(path, headers) == VISION_ARCHITECTURE
     except (InputError, UnsafeError, UnsupportedError):
         if "mmproj" in path.name.lower():
             raise

@@ -7,7 +7,7 @@ metadata. Quantised weights keep their bytes, unless they may be dequantised.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ from llava_convert.model.record import read_record
 from llava_convert.model.tables.names import lookup_errors
 from llava_convert.ops.base import Op
 from llava_convert.ops.quantize import Dequantize
-from llava_convert.storage.gguf.file import Gguf, open_gguf
+from llava_convert.storage.gguf.file import Gguf
+from llava_convert.storage.headers import Headers
 from llava_convert.storage.sidecars import Sidecars, made_sidecars
 
 NAME = "gguf"
@@ -58,29 +59,34 @@ def detect(found: Found) -> str | None:
     if found.path.is_dir():
         files = [name for name in found.names if name.lower().endswith(SUFFIX)]
         return f"it holds GGUF files ({len(files)})" if files and found.config is None else None
-    if found.path.suffix.lower() == SUFFIX or starts_as_gguf(found.path):
+    if found.path.suffix.lower() == SUFFIX or starts_as_gguf(found.path, found.headers):
         return "it is a GGUF file"
     return None
 
 
-def open(path: Path, options: OpenOptions) -> Checkpoint:
+def open(found: Found, options: OpenOptions) -> Checkpoint:
     """Open a file, or a folder with one model.
 
     Raises UnsupportedError (exit 4) where which files count is not clear, for architectures and projectors that are not
     known and for tensors that these do not have; InputError for what is corrupt; what reading a header raises.
     """
-    return _opened(path, find(path), options)
+    return _opened(found, find(found.path, found.headers), options)
 
 
-def open_each(path: Path, options: OpenOptions) -> list[Checkpoint]:
+def open_each(found: Found, options: OpenOptions) -> list[Checkpoint]:
     """Every file of a folder with several types of one model, for a comparison of each."""
-    return [_opened(files.path if path.is_dir() else path, files, options) for files in find_all(path)]
+    path = found.path
+    return [
+        _opened(replace(found, path=files.path) if path.is_dir() else found, files, options)
+        for files in find_all(path, found.headers)
+    ]
 
 
 @dataclass
 class _Opened:
     """What is gathered of the files of one model."""
 
+    headers: Headers
     parts: dict[str, Part] = field(default_factory=lambda: {name: Part() for name in PARTS})
     settings: Settings = field(default_factory=Settings)
     newline: StoredTensor | None = None
@@ -93,10 +99,9 @@ class _Opened:
     stated: dict[str, mmproj.Metadata] = field(default_factory=dict)
 
 
-def _opened(path: Path, files: Files, options: OpenOptions) -> Checkpoint:
-    found = _Opened()
-    root = files.path.parent
-    recorded = read_record(root)
+def _opened(source: Found, files: Files, options: OpenOptions) -> Checkpoint:
+    found = _Opened(source.headers)
+    recorded = read_record(source.beside)
     record = recorded if recorded is not None and recorded.get("layout", {}).get("to") == NAME else None
     if files.llm is not None:
         _open_llm(found, files.llm, options)
@@ -110,9 +115,10 @@ def _opened(path: Path, files: Files, options: OpenOptions) -> Checkpoint:
         found.notes.append(f"vision tower and projector are from {files.mmproj.name}")
     return Checkpoint(
         layout=NAME,
-        path=path,
-        root=root,
+        path=source.path,
+        root=files.path.parent,
         files=tuple(file for gguf in found.ggufs for file in gguf.files),
+        beside=source.beside,
         parts=found.parts,
         settings=found.settings,
         image_newline=found.newline,
@@ -128,7 +134,7 @@ def _opened(path: Path, files: Files, options: OpenOptions) -> Checkpoint:
 
 
 def _open_llm(found: _Opened, path: Path, options: OpenOptions) -> None:
-    gguf = open_gguf(path)
+    gguf = found.headers.gguf(path)
     found.ggufs.append(gguf)
     table = table_for_arch(_architecture(gguf, path))
     config, told = _llm_config(table, gguf, path, found)
@@ -158,7 +164,7 @@ def _llm_config(table: GgufTable, gguf: Gguf, path: Path, found: _Opened) -> tup
 
 
 def _open_mmproj(found: _Opened, path: Path, options: OpenOptions, recorded: Settings) -> None:
-    gguf = open_gguf(path)
+    gguf = found.headers.gguf(path)
     found.ggufs.append(gguf)
     mmproj.require_llava(gguf.metadata, path)
     tower, projector = table_for_arch(VISION_ARCHITECTURE), table_for_family("projector")

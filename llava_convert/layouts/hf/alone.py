@@ -5,8 +5,6 @@ What `--part` writes, and what a base model on a hub is.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from llava_convert.core.errors import UnsupportedError
 from llava_convert.layouts.base import Found
 from llava_convert.layouts.naming import sort_tensors
@@ -15,7 +13,6 @@ from llava_convert.model.checkpoint import PART_NAMES, PARTS, PROJECTOR, VISION,
 from llava_convert.model.record import read_record
 from llava_convert.model.tables.families import architectures
 from llava_convert.model.tables.names import layout_table
-from llava_convert.storage.safetensors import read_header
 from llava_convert.storage.weights import open_weights
 
 NAME = "hf"
@@ -32,7 +29,7 @@ def part_of(found: Found) -> str | None:
             return VISION
         return next((a.part for a in architectures().values() if kind in a.model_types and a.part != PROJECTOR), None)
     if _FILE in found.names and found.path.is_dir():
-        names = read_header(found.path / _FILE).tensors
+        names = found.headers.safetensors(found.path / _FILE).tensors
         return PROJECTOR if names and all(name.startswith(_PROJECTOR) for name in names) else None
     return None
 
@@ -43,16 +40,17 @@ def detect_part(found: Found) -> str | None:
     return f"it is a {PART_NAMES[part]} alone" if part is not None else None
 
 
-def open_part(path: Path, part: str) -> Checkpoint:
+def open_part(found: Found, part: str) -> Checkpoint:
     """Open one part. Raises what reading a base model raises; UnsupportedError for tensors of no known name."""
+    path = found.path
     parts = {name: Part() for name in PARTS}
     if part == PROJECTOR:
-        found = open_weights(path)
-        sorted_ = sort_tensors(found.tensors, layout_table(NAME), path)
+        weights = open_weights(path, headers=found.headers)
+        sorted_ = sort_tensors(weights.tensors, layout_table(NAME), path)
         parts[part] = Part(sorted_.weights[part])
-        files, dropped, warnings = found.files, sorted_.dropped, found.warnings
+        files, dropped, warnings = weights.files, sorted_.dropped, weights.warnings
     else:
-        base = Base(part, path, path.name, from_hub=False)
+        base = Base(part, path, path.name, from_hub=False, files=found.beside)
         parts[part] = Part(base.tensors, None, None, base.config, base.files)
         files, dropped, warnings = base.weights.files, base.dropped, base.weights.warnings
     if not parts[part].weights:
@@ -62,11 +60,12 @@ def open_part(path: Path, part: str) -> Checkpoint:
         path=path,
         root=path,
         files=files,
+        beside=found.beside,
         parts=parts,
         settings=Settings(),
         dropped=dropped,
         notes=(f"it is a {PART_NAMES[part]} alone, which `--part all` then means",),
         warnings=warnings,
-        record=read_record(path),
+        record=read_record(found.beside),
         default_part=part,
     )

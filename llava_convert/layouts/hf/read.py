@@ -7,7 +7,6 @@ xtuner's own converter gives, and the embedding gets rows for them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
@@ -20,7 +19,6 @@ from llava_convert.model.facts import ASPECT, read_facts
 from llava_convert.model.record import read_record
 from llava_convert.model.tables.facts import CONFIG, stated_in, unknown_keys
 from llava_convert.model.tables.names import layout_table
-from llava_convert.storage.sidecars import folder_sidecars
 from llava_convert.storage.weights import open_weights
 
 _HALVES = ("text_config", "vision_config")
@@ -47,38 +45,38 @@ def detect(found: Found) -> str | None:
     return f"its config.json is that of a transformers {kind}" if kind.startswith("llava") else None
 
 
-def open(path: Path, options: OpenOptions) -> Checkpoint:
+def open(found: Found, options: OpenOptions) -> Checkpoint:
     """Open a folder. Raises UnsupportedError for LLaVA-NeXT and its kin, and for names of no dialect."""
-    beside = folder_sidecars(path)
-    raw = beside.read_object("config.json") if beside.has("config.json") else {}
-    part = part_of(Found(path, raw or None, beside.names()))
+    path, raw = found.path, found.config or {}
+    part = part_of(found)
     if part is not None:
-        return open_part(path, part)
+        return open_part(found, part)
     if raw.get("model_type") != "llava":
         raise UnsupportedError(f"{path}: {raw.get('model_type')} is not supported, only llava")
     config = old_flavour(raw)
-    found = open_weights(path)
-    sorted_ = sort_tensors(found.tensors, layout_table(NAME), path)
+    weights = open_weights(path, headers=found.headers)
+    sorted_ = sort_tensors(weights.tensors, layout_table(NAME), path)
     text, vision = _text_config(config), _vision_config(config)
     configs: dict[str, dict[str, Any] | None] = {LLM: text, VISION: vision, PROJECTOR: None}
-    parts = {name: Part(sorted_.weights[name], None, None, configs[name], beside) for name in PARTS}
+    parts = {name: Part(sorted_.weights[name], None, None, configs[name], found.beside) for name in PARTS}
     layer = config.get("vision_feature_layer")
     if isinstance(layer, list):
         raise UnsupportedError(f"{path}: vision_feature_layer {layer!r}: only one layer can be carried over")
-    record = read_record(path)
+    record = read_record(found.beside)
     recorded = Settings.recorded(record).facts
     said = {ASPECT: recorded[ASPECT], **read_facts(NAME, config, str(path / CONFIG))}
     return Checkpoint(
         layout=NAME,
         path=path,
         root=path,
-        files=found.files,
+        files=weights.files,
+        beside=found.beside,
         parts=parts,
         settings=Settings.of(said),
         image_newline=sorted_.image_newline,
         dropped=sorted_.dropped,
         notes=tuple(f"names are in the {d} dialect" for d in sorted_.dialects if d != "classic"),
-        warnings=found.warnings,
+        warnings=weights.warnings,
         record=record,
         unknown_keys={key: config[key] for key in unknown_keys(config, (NAME, "common"), (*stated_in(NAME), *_HALVES))},
     )

@@ -24,7 +24,6 @@ from llava_convert.model.tables.facts import CONFIG, key_table, stated_in, unkno
 from llava_convert.model.tables.families import architectures
 from llava_convert.model.tables.names import layout_table
 from llava_convert.storage.files import require_inside
-from llava_convert.storage.sidecars import folder_sidecars
 from llava_convert.storage.weights import open_weights
 
 NAME = "official"
@@ -49,17 +48,16 @@ def detect(found: Found) -> str | None:
     return None
 
 
-def open(path: Path, options: OpenOptions) -> Checkpoint:
+def open(found: Found, options: OpenOptions) -> Checkpoint:
     """Open a folder of shards, a LoRA folder with non_lora_trainables.bin, or a projector alone.
 
     Raises what the readers raise; UnsupportedError for names that the layout does not have.
     """
-    folder = path if path.is_dir() else path.parent
-    beside = folder_sidecars(folder)
+    path, beside = found.path, found.beside
     config = old_flavour(beside.read_object("config.json")) if beside.has("config.json") else None
-    tensors, files, warnings = _weights(path)
+    tensors, files, warnings = _weights(found)
     sorted_ = sort_tensors(tensors, layout_table(NAME), path)
-    adapter, lora = read_adapter_config(folder), adapter_settings(folder)
+    adapter, lora = read_adapter_config(beside), adapter_settings(beside)
     parts: dict[str, Part] = {}
     dropped = list(sorted_.dropped)
     for name in (LLM, VISION, PROJECTOR):
@@ -81,37 +79,38 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
     return Checkpoint(
         layout=NAME,
         path=path,
-        root=folder,
+        root=beside.where,
         files=files,
+        beside=beside,
         parts=parts,
-        settings=Settings.of(read_facts(NAME, own, str(folder / CONFIG))),
+        settings=Settings.of(read_facts(NAME, own, str(beside.place(CONFIG)))),
         image_newline=sorted_.image_newline,
         dropped=tuple(dropped),
         warnings=(*warnings, *_tower_warning(own, parts[VISION])),
         unknown_keys={key: own[key] for key in unknown_keys(own, (NAME, "common"), stated_in(NAME))},
         every_feature=EVERY_PATCH,
-        record=read_record(folder),
+        record=read_record(beside),
         whole=has_llm,
     )
 
 
-def _weights(path: Path) -> tuple[dict[str, StoredTensor], tuple[Path, ...], tuple[str, ...]]:
+def _weights(found: Found) -> tuple[dict[str, StoredTensor], tuple[Path, ...], tuple[str, ...]]:
+    path, names, headers = found.path, found.names, found.headers
     if path.is_file():
-        found = open_weights(path)
-        return dict(found.tensors), found.files, found.warnings
-    names = {p.name for p in path.iterdir()}
+        alone = open_weights(path, headers=headers)
+        return dict(alone.tensors), alone.files, alone.warnings
     if "non_lora_trainables.bin" in names:
         sets = [
-            open_weights(require_inside(path, "non_lora_trainables.bin")),
-            open_weights(path, stems=("adapter_model",)),
+            open_weights(require_inside(path, "non_lora_trainables.bin"), headers=headers),
+            open_weights(path, stems=("adapter_model",), headers=headers),
         ]
     elif PROJECTOR_FILE in names and not any(n.startswith(("model", "pytorch_model")) for n in names):
-        sets = [open_weights(require_inside(path, PROJECTOR_FILE))]
+        sets = [open_weights(require_inside(path, PROJECTOR_FILE), headers=headers)]
     else:
-        sets = [open_weights(path)]
+        sets = [open_weights(path, headers=headers)]
     tensors: dict[str, StoredTensor] = {}
-    for found in sets:
-        tensors.update(found.tensors)
+    for one in sets:
+        tensors.update(one.tensors)
     return (
         tensors,
         tuple(f for s in sets for f in s.files),

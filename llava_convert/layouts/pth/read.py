@@ -19,7 +19,8 @@ from llava_convert.layouts.training_config import load_training_config, parse_tr
 from llava_convert.model.checkpoint import LLM, PARTS, VISION, Checkpoint, Part, Settings
 from llava_convert.model.tables.names import layout_table
 from llava_convert.model.training import LoraSettings, TrainingConfig
-from llava_convert.storage.torch.file import StateDict, TorchFile, read_torch, state_dict
+from llava_convert.storage.sidecars import folder_sidecars
+from llava_convert.storage.torch.file import StateDict, TorchFile, state_dict
 from llava_convert.storage.zero.checkpoint import read_zero, recognise
 
 NAME = "pth"
@@ -31,7 +32,7 @@ def detect(found: Found) -> str | None:
         return recognise(found.names)
     if found.path.suffix not in _TORCH_SUFFIXES:
         return None
-    names = state_dict(read_torch(found.path)).tensors
+    names = state_dict(found.headers.torch(found.path)).tensors
     table = layout_table(NAME)
     hits = sum(table.read(name) is not None for name in names)
     return f"its tensors have xtuner's names ({hits} of {len(names)})" if hits else None
@@ -49,13 +50,14 @@ class _Weights:
     stubs: tuple[str, ...]
 
 
-def _read(path: Path) -> _Weights:
+def _read(found: Found) -> _Weights:
+    path = found.path
     if path.is_dir():
         zero = read_zero(path)
         state = state_dict(TorchFile(path, zero.tensors, zero.stubs, "little"))
         notes = (*zero.notes, *_unwrapped(state))
         return _Weights(state.tensors, zero.meta, zero.files, notes, zero.warnings, zero.stubs)
-    file = read_torch(path)
+    file = found.headers.torch(path)
     state = state_dict(file)
     meta = file.root.get("meta") if isinstance(file.root, dict) else None
     return _Weights(state.tensors, meta if isinstance(meta, dict) else {}, (path,), _unwrapped(state), (), file.stubs)
@@ -66,13 +68,13 @@ def _unwrapped(state: StateDict) -> tuple[str, ...]:
     return tuple(f"unwrapped {how}" for how in state.unwrapped if how != "state_dict")
 
 
-def open(path: Path, options: OpenOptions) -> Checkpoint:
+def open(found: Found, options: OpenOptions) -> Checkpoint:
     """Open a `.pth`, a file or a DeepSpeed folder, by its pickled indexes; no weight is read and nothing is called.
 
     Raises what `read_torch` and `read_zero` raise; UnsupportedError for names that xtuner's LLaVA does not have;
     InputError when the config says that a part was trained which the file lacks.
     """
-    read = _read(path)
+    path, read = found.path, _read(found)
     sorted_ = sort_tensors(read.tensors, layout_table(NAME), path)
     training, warnings = _training(read.meta, path, options)
     parts: dict[str, Part] = {}
@@ -91,6 +93,7 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         path=path,
         root=path.parent,
         files=read.files,
+        beside=found.beside if found.path.is_file() else folder_sidecars(path.parent),
         parts=parts,
         settings=_settings(training),
         dropped=tuple(dropped),

@@ -6,7 +6,7 @@ or `visual_encoder/`. What was frozen is absent; nothing in the folder names the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from llava_convert.model.tables.facts import CONFIG, stated_in, unknown_keys
 from llava_convert.model.tables.names import layout_table
 from llava_convert.model.training import TrainingConfig
 from llava_convert.storage.files import require_inside
-from llava_convert.storage.sidecars import folder_sidecars
+from llava_convert.storage.sidecars import Sidecars, folder_sidecars
 from llava_convert.storage.weights import open_weights
 
 NAME = "xtuner"
@@ -52,21 +52,22 @@ def detect(found: Found) -> str | None:
     return f"it holds {', '.join(f'{name}/' for name in have)}" if have else None
 
 
-def open(path: Path, options: OpenOptions) -> Checkpoint:
+def open(found: Found, options: OpenOptions) -> Checkpoint:
     """Open every file set of the folder; a copied `xtuner_config.py` is read statically for what it names."""
+    path = found.path
     tensors: dict[str, StoredTensor] = {}
     files: list[Path] = []
     warnings: list[str] = []
-    sets = {"root": path} if _has_weights(path) else {}
+    sets = {"root": path} if _has_weights(found.names) else {}
     sets |= {name: require_inside(path, name) for name in _FOLDERS if (path / name).is_dir()}
     for name, folder in sets.items():
         stems = ("adapter_model",) if name.endswith("_adapter") else ("model", "pytorch_model")
-        found = open_weights(folder, stems=stems)
-        tensors |= {f"{name}/{key}": tensor for key, tensor in found.tensors.items()}
-        files += found.files
-        warnings += found.warnings
+        weights = open_weights(folder, stems=stems, headers=found.headers)
+        tensors |= {f"{name}/{key}": tensor for key, tensor in weights.tensors.items()}
+        files += weights.files
+        warnings += weights.warnings
     sorted_ = sort_tensors(tensors, layout_table(NAME), path)
-    training, record = _training(path, options), read_record(path)
+    training, record = _training(path, options), read_record(found.beside)
     dropped: list[Dropped] = list(sorted_.dropped)
     parts: dict[str, Part] = {}
     said: dict[str, Any] = {}
@@ -75,16 +76,18 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         (VISION, VISION_ADAPTER, path / VISION_FOLDER),
         (PROJECTOR, None, path / PROJECTOR_FOLDER),
     ):
-        settings = adapter_settings(path / adapter) if adapter else None
+        adapter_files = folder_sidecars(path / adapter) if adapter else None
+        settings = adapter_settings(adapter_files) if adapter_files is not None else None
         part, left = sorted_.part(name, settings, str(path))
         dropped += left
-        own = folder if part.weights else None
-        beside = folder_sidecars(own) if own is not None else None
+        beside = None
+        if part.weights:
+            beside = found.beside if folder == path else folder_sidecars(folder)
         config = old_flavour(beside.read_object(CONFIG)) if beside is not None and name != PROJECTOR else None
         if name == LLM and config is not None:
             said |= read_facts(NAME, config, str(path / CONFIG))
             config = {key: value for key, value in config.items() if key not in stated_in(NAME)}
-        parts[name] = Part(part.weights, part.adapter, _base(path, adapter, name, training), config, beside)
+        parts[name] = Part(part.weights, part.adapter, _base(adapter_files, name, training), config, beside)
     projector = _projector_config(path)
     said |= read_facts(NAME, projector, str(path / PROJECTOR_CONFIG), file=PROJECTOR_CONFIG)
     return Checkpoint(
@@ -92,6 +95,7 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         path=path,
         root=path,
         files=tuple(files),
+        beside=found.beside,
         parts=parts,
         settings=_settings(training, record, said),
         dropped=tuple(dropped),
@@ -114,8 +118,7 @@ def _projector_config(path: Path) -> dict[str, Any]:
     return files.read_object(CONFIG) if files.has(CONFIG) else {}
 
 
-def _has_weights(path: Path) -> bool:
-    names = (p.name for p in path.iterdir())
+def _has_weights(names: Iterable[str]) -> bool:
     return any(
         n.startswith(("model", "pytorch_model")) and n.endswith((".safetensors", ".bin", ".json")) for n in names
     )
@@ -134,9 +137,9 @@ def _settings(training: TrainingConfig | None, record: Mapping[str, Any] | None,
     return Settings.of({LAYER: training.visual_select_layer, **said}, prompt_template=training.prompt_template)
 
 
-def _base(path: Path, adapter: str | None, part: str, training: TrainingConfig | None) -> str | None:
+def _base(adapter: Sidecars | None, part: str, training: TrainingConfig | None) -> str | None:
     """The base model of a part: what its adapter names, else what the training config names."""
-    config = read_adapter_config(path / adapter) if adapter else None
+    config = read_adapter_config(adapter) if adapter is not None else None
     if config and (name := config.get("base_model_name_or_path")):
         return str(name)
     if training is None:

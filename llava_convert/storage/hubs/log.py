@@ -15,7 +15,8 @@ _LOGGERS = ("huggingface_hub", "modelscope_hub", "modelscope", "fsspec", "s3fs",
 class Log:
     """What was logged meanwhile: the lines, and the errors among their arguments.
 
-    Several threads read at once, each with a log of its own; an upload is one, and its client logs in many threads.
+    Several threads read at once, each with a log of its own. An upload's client logs in threads that it starts: its log
+    takes what is logged in a thread without one. (Two uploads at once would hear of each other.)
     """
 
     every_thread: bool = False
@@ -24,15 +25,13 @@ class Log:
     errors: list[BaseException] = field(default_factory=list)
 
     def take(self, record: logging.LogRecord) -> None:
-        if not self.every_thread and record.thread != self.thread:
-            return
         self.lines.append(f"{record.name}: {record.getMessage()}\n")
         args = record.args if isinstance(record.args, tuple) else ()
         self.errors.extend(arg for arg in args if isinstance(arg, BaseException))
 
 
 class _Ear(logging.Handler):
-    """Stands for all handlers of the clients' loggers while anybody listens."""
+    """Stands for all handlers of the clients' loggers while anybody listens: loggers are the process's."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -41,7 +40,9 @@ class _Ear(logging.Handler):
         self.undo = ExitStack()
 
     def emit(self, record: logging.LogRecord) -> None:
-        for log in list(self.logs):
+        logs = list(self.logs)
+        own = [log for log in logs if log.thread == record.thread]
+        for log in own or [log for log in logs if log.every_thread]:
             log.take(record)
 
     def redirect(self) -> None:

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,8 +24,8 @@ from llava_convert.core.retry import FIRST_TRIES, patiently
 from llava_convert.storage.hubs.secrets import shown
 from llava_convert.storage.output.places import NO_ROOM, as_output_error
 from llava_convert.storage.output.staging import RECORD
-from llava_convert.storage.remote.files import Remote, RemoteFile, place
-from llava_convert.storage.remote.mounts import mount, unmount
+from llava_convert.storage.remote.files import Remote
+from llava_convert.storage.remote.session import Session
 from llava_convert.storage.remote.urls import asking, file_system
 
 _LAST = ("config.json", ".index.json")  # in this order, after everything else
@@ -75,24 +76,28 @@ class RemoteStaging:
                 hint=f"{NO_ROOM}, or name another place by TMPDIR; --max-shard-size makes shards smaller",
             )
         self._take_leftover(self._listing())
-        self._remote = Remote(self.out, {}, self._read, lambda name: "")
         with contextlib.ExitStack() as undo:
-            self.path = mount(self._remote)
-            undo.callback(unmount, self.path)
+            session = undo.enter_context(Session())
+            self._mount = session.mount(Remote(self.out, {}, self._read, lambda name: ""))
+            self.path = self._mount.root
             self._temporary = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="llava-convert-")))
             for name, sent in self._sent.items():
-                place(self.path / name, RemoteFile(self._remote, name, sent["size"]))
+                self._mount.place(name, sent["size"])
             self._write_record()
             self._undo = undo.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
-        with self._undo:
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
             if not self._committed and isinstance(problem, HubError):
                 self._say(f"what was sent stays at {self.out}: the same command with --resume goes on from there")
             elif not self._committed:
                 with contextlib.suppress(HubError):
                     self._remove([*self._sent, *self._begun, *self._small, RECORD])
+        finally:
+            self._undo.__exit__(kind, problem, trace)
 
     def finished(self, name: str) -> bool:
         """Whether `name` was sent whole: by this run, or by an earlier one of the same plan."""
@@ -116,7 +121,7 @@ class RemoteStaging:
         self._put(local, name)
         local.unlink()
         self._sent[name] = {"size": size, "sha256": digest, "version": self._version(name)}
-        place(self.path / name, RemoteFile(self._remote, name, size))
+        self._mount.place(name, size)
         self._write_record()
 
     def write_bytes(self, name: str, data: bytes) -> None:

@@ -1,6 +1,7 @@
 """Signals: those that ask the process to end become an exception, and wait where steps belong together.
 
-Python allows handlers on the main thread only; elsewhere all of this does nothing.
+Handlers are the process's, and Python lets the main thread alone set and run them. So elsewhere all of this does
+nothing, and need not: a signal is raised in the main thread, and never between two steps of another.
 """
 
 from __future__ import annotations

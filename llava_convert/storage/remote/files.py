@@ -1,10 +1,4 @@
-"""Files that lie elsewhere, read by ranges as if they lay here.
-
-A remote folder is mounted (`storage.mounts`): for each of its files there is a placeholder of the same name and size in
-a temporary folder. So whatever asks what there is and how large it is asks the file system, as ever; whatever reads
-bytes goes through `files.open_regular` or `ranges.FilePool`, and both ask here first. Small files (configs, tokenizers)
-are fetched whole when they are first opened, and are ordinary files from then on. Weights are never kept.
-"""
+"""Files that lie elsewhere, read by ranges: what a server is asked, and what is kept of its answers."""
 
 from __future__ import annotations
 
@@ -14,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import SEEK_CUR, SEEK_END, RawIOBase
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_convert.core.errors import HubError, InputError
@@ -193,33 +186,3 @@ class RemoteStream(RawIOBase):
             known = self._at, self.file.fetch(self._at, end)
             self.file.keep(*known)
         self._start, self._window = known
-
-
-_placeholders: dict[Path, RemoteFile] = {}
-_fetching = threading.Lock()
-
-
-def remote_of(path: Path) -> RemoteFile | None:
-    """The remote file that `path` stands for; None for an ordinary path. A small file is fetched, and ordinary then."""
-    file = _placeholders.get(path)
-    if file is None or not file.small:
-        return file
-    with _fetching:
-        if path in _placeholders:
-            path.write_bytes(file.fetch(0, file.size))
-            del _placeholders[path]
-    return None
-
-
-def place(path: Path, file: RemoteFile) -> None:
-    """Make `path` stand for a remote file; what was there goes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as stream:
-        stream.truncate(file.size)
-    _placeholders[path] = file
-
-
-def forget(root: Path) -> None:
-    """From now on what lies in the folder `root` stands for nothing."""
-    for path in [path for path in _placeholders if root in path.parents]:
-        del _placeholders[path]

@@ -1,85 +1,92 @@
-"""Remote folders, mounted: placeholders in a temporary folder, which `storage.remote` reads through."""
+"""Remote folders, mounted: files that lie elsewhere, read by ranges as if they lay here.
+
+For each file of a remote folder there is a placeholder of the same name and size in a temporary folder. So whatever
+asks what there is and how large it is asks the file system, as ever; whatever reads bytes goes through
+`files.open_regular` or `ranges.FilePool`, and both ask `remote_of` first. Small files (configs, tokenizers) are fetched
+whole when they are first opened, and are ordinary files from then on. Weights are never kept.
+
+What a path stands for is asked of the path: there is no table of the process that two conversions would share.
+"""
 
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
-from llava_convert.core import addresses
-from llava_convert.core.errors import HubError, UnsafeError
-from llava_convert.core.text import printable
-from llava_convert.storage.files import os_reason, relative_name
-from llava_convert.storage.remote.files import Remote, RemoteFile, Traffic, forget, place
+from llava_convert.storage.remote.files import Remote, RemoteFile
 
-MOST_FILES = 100_000  # a dataset may have as many; a model has some dozens
-
-_folders: dict[Path, Remote] = {}
-_mutex = threading.Lock()
-_running = 0
+if sys.platform == "win32":
+    from pathlib import WindowsPath as _Path
+else:
+    from pathlib import PosixPath as _Path
 
 
-def mount(remote: Remote) -> Path:
-    """A folder of placeholders for a remote one, under its last name, which outputs are named after.
+class Mount:
+    """A temporary folder of placeholders for a remote one. Whoever makes it closes it."""
 
-    Raises UnsafeError where the name of a file would lead out of it, or where the listing would exhaust the machine;
-    HubError where it makes no sense.
+    root: Path
+
+    def __init__(self, remote: Remote, name: str) -> None:
+        self.remote = remote
+        self._files: dict[Path, RemoteFile] = {}
+        self._fetching = threading.Lock()
+        mounted_here = type("MountedPath", (MountedPath,), {"mount": self})
+        self.root = mounted_here(Path(tempfile.mkdtemp(prefix="llava-convert-")).resolve() / name)
+        self.root.mkdir()
+
+    def place(self, name: str, size: int) -> None:
+        """Let the file `name` stand for the remote one. Raises OSError, ValueError for a size that no file has."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as stream:
+            stream.truncate(size)
+        self._files[path] = RemoteFile(self.remote, name, size)
+
+    def file(self, path: Path) -> RemoteFile | None:
+        """The remote file that `path` stands for. A small one is fetched, and ordinary then."""
+        file = self._files.get(path)
+        if file is None or not file.small:
+            return file
+        with self._fetching:
+            if path in self._files:
+                path.write_bytes(file.fetch(0, file.size))
+                del self._files[path]
+        return None
+
+    def close(self) -> None:
+        """Take the placeholders away; their paths stand for nothing any more."""
+        self._files.clear()
+        shutil.rmtree(self.root.parent, ignore_errors=True)
+
+
+class MountedPath(_Path):
+    """A path that was made of a mount's root, and knows the mount.
+
+    Each mount has a subclass of its own: a path that pathlib makes of another is of the other's class, and has nothing
+    else of it (before Python 3.12). Such a path equals the plain one of the same text.
     """
-    if len(remote.files) > MOST_FILES:
-        raise UnsafeError(f"{remote.address}: {len(remote.files):,} files, more than any model has")
-    name = remote.address.rstrip("/").rpartition("/")[2].partition("@")[0]
-    root = Path(tempfile.mkdtemp(prefix="llava-convert-")).resolve() / name
-    root.mkdir()
-    _folders[root] = remote
-    addresses.call(root, remote.address)
-    for file, size in remote.files.items():
-        plain = relative_name(file)
-        if plain is None:
-            raise UnsafeError(f"{remote.address}: {printable(file)} is no name for a file inside a folder")
-        try:
-            place(root / plain, RemoteFile(remote, plain, size))
-        except (OSError, ValueError) as problem:  # a size that no file has; a file and a folder of one name
-            raise HubError(
-                f"{remote.address}: {printable(file)} of {size:,} bytes cannot be: {os_reason(problem)}"
-            ) from problem
-    return root
+
+    mount: ClassVar[Mount]
+
+
+def remote_of(path: Path) -> RemoteFile | None:
+    """The remote file that `path` stands for; None for an ordinary path. A small file is fetched, and ordinary then."""
+    return path.mount.file(path) if isinstance(path, MountedPath) else None
 
 
 def mounted(path: Path) -> Remote | None:
     """The remote folder that `path` is of, or None."""
-    return next((_folders[place] for place in (path, *path.parents) if place in _folders), None)
+    return path.mount.remote if isinstance(path, MountedPath) and path.is_relative_to(path.mount.root) else None
 
 
-def unmount(root: Path) -> None:
-    """Take the placeholders away; their paths stand for nothing any more."""
-    _folders.pop(root, None)
-    forget(root)
-    addresses.forget(root)
-    shutil.rmtree(root.parent, ignore_errors=True)
-
-
-def fetched() -> Traffic:
-    """What was fetched of everything that is mounted now."""
-    found = Traffic()
-    for remote in _folders.values():
-        found.add(remote.traffic.requests, remote.traffic.bytes)
-    return found
-
-
-@contextmanager
-def mounts() -> Iterator[None]:
-    """What is mounted inside is unmounted at the end; of blocks inside each other, at the end of the outermost."""
-    global _running
-    with _mutex:
-        _running += 1
-    try:
-        yield
-    finally:
-        with _mutex:
-            _running -= 1
-            last = _running == 0
-        for root in list(_folders) if last else ():
-            unmount(root)
+def address_of(path: Path) -> str | None:
+    """The address of what `path` stands for, or None for what lies here."""
+    remote = mounted(path)
+    if remote is None:
+        return None
+    inside = path.relative_to(path.mount.root).as_posix()  # type: ignore[attr-defined]  # it is mounted
+    return remote.address if inside == "." else f"{remote.address}/{inside}"

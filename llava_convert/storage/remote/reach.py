@@ -6,20 +6,22 @@ Whatever it is, a path comes of it.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
-from llava_convert.core import addresses, hub_names
+from llava_convert.core import hub_names
 from llava_convert.core.errors import HubError, InputError, UsageError
 from llava_convert.core.hub_names import Address
-from llava_convert.storage.hubs import HUBS, hub_of
+from llava_convert.storage.hubs import HUBS, Hub, hub_of
 from llava_convert.storage.hubs.secrets import shown
 from llava_convert.storage.remote.files import WEIGHTS
-from llava_convert.storage.remote.mounts import mount
+from llava_convert.storage.remote.mounts import MountedPath
+from llava_convert.storage.remote.session import Session
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,3}(?=[^/])(.*)")  # a Path keeps one of the slashes; C:/ is a drive
 
 
-def reach(source: str | Path, *, cache: bool = False) -> Path:
+def reach(source: str | Path, session: Session, *, cache: bool = False) -> Path:
     """The path that a source is read by: a local one as it is, a remote one mounted (no weight is fetched).
 
     A hub's model that lies whole in its client's cache is read there; `cache` puts it there first. Raises InputError
@@ -31,16 +33,19 @@ def reach(source: str | Path, *, cache: bool = False) -> Path:
         if scheme == "file":
             return Path("/" + rest)
         if scheme not in HUBS.values():
-            return _at_url(f"{scheme}://{rest}", cache)
+            return _at_url(f"{scheme}://{rest}", session, cache)
         address = hub_names.parse(f"{scheme}://{rest}")
         if address is None:
             raise UsageError(
                 f"{shown(f'{scheme}://{rest}')} is not the address of a model",
                 hint=f"write {scheme}://ORG/NAME, with @REVISION and /PATH where needed, and nothing else",
             )
-        return on_hub(address, cache=cache)
-    if _is_here(text):
-        return Path(text).expanduser()
+        return on_hub(address, session, cache=cache)
+    here = source if isinstance(source, Path) else Path(source)
+    if isinstance(here, MountedPath):  # of a session around this one
+        session.call(here.mount.root, here.mount.remote.address)
+    if _is_there(here):
+        return here.expanduser()
     address = hub_names.parse(text)
     if address is None or text.lower().endswith(WEIGHTS):
         raise InputError(
@@ -48,7 +53,7 @@ def reach(source: str | Path, *, cache: bool = False) -> Path:
             hint="give a file or a folder, a model on a hub (ORG/NAME, hf://…, ms://…), or a URL",
         )
     try:
-        return on_hub(address, cache=cache)
+        return on_hub(address, session, cache=cache)
     except HubError as problem:
         raise HubError(f"there is no {text} here, and {problem.message}", hint=problem.hint) from problem
 
@@ -67,7 +72,7 @@ def url_of(out: Path) -> str | None:
     return f"{url[1]}://{url[2]}"
 
 
-def on_hub(address: Address, *, cache: bool = False, weights: bool = True) -> Path:
+def on_hub(address: Address, session: Session, *, cache: bool = False, weights: bool = True) -> Path:
     """The folder, or the file, of a model on a hub; without `weights` its config is enough.
 
     Raises HubError, and UsageError where its client is missing.
@@ -78,29 +83,34 @@ def on_hub(address: Address, *, cache: bool = False, weights: bool = True) -> Pa
         if cache:
             folder = client.download(address)
         else:
-            remote = client.open(address)
-            if not remote.files:
-                raise HubError(
-                    f"{address}: the hub lists no file of it",
-                    hint="check the name, and the network, where a proxy may answer instead of the hub",
-                )
-            return _inside(mount(remote), address.path)
-    addresses.call(folder, str(Address(address.hub, address.repo, address.revision)))
+            root = session.once(replace(address, path=""), lambda: _mounted(client, address, session))
+            return _inside(root, address.path)
+    session.call(folder, str(Address(address.hub, address.repo, address.revision)))
     return _inside(folder, address.path)
 
 
-def _at_url(url: str, cache: bool) -> Path:
+def _mounted(client: Hub, address: Address, session: Session) -> Path:
+    remote = client.open(address)
+    if not remote.files:
+        raise HubError(
+            f"{address}: the hub lists no file of it",
+            hint="check the name, and the network, where a proxy may answer instead of the hub",
+        )
+    return session.mount(remote).root
+
+
+def _at_url(url: str, session: Session, cache: bool) -> Path:
     from llava_convert.storage.remote import urls
 
     if cache:
         raise UsageError(f"--cache is for models of the hubs; {shown(url)} is read in place")
     remote, file = urls.open(url)
-    return mount(remote) / file
+    return session.mount(remote).root / file
 
 
-def _is_here(text: str) -> bool:
+def _is_there(path: Path) -> bool:
     try:
-        return Path(text).expanduser().exists()
+        return path.expanduser().exists()
     except (OSError, RuntimeError, ValueError):  # too long; an unknown user; a NUL
         return False
 

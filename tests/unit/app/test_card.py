@@ -35,6 +35,7 @@ from llava_convert.app.publish.release import plan as plan_release
 from llava_convert.layouts.info import TARGETS
 from llava_convert.model.recipe import Bases
 from llava_convert.storage.hubs import Destination
+from llava_convert.storage.remote.session import Session
 from tests.interop.card_blocks import block, blocks
 from tests.interop.wide_models import PUBLISHED, WIDES, make_wide
 
@@ -313,7 +314,7 @@ def test_the_trap_is_told_only_to_names_that_fall_into_it(make: Make) -> None:
 def written(tiny: Path, to: str, name: str, repo: str | None = None) -> str:
     """A card alone, of a plan that is not run."""
     bases = Bases(llm_id="meta/tiny", visual_encoder_id="openai/tiny")
-    ready = prepare(tiny / "iter_2.pth", Options(to=to, out=Path(name), bases=bases))
+    ready = prepare(tiny / "iter_2.pth", Options(to=to, out=Path(name), bases=bases), Session())
     return card(Facts(ready.plan, ready.target, ready.model, name, ready.options, repo), verified="full")
 
 

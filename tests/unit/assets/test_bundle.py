@@ -19,13 +19,14 @@ from llava_convert.model.checkpoint import VISION
 from llava_convert.model.configs import named_config
 from llava_convert.model.options import TargetOptions
 from llava_convert.model.recipe import Bases
+from llava_convert.storage.remote.session import Session
 from llava_convert.storage.torch.file import read_torch
 
 GUESS = "the hub id of the {} is not known"
 
 
 def planned(source: Path, to: str, **options: Any) -> Prepared:
-    return prepare(source, Options(to=to, **options))
+    return prepare(source, Options(to=to, **options), Session())
 
 
 def config(ready: Prepared) -> dict[str, Any]:

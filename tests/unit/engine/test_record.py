@@ -17,6 +17,8 @@ from llava_convert.core.errors import InputError
 from llava_convert.engine.record import dropped_texts, dump
 from llava_convert.model.checkpoint import Dropped
 from llava_convert.model.record import RECORD, read_record
+from llava_convert.storage.remote.session import Session
+from llava_convert.storage.sidecars import folder_sidecars
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +115,11 @@ def test_dump_is_one_line_a_tensor() -> None:
 def test_a_broken_record_is_an_error_that_says_what_to_do(tmp_path: Path, text: str) -> None:
     (tmp_path / RECORD).write_text(text)
     with pytest.raises(InputError, match=RECORD):
-        read_record(tmp_path)
+        read_record(folder_sidecars(tmp_path))
 
 
 def test_no_record(tmp_path: Path) -> None:
-    assert read_record(tmp_path) is None
+    assert read_record(folder_sidecars(tmp_path)) is None
 
 
 @pytest.mark.parametrize("rows", [{"from": 10**9, "to": 10**9 + 64}, {"from": 512, "to": 4096}])
@@ -142,7 +144,7 @@ def test_drops_are_told_once_a_reason(tiny: Path) -> None:
     from llava_convert.app.convert import prepare
     from llava_convert.app.options import Options
 
-    checkpoint = prepare(tiny / "iter_2.pth", Options(to="official")).checkpoint
+    checkpoint = prepare(tiny / "iter_2.pth", Options(to="official"), Session()).checkpoint
     drops = [Dropped("a.inv_freq", "a buffer"), Dropped("b.inv_freq", "a buffer"), Dropped("c", "no use")]
     assert checkpoint.dropped == ()
     assert dropped_texts(checkpoint, drops) == ["left out 2 (a buffer): a.inv_freq, …", "left out 1 (no use): c"]

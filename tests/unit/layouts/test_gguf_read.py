@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import llava_convert
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.layouts.gguf.files import Files, find, find_all, stem_of
+from llava_convert.storage.headers import Headers
 from tests.gguf_models import (
     floats,
     llm_keys,
@@ -233,24 +234,24 @@ def files_in(tmp_path: Path, tiny: Path, *names: str) -> Path:
 def test_a_file_takes_the_mmproj_beside_it(tmp_path: Path, tiny: Path) -> None:
     files_in(tmp_path, tiny, "ggml-model-q4_k.gguf", "mmproj-model-f16.gguf")
     llm, mmproj = tmp_path / "ggml-model-q4_k.gguf", tmp_path / "mmproj-model-f16.gguf"
-    assert find(llm) == find(tmp_path) == Files(llm, mmproj)
-    assert find(mmproj) == Files(None, mmproj)
+    assert find(llm, Headers()) == find(tmp_path, Headers()) == Files(llm, mmproj)
+    assert find(mmproj, Headers()) == Files(None, mmproj)
 
 
 def test_of_several_the_mmproj_of_the_same_name(tmp_path: Path, tiny: Path) -> None:
     files_in(tmp_path, tiny, "a-Q4_K_M.gguf", "b-f16.gguf", "a-mmproj-f16.gguf", "b-mmproj-f16.gguf")
-    assert find(tmp_path / "a-Q4_K_M.gguf").mmproj == tmp_path / "a-mmproj-f16.gguf"
-    assert find(tmp_path / "b-f16.gguf").mmproj == tmp_path / "b-mmproj-f16.gguf"
+    assert find(tmp_path / "a-Q4_K_M.gguf", Headers()).mmproj == tmp_path / "a-mmproj-f16.gguf"
+    assert find(tmp_path / "b-f16.gguf", Headers()).mmproj == tmp_path / "b-mmproj-f16.gguf"
     shutil.copy(tmp_path / "a-mmproj-f16.gguf", tmp_path / "a-mmproj-q8_0.gguf")
     with pytest.raises(UnsupportedError, match=r"a-mmproj-f16\.gguf, a-mmproj-q8_0\.gguf"):
-        find(tmp_path / "a-Q4_K_M.gguf")
+        find(tmp_path / "a-Q4_K_M.gguf", Headers())
 
 
 def test_a_folder_of_several_types_must_be_told_which(tmp_path: Path, tiny: Path) -> None:
     files_in(tmp_path, tiny, "a-f16.gguf", "a-q8_0.gguf", "a-mmproj-f16.gguf")
     with pytest.raises(UnsupportedError, match=r"a-f16\.gguf, a-q8_0\.gguf"):
         llava_convert.inspect(tmp_path)
-    assert find_all(tmp_path) == [
+    assert find_all(tmp_path, Headers()) == [
         Files(tmp_path / "a-f16.gguf", tmp_path / "a-mmproj-f16.gguf"),
         Files(tmp_path / "a-q8_0.gguf", None),
     ]

@@ -17,6 +17,7 @@ import llava_convert
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.model.bases import find_base
 from llava_convert.storage.remote.origin import cached_id
+from llava_convert.storage.remote.session import Session
 
 LLM, VISION = "language_model", "vision_tower"
 REVISION = "0" * 40
@@ -39,7 +40,7 @@ def edited(model: Path, out: Path, **change: Any) -> Path:
 
 
 def test_a_folder_that_the_user_names(tiny: Path) -> None:
-    base = find_base(LLM, str(tiny / "llm"), Path("nowhere.pth"), explicit=True)
+    base = find_base(LLM, str(tiny / "llm"), Path("nowhere.pth"), Session(), explicit=True)
     assert (base.folder, base.from_hub, base.id) == (tiny / "llm", False, None)
     assert (base.config["model_type"], base.config["hidden_size"]) == ("llama", 64)
     assert sorted(base.tensors)[0] == "language_model.lm_head.weight"
@@ -49,16 +50,16 @@ def test_a_folder_that_the_user_names(tiny: Path) -> None:
 def test_a_relative_name_of_the_source_is_found_beside_it(tmp_path: Path, tiny: Path) -> None:
     shutil.copytree(tiny / "llm", tmp_path / "models" / "llm")
     source = tmp_path / "work_dirs" / "run" / "iter_1.pth"
-    base = find_base(LLM, "models/llm", source, explicit=False)
+    base = find_base(LLM, "models/llm", source, Session(), explicit=False)
     assert base.folder == tmp_path / "models" / "llm"
     with pytest.raises(InputError, match="models/llm"):
-        find_base(LLM, "models/llm", source, explicit=True)
+        find_base(LLM, "models/llm", source, Session(), explicit=True)
 
 
 @pytest.mark.parametrize(("part", "option"), [(LLM, "--llm"), (VISION, "--visual-encoder")])
 def test_a_path_that_is_not_there(part: str, option: str) -> None:
     with pytest.raises(InputError, match="'/no/such/model' is not here") as caught:
-        find_base(part, "/no/such/model", Path("x.pth"), explicit=False)
+        find_base(part, "/no/such/model", Path("x.pth"), Session(), explicit=False)
     assert caught.value.exit_code == 3
     assert caught.value.hint is not None and caught.value.hint.endswith(f"by {option}")
 
@@ -66,23 +67,23 @@ def test_a_path_that_is_not_there(part: str, option: str) -> None:
 def test_an_id_that_no_cache_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InputError, match="the base language model 'org/absent' is neither a folder nor in") as caught:
-        find_base(LLM, "org/absent", Path("x.pth"), explicit=True)
+        find_base(LLM, "org/absent", Path("x.pth"), Session(), explicit=True)
     assert caught.value.exit_code == 3
     assert caught.value.hint == "give its folder by --llm"
 
 
 def test_a_folder_without_a_config(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is not a model folder: it has no config\.json"):
-        find_base(LLM, str(tmp_path), Path("x.pth"), explicit=True)
+        find_base(LLM, str(tmp_path), Path("x.pth"), Session(), explicit=True)
 
 
 def test_an_id_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: Path) -> None:
     snapshot = cache(tmp_path, "org/tiny-llm", tiny / "llm")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    base = find_base(LLM, "org/tiny-llm", Path("x.pth"), explicit=True)
+    base = find_base(LLM, "org/tiny-llm", Path("x.pth"), Session(), explicit=True)
     assert (base.folder, base.id) == (snapshot, "org/tiny-llm")
     assert len(base.tensors) == 21
-    by_path = find_base(LLM, str(snapshot), Path("x.pth"), explicit=True)
+    by_path = find_base(LLM, str(snapshot), Path("x.pth"), Session(), explicit=True)
     assert (by_path.from_hub, by_path.id) == (False, "org/tiny-llm")
 
 
@@ -141,7 +142,7 @@ def test_the_vision_half_of_a_clip_model(tmp_path: Path, tiny: Path) -> None:
     weights = load_file(vit / "model.safetensors")
     extra = {name: weights["vision_model.post_layernorm.bias"] for name in ("text_model.norm.bias", "logit_scale")}
     save_file(weights | extra, folder / "model.safetensors")
-    base = find_base(VISION, str(folder), Path("x"), explicit=True)
+    base = find_base(VISION, str(folder), Path("x"), Session(), explicit=True)
     assert (base.config["model_type"], base.config["hidden_size"]) == ("clip_vision_model", 32)
     assert base.config["_name_or_path"] == "openai/tiny"
     assert len(base.tensors) == 55
@@ -153,27 +154,27 @@ def test_a_tower_saved_by_transformers_5(tmp_path: Path, tiny: Path) -> None:
     weights = load_file(tiny / "vit" / "model.safetensors")
     flat = {name.removeprefix("vision_model."): tensor for name, tensor in weights.items()}
     save_file(flat, tmp_path / "vit" / "model.safetensors")
-    base = find_base(VISION, str(tmp_path / "vit"), Path("x"), explicit=True)
+    base = find_base(VISION, str(tmp_path / "vit"), Path("x"), Session(), explicit=True)
     assert {n.removeprefix("vision_tower.") for n in base.tensors} == set(weights)
 
 
 def test_a_quantised_base_is_refused(tmp_path: Path, tiny: Path) -> None:
     folder = edited(tiny / "llm", tmp_path / "llm", quantization_config={"quant_method": "awq"})
     with pytest.raises(UnsupportedError, match=r"stored quantised \(awq\)") as caught:
-        _ = find_base(LLM, str(folder), Path("x"), explicit=True).config
+        _ = find_base(LLM, str(folder), Path("x"), Session(), explicit=True).config
     assert caught.value.hint is not None and "--llm" in caught.value.hint
 
 
 def test_a_null_quantization_config_is_none(tmp_path: Path, tiny: Path) -> None:
     folder = edited(tiny / "llm", tmp_path / "llm", quantization_config=None)
-    assert find_base(LLM, str(folder), Path("x"), explicit=True).config["hidden_size"] == 64
+    assert find_base(LLM, str(folder), Path("x"), Session(), explicit=True).config["hidden_size"] == 64
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "null"])
 def test_a_config_that_is_no_object(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match="expected a JSON object"):
-        _ = find_base(LLM, str(tmp_path), Path("x"), explicit=True).config
+        _ = find_base(LLM, str(tmp_path), Path("x"), Session(), explicit=True).config
 
 
 def test_a_tensor_that_is_there_twice(tmp_path: Path, tiny: Path) -> None:
@@ -182,7 +183,7 @@ def test_a_tensor_that_is_there_twice(tmp_path: Path, tiny: Path) -> None:
     again = {"post_layernorm.bias": weights["vision_model.post_layernorm.bias"]}
     save_file(weights | again, tmp_path / "vit" / "model.safetensors")
     with pytest.raises(InputError, match=r"two tensors mean vision_tower\.vision_model\.post_layernorm\.bias"):
-        _ = find_base(VISION, str(tmp_path / "vit"), Path("x"), explicit=True).tensors
+        _ = find_base(VISION, str(tmp_path / "vit"), Path("x"), Session(), explicit=True).tensors
 
 
 def test_a_base_with_unknown_tensors(tmp_path: Path, tiny: Path) -> None:
@@ -190,7 +191,7 @@ def test_a_base_with_unknown_tensors(tmp_path: Path, tiny: Path) -> None:
     (tmp_path / "llm" / "model.safetensors").unlink()
     save_file(load_file(tiny / "vit" / "model.safetensors"), tmp_path / "llm" / "model.safetensors")
     with pytest.raises(UnsupportedError, match="55 tensors that nothing takes: llm/vision_model"):
-        _ = find_base(LLM, str(tmp_path / "llm"), Path("x"), explicit=True).tensors
+        _ = find_base(LLM, str(tmp_path / "llm"), Path("x"), Session(), explicit=True).tensors
 
 
 def test_a_base_of_another_size_does_not_fit(tmp_path: Path, tiny: Path) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_convert.core import addresses as aliases
 from llava_convert.core import hub_names as hub
 from llava_convert.core import retry
 from llava_convert.core.errors import HubError, InputError, UnsafeError, UsageError
@@ -20,9 +19,10 @@ from llava_convert.storage import ranges
 from llava_convert.storage.files import open_regular, read_fully, size_of
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.remote import files as remote
-from llava_convert.storage.remote.files import Remote, RemoteFile, RemoteStream, remote_of
-from llava_convert.storage.remote.mounts import mount, mounted, mounts
+from llava_convert.storage.remote.files import Remote, RemoteFile, RemoteStream
+from llava_convert.storage.remote.mounts import mounted, remote_of
 from llava_convert.storage.remote.reach import reach, url_of
+from llava_convert.storage.remote.session import Session
 
 DATA = random.Random(0).randbytes(300_000)
 
@@ -64,8 +64,9 @@ class Server:
 
 @pytest.fixture
 def root() -> Iterator[Path]:
-    with mounts():
-        yield mount(Server(files={"w.safetensors": DATA, "config.json": b'{"a": 1}', "sub/x.gguf": b"GGUF"}).remote)
+    files = {"w.safetensors": DATA, "config.json": b'{"a": 1}', "sub/x.gguf": b"GGUF"}
+    with Session() as session:
+        yield session.mount(Server(files=files).remote).root
 
 
 # --- streams and ranges
@@ -92,8 +93,8 @@ def test_a_stream_reads_what_a_file_reads(moves: list[tuple[int, int]], most: in
 )
 def test_ranges_read_what_a_file_holds(reads: list[tuple[int, int, int]], most: int) -> None:
     server = Server(most)
-    with mounts(), FilePool() as pool:
-        path = mount(server.remote) / "w.safetensors"
+    with Session() as session, FilePool() as pool:
+        path = session.mount(server.remote).root / "w.safetensors"
         for at, count, more in reads:
             count = min(count, len(DATA) - at)
             buffer = bytearray(count)
@@ -103,8 +104,8 @@ def test_ranges_read_what_a_file_holds(reads: list[tuple[int, int, int]], most: 
 
 def test_reads_in_a_row_are_served_of_one_piece(root: Path) -> None:
     server = Server()
-    with mounts(), FilePool() as pool:
-        path = mount(server.remote) / "w.safetensors"
+    with Session() as session, FilePool() as pool:
+        path = session.mount(server.remote).root / "w.safetensors"
         for at in range(0, 80_000, 500):
             buffer = bytearray(500)
             pool.read_into(path, at, buffer, until=80_000)
@@ -114,8 +115,8 @@ def test_reads_in_a_row_are_served_of_one_piece(root: Path) -> None:
 
 def test_small_neighbours_are_fetched_together(root: Path) -> None:
     server = Server()
-    with mounts(), FilePool() as pool:
-        path = mount(server.remote) / "w.safetensors"
+    with Session() as session, FilePool() as pool:
+        path = session.mount(server.remote).root / "w.safetensors"
         for at in range(5000, 5900, 100):
             pool.read_into(path, at, bytearray(100), until=at + 100)
     assert server.asked == [("w.safetensors", 5000, 6000)]
@@ -155,8 +156,8 @@ def test_places_that_are_read_next_are_fetched_apart_and_once() -> None:
 def test_threads_share_a_file() -> None:
     server = Server(most=3000)
     wrong: list[int] = []
-    with mounts(), FilePool() as pool:
-        path = mount(server.remote) / "w.safetensors"
+    with Session() as session, FilePool() as pool:
+        path = session.mount(server.remote).root / "w.safetensors"
 
         def walk(first: int) -> None:
             for at in range(first, first + 50_000, 700):
@@ -227,38 +228,72 @@ def test_small_files_are_fetched_once_and_lie_there_then(root: Path) -> None:
 
 
 def test_nothing_is_left_of_a_mount() -> None:
-    with mounts():
-        with mounts():
-            root = mount(Server().remote)
-        assert root.exists(), "the outer block goes on"
-        assert aliases.called(root / "x") == "hf://org/m/x"
-    assert not root.parent.exists() and mounted(root) is None and remote_of(root / "w.safetensors") is None
-    assert aliases.called(root / "x") == str(root / "x")
+    with Session() as session:
+        root = session.mount(Server().remote).root
+        assert session.called(root / "x") == "hf://org/m/x"
+    assert not root.parent.exists() and remote_of(root / "w.safetensors") is None
 
 
-def test_errors_and_paths_speak_of_the_address(root: Path) -> None:
-    assert str(InputError(f"{root}/w.safetensors: broken")) == "hf://org/m/w.safetensors: broken"
-    assert aliases.address_of(root) == "hf://org/m" and aliases.address_of(Path("here")) == Path("here")
-    assert aliases.name_of(root) == "m"
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda root: root / "sub" / "x.gguf",
+        lambda root: root.joinpath("sub", "x.gguf"),
+        lambda root: next(root.rglob("*.gguf")),
+        lambda root: next((root / "sub").iterdir()),
+        lambda root: (root / "sub" / "y.gguf").with_name("x.gguf"),
+        lambda root: (root / "sub" / "x.bin").with_suffix(".gguf"),
+        lambda root: (root / "w.safetensors").parent / "sub/x.gguf",
+        lambda root: (root / "sub" / "x.gguf").expanduser().absolute(),
+    ],
+)
+def test_what_is_made_of_a_mounted_path_is_of_the_mount(root: Path, derive: Callable[[Path], Path]) -> None:
+    found = remote_of(derive(root))
+    assert found is not None and found.address == "hf://org/m/sub/x.gguf"
+
+
+def test_a_folder_around_a_mount_is_not_of_it(root: Path) -> None:
+    assert mounted(root.parent) is None and remote_of(root.parent / "w.safetensors") is None
+
+
+def test_errors_and_paths_speak_of_the_address() -> None:
+    with Session() as session:
+        root = session.mount(Server().remote).root
+        assert session.address_of(root) == "hf://org/m" and session.address_of(Path("here")) == Path("here")
+        assert session.name_of(root) == "m"
+    with pytest.raises(InputError) as caught, Session() as session:
+        root = session.mount(Server().remote).root
+        raise InputError(f"{root}/w.safetensors: broken", hint=f"look at {root}")
+    assert str(caught.value) == caught.value.message == "hf://org/m/w.safetensors: broken"
+    assert caught.value.hint == "look at hf://org/m"
+
+
+def test_two_sessions_have_names_and_counts_of_their_own() -> None:
+    with Session() as one, Session() as two:
+        first, second = one.mount(Server().remote).root, two.mount(Server().remote).root
+        assert first != second and two.called(first) == str(first)
+        found = remote_of(first / "w.safetensors")
+        assert found is not None and found.fetch(0, 10) == DATA[:10]
+        assert (one.fetched.bytes, two.fetched.bytes) == (10, 0)
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a\\..\\x", "C:x", ""])
 def test_names_that_lead_out(name: str) -> None:
-    with mounts(), pytest.raises(UnsafeError, match="is no name for a file inside a folder"):
-        mount(Server(files={name: b"x"}).remote)
+    with Session() as session, pytest.raises(UnsafeError, match="is no name for a file inside a folder"):
+        session.mount(Server(files={name: b"x"}).remote)
 
 
 @pytest.mark.parametrize("files", [{"w.safetensors": -1}, {"w.safetensors": 1 << 62}, {"a": 1, "a/b": 1}])
 def test_listings_that_make_no_sense(files: dict[str, int]) -> None:
     server = Server()
-    with mounts(), pytest.raises(HubError, match="cannot be"):
-        mount(Remote("hf://org/m", files, server.read, lambda name: "1"))
+    with Session() as session, pytest.raises(HubError, match="cannot be"):
+        session.mount(Remote("hf://org/m", files, server.read, lambda name: "1"))
 
 
 def test_a_listing_that_would_exhaust_the_machine() -> None:
     files = {f"{n}.json": 1 for n in range(100_001)}
-    with mounts(), pytest.raises(UnsafeError, match="100,001 files"):
-        mount(Remote("hf://org/m", files, Server().read, lambda name: "1"))
+    with Session() as session, pytest.raises(UnsafeError, match="100,001 files"):
+        session.mount(Remote("hf://org/m", files, Server().read, lambda name: "1"))
 
 
 # --- addresses
@@ -302,7 +337,7 @@ def test_outputs_at_urls() -> None:
 @pytest.mark.parametrize("scheme", ["hf", "ms"])
 @pytest.mark.parametrize("secret", ["org/m?token=KEY", "org/m#KEY", "me:KEY@org/m", "org/m@v1?token=KEY"])
 def test_secrets_in_an_address_are_not_repeated(scheme: str, secret: str) -> None:
-    for ask in (reach, lambda text: url_of(Path(text))):
+    for ask in (lambda text: reach(text, Session()), lambda text: url_of(Path(text))):
         with pytest.raises(UsageError) as caught:
             ask(f"{scheme}://{secret}")
         assert scheme in caught.value.message and "KEY" not in f"{caught.value.message} {caught.value.hint}"
@@ -312,5 +347,5 @@ def test_a_local_source_is_a_local_source(tmp_path: Path, monkeypatch: pytest.Mo
     """A folder here comes before a model of the same name on the Hub."""
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert reach("org/name") == Path("org/name")
-    assert reach(f"file://{tmp_path}/org") == tmp_path / "org"
+    assert reach("org/name", Session()) == Path("org/name")
+    assert reach(f"file://{tmp_path}/org", Session()) == tmp_path / "org"

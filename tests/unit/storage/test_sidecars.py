@@ -21,7 +21,9 @@ def test_those_of_a_folder(tmp_path: Path) -> None:
     assert files.has("config.json") and not files.has("more")
     assert files.read("tokenizer.model") == b"\0pieces"
     assert files.read_object("config.json") == {"a": 1}
-    assert files == folder_sidecars(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"others")
+    assert files.read("tokenizer.model") == b"\0pieces", "it is read once"
+    assert folder_sidecars(tmp_path).read("tokenizer.model") == b"others", "and not kept for others"
 
 
 @pytest.mark.parametrize(
@@ -56,9 +58,10 @@ def test_made_ones_are_made_once_and_only_when_asked_for() -> None:
         open_tokenizer(files)
 
 
-def test_a_tokenizer_is_parsed_once_until_its_files_change(tmp_path: Path) -> None:
+def test_a_tokenizer_is_parsed_once_for_its_files_as_they_were(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text('{"a": 0}')
-    first = open_tokenizer(folder_sidecars(tmp_path))
-    assert open_tokenizer(folder_sidecars(tmp_path)) is first
+    files = folder_sidecars(tmp_path)
+    first = open_tokenizer(files)
+    assert open_tokenizer(files) is first and first.size == 1
     (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
     assert open_tokenizer(folder_sidecars(tmp_path)).size == 2
