@@ -31,23 +31,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Conversion:
-    """One kind of conversion. `dtype` is that of the source's LLM; `torch` whether the job may import torch."""
+    """One kind of conversion. `dtype` is that of the source's LLM."""
 
     name: str
     source: str
     dtype: str
     to: str
     budget: float
-    torch: bool
 
 
 CONVERSIONS = (
-    Conversion("rename official-hf", "official", "F16", "hf", 1.15, False),
-    Conversion("rename hf-official", "hf", "F16", "official", 1.15, False),
-    Conversion("pth32-official", "pth", "F32", "official", 2.0, True),
-    Conversion("pth32-hf", "pth", "F32", "hf", 2.0, True),
-    Conversion("pth16-official", "pth", "BF16", "official", 1.5, True),
-    Conversion("pth16-hf", "pth", "BF16", "hf", 1.5, True),
+    Conversion("rename official-hf", "official", "F16", "hf", 1.15),
+    Conversion("rename hf-official", "hf", "F16", "official", 1.15),
+    Conversion("pth32-official", "pth", "F32", "official", 2.0),
+    Conversion("pth32-hf", "pth", "F32", "hf", 2.0),
+    Conversion("pth16-official", "pth", "BF16", "official", 1.5),
+    Conversion("pth16-hf", "pth", "BF16", "hf", 1.5),
 )
 
 
@@ -67,7 +66,7 @@ def conversion(job: Conversion, size: float, repeats: int, cache: Path) -> Row:
         ours.append(convert(source, job.to, work / "out", options))
         discard(work / "out")
     notes = []
-    if not job.torch and imports_torch(["convert", source, "--to", job.to, "-o", work / "out", *options]):
+    if imports_torch(["convert", source, "--to", job.to, "-o", work / "out", *options]):
         notes.append("imports torch")
     discard(work)
     return Row(job.name, size, tuple(ours), "cp", tuple(theirs), job.budget, tuple(notes))

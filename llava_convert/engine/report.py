@@ -97,11 +97,11 @@ class Report:
 
 
 def peak_memory(plan: Plan) -> int:
-    """An estimate of the most anonymous memory that the plan takes: interpreter, torch if merging, buffers."""
-    merging = any(isinstance(op, MergeLora) for t in plan.tensors for op in t.ops)
+    """An estimate of the most anonymous memory that the plan takes: interpreter, and what four threads hold."""
+    bands = max((op.band_bytes for t in plan.tensors for op in t.ops if isinstance(op, MergeLora)), default=0)
     operands = max((sum(i.numel * 4 for i in op.inputs()) for t in plan.tensors for op in t.ops), default=0)
     whole = max((t.source.nbytes for t in plan.tensors if t.source.strides is not None), default=0)
-    return (250 if merging else 60) * 10**6 + 4 * operands + 4 * whole
+    return 60 * 10**6 + 4 * (operands + bands + whole)
 
 
 def part_story(model: Model, plan: Plan, part: str) -> str:

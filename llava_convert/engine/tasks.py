@@ -84,7 +84,7 @@ def _work(group: tuple[PlannedTensor, ...], *, whole: bool) -> Iterator[Work]:
     most = QUANTISED_SHARE if any(isinstance(op, Quantize) for op, _ in steps) else SHARE
     step = rows_per_block(source, together)
     share = step * max(1, most // max(1, step * source.nbytes // max(1, rows)))
-    for row, end in cuts(source, 0, rows, share):
+    for row, end in cuts(0, rows, share):
         yield Work(group, row, end, together)
 
 

@@ -16,8 +16,8 @@ from llava_convert.ops.base import Blocks, Context, Op
 from llava_convert.ops.cast import widen
 
 # One product makes so many rows and columns, cut at multiples of these: how BLAS sums an element depends on the shape
-# of the product, and this one depends on the tensor's shape alone. 1 MB of float64 stays in the cache: whole rows of
-# 14,336 columns ran at 33 GFLOP/s, these at 45 to 48 (of about 50), ranks 64 to 512.
+# of the product, and this one depends on the tensor's shape alone. 1 MB of float64 stays in the cache: on one core
+# 64 whole rows of 14,336 columns ran at 33 to 42 GFLOP/s, these at 45 to 49 (50 at best), ranks 64 to 512.
 ROWS, COLUMNS = 128, 1024
 _ULP32 = 2.0**-24  # what one rounding to float32 may be off, relative to the value
 
@@ -28,8 +28,8 @@ class MergeLora:
 
     `a` is (rank, columns), `b` is (rows, rank); all widen to float64 exactly. The result is float64, which the next op
     rounds once. It is off by a few 2^-53 of the product's size, so that what is cast to 16 bits is the exact merge
-    correctly rounded, but for less than one weight in 2^33. Threads and blocks change no bit of it. BLAS has other
-    kernels for other kinds of CPU, which sum in another order: at most as many weights differ for that.
+    correctly rounded, but for less than one weight in 2^33 (in float32: 2^20). Threads and blocks change no bit of it.
+    BLAS has other kernels for other kinds of CPU, which sum in another order: as few weights differ for that.
 
     `margin` is for `verify`: so many times what a merge in float32 may be off is added.
     """
@@ -54,7 +54,7 @@ class MergeLora:
         magnitude = None if self.magnitude is None else _read(self.magnitude, context)
         lengths = np.linalg.norm(a.astype(np.float64), axis=0) if self.margin else None
         product = _Product(a, b, self.scale)
-        # One array for all blocks: a fresh one each time costs a third of the product's time in page faults.
+        # One array for all blocks: a fresh one would be paged in each time.
         room = np.empty((0, 0))
         row = context.first_row
         with np.errstate(all="ignore"):  # what is not finite in a checkpoint stays so, and casts count it
@@ -76,6 +76,11 @@ class MergeLora:
                     merged += np.nan_to_num(spread, copy=False, nan=0.0, posinf=0.0) * self.margin
                 row = rows.stop
                 yield merged
+
+    @property
+    def band_bytes(self) -> int:
+        """What a thread holds of the product at a time."""
+        return ROWS * self.a.numel // max(1, self.a.shape[0]) * 8
 
     def inputs(self) -> tuple[StoredTensor, ...]:
         return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)

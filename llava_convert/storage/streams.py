@@ -15,9 +15,6 @@ from llava_convert.core.tensors import StoredTensor, nbytes_of
 from llava_convert.storage.ranges import FilePool
 
 BLOCK = 256 * 1024
-# Merges multiply blocks of at least so many rows. The number depends on the shape alone, so that sums are
-# made in the same order whatever the machine.
-LEAST_ROWS = 64
 
 
 def columns_of(shape: tuple[int, ...]) -> int:
@@ -31,21 +28,13 @@ def rows_of(shape: tuple[int, ...]) -> int:
 def rows_per_block(tensor: StoredTensor, together: int = 1) -> int:
     """How many rows make a block of this tensor: a multiple of `together`."""
     row_bytes = max(1, nbytes_of(tensor.dtype, columns_of(tensor.shape)))
-    least = LEAST_ROWS if len(tensor.shape) > 1 else 1
-    return -(-max(least, BLOCK // row_bytes) // together) * together
+    return -(-max(1, BLOCK // row_bytes) // together) * together
 
 
-def cuts(tensor: StoredTensor, first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
-    """Rows `first` to `last` in pieces of `step`; a remainder of a matrix below LEAST_ROWS stays with its neighbour.
-
-    Measured with torch 2.13 and MKL, ranks 8 to 512: 64 rows and more, on any number of threads, equal the same rows of
-    the whole product bit for bit; one to three rows do not.
-    """
-    least = LEAST_ROWS if len(tensor.shape) > 1 else 1
-    while first < last:
-        end = last if last - first - step < least else first + step
-        yield first, end
-        first = end
+def cuts(first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
+    """Rows `first` to `last` in pieces of `step`, the last one shorter."""
+    for row in range(first, last, step):
+        yield row, min(row + step, last)
 
 
 def read_bytes(pool: FilePool, tensor: StoredTensor, start: int, buffer: memoryview, *, until: int = 0) -> None:
@@ -85,12 +74,12 @@ def blocks(pool: FilePool, tensor: StoredTensor, first: int, last: int, together
     columns, step = columns_of(tensor.shape), rows_per_block(tensor, together)
     if tensor.strides is not None:
         whole = read_whole(pool, tensor).reshape(-1, columns)
-        for row, end in cuts(tensor, first, last, step):
+        for row, end in cuts(first, last, step):
             yield whole[row:end]
         return
     row_bytes = nbytes_of(tensor.dtype, columns)
-    buffer = bytearray(max(step, min(last - first, step + LEAST_ROWS)) * row_bytes)
-    for row, end in cuts(tensor, first, last, step):
+    buffer = bytearray(min(step, last - first) * row_bytes)
+    for row, end in cuts(first, last, step):
         view = memoryview(buffer)[: (end - row) * row_bytes]
         read_bytes(pool, tensor, row * row_bytes, view, until=last * row_bytes)
         yield as_array(view, tensor.dtype, columns)

@@ -4,8 +4,8 @@
     python -m tests.golden.manifest --write    take what is written now as right
 
 A change that only moves code leaves every byte as it was, and this shows it. A change that means to alter an output
-writes the manifest anew, so that the diff of manifest.json tells which files it altered. The bytes of merges hold for
-one build of torch on one type of CPU, so that this is no test of every run.
+writes the manifest anew, so that the diff of manifest.json tells which files it altered. BLAS and ggml
+have other kernels for other types of CPU, which may round a last bit otherwise, so that this is no test of every run.
 """
 
 from __future__ import annotations

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from llava_convert.app.convert import convert, verify
 from llava_convert.app.options import Options
+from llava_convert.cli import app
 from tests.golden.oracle import assert_same_weights, load, merges
 from tests.golden.zero_oracle import load_states
 
@@ -120,6 +122,18 @@ def merged_tensors(pth: Path) -> set[str]:
             prefix = "language_model" if part == "llm" else "vision_tower"
             found.add(f"{prefix}.{module.partition('.lora_A.')[0]}.weight")
     return found
+
+
+def test_the_command_counts_what_is_rounded_otherwise(golden: Path) -> None:
+    """Of the tower, which the real converter keeps in float32, half the elements; of the LLM in float16, 19."""
+    case = golden / "cases" / "b_llmlora_vitlora"
+    found = CliRunner().invoke(app, ["verify", str(case / "pth" / "iter_2.pth"), str(case / "official")])
+    verdict = verify(case / "pth" / "iter_2.pth", case / "official")
+    count = sum(difference.elements for difference in verdict.rounded.values())
+    said = f"{len(verdict.rounded)} but for {count} elements, which a merge of LoRA in float32 rounds otherwise"
+    assert found.exit_code == 0 and said in found.stdout
+    llm = [d.elements for name, d in verdict.rounded.items() if name.startswith("language_model.")]
+    assert sum(llm) == 19
 
 
 @pytest.mark.parametrize("wrong", ["as it was", "alpha doubled", "without a rank", "one unit"])

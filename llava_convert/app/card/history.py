@@ -101,7 +101,7 @@ def _kind(tensor: PlannedTensor) -> str:
     if any(isinstance(op, Quantize) for op in tensor.ops):
         return "quantised"
     if _merged(tensor):
-        return "LoRA merged in float32, rounded once"
+        return "LoRA merged in float64, rounded once"
     if any(isinstance(op, Dequantize) for op in tensor.ops):
         return "dequantised"
     if tensor.is_copy:

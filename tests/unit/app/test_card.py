@@ -389,7 +389,7 @@ def test_what_it_says_of_hf(make: Make) -> None:
     tower = "those of the base model `openai/tiny`, with a trained LoRA merged into 18 tensors"
     assert f"| vision tower | {tower} | 55 | float16 | 90.3\u00a0kB |" in text
     assert "(`--verify quick`)" in text and "| all, in 1 file | 80 |" in text
-    assert "| LoRA merged in float32, rounded once | 18 |" in text
+    assert "| LoRA merged in float64, rounded once | 18 |" in text
     assert "| cast to float16, rounded to nearest | 62 |" in text
     assert "| added to the vocabulary | 64 rows |" in text
     assert "llava-convert verify SOURCE my-llava" in text

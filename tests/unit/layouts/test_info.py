@@ -26,6 +26,7 @@ OTHER_THINGS = {
     "engine/record.py": {"gguf"},
     "engine/shards.py": {"gguf"},
     "model/target.py": {"gguf"},
+    "storage/headers.py": {"gguf"},
     "model/tables/families.py": {"official"},  # a section of a family's table
 }
 
