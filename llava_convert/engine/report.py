@@ -50,6 +50,7 @@ class Report:
     parts: Mapping[str, str] = field(default_factory=dict)
     fetched: Traffic = field(default_factory=Traffic)
     published: tuple[Published, ...] = ()
+    unchecked: tuple[str, ...] = ()  # files of a hub that were read in parts, so that their sha256 was not compared
 
     def as_json(self) -> dict[str, Any]:
         plan = self.plan
@@ -70,6 +71,7 @@ class Report:
             "bytes_read": plan.bytes_read,
             "bytes_written": plan.bytes_written,
             "bytes_fetched": self.fetched.bytes,
+            "unchecked": list(self.unchecked),
             "peak_memory": self.memory,
             "shards": [{"name": s.name, "size": s.size, "tensors": len(s.tensors)} for s in plan.shards],
             "files": sorted(n for n in (*plan.files, *plan.indexes)),
