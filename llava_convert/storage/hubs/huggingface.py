@@ -8,10 +8,11 @@ rerun sends nothing twice. (`upload_large_folder` is gone in 2.x.)
 from __future__ import annotations
 
 import glob
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import huggingface_hub
@@ -66,18 +67,38 @@ def open(address: Address) -> Remote:
             # A signed address of another host refuses the Hub's token, which is none of its business either.
             mine = build_hf_headers() if urlsplit(place).netloc == urlsplit(url).netloc else {}
             headers = {**mine, "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-            response = get_session().get(place, headers=headers, timeout=_TIMEOUT)
-            if response.status_code == 403 and not mine and place != url:
+            try:
+                return _body(place, headers, end - start + 1)
+            except HfHubHTTPError as problem:
+                if problem.response.status_code != 403 or mine or place == url:
+                    raise
                 places.pop(name, None)  # another thread may have been first
-                raise TransientError("the address that the Hub gave has expired")
-            hf_raise_for_status(response)
-            return bytes(response.content)
+                raise TransientError("the address that the Hub gave has expired") from None
 
     # At a commit nothing changes.
     root = str(Address(address.hub, address.repo, address.revision))
     sizes = {name: content.size for name, content in files.items()}
     stated = {name: content.sha256 for name, content in files.items() if content.sha256 is not None}
     return Remote(root, sizes, read, lambda name: commit, repo=address.repo, commit=commit, sha256=stated)
+
+
+def _body(url: str, headers: Mapping[str, str], most: int) -> bytes:
+    """An answer's body as it is sent, and no more of it than is asked for, whatever the server makes of a range."""
+    session: Any = get_session()
+    if not hasattr(session, "stream"):  # that of requests, in huggingface_hub before 1.0
+        with session.get(url, headers=headers, timeout=_TIMEOUT, stream=True) as response:
+            hf_raise_for_status(response)
+            return bytes(response.raw.read(most, decode_content=False))
+    body = bytearray()
+    with session.stream("GET", url, headers=headers, timeout=_TIMEOUT) as response:
+        if response.is_error:
+            response.read()  # for the message
+        hf_raise_for_status(response)
+        for piece in response.iter_raw():
+            body += piece
+            if len(body) >= most:
+                break
+    return bytes(body[:most])
 
 
 def _files(address: Address) -> tuple[str, dict[str, Content]]:
