@@ -176,6 +176,7 @@ def upload(
     config: PathLike | None = None,
     lora_alpha: float | Mapping[str, float] | None = None,
     cache: bool = False,
+    include: Sequence[str] = (),
     say: Say | None = None,
 ) -> tuple[Published, ...]:
     """Publish a folder, once it is proven to be what was converted; what each hub has then.
@@ -184,7 +185,7 @@ def upload(
     """
     to = Destination(repo, named_hubs(hub), private, revision, create_pr, message or MESSAGE)
     options = _source_options(llm, visual_encoder, pretrained_pth, config, lora_alpha, cache)
-    return publish_folder(Path(folder), to, say, level=verify, source=source, options=options)
+    return publish_folder(Path(folder), to, say, level=verify, source=source, options=options, include=tuple(include))
 
 
 def _source_options(

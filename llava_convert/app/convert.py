@@ -23,7 +23,7 @@ from llava_convert.app.verify import Verdict, compare_checkpoints
 from llava_convert.core.errors import MismatchError, UnsupportedError, UsageError
 from llava_convert.core.progress import Say, Silence
 from llava_convert.core.tensors import QUANTS, TORCH_NAMES
-from llava_convert.core.text import utf8
+from llava_convert.core.text import listed, utf8
 from llava_convert.engine.check import FULL, OFF, QUICK, check_full, check_quick
 from llava_convert.engine.execute import execute
 from llava_convert.engine.plan import Plan, make_plan
@@ -137,7 +137,16 @@ def _convert(ready: Prepared, options: Options, say: Say, session: Session) -> R
         for name, data in made.completed(outcome.digests, files).items():
             stage.write_bytes(name, data)
         stage.commit()
+    _tell_unchecked(session, say)
     return replace(planned, done=True, flushed=outcome.flushed, warnings=tuple(warnings), fetched=session.fetched)
+
+
+def _tell_unchecked(session: Session, say: Say) -> None:
+    if files := session.unchecked:
+        say.note(
+            f"read in parts, so not compared with the sha256 in the hub's listing: {listed(files)} "
+            "(--cache fetches whole files, and compares)"
+        )
 
 
 def _check_facts(ready: Prepared, staged: Path) -> None:
@@ -350,6 +359,7 @@ def report(ready: Prepared, options: Options, made: Documents, session: Session)
         memory=peak_memory(plan),
         parts={PART_WORDS[part]: part_story(model, plan, part) for part in PARTS},
         fetched=session.fetched,
+        unchecked=session.unchecked,
     )
 
 
@@ -436,6 +446,7 @@ def _verify(
         options=target,
         progress=say.start("comparing", total),
     )
+    _tell_unchecked(session, say)
     return replace(
         verdict,
         source=session.called(checkpoint.path),

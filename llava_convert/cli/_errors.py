@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from llava_convert.cli._output import Output
-from llava_convert.core.errors import ConvertError, TransferInterrupted
+from llava_convert.core.errors import ConvertError, Interrupted, TransferInterrupted
 
 INTERRUPTED = 130
 OUR_BUG = 1
@@ -27,8 +27,8 @@ def run(action: Callable[[], None], output: Output) -> int:
     except TransferInterrupted as stop:
         output.error(str(stop), None)
         _end_now()
-    except KeyboardInterrupt:
-        output.error("interrupted; nothing was left behind", None)
+    except KeyboardInterrupt as stop:
+        output.error(str(stop) if isinstance(stop, Interrupted) else "interrupted", None)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone: not an error of ours. Nothing more may be written to it.

@@ -50,6 +50,15 @@ def _upload(
             rich_help_panel=opt.CHECK_PANEL,
         ),
     ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--include",
+            metavar="FILE",
+            help="Publish this file of DIR though it looks like a secret; may be given again.",
+            rich_help_panel=hubs.HUB_PANEL,
+        ),
+    ] = None,
     llm: opt.Llm = None,
     visual_encoder: opt.VisualEncoder = None,
     pretrained_pth: opt.PretrainedPth = None,
@@ -83,6 +92,7 @@ def _upload(
                 config=config,
                 lora_alpha=parse_alpha(lora_alpha),
                 cache=cache,
+                include=include or (),
                 say=output,
             )
         output.stop()

@@ -66,8 +66,12 @@ class MismatchError(ConvertError):
     exit_code = 7
 
 
-class TransferInterrupted(KeyboardInterrupt):
-    """Ctrl-C, or a signal to end, while files go to a hub: some may still be under way. Its text says how to go on."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or a signal to end, where it is known how things stand: its text says so (exit 130)."""
+
+
+class TransferInterrupted(Interrupted):
+    """The same while files go to a hub: some may still be under way. Its text says how to go on."""
 
 
 class HubError(ConvertError):

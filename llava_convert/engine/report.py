@@ -55,6 +55,7 @@ class Report:
     parts: Mapping[str, str] = field(default_factory=dict)
     fetched: Traffic = field(default_factory=Traffic)
     published: tuple[Published, ...] = ()
+    unchecked: tuple[str, ...] = ()  # files of a hub that were read in parts, so that their sha256 was not compared
 
     @property
     def files(self) -> dict[str, int]:
@@ -84,6 +85,7 @@ class Report:
             "bytes_read": plan.bytes_read,
             "bytes_written": self.bytes_written,
             "bytes_fetched": self.fetched.bytes,
+            "unchecked": list(self.unchecked),
             "peak_memory": self.memory,
             "shards": [{"name": s.name, "size": s.size, "tensors": len(s.tensors)} for s in plan.shards],
             "files": sorted(self.files.keys() - {shard.name for shard in plan.shards}),

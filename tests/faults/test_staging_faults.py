@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import os
+import re
 import shutil
 import signal
 import stat
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from llava_convert.core.errors import OutputError, UsageError
+from llava_convert.core.errors import Interrupted, OutputError, UsageError
 from llava_convert.storage.output import finished, locks, staging
 from llava_convert.storage.output.staging import Staging, Terminated, interrupt_on_sigterm
 from llava_convert.storage.ranges import write_all
@@ -336,7 +338,8 @@ CHILD = textwrap.dedent(
                 fill(staged)
                 staged.commit()
             print(count)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            print(stop, file=sys.stderr)
             sys.exit(130)
         except ConvertError as exc:
             print(exc.message, file=sys.stderr)
@@ -466,6 +469,8 @@ def test_row_68_stopped_before_every_system_call(mode: str, number: signal.Signa
                 state = "aside"
         else:
             assert ended.returncode == 130, (at, ended.stderr)
+            assert ("is complete" in ended.stderr) == (state == "new"), (at, ended.stderr)
+            assert ("nothing was left" in ended.stderr) <= (state != "new"), (at, ended.stderr)
             assert [p.name for p in out.parent.iterdir()] == (["out"] if state != "absent" else [])
         build(out, force=True, resume=True)
         assert snapshot(out.parent) == {"out": NEW}, at
@@ -477,6 +482,59 @@ def test_row_68_stopped_before_every_system_call(mode: str, number: signal.Signa
         states = set(threads.map(stop, range(total, 0, -step)))
     expected = {"new", "absent" if mode == "fresh" else "old"}
     assert states == expected | ({"aside"} if mode == "aside" and number == signal.SIGKILL else set())
+
+
+@posix
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("old", [True, False])
+def test_row_68_a_signal_after_the_output_is_in_its_place(
+    number: signal.Signals, old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, out = staging._rename, tmp_path / "out"
+    if old:
+        make_old(out)
+
+    def rename(*arguments: Any, **more: Any) -> bool:
+        done = real(*arguments, **more)
+        signal.raise_signal(number)
+        return done
+
+    monkeypatch.setattr(staging, "_rename", rename)
+    with pytest.raises(Interrupted, match=f"^interrupted; {re.escape(str(out))} is complete$"), interrupt_on_sigterm():
+        build(out, force=True)
+    assert snapshot(tmp_path) == {"out": NEW}
+
+
+@posix
+def test_row_68_a_signal_before_that(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted, match="interrupted; nothing was left behind"), stage(out) as staged:
+        staged.write_bytes("config.json", b"{}")
+        signal.raise_signal(signal.SIGINT)
+    assert snapshot(tmp_path) == {}
+
+
+@posix
+def test_row_68_in_a_second_thread_a_signal_is_the_main_threads(tmp_path: Path) -> None:
+    """The commit in the second thread goes on while the first is told of the signal."""
+    out, here, told = tmp_path / "out", threading.Event(), threading.Event()
+
+    def convert() -> None:
+        with stage(out) as staged:
+            fill(staged)
+            here.set()
+            assert told.wait(30)
+            staged.commit()
+
+    thread = threading.Thread(target=convert)
+    thread.start()
+    assert here.wait(30)
+    with pytest.raises(Terminated), interrupt_on_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+    told.set()
+    thread.join(30)
+    assert snapshot(tmp_path) == {"out": NEW}
 
 
 def leave_half(out: Path, plan: str = "plan") -> None:

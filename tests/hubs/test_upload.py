@@ -127,6 +127,37 @@ def test_caches_and_staging_stay_here(side: Side, runner: Runner, copied: Path, 
     assert on_disk(copied) == before  # and no cache was added
 
 
+SECRETS = [".env", ".netrc", "id_rsa", ".ssh/id_ed25519", "sub/server.pem", ".ENV.local", "token"]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_what_looks_like_a_secret(side: Side, runner: Runner, copied: Path, secret: str) -> None:
+    """It is named and nothing is sent, until --include names it, and it alone."""
+    (copied / secret).parent.mkdir(exist_ok=True)
+    (copied / secret).write_bytes(b"KEY=TOPSECRET")
+    (copied / "other.key").write_bytes(b"KEY=TOPSECRET")
+    command = ("upload", copied, "me/out", "--hub", side.name)
+    ran = runner(*command)
+    assert ran.code == 5 and secret in ran.stderr and "other.key" in ran.stderr, ran.stderr
+    assert "--include" in ran.stderr and "me/out" not in side.server.repos and "TOPSECRET" not in ran.said
+    ran = runner(*command, "--include", secret)
+    assert ran.code == 5 and "other.key" in ran.stderr and "me/out" not in side.server.repos
+    ran = runner(*command, "--include", secret, "--include", "other.key")
+    assert ran.code == 0, ran.stderr
+    assert {secret, "other.key"} <= side.files("me/out").keys()
+
+
+@pytest.mark.parametrize("name", [".env.example", "id_rsa.pub", "tokenizer.json", "environment.yml", "key.txt"])
+def test_what_does_not_look_like_one(huggingface: HuggingFace, runner: Runner, copied: Path, name: str) -> None:
+    (copied / name).write_bytes((copied / name).read_bytes() if (copied / name).exists() else b"x")
+    assert runner("upload", copied, "me/out").code == 0
+
+
+def test_include_of_what_is_not_there(huggingface: HuggingFace, runner: Runner, copied: Path) -> None:
+    ran = runner("upload", copied, "me/out", "--include", "nothing.key")
+    assert ran.code == 2 and "nothing.key" in ran.stderr and "me/out" not in huggingface.repos
+
+
 def test_private(side: Side, runner: Runner, outputs: dict[str, Path]) -> None:
     assert runner("upload", outputs["gguf"], "org/model", "--hub", side.name, "--private").code == 0
     assert side.server.repos["org/model"].private

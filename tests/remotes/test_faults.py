@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import llava_convert
-from tests.faults.corpus import Ran, tree
+from tests.faults.corpus import Ran, shell, tree
 from tests.hubs.huggingface import HuggingFace
 from tests.hubs.loopback import Drop, Fault, Request, Status, Truncate, closed_port
 from tests.remotes.conftest import Command, Hub, weights_in
@@ -172,3 +172,31 @@ def test_a_base_that_the_hub_refuses_is_a_missing_input(
     ran = command("pth", tiny / "iter_2.pth", "--to", "hf", "--visual-encoder", "org/absent")
     assert ran.code == 3 and "--visual-encoder" in ran.stderr and "org/absent" in ran.stderr
     assert tree(tmp_path) == {}
+
+
+# The client's own way to ask, of a server whose answer to a range never ends.
+ENDLESS = """
+import sys, threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from llava_convert.storage.hubs.huggingface import _body
+
+class Endless(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        try:
+            while True:
+                self.wfile.write(b"x" * 10_000)
+        except OSError:
+            pass
+
+server = HTTPServer(("127.0.0.1", 0), Endless)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+found = _body(f"http://127.0.0.1:{server.server_port}/x", {"Range": "bytes=0-99"}, 101)
+print(found == b"x" * 101)
+"""
+
+
+def test_no_more_is_read_than_was_asked_for(hf: HuggingFace) -> None:
+    ran = shell(code=ENDLESS, environment=hf.env, timeout=30)
+    assert ran.stdout == "True\n", ran.stderr

@@ -17,7 +17,7 @@ from llava_convert.core.errors import ConvertError, InputError, OutputError, Uns
 REPORT_KEYS = {
     "source", "out", "from", "to", "done", "dtype", "parts", "tensors", "ops", "bytes_read", "bytes_fetched",
     "bytes_written", "peak_memory", "shards", "files", "verified", "flushed_to_zero", "notes",
-    "warnings", "plan", "published",
+    "warnings", "plan", "published", "unchecked",
 }  # fmt: skip
 
 

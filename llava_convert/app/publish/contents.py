@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from llava_convert.app.card import CARD
 from llava_convert.app.convert import verify
 from llava_convert.app.options import SourceOptions
-from llava_convert.core.errors import InputError, MismatchError, UsageError
+from llava_convert.app.publish.secret_files import looks_secret
+from llava_convert.core.errors import InputError, MismatchError, UnsafeError, UsageError
 from llava_convert.core.progress import Say
 from llava_convert.core.text import listed
 from llava_convert.engine.check import FULL, OFF
@@ -31,10 +32,11 @@ _LEFT_OUT = frozenset(
 _STAGING = ".partial"  # of an output that is not whole: .NAME.partial
 
 
-def names(folder: Path) -> list[str]:
+def names(folder: Path, include: Collection[str] = ()) -> list[str]:
     """The regular files of a folder, by their path in it: what is published.
 
-    Raises InputError; UnsafeError for a link that leaves the folder, unless it is a hub cache's own.
+    Raises InputError; UnsafeError (exit 5) for a link that leaves the folder, unless it is a hub cache's own, and for
+    what looks like a secret and is not named by `include`; UsageError where that names what is not there.
     """
     if not folder.is_dir():
         what = "is a file; a folder is published" if folder.exists() else "does not exist"
@@ -44,6 +46,13 @@ def names(folder: Path) -> list[str]:
     wanted = [name for name in inside if require_inside(folder, name).is_file()]
     if not wanted:
         raise InputError(f"{folder} holds nothing to publish")
+    if unknown := [name for name in include if name not in wanted]:
+        raise UsageError(f"--include {unknown[0]}: {folder} has no such file", hint="name it by its path in the folder")
+    if secret := [name for name in wanted if looks_secret(name) and name not in include]:
+        raise UnsafeError(
+            f"{folder} holds what looks like a secret: {listed(secret)}; nothing was sent",
+            hint=f"move it out of the folder; or publish it by `llava-convert upload … --include {secret[0]}`",
+        )
     return wanted
 
 
@@ -52,7 +61,13 @@ def _left_out(part: str) -> bool:
 
 
 def proven(
-    folder: Path, say: Say, *, level: str = FULL, source: str | Path | None = None, options: SourceOptions | None = None
+    folder: Path,
+    say: Say,
+    *,
+    level: str = FULL,
+    source: str | Path | None = None,
+    options: SourceOptions | None = None,
+    include: Collection[str] = (),
 ) -> Mapping[str, Content]:
     """The files to publish with their sizes and sha256, after they were proven to be what was converted.
 
@@ -61,7 +76,7 @@ def proven(
 
     Raises MismatchError (exit 7) for a difference, UsageError (exit 2) where nothing proves it, InputError (exit 3).
     """
-    wanted = names(folder)
+    wanted = names(folder, include)
     if level not in (FULL, OFF):
         raise UsageError(f"--verify {level}: before a folder is published it is {FULL} or {OFF}")
     _check_card(folder)

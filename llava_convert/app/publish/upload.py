@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,12 +27,16 @@ def upload(
     level: str = FULL,
     source: str | Path | None = None,
     options: SourceOptions | None = None,
+    include: Collection[str] = (),
 ) -> tuple[Published, ...]:
-    """Publish a folder once it is proven to be what was converted. Raises what `proven` and `publish` raise."""
+    """Publish a folder once it is proven to be what was converted. Raises what `proven` and `publish` raise.
+
+    `include` names files that look like secrets and are to be published all the same.
+    """
     say = say or Silence()
-    names(folder)  # a folder that is not there is told before a token that is missing
+    names(folder, include)  # a folder that is not there is told before a token that is missing
     check(to)
-    files = proven(folder, say, level=level, source=source, options=options)
+    files = proven(folder, say, level=level, source=source, options=options, include=include)
     card = folder / CARD
     if {CARD, RECORD} <= files.keys() and to.repo not in card.read_text(encoding="utf-8"):
         say.note(f"the commands in {card} do not name {to.repo}: a conversion with --push writes them so")

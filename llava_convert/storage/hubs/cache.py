@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from llava_convert.core.errors import ConvertError
 from llava_convert.core.retry import patiently
+from llava_convert.storage.fingerprints import contents
 from llava_convert.storage.json_files import read_object
+from llava_convert.storage.remote.files import unlike_listing
 
 # No code, and no other framework's weights; torch's own only where there are no safetensors.
 _FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.md"]
@@ -40,6 +42,19 @@ def is_enough(folder: Path, *, whole: bool) -> bool:
         if isinstance(shards, dict) and not all((index.parent / str(name)).is_file() for name in shards.values()):
             return False
     return True
+
+
+def require_listed(folder: Path, sha256: Mapping[str, str], address: str) -> None:
+    """Compare what was fetched into a folder with the sha256 that the hub's listing states.
+
+    Raises HubError for the first that is another; it is removed, so that nobody takes it for the model's later.
+    """
+    names = [name for name in sha256 if (folder / name).is_file()]
+    for name, found in contents(folder, names).items():
+        if found["sha256"] != sha256[name]:
+            (folder / name).resolve().unlink()
+            (folder / name).unlink(missing_ok=True)  # a link, where the cache keeps contents apart
+            raise unlike_listing(f"{address}/{name}")
 
 
 def _weights(folder: Path, patterns: list[str]) -> bool:

@@ -8,15 +8,17 @@ rerun sends nothing twice. (`upload_large_folder` is gone in 2.x.)
 from __future__ import annotations
 
 import glob
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import RepoFile, RepoSibling
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
     build_hf_headers,
@@ -30,7 +32,7 @@ from llava_convert.core.errors import UsageError
 from llava_convert.core.hub_names import Address
 from llava_convert.core.retry import FIRST_TRIES, TransientError, patiently
 from llava_convert.storage.hubs import Content, Destination, Parcel, Sent, already_public
-from llava_convert.storage.hubs.cache import fetched, is_enough
+from llava_convert.storage.hubs.cache import fetched, is_enough, require_listed
 from llava_convert.storage.hubs.errors import Asked, asking
 from llava_convert.storage.remote.files import WEIGHTS, Remote
 
@@ -46,7 +48,7 @@ def open(address: Address) -> Remote:
     """The model at one commit: what a branch means is asked once, so that it cannot move meanwhile."""
     where = str(address)
 
-    def ask() -> tuple[str, dict[str, int]]:
+    def ask() -> tuple[str, dict[str, Content]]:
         with _asking(address):
             return _files(address)
 
@@ -65,32 +67,59 @@ def open(address: Address) -> Remote:
             # A signed address of another host refuses the Hub's token, which is none of its business either.
             mine = build_hf_headers() if urlsplit(place).netloc == urlsplit(url).netloc else {}
             headers = {**mine, "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-            response = get_session().get(place, headers=headers, timeout=_TIMEOUT)
-            if response.status_code == 403 and not mine and place != url:
+            try:
+                return _body(place, headers, end - start + 1)
+            except HfHubHTTPError as problem:
+                if problem.response.status_code != 403 or mine or place == url:
+                    raise
                 places.pop(name, None)  # another thread may have been first
-                raise TransientError("the address that the Hub gave has expired")
-            hf_raise_for_status(response)
-            return bytes(response.content)
+                raise TransientError("the address that the Hub gave has expired") from None
 
     # At a commit nothing changes.
     root = str(Address(address.hub, address.repo, address.revision))
-    return Remote(root, files, read, lambda name: commit, repo=address.repo, commit=commit)
+    sizes = {name: content.size for name, content in files.items()}
+    stated = {name: content.sha256 for name, content in files.items() if content.sha256 is not None}
+    return Remote(root, sizes, read, lambda name: commit, repo=address.repo, commit=commit, sha256=stated)
 
 
-def _files(address: Address) -> tuple[str, dict[str, int]]:
-    """The commit and the size of each file. One request at the Hub; a mirror may know less of its calls."""
+def _body(url: str, headers: Mapping[str, str], most: int) -> bytes:
+    """An answer's body as it is sent, and no more of it than is asked for, whatever the server makes of a range."""
+    session: Any = get_session()
+    if not hasattr(session, "stream"):  # that of requests, in huggingface_hub before 1.0
+        with session.get(url, headers=headers, timeout=_TIMEOUT, stream=True) as response:
+            hf_raise_for_status(response)
+            return bytes(response.raw.read(most, decode_content=False))
+    body = bytearray()
+    with session.stream("GET", url, headers=headers, timeout=_TIMEOUT) as response:
+        if response.is_error:
+            response.read()  # for the message
+        hf_raise_for_status(response)
+        for piece in response.iter_raw():
+            body += piece
+            if len(body) >= most:
+                break
+    return bytes(body[:most])
+
+
+def _files(address: Address) -> tuple[str, dict[str, Content]]:
+    """The commit, and size and sha256 of each file, the latter where it is in LFS.
+
+    One request at the Hub; a mirror may know less of its calls.
+    """
     api = huggingface_hub.HfApi()
-    commit, sizes = address.revision or BRANCH, {}
+    commit: str = address.revision or BRANCH
+    found: dict[str, RepoSibling | RepoFile] = {}
     try:
         info = api.model_info(address.repo, revision=address.revision, files_metadata=True, timeout=_TIMEOUT)
-        commit, sizes = info.sha or commit, {one.rfilename: one.size for one in info.siblings or ()}
+        commit, found = info.sha or commit, {one.rfilename: one for one in info.siblings or ()}
     except HfHubHTTPError as problem:
         if problem.response.status_code != 404 or "X-Error-Code" in problem.response.headers:
             raise
-    if not sizes or None in sizes.values():
+    if not found or any(one.size is None for one in found.values()):
         tree = api.list_repo_tree(address.repo, recursive=True, revision=commit)
-        sizes = {one.path: one.size for one in tree if isinstance(one, RepoFile)}
-    return commit, {name: int(size or 0) for name, size in sizes.items()}
+        found = {one.path: one for one in tree if isinstance(one, RepoFile)}
+    stated = {name: one.lfs.sha256 if one.lfs else None for name, one in found.items()}
+    return commit, {name: Content(int(one.size or 0), stated[name]) for name, one in found.items()}
 
 
 def _place(url: str) -> str:
@@ -120,7 +149,10 @@ def download(address: Address) -> Path:
                 huggingface_hub.snapshot_download(address.repo, revision=address.revision, allow_patterns=patterns)
             )
 
-    return fetched(str(address), get)
+    folder = fetched(str(address), get)
+    at = replace(address, revision=folder.name, path="")  # the commit that was fetched, whatever the branch is now
+    require_listed(folder, open(at).sha256, str(address))
+    return folder
 
 
 def _asking(address: Address, where: str | None = None) -> AbstractContextManager[None]:

@@ -20,7 +20,7 @@ from llava_convert.core.errors import HubError, UsageError
 from llava_convert.core.hub_names import Address
 from llava_convert.core.retry import patiently
 from llava_convert.storage.hubs import Content, Destination, Parcel, Sent, already_public
-from llava_convert.storage.hubs.cache import fetched, is_enough
+from llava_convert.storage.hubs.cache import fetched, is_enough, require_listed
 from llava_convert.storage.hubs.errors import Asked, asking
 from llava_convert.storage.remote.files import Remote
 
@@ -92,7 +92,9 @@ def open(address: Address) -> Remote:
     def version(name: str) -> str:
         return listing().get(name, (0, "gone"))[1]
 
-    return Remote(where, {name: size for name, (size, _) in files.items()}, read, version, repo=address.repo)
+    sizes = {name: size for name, (size, _) in files.items()}
+    stated = {name: sha256 for name, (_, sha256) in files.items() if len(sha256) == 64}
+    return Remote(where, sizes, read, version, repo=address.repo, sha256=stated)
 
 
 def cached(address: Address, *, whole: bool) -> Path | None:
@@ -110,7 +112,9 @@ def download(address: Address) -> Path:
         with _asking(address, str(address)):
             return Path(_snapshot(address.repo, revision=address.revision, allow_patterns=patterns))
 
-    return fetched(str(address), get)
+    folder = fetched(str(address), get)
+    require_listed(folder, open(address).sha256, str(address))
+    return folder
 
 
 def _snapshot(repo: str, **options: Any) -> str:

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-from llava_convert.core.errors import HubError, OutputError, UsageError
+from llava_convert.core.errors import HubError, Interrupted, OutputError, UsageError
 from llava_convert.core.retry import FIRST_TRIES, patiently
 from llava_convert.storage.hubs.secrets import shown
 from llava_convert.storage.output.places import NO_ROOM, as_output_error
@@ -90,14 +90,20 @@ class RemoteStaging:
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
+        state = "is complete"
         try:
-            if not self._committed and isinstance(problem, HubError):
-                self._say(f"what was sent stays at {self.out}: the same command with --resume goes on from there")
-            elif not self._committed:
-                with contextlib.suppress(HubError):
-                    self._remove([*self._sent, *self._begun, *self._small, RECORD])
+            if not self._committed:
+                state = "holds what was sent, and is not finished"
+                if isinstance(problem, HubError):
+                    self._say(f"what was sent stays at {self.out}: the same command with --resume goes on from there")
+                else:
+                    with contextlib.suppress(HubError):
+                        self._remove([*self._sent, *self._begun, *self._small, RECORD])
+                        state = "holds nothing of it"
         finally:
             self._undo.__exit__(kind, problem, trace)
+        if isinstance(problem, KeyboardInterrupt):
+            raise Interrupted(f"interrupted; {self.out} {state}") from problem
 
     def finished(self, name: str) -> bool:
         """Whether `name` was sent whole: by this run, or by an earlier one of the same plan."""

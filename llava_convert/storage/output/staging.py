@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Literal, Protocol
 
-from llava_convert.core.errors import OutputError
+from llava_convert.core.errors import Interrupted, OutputError
 from llava_convert.storage.fingerprints import contents
 from llava_convert.storage.output.finished import RECORD, FinishedFiles
 from llava_convert.storage.output.locks import Lock
@@ -54,8 +54,9 @@ class Stage(Protocol):
 class Staging:
     """An output under construction; a context manager.
 
-    `commit` puts it in OUT's place; leaving the block without it removes every trace. `plan_hash` says what is being
-    built, so that `resume` can keep what a killed run of the same plan had finished. `reads` are the sources.
+    `commit` puts it in OUT's place; leaving the block without it removes every trace. A signal to end that comes too
+    late for that is raised at the block's end, and says that OUT is complete (Interrupted). `plan_hash` says what is
+    being built, so that `resume` can keep what a killed run of the same plan had finished. `reads` are the sources.
     A `kind="file"` output is the one staged file which carries OUT's name. Missing parents of OUT are created, and
     removed again on failure.
 
@@ -110,16 +111,24 @@ class Staging:
         except OSError as exc:
             self._clean()
             raise as_output_error(exc, self.out) from exc
-        except BaseException:
+        except BaseException as problem:
             self._clean()
+            if isinstance(problem, KeyboardInterrupt):
+                raise self._interrupted() from problem
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with uninterrupted():
-            self._clean()
+        stopped = exc if isinstance(exc, KeyboardInterrupt) else None
+        try:
+            with uninterrupted():
+                self._clean()
+        except KeyboardInterrupt as late:
+            stopped = late
+        if stopped is not None:
+            raise self._interrupted() from stopped
 
     def finished(self, name: str) -> bool:
         """Whether `name` is whole and durable: written by this run, or kept from a killed one of the same plan."""
@@ -226,6 +235,10 @@ class Staging:
             self.path.mkdir()
         self._record.start()
         fail_beyond_size_limit()
+
+    def _interrupted(self) -> Interrupted:
+        state = f"{self.out} is complete" if self._committed else "nothing was left behind"
+        return Interrupted(f"interrupted; {state}")
 
     def _claim(self, name: str) -> Path:
         pure = PurePosixPath(name)

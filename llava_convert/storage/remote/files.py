@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -46,7 +47,8 @@ class Remote:
     """A folder elsewhere. `read` gives bytes `start` to `end` of a file and may give fewer; `version` what changes with
     its content (an ETag), asked anew. Both raise TransientError, and HubError for what stays wrong.
 
-    `repo` is the hub's id of it, with the commit that `files` are of, where it lies on a hub.
+    `repo` is the hub's id of it, with the commit that `files` are of, where it lies on a hub. `sha256` is what the
+    listing states of files, `ranged` gathers those of which parts were read.
     """
 
     address: str
@@ -55,7 +57,9 @@ class Remote:
     version: Callable[[str], str]
     repo: str | None = None
     commit: str | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic, compare=False)
+    ranged: set[str] = field(default_factory=set, compare=False)
 
 
 @dataclass
@@ -82,7 +86,8 @@ class RemoteFile:
     def fetch_into(self, start: int, view: memoryview) -> None:
         """Fill `view` from byte `start`; what a broken answer lacks is asked for again, from where it broke.
 
-        Raises HubError (exit 8), InputError where the file ends first.
+        A file that is fetched whole is compared with the sha256 that the listing states. Raises HubError (exit 8),
+        InputError where the file ends first.
         """
         if start + len(view) > self.size:
             raise InputError(f"{self.address} ends at {self.size:,} bytes, {start + len(view):,} are needed")
@@ -90,6 +95,10 @@ class RemoteFile:
         while done < len(view):
             piece = view[done : done + PIECE]
             done += patiently(self.address, lambda at=start + done, piece=piece: self._once(at, piece))  # type: ignore[misc]
+        if len(view) < self.size:
+            self.remote.ranged.add(self.name)
+        elif self.remote.sha256.get(self.name) not in (None, hashlib.sha256(view).hexdigest()):
+            raise unlike_listing(self.address)
 
     def _once(self, start: int, view: memoryview) -> int:
         data = self.remote.read(self.name, start, start + len(view))
@@ -141,6 +150,13 @@ class RemoteFile:
             self._kept[start] = data
             while len(self._kept) > 1 and sum(map(len, self._kept.values())) > KEPT:
                 self._kept.popitem(last=False)
+
+
+def unlike_listing(address: str) -> HubError:
+    return HubError(
+        f"{address}: what the server sent is not what it lists: the sha256 is another",
+        hint="run the same command again; if it stays so, do not use the model, and tell whoever published it",
+    )
 
 
 class RemoteStream(RawIOBase):

@@ -96,6 +96,12 @@ class Session:
             found.add(mount.remote.traffic.requests, mount.remote.traffic.bytes)
         return found
 
+    @property
+    def unchecked(self) -> tuple[str, ...]:
+        """The files of which parts were read, so that the sha256 which a listing states of them was not compared."""
+        remotes = [mount.remote for mount in self._mounts]
+        return tuple(f"{one.address}/{name}" for one in remotes for name in sorted(one.ranged & one.sha256.keys()))
+
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives, which is called when it is first asked for; kept to the session's end."""
         if key not in self._made:

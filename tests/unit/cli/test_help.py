@@ -36,7 +36,7 @@ HEAVY = ("torch", "transformers", "numpy", "peft", "huggingface_hub", "safetenso
 JSON_KEYS = {
     "source", "out", "from", "to", "done", "dtype", "parts", "tensors", "ops", "bytes_read", "bytes_fetched",
     "bytes_written", "peak_memory", "shards", "files", "verified", "flushed_to_zero", "notes", "warnings",
-    "plan", "published",
+    "plan", "published", "unchecked",
 }  # fmt: skip
 
 
