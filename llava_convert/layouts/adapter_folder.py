@@ -12,6 +12,7 @@ from llava_convert.model.checkpoint import (
     PART_WORDS,
     VISION,
 )
+from llava_convert.model.tables.types import read_config
 from llava_convert.model.training import LoraSettings
 from llava_convert.storage.sidecars import folder_sidecars
 
@@ -27,7 +28,7 @@ def adapter_settings(folder: Path) -> LoraSettings | None:
 def read_adapter_config(folder: Path) -> dict[str, Any] | None:
     """The object in adapter_config.json, None where there is none. Raises InputError, UnsafeError for a link out."""
     files = folder_sidecars(folder)
-    return files.read_object(ADAPTER_CONFIG) if files.has(ADAPTER_CONFIG) else None
+    return read_config(files, ADAPTER_CONFIG) if files.has(ADAPTER_CONFIG) else None
 
 
 def adapter_config(made: Artefacts, part: str, adapter: Adapter) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from llava_convert.model.facts import ASPECT, read_facts
 from llava_convert.model.record import read_record
 from llava_convert.model.tables.facts import CONFIG, stated_in, unknown_keys
 from llava_convert.model.tables.names import layout_table
+from llava_convert.model.tables.types import read_config
 from llava_convert.storage.sidecars import folder_sidecars
 from llava_convert.storage.weights import open_weights
 
@@ -50,7 +51,7 @@ def detect(found: Found) -> str | None:
 def open(path: Path, options: OpenOptions) -> Checkpoint:
     """Open a folder. Raises UnsupportedError for LLaVA-NeXT and its kin, and for names of no dialect."""
     beside = folder_sidecars(path)
-    raw = beside.read_object("config.json") if beside.has("config.json") else {}
+    raw = read_config(beside, "config.json") if beside.has("config.json") else {}
     part = part_of(Found(path, raw or None, beside.names()))
     if part is not None:
         return open_part(path, part)

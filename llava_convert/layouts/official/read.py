@@ -23,6 +23,7 @@ from llava_convert.model.record import read_record
 from llava_convert.model.tables.facts import CONFIG, key_table, stated_in, unknown_keys
 from llava_convert.model.tables.families import architectures
 from llava_convert.model.tables.names import layout_table
+from llava_convert.model.tables.types import read_config
 from llava_convert.storage.files import require_inside
 from llava_convert.storage.sidecars import folder_sidecars
 from llava_convert.storage.weights import open_weights
@@ -56,7 +57,7 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
     """
     folder = path if path.is_dir() else path.parent
     beside = folder_sidecars(folder)
-    config = old_flavour(beside.read_object("config.json")) if beside.has("config.json") else None
+    config = old_flavour(read_config(beside, "config.json")) if beside.has("config.json") else None
     tensors, files, warnings = _weights(path)
     sorted_ = sort_tensors(tensors, layout_table(NAME), path)
     adapter, lora = read_adapter_config(folder), adapter_settings(folder)

@@ -30,6 +30,7 @@ from llava_convert.model.facts import LAYER, read_facts
 from llava_convert.model.record import read_record
 from llava_convert.model.tables.facts import CONFIG, stated_in, unknown_keys
 from llava_convert.model.tables.names import layout_table
+from llava_convert.model.tables.types import read_config
 from llava_convert.model.training import TrainingConfig
 from llava_convert.storage.files import require_inside
 from llava_convert.storage.sidecars import folder_sidecars
@@ -80,7 +81,7 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         dropped += left
         own = folder if part.weights else None
         beside = folder_sidecars(own) if own is not None else None
-        config = old_flavour(beside.read_object(CONFIG)) if beside is not None and name != PROJECTOR else None
+        config = old_flavour(read_config(beside, CONFIG)) if beside is not None and name != PROJECTOR else None
         if name == LLM and config is not None:
             said |= read_facts(NAME, config, str(path / CONFIG))
             config = {key: value for key, value in config.items() if key not in stated_in(NAME)}
@@ -111,7 +112,7 @@ def _projector_config(path: Path) -> dict[str, Any]:
     if not (path / PROJECTOR_FOLDER).is_dir():
         return {}
     files = folder_sidecars(path / PROJECTOR_FOLDER)
-    return files.read_object(CONFIG) if files.has(CONFIG) else {}
+    return read_config(files, CONFIG) if files.has(CONFIG) else {}
 
 
 def _has_weights(path: Path) -> bool:
