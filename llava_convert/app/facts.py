@@ -14,6 +14,7 @@ from llava_convert.model.facts import NEWLINE, refuse_unknown_keys, refuse_unsay
 from llava_convert.model.options import ALL
 from llava_convert.model.recipe import Model
 from llava_convert.model.tables.facts import facts, unknown_keys
+from llava_convert.model.tables.types import read_config
 
 # The beginnings of the facts that a part's output depends on.
 _ABOUT = {
@@ -72,6 +73,6 @@ def unknown_notes(model: Model) -> tuple[str, ...]:
         for name, table in _FILES.items():
             if files is None or not files.has(name):
                 continue
-            content = files.read_object(name)
+            content = read_config(files, name)
             found += [f"{name}: {key} = {spelled(content[key])}" for key in unknown_keys(content, (table, "common"))]
     return (f"no table knows what these decide: {listed(dict.fromkeys(found))}",) if found else ()

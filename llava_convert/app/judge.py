@@ -23,6 +23,7 @@ from llava_convert.model.judgement import Judgement, alike
 from llava_convert.model.projector import projector_config
 from llava_convert.model.recipe import EMBEDDING, Model
 from llava_convert.model.tables.facts import KeyTable, facts, key_table, tables_of
+from llava_convert.model.tables.types import read_config
 from llava_convert.model.target import Target
 from llava_convert.storage.sidecars import Sidecars, folder_sidecars, made_sidecars
 
@@ -166,7 +167,7 @@ def _is_dora(adapter: Adapter, module: str) -> bool:
 def _compare_pictures(found: Judgement, mine: dict[str, Any], beside: Sidecars, tower: Mapping[str, Any]) -> None:
     """How a picture becomes pixels, as its readers take it: with the defaults of the tower's own processor."""
     names = ("preprocessor_config.json", "processor_config.json")  # which holds both from 5.0 on
-    other = next((beside.read_object(name) for name in names if beside.has(name)), {})
+    other = next((read_config(beside, name) for name in names if beside.has(name)), {})
     sides = (preprocessor_config(side, tower, kind="clip", for_hf=False) for side in (mine, other))
     found.compare_keys(f"{names[0]}: ", [key_table("processor"), key_table("common")], *sides)
 
@@ -206,7 +207,7 @@ def _compare_file(
             if not alike(value, None) and any(table.kind(key) in ("stops", "computes") for table in tables):
                 found.differ(f"{name}: {key}", value, None)
         return
-    other = beside.read_object(last)
+    other = read_config(beside, last)
     own = any(table.layout is not None for table in tables)
     if own:  # the other keys of such a file are the language model's, which has been compared
         mine, other = (

@@ -21,6 +21,7 @@ from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, VISION
 from llava_convert.model.configs import without_stale
 from llava_convert.model.options import TargetOptions
 from llava_convert.model.recipe import EMBEDDING, Model
+from llava_convert.model.tables.types import read_config
 from llava_convert.model.towers import id_by_shape
 from llava_convert.storage.remote.origin import published
 
@@ -86,7 +87,7 @@ class Artefacts:
         config = self.model.configs[LLM]
         base: dict[str, Any] = {}
         if files is not None and files.has("generation_config.json"):
-            base = files.read_object("generation_config.json")
+            base = read_config(files, "generation_config.json")
         found = {k: v for k, v in base.items() if k not in ("transformers_version", "_from_model_config")}
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if found.get(key) is None and config.get(key) is not None:
@@ -106,7 +107,7 @@ class Artefacts:
         for files in (self.model.files(VISION), self.model.checkpoint.beside):
             for name in ("preprocessor_config.json", "processor_config.json"):
                 if base is None and files is not None and files.has(name):
-                    base = files.read_object(name)
+                    base = read_config(files, name)
         return preprocessor_config(base, config, kind=self.options.image_processor or "clip", for_hf=for_hf)
 
     def id_of(self, part: str) -> tuple[str, str | None]:

@@ -11,6 +11,7 @@ from llava_convert.model.checkpoint import (
     PART_WORDS,
     VISION,
 )
+from llava_convert.model.tables.types import read_config
 from llava_convert.model.training import LoraSettings
 from llava_convert.storage.sidecars import Sidecars
 
@@ -25,7 +26,7 @@ def adapter_settings(files: Sidecars) -> LoraSettings | None:
 
 def read_adapter_config(files: Sidecars) -> dict[str, Any] | None:
     """The object in adapter_config.json, None where there is none. Raises InputError, UnsafeError for a link out."""
-    return files.read_object(ADAPTER_CONFIG) if files.has(ADAPTER_CONFIG) else None
+    return read_config(files, ADAPTER_CONFIG) if files.has(ADAPTER_CONFIG) else None
 
 
 def adapter_config(made: Artefacts, part: str, adapter: Adapter) -> dict[str, Any]:

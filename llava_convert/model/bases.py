@@ -18,6 +18,7 @@ from llava_convert.core.tensors import StoredTensor
 from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, Dropped
 from llava_convert.model.configs import named_config, old_flavour
 from llava_convert.model.tables.names import layout_table, lookup_errors
+from llava_convert.model.tables.types import read_config
 from llava_convert.storage.remote.origin import cached_id
 from llava_convert.storage.remote.session import Session
 from llava_convert.storage.sidecars import Sidecars, folder_sidecars, refuse_links_out
@@ -45,7 +46,7 @@ class Base:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The part's own config, in the old flavour, complete (a CLIPModel's vision half for the tower)."""
-        raw = self.files.read_object("config.json")
+        raw = read_config(self.files, "config.json")
         config = old_flavour(raw)
         if self.part != LLM and isinstance(config.get("vision_config"), dict):
             nested = old_flavour(config["vision_config"])

@@ -6,6 +6,7 @@ The old flavour (`torch_dtype`, `rope_theta` and `rope_scaling`, every dimension
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -41,7 +42,54 @@ def named_config(config: Mapping[str, Any], part: str, *, where: str) -> dict[st
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise InputError(f"{where}: model_type is missing")
-    return architecture_for(part, kind).complete(config)
+    table = architecture_for(part, kind)
+    return _strict_scaling(table.scaling, config, table.complete(config))
+
+
+def _strict_scaling(rule: Mapping[str, Any], config: Mapping[str, Any], complete: dict[str, Any]) -> dict[str, Any]:
+    """The complete config with a rope scaling of no other fields than its family's class takes.
+
+    The length that the model was first trained for stands beside it, as in every release; of the attention factor and
+    the scaling factor, which only 5.x writes and reads, only what the two lengths do not give stays.
+    """
+    scaling = config.get("rope_scaling")
+    if not rule or not isinstance(scaling, Mapping):
+        return complete
+    kind = scaling.get("rope_type") or scaling.get("type")
+    if kind != rule["type"] and kind not in rule["former_types"]:
+        return complete
+    found, original = dict(complete), scaling.get("original_max_position_embeddings")
+    if config.get("original_max_position_embeddings") is None and original is not None:
+        found["original_max_position_embeddings"] = original
+    own = {"type": rule["type"], **{key: scaling[key] for key in rule["fields"][1:] if key in scaling}}
+    attention = _attention(scaling, found)
+    found["rope_scaling"] = own if attention is None else {**own, "attention_factor": attention}
+    return found
+
+
+def _attention(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> float | None:
+    """The factor of cosines and sines that a longrope states, None where it is what the two lengths give.
+
+    From transformers 5.23's modeling_rope_utils.py (_compute_longrope_parameters): `attention_factor`, else made of
+    `factor`, else of the lengths. Raises InputError for a length that no model was trained for.
+    """
+    stated, factor = scaling.get("attention_factor"), scaling.get("factor")
+    if stated is None and factor is None:
+        return None
+    lengths = (config["max_position_embeddings"], config["original_max_position_embeddings"])
+    found = float(stated) if stated is not None else longrope_attention(*lengths, factor=factor)
+    return None if math.isclose(found, longrope_attention(*lengths), rel_tol=1e-6) else found
+
+
+def longrope_attention(longest: int, original: int, *, factor: float | None = None) -> float:
+    """What longrope multiplies cosines and sines by, from two lengths in tokens, or `factor` instead of their ratio.
+
+    Raises InputError for an `original` that no model is trained for.
+    """
+    if original < 2:
+        raise InputError(f"config.json: original_max_position_embeddings is {original}: no model is trained for that")
+    scale = longest / original if factor is None else factor
+    return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
 
 
 def family(part: str, config: Mapping[str, Any]) -> Architecture:

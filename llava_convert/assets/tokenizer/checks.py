@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError
+from llava_convert.model.tables.types import check_types
 
 MOST_ID = 1 << 31
 
 
 def require_shape(name: str, found: Mapping[str, Any], path: Path) -> None:
     """Raises InputError where a part of the file `name` that a conversion reads is of another type than it must be."""
+    check_types(found, name, str(path))
     for key, sound in _PARTS.get(name, {}).items():
         if found.get(key) is not None and not sound(found[key]):
             raise InputError(f"{path}: {key} is not what a tokenizer has there", hint="get the file again")
@@ -76,4 +78,5 @@ def _are_templates(value: Any) -> bool:
 _PARTS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "tokenizer.json": {"added_tokens": _are_added, "model": _is_model, "post_processor": _is_processor},
     "tokenizer_config.json": {"added_tokens_decoder": _is_decoder, "chat_template": _are_templates},
+    "chat_template.json": {"chat_template": _are_templates},
 }

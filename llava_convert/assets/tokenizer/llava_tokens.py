@@ -215,7 +215,7 @@ def _stripped(found: dict[str, Any], gone: frozenset[tuple[int, str]]) -> dict[s
     kept: dict[str, Any] = {}
     for key, value in found.items():
         if key == "added_tokens_decoder":
-            value = {i: entry for i, entry in value.items() if (int(i), entry["content"]) not in gone}
+            value = {i: entry for i, entry in (value or {}).items() if (int(i), entry["content"]) not in gone}
         elif (isinstance(value, int) and (value, key) in gone) or (key, value) == ("processor_class", "LlavaProcessor"):
             continue  # an entry of added_tokens.json, or the processor's
         if key.endswith("_token") and content_of(value) in contents:

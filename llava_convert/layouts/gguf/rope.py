@@ -17,6 +17,7 @@ from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.layouts.gguf.limits import rotated_share
 from llava_convert.model.checkpoint import LLM
+from llava_convert.model.configs import longrope_attention
 from llava_convert.model.tables.families import architecture_for
 from llava_convert.storage.gguf.file import Typed
 from llava_convert.storage.ranges import FilePool
@@ -29,7 +30,7 @@ PHI3_TENSORS = {"long_factor": "rope_factors_long.weight", "short_factor": "rope
 # Llama 3.1 and 3.3; Llama 3.2; and what fine-tunes made of them.
 _PUBLISHED = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192), (16.0, 1.0, 4.0, 8192), (16.0, 1.0, 1.0, 8192))
 PHI3 = "phi3"
-_LONGROPE = ("su", "longrope", "yarn")
+_LONGROPE = "longrope"
 _YARN = {
     "extrapolation_factor": "yarn_ext_factor",
     "attention_factor": "yarn_attn_factor",
@@ -57,7 +58,7 @@ def scaling_keys(architecture: str, config: Config) -> dict[str, Typed]:
     if kind == "default" or (kind == "llama3" and architecture == "llama"):
         return {}
     if architecture == PHI3:
-        if kind in _LONGROPE:
+        if kind == _LONGROPE:
             return {f"{prefix}.attn_factor": Typed("f32", _phi3_attention(config))}
     elif kind in ("linear", "yarn"):
         found = {f"{prefix}.type": Typed("str", kind), f"{prefix}.factor": Typed("f32", _factor(config))}
@@ -122,18 +123,11 @@ def _mscale(factor: float, scale: float = 1.0) -> float:
 
 
 def _phi3_attention(config: Config) -> float:
-    """As transformers: by the two lengths, unless the config says it; "su" and "yarn" are old names of longrope."""
+    """As transformers: by the two lengths, unless the config says it."""
     stated = config["rope_scaling"].get("attention_factor")
     if stated is not None:
         return float(stated)
-    original = _phi3_original(config)
-    scale = config["max_position_embeddings"] / original
-    return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-
-
-def _phi3_original(config: Config) -> int:
-    stated = (config.get("rope_scaling") or {}).get("original_max_position_embeddings")
-    return int(stated or config["original_max_position_embeddings"])
+    return longrope_attention(config["max_position_embeddings"], config["original_max_position_embeddings"])
 
 
 def factor_tensors(architecture: str, config: Config) -> dict[str, tuple[float, ...]]:
@@ -150,7 +144,7 @@ def factor_tensors(architecture: str, config: Config) -> dict[str, tuple[float, 
         )
         factors = llama3_factors(float(config.get("rope_theta", 10000.0)), head, *numbers)
         return {LLAMA3_TENSOR: tuple(factors.tolist())}
-    if architecture == PHI3 and kind in _LONGROPE:
+    if architecture == PHI3 and kind == _LONGROPE:
         size = architecture_for(LLM, str(config["model_type"])).symbol("head_dim", config)
         count = int(size * rotated_share(config)) // 2
         return {tensor: _numbers(scaling.get(name), name, count) for name, tensor in PHI3_TENSORS.items()}
@@ -197,9 +191,9 @@ def read_scaling(
         return _recognised(_values(tensors[LLAMA3_TENSOR]), config, head)
     if all(name in tensors for name in PHI3_TENSORS.values()):
         lists = {name: _decimals(_values(tensors[tensor])) for name, tensor in PHI3_TENSORS.items()}
-        return {**lists, "type": "longrope"} | _phi3_stated(metadata.get(f"{prefix}.attn_factor"), config)
+        return {**lists, "type": _LONGROPE} | _phi3_stated(metadata.get(f"{prefix}.attn_factor"), config)
     kind = metadata.get(f"{prefix}.type")
-    if kind is None or kind.value in ("none", "longrope"):
+    if kind is None or kind.value in ("none", _LONGROPE):
         return None
     if kind.value not in ("linear", "yarn"):
         raise UnsupportedError(f"rope scaling {kind.value!r} of the GGUF is not known")

@@ -19,6 +19,7 @@ from llava_convert.model.facts import ASPECT, read_facts
 from llava_convert.model.record import read_record
 from llava_convert.model.tables.facts import CONFIG, stated_in, unknown_keys
 from llava_convert.model.tables.names import layout_table
+from llava_convert.model.tables.types import read_config
 from llava_convert.storage.weights import open_weights
 
 _HALVES = ("text_config", "vision_config")
@@ -47,7 +48,8 @@ def detect(found: Found) -> str | None:
 
 def open(found: Found, options: OpenOptions) -> Checkpoint:
     """Open a folder. Raises UnsupportedError for LLaVA-NeXT and its kin, and for names of no dialect."""
-    path, raw = found.path, found.config or {}
+    path, beside = found.path, found.beside
+    raw = read_config(beside, CONFIG) if beside.has(CONFIG) else {}
     part = part_of(found)
     if part is not None:
         return open_part(found, part)

@@ -23,6 +23,7 @@ from llava_convert.model.record import read_record
 from llava_convert.model.tables.facts import CONFIG, key_table, stated_in, unknown_keys
 from llava_convert.model.tables.families import architectures
 from llava_convert.model.tables.names import layout_table
+from llava_convert.model.tables.types import read_config
 from llava_convert.storage.files import require_inside
 from llava_convert.storage.weights import open_weights
 
@@ -54,7 +55,7 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
     Raises what the readers raise; UnsupportedError for names that the layout does not have.
     """
     path, beside = found.path, found.beside
-    config = old_flavour(beside.read_object("config.json")) if beside.has("config.json") else None
+    config = old_flavour(read_config(beside, CONFIG)) if beside.has(CONFIG) else None
     tensors, files, warnings = _weights(found)
     sorted_ = sort_tensors(tensors, layout_table(NAME), path)
     adapter, lora = read_adapter_config(beside), adapter_settings(beside)

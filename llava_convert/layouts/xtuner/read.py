@@ -30,6 +30,7 @@ from llava_convert.model.facts import LAYER, read_facts
 from llava_convert.model.record import read_record
 from llava_convert.model.tables.facts import CONFIG, stated_in, unknown_keys
 from llava_convert.model.tables.names import layout_table
+from llava_convert.model.tables.types import read_config
 from llava_convert.model.training import TrainingConfig
 from llava_convert.storage.files import require_inside
 from llava_convert.storage.sidecars import Sidecars, folder_sidecars
@@ -83,7 +84,7 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
         beside = None
         if part.weights:
             beside = found.beside if folder == path else folder_sidecars(folder)
-        config = old_flavour(beside.read_object(CONFIG)) if beside is not None and name != PROJECTOR else None
+        config = old_flavour(read_config(beside, CONFIG)) if beside is not None and name != PROJECTOR else None
         if name == LLM and config is not None:
             said |= read_facts(NAME, config, str(path / CONFIG))
             config = {key: value for key, value in config.items() if key not in stated_in(NAME)}
@@ -115,7 +116,7 @@ def _projector_config(path: Path) -> dict[str, Any]:
     if not (path / PROJECTOR_FOLDER).is_dir():
         return {}
     files = folder_sidecars(path / PROJECTOR_FOLDER)
-    return files.read_object(CONFIG) if files.has(CONFIG) else {}
+    return read_config(files, CONFIG) if files.has(CONFIG) else {}
 
 
 def _has_weights(names: Iterable[str]) -> bool:

@@ -35,7 +35,11 @@ class Expected:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One family's table. `part` is the prefix of its canonical names."""
+    """One family's table. `part` is the prefix of its canonical names.
+
+    `scaling` is the one rope scaling that the family's class takes, where it takes no other field: its `type`, the
+    `former_types` that mean the same, and its `fields`.
+    """
 
     name: str
     part: str
@@ -47,6 +51,7 @@ class Architecture:
     repeat: Mapping[str, Mapping[str, Any]]
     rows: tuple[Mapping[str, Any], ...]
     drops: tuple[tuple[Pattern, str], ...]
+    scaling: Mapping[str, Any]
 
     def complete(self, config: Config) -> dict[str, Any]:
         """`config` with the family's defaults filled in: published configs keep only what differs."""
@@ -152,6 +157,7 @@ def parse_architecture(text: str, path: Path) -> Architecture:
         symbols={k: tuple(v) for k, v in raw.get("symbols", {}).items()},
         repeat=raw.get("repeat", {}),
         rows=tuple({**row, "line": _line_of(row["name"], lines)} for row in raw["tensor"]),
+        scaling=raw.get("rope_scaling", {}),
         drops=tuple((Pattern.parse(f"{raw['part']}.{d['name']}"), d["reason"]) for d in raw.get("drop", ())),
     )
 

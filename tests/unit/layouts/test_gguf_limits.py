@@ -77,12 +77,11 @@ def test_the_attention_factor_of_yarn(more: dict[str, float], factor: float | No
 
 
 def test_phi_3s_rope() -> None:
-    """ "su" and "yarn" are longrope's old names; a part of a head that is rotated, and an attention factor."""
+    """longrope's attention factor by the two lengths or as stated, and a part of a head that is rotated."""
     table = table_for_family("phi3")
     long = {"original_max_position_embeddings": 512, "max_position_embeddings": 8192}
-    for name in ("su", "yarn", "longrope"):
-        before = config("phi3", rope_scaling={"type": name, **LONGROPE}, **long)
-        assert metadata_of(table, before)["phi3.rope.scaling.attn_factor"].value == pytest.approx((13 / 9) ** 0.5)
+    before = config("phi3", rope_scaling={"type": "longrope", **LONGROPE}, **long)
+    assert metadata_of(table, before)["phi3.rope.scaling.attn_factor"].value == pytest.approx((13 / 9) ** 0.5)
     assert metadata_of(table, before)["phi3.rope.dimension_count"].value == 16
     before = config("phi3", partial_rotary_factor=0.75)
     said = metadata_of(table, before)

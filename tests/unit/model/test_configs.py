@@ -59,6 +59,40 @@ def test_old_flavour_against_transformers() -> None:
     assert LlamaConfig(**old).rope_parameters == new.rope_parameters
 
 
+LISTS = {"short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0]}
+PHI3 = {"model_type": "phi3", "max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize("name", [{"type": "su"}, {"type": "yarn"}, {"type": "longrope"}, {"rope_type": "longrope"}])
+def test_phi_3s_longrope_in_the_flavour_of_every_release(name: dict[str, str]) -> None:
+    """4.46 to 4.57 take three fields, of these names; the length of the first training stands beside them."""
+    inside = {**name, **LISTS, "original_max_position_embeddings": 512}
+    found = named_config({**PHI3, "rope_scaling": inside}, LLM, where="x")
+    assert found["rope_scaling"] == {"type": "longrope", **LISTS}
+    assert found["original_max_position_embeddings"] == 512
+    beside = named_config({**PHI3, "rope_scaling": inside, "original_max_position_embeddings": 256}, LLM, where="x")
+    assert beside["original_max_position_embeddings"] == 256, "transformers 5.23 takes this one"
+
+
+def test_phi_3s_attention_factor_stays_where_the_lengths_do_not_give_it() -> None:
+    """16 times 512: the factor is the root of 1 + 4/9."""
+    inside = {"rope_type": "longrope", **LISTS, "original_max_position_embeddings": 512}
+
+    def stated(**more: float) -> float | None:
+        return named_config({**PHI3, "rope_scaling": {**inside, **more}}, LLM, where="x")["rope_scaling"].get(
+            "attention_factor"
+        )
+
+    assert stated(attention_factor=(13 / 9) ** 0.5) is None and stated(factor=16.0) is None
+    assert stated(attention_factor=1.3) == 1.3
+    assert stated(factor=2.0) == pytest.approx((10 / 9) ** 0.5)
+
+
+def test_llamas_scaling_keeps_its_fields() -> None:
+    scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+    assert named_config({"model_type": "llama", "rope_scaling": scaling}, LLM, where="x")["rope_scaling"] == scaling
+
+
 def test_defaults_are_filled_and_what_is_stated_wins() -> None:
     found = named_config({"model_type": "llama", "rms_norm_eps": 1e-5}, LLM, where="x")
     assert (found["rms_norm_eps"], found["hidden_size"], found["rope_theta"]) == (1e-5, 4096, 10000.0)
