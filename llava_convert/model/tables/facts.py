@@ -28,7 +28,7 @@ class Word:
     `key` of `file` holds it, `default` is what readers take where the key is absent; it is written where its value is
     another, or `always`. `words` are the layout's own names of values. Without a key only the values in `unsaid` can go
     there, for the reason `why`. `type` is that of an entry of metadata. `silent`: the layout says nothing of it, its
-    readers are told.
+    readers are told. `note` is for the documentation.
     """
 
     key: str | None = None
@@ -40,6 +40,7 @@ class Word:
     why: str = ""
     type: str = ""
     silent: bool = False
+    note: str = ""
 
     def value(self, word: Any) -> Any:
         """The value of a layout's word. Raises KeyError for a word that it does not have."""
