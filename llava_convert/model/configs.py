@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from llava_convert.core.errors import InputError
+from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.model.tables.families import Architecture, architecture_for, architectures
 
 # Written by save_pretrained about itself, or only meant for the class that it came from.
@@ -19,7 +19,11 @@ _STALE = ("transformers_version", "architectures", "auto_map", "_attn_implementa
 
 
 def old_flavour(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config in transformers' 4.x spelling, whatever version wrote it."""
+    """A config in transformers' 4.x spelling, whatever version wrote it.
+
+    Raises UnsupportedError (exit 4) where the two spellings stand side by side and differ: 4.x reads one model, 5.x
+    another.
+    """
     found = dict(config)
     dtype = found.pop("dtype", None)
     if dtype is not None:
@@ -28,13 +32,24 @@ def old_flavour(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(rope, dict):
         scaling = dict(rope)
         for key in ("rope_theta", "partial_rotary_factor"):  # both stand by themselves in 4.x
-            if key in scaling:
-                found.setdefault(key, scaling.pop(key))
+            if (said := scaling.pop(key, None)) is not None:
+                _put(found, key, said)
         if scaling.get("rope_type", scaling.get("type", "default")) == "default":
             found.setdefault("rope_scaling", None)
-        else:
-            found.setdefault("rope_scaling", scaling)
+        elif found.get("rope_scaling") is None:  # which 5.x reads as nothing said
+            found["rope_scaling"] = scaling
     return found
+
+
+def _put(config: dict[str, Any], key: str, value: Any) -> None:
+    if config.get(key) is None:
+        config[key] = value
+    elif config[key] != value:
+        raise UnsupportedError(
+            f"config.json: {key} is {config[key]!r}, and {value!r} in rope_parameters: transformers 4.x reads the "
+            "first, 5.x the second",
+            hint="put the value that the model was trained with into both",
+        )
 
 
 def named_config(config: Mapping[str, Any], part: str, *, where: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from llava_convert.assets.tokenizer import llava_tokens as tokens
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.layouts.training_config import parse_training_config
 from llava_convert.model.configs import family, named_config, old_flavour
+from llava_convert.model.tables.facts import fact_tables
 from llava_convert.model.tables.families import architectures
 from llava_convert.storage.gguf.file import encode_gguf, open_gguf
 from llava_convert.storage.json_files import parse_json
@@ -33,6 +34,9 @@ from tests.fuzz import seeds
 Read = Callable[[], None]
 # Writes an input below a folder that holds nothing else, and gives what reads it.
 Lay = Callable[[bytes, Path], Read]
+
+# Our own tables, which are read once: no input has anything to do with that.
+architectures(), fact_tables()
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,6 @@ def _tokenizer(data: bytes, folder: Path) -> Read:
 
 
 def _architecture(data: bytes, folder: Path) -> Read:
-    architectures()  # our own tables, which are read once
 
     def read() -> None:
         parsed = parse_json(data, "config.json")

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from llava_convert.core.resources import data_dir
@@ -28,7 +27,7 @@ class Word:
     `key` of `file` holds it, `default` is what readers take where the key is absent; it is written where its value is
     another, or `always`. `words` are the layout's own names of values. Without a key only the values in `unsaid` can go
     there, for the reason `why`. `type` is that of an entry of metadata. `silent`: the layout says nothing of it, its
-    readers are told.
+    readers are told. `note` is for the documentation.
     """
 
     key: str | None = None
@@ -40,6 +39,7 @@ class Word:
     why: str = ""
     type: str = ""
     silent: bool = False
+    note: str = ""
 
     def value(self, word: Any) -> Any:
         """The value of a layout's word. Raises KeyError for a word that it does not have."""
@@ -112,9 +112,16 @@ class KeyTable:
 
 
 @cache
+def fact_tables() -> Mapping[str, Mapping[str, Any]]:
+    """Every table of `mappings/facts` as TOML has it, by the file's stem."""
+    paths = sorted((data_dir("mappings") / "facts").glob("*.toml"))
+    return {path.stem: tomllib.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+@cache
 def facts() -> Mapping[str, Fact]:
     """The facts of `llava.toml`, by name. Raises TableError for a table that contradicts itself."""
-    raw = tomllib.loads(_path("llava").read_text(encoding="utf-8"))
+    raw = fact_tables()["llava"]
     found: dict[str, Fact] = {}
     for entry in raw["fact"]:
         fact = _fact(entry)
@@ -148,7 +155,7 @@ def _fact(entry: Mapping[str, Any]) -> Fact:
 @cache
 def key_table(name: str) -> KeyTable:
     """The table `mappings/facts/<name>.toml`. Raises TableError where a key has two meanings."""
-    raw = tomllib.loads(_path(name).read_text(encoding="utf-8"))
+    raw = fact_tables()[name]
     kinds: dict[str, str] = {}
     for kind in KINDS:
         for key in raw.get(kind, ()):
@@ -165,8 +172,7 @@ def key_table(name: str) -> KeyTable:
 
 def tables_of(layout: str, file: str) -> list[KeyTable]:
     """The tables about a file of a layout."""
-    names = sorted(path.stem for path in _path("").parent.glob("*.toml") if path.stem != "llava")
-    tables = (key_table(name) for name in names)
+    tables = (key_table(name) for name in fact_tables() if name != "llava")
     return [t for t in tables if t.layout in (None, layout) and any(fnmatchcase(file, known) for known in t.files)]
 
 
@@ -186,7 +192,3 @@ def unknown_keys(config: Mapping[str, Any], tables: Iterable[str], known: Iterab
     return sorted(
         key for key, value in config.items() if value and key not in named and not any(t.knows(key) for t in looked)
     )
-
-
-def _path(name: str) -> Path:
-    return data_dir("mappings") / "facts" / f"{name}.toml"

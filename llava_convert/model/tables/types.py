@@ -7,14 +7,13 @@ of the formats that values go to: 32 bits for whole numbers, float32 for others.
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
 from llava_convert.core.errors import InputError
-from llava_convert.core.resources import data_dir
 from llava_convert.core.text import printable
+from llava_convert.model.tables.facts import fact_tables
 from llava_convert.model.tables.names import TableError
 from llava_convert.storage.sidecars import Sidecars
 
@@ -97,21 +96,21 @@ def key_types(file: str) -> Mapping[str, str]:
     Raises TableError where two tables differ, or a type is not one of `TYPES`.
     """
     found: dict[str, str] = {}
-    for path in sorted((data_dir("mappings") / "facts").glob("*.toml")):
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    for name, raw in fact_tables().items():
         if file not in raw.get("typed", ()):
             continue
         for kind, keys in raw.get("types", {}).items():
             for key in keys:
                 if kind not in TYPES or found.setdefault(key, kind) != kind:
-                    raise TableError(f"{path.name}: {key} is of type {kind!r}, elsewhere {found.get(key)!r}")
+                    raise TableError(f"{f'{name}.toml'}: {key} is of type {kind!r}, elsewhere {found.get(key)!r}")
     return found
 
 
 @cache
 def _filled(file: str) -> frozenset[str]:
-    tables = (tomllib.loads(p.read_text("utf-8")) for p in (data_dir("mappings") / "facts").glob("*.toml"))
-    return frozenset(key for raw in tables if file in raw.get("typed", ()) for key in raw.get("filled", ()))
+    return frozenset(
+        key for raw in fact_tables().values() if file in raw.get("typed", ()) for key in raw.get("filled", ())
+    )
 
 
 def check_types(config: Mapping[str, Any], file: str, where: str) -> None:

@@ -28,6 +28,15 @@ def test_new_flavour_becomes_old() -> None:
     assert new["dtype"] == "bfloat16", "the caller's config is left alone"
 
 
+def test_two_spellings_that_differ() -> None:
+    """transformers 5.23 takes a null rope_scaling for nothing said, and of two thetas the nested one."""
+    nested = {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}
+    found = old_flavour({"rope_scaling": None, "rope_theta": 1e4, "rope_parameters": nested})
+    assert found["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    with pytest.raises(UnsupportedError, match=r"rope_theta is 500000\.0, and 10000\.0 in rope_parameters"):
+        old_flavour({"rope_theta": 5e5, "rope_parameters": nested})
+
+
 def test_default_rope_is_no_scaling() -> None:
     found = old_flavour({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}})
     assert found == {"rope_theta": 1e4, "rope_scaling": None}
