@@ -9,7 +9,7 @@ from typing import Any
 from llava_convert.core.errors import UsageError
 from llava_convert.core.tensors import FROM_TORCH_NAMES, QUANTS
 from llava_convert.engine.check import QUICK
-from llava_convert.layouts.info import LAYOUTS
+from llava_convert.layouts.info import LAYOUTS, reading, writing
 from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, VISION, Checkpoint
 from llava_convert.model.options import ALL, TargetOptions, part_named
 from llava_convert.model.recipe import Bases, Model
@@ -20,7 +20,8 @@ _DTYPES = {
     "bfloat16": ("bf16",),
     "float32": ("fp32", "f32", "float", "full"),
 }
-_FLAGS = {"outtypes": "--outtype", "mmproj_outtypes": "--mmproj-outtype"}
+# Options that TargetOptions holds under another name.
+_FIELDS = {"outtype": "outtypes", "mmproj_outtype": "mmproj_outtypes"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,32 +83,40 @@ def dtype_named(word: str) -> str | None:
     return found
 
 
+def flag_of(option: str) -> str:
+    """What the command line calls an option."""
+    return "--" + option.replace("_", "-")
+
+
 def refuse_for_target(options: Options) -> None:
     """Raise UsageError for an option that has no effect in the target's layout, naming those where it has."""
     plain = TargetOptions()
     shaping = frozenset().union(*(info.writes for info in LAYOUTS.values()))
     for name in sorted(shaping - LAYOUTS[options.to].writes):
-        if getattr(options.target, name) == getattr(plain, name):
+        field_name = _FIELDS.get(name, name)
+        if getattr(options.target, field_name) == getattr(plain, field_name):
             continue
-        flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
-        where = ", ".join(info.name for info in LAYOUTS.values() if name in info.writes)
         instead = "; the types of a GGUF are --outtype and --mmproj-outtype" if name == "dtype" else ""
-        raise UsageError(f"{flag} does not apply to {options.to}", hint=f"leave it out: it is for {where}{instead}")
+        raise UsageError(
+            f"{flag_of(name)} does not apply to {options.to}",
+            hint=f"leave it out: it is for {', '.join(writing(name))}{instead}",
+        )
 
 
 def refuse_for_source(options: Options, checkpoint: Checkpoint, model: Model) -> None:
     """Raise UsageError for an option that nothing of this source uses."""
-    if options.config is not None and not LAYOUTS[checkpoint.layout].takes_config:
-        raise UsageError(
-            f"--config does not apply: {checkpoint.path.name} is {checkpoint.layout}",
-            hint="leave it out: it is the training config of a .pth, or of the xtuner layout",
-        )
+    for name in ("config", "pretrained_pth"):
+        if getattr(options, name) is not None and name not in LAYOUTS[checkpoint.layout].reads:
+            raise UsageError(
+                f"{flag_of(name)} does not apply: {checkpoint.path.name} is {checkpoint.layout}",
+                hint=f"leave it out: it is for sources of {' and '.join(reading(name))}",
+            )
     if options.dequantize and not any(tensor.dtype in QUANTS for tensor in checkpoint.tensors().values()):
         raise UsageError(
             f"--dequantize does not apply: nothing in {checkpoint.path.name} is quantised",
             hint="leave it out: it is for quantised GGUF files",
         )
-    if options.bases.lora_alpha and not any(part.adapter for part in checkpoint.parts.values()):
+    if options.bases.lora_alpha and not any(part.adapter or part.merge for part in checkpoint.parts.values()):
         raise UsageError(f"--lora-alpha does not apply: {checkpoint.path.name} has no LoRA", hint="leave it out")
     for part, named in ((LLM, options.bases.llm), (VISION, options.bases.visual_encoder)):
         # With --part a base of another part is no mistake: it says what the source was trained on.

@@ -26,8 +26,7 @@ Push = Annotated[
 ]
 _HUB = typer.Option(
     "--hub",
-    metavar="huggingface|modelscope|both",
-    autocompletion=choices("huggingface", "modelscope", "both"),
+    **choices("huggingface", "modelscope", "both"),
     help="Where to publish; the token is the one that the hub's own client keeps.",
     rich_help_panel=HUB_PANEL,
 )

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from llava_convert.layouts.info import LAYOUTS, TARGETS
 
 SOURCE_PANEL, OUTPUT_PANEL, CHECK_PANEL, TALK_PANEL = "Source", "Output", "Checks and safety", "Talk"
-GGUF_PANEL = "GGUF"
 
 
-def choices(*values: str) -> Callable[[str], list[str]]:
-    """What TAB offers for an option of these values; others may be taken as well."""
+def choices(*values: str) -> dict[str, Any]:
+    """Words that `--help` shows and TAB completes; typer's own would refuse others of the same meaning."""
+    return {"metavar": f"[{'|'.join(values)}]", "autocompletion": offered(*values)}
+
+
+def offered(*values: str) -> Callable[[str], list[str]]:
+    """What TAB offers for an option that takes more than these."""
     return lambda incomplete: [value for value in values if value.startswith(incomplete.lower())]
 
 
@@ -34,10 +38,9 @@ To = Annotated[
     str,
     typer.Option(
         "--to",
-        metavar="|".join(TARGETS),
+        **choices(*TARGETS),
         help="Layout to convert to, or a program that loads it: "
         f"{', '.join(loader for info in LAYOUTS.values() for loader in info.loaders)}.",
-        autocompletion=choices(*TARGETS),
     ),
 ]
 Llm = Annotated[
@@ -94,9 +97,8 @@ PartOption = Annotated[
     str,
     typer.Option(
         "--part",
-        metavar="|".join(_PARTS),
+        **choices(*_PARTS),
         help="Only one part.",
-        autocompletion=choices(*_PARTS),
         rich_help_panel=OUTPUT_PANEL,
     ),
 ]
@@ -136,9 +138,8 @@ Dtype = Annotated[
     str,
     typer.Option(
         "--dtype",
-        metavar="auto|float16|bfloat16|float32",
-        autocompletion=choices("auto", "float16", "bfloat16", "float32"),
-        help="auto: float16 for a .pth or the xtuner layout, else the source's.",
+        **choices("auto", "float16", "bfloat16", "float32"),
+        help="auto: what the training loaded its language model in, if of 16 bits; else the source's, or float16.",
         rich_help_panel=OUTPUT_PANEL,
     ),
 ]
@@ -164,8 +165,7 @@ ImageProcessor = Annotated[
     str | None,
     typer.Option(
         "--image-processor",
-        metavar="clip|llava",
-        autocompletion=choices("clip", "llava"),
+        **choices("clip", "llava"),
         help="clip (the default) crops pictures to squares and loads everywhere; llava pads them, as training did.",
         rich_help_panel=OUTPUT_PANEL,
     ),
@@ -175,9 +175,9 @@ Outtype = Annotated[
     typer.Option(
         "--outtype",
         metavar="auto|f16|q8_0|q4_k_m|…[,…]",
-        autocompletion=choices(*_OUTTYPES),
+        autocompletion=offered(*_OUTTYPES),
         help="Types of the language model, one file each. auto: bf16 for a bf16 source, else f16.",
-        rich_help_panel=GGUF_PANEL,
+        rich_help_panel=OUTPUT_PANEL,
     ),
 ]
 MmprojOuttype = Annotated[
@@ -186,7 +186,7 @@ MmprojOuttype = Annotated[
         "--mmproj-outtype",
         metavar="f16|q8_0|…[,…]",
         help="Types of the mmproj (tower and projector). Default: f16.",
-        rich_help_panel=GGUF_PANEL,
+        rich_help_panel=OUTPUT_PANEL,
     ),
 ]
 Pre = Annotated[
@@ -195,7 +195,7 @@ Pre = Annotated[
         "--pre",
         metavar="NAME",
         help="llama.cpp's name of the pre-tokenizer. Default: recognised by how it cuts text.",
-        rich_help_panel=GGUF_PANEL,
+        rich_help_panel=OUTPUT_PANEL,
     ),
 ]
 Dequantize = Annotated[
@@ -203,7 +203,7 @@ Dequantize = Annotated[
     typer.Option(
         "--dequantize",
         help="Make floats of a quantised source; its rounding stays.",
-        rich_help_panel=GGUF_PANEL,
+        rich_help_panel=SOURCE_PANEL,
     ),
 ]
 Adapter = Annotated[
@@ -226,8 +226,7 @@ Verify = Annotated[
     str | None,
     typer.Option(
         "--verify",
-        metavar="quick|full|off",
-        autocompletion=choices("quick", "full", "off"),
+        **choices("quick", "full", "off"),
         help="quick: headers and files; full: every byte recomputed. Default: quick; full with --push.",
         rich_help_panel=CHECK_PANEL,
     ),

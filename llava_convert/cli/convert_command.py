@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from copy import copy
+from inspect import Parameter, Signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -10,7 +14,7 @@ from llava_convert.cli import _hub_options as hubs
 from llava_convert.cli import _options as opt
 from llava_convert.cli._errors import run
 from llava_convert.cli._output import Output, human_bytes
-from llava_convert.layouts.info import LAYOUTS, TARGETS
+from llava_convert.layouts.info import LAYOUTS, TARGETS, reading, writing
 
 if TYPE_CHECKING:
     from llava_convert.engine.report import Report
@@ -24,91 +28,91 @@ def add_to(app: typer.Typer) -> None:
     )
 
 
-def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads the signature of what is returned
-    def command(
-        source: opt.Source,
-        to: opt.To,
-        out: opt.Out = None,
-        name: opt.Name = None,
-        llm: opt.Llm = None,
-        visual_encoder: opt.VisualEncoder = None,
-        pretrained_pth: opt.PretrainedPth = None,
-        config: opt.Config = None,
-        lora_alpha: opt.LoraAlpha = None,
-        adapter: opt.Adapter = None,
-        allow_key: opt.AllowKey = None,
-        cache: opt.Cache = False,
-        llm_id: opt.LlmId = None,
-        visual_encoder_id: opt.VisualEncoderId = None,
-        dtype: opt.Dtype = "auto",
-        max_shard_size: opt.MaxShardSize = None,
-        part: opt.PartOption = "all",
-        prompt_template: opt.PromptTemplate = None,
-        image_processor: opt.ImageProcessor = None,
-        outtype: opt.Outtype = None,
-        mmproj_outtype: opt.MmprojOuttype = None,
-        pre: opt.Pre = None,
-        dequantize: opt.Dequantize = False,
-        push: hubs.Push = None,
-        hub: hubs.PushHub = None,
-        private: hubs.Private = False,
-        revision: hubs.Revision = None,
-        create_pr: hubs.CreatePr = False,
-        verify: opt.Verify = None,
-        digest: opt.Digest = False,
-        dry_run: opt.DryRun = False,
-        force: opt.Force = False,
-        resume: opt.Resume = False,
-        threads: opt.Threads = 0,
-        as_json: opt.Json = False,
-        quiet: opt.Quiet = False,
-        verbose: opt.Verbose = False,
-    ) -> None:
+# The options of a conversion and their defaults, by the keyword that `llava_convert.convert` takes them by.
+CONVERT: dict[str, tuple[Any, Any]] = {
+    "to": (opt.To, Parameter.empty),
+    "llm": (opt.Llm, None),
+    "visual_encoder": (opt.VisualEncoder, None),
+    "pretrained_pth": (opt.PretrainedPth, None),
+    "config": (opt.Config, None),
+    "lora_alpha": (opt.LoraAlpha, None),
+    "adapter": (opt.Adapter, None),
+    "allow_key": (opt.AllowKey, None),
+    "dequantize": (opt.Dequantize, False),
+    "cache": (opt.Cache, False),
+    "out": (opt.Out, None),
+    "name": (opt.Name, None),
+    "llm_id": (opt.LlmId, None),
+    "visual_encoder_id": (opt.VisualEncoderId, None),
+    "max_shard_size": (opt.MaxShardSize, None),
+    "part": (opt.PartOption, "all"),
+    "prompt_template": (opt.PromptTemplate, None),
+    "dtype": (opt.Dtype, "auto"),
+    "image_processor": (opt.ImageProcessor, None),
+    "outtype": (opt.Outtype, None),
+    "mmproj_outtype": (opt.MmprojOuttype, None),
+    "pre": (opt.Pre, None),
+    "push": (hubs.Push, None),
+    "hub": (hubs.PushHub, None),
+    "private": (hubs.Private, False),
+    "revision": (hubs.Revision, None),
+    "create_pr": (hubs.CreatePr, False),
+    "verify": (opt.Verify, None),
+    "digest": (opt.Digest, False),
+    "dry_run": (opt.DryRun, False),
+    "force": (opt.Force, False),
+    "resume": (opt.Resume, False),
+    "threads": (opt.Threads, 0),
+}
+_TALK: dict[str, tuple[Any, Any]] = {
+    "as_json": (opt.Json, False),
+    "quiet": (opt.Quiet, False),
+    "verbose": (opt.Verbose, False),
+}
+
+
+def options_for(layout: str | None) -> dict[str, tuple[Any, Any]]:
+    """The options as a source of a layout can use them; as any can where the layout is to be detected.
+
+    Those that it can never use are hidden: who gives one is told where it belongs. An option that shapes the output of
+    some targets alone stands in a panel of theirs.
+    """
+    found = {}
+    for name, (annotation, default) in CONVERT.items():
+        kind, told = get_args(annotation)
+        told, sources, targets = copy(told), reading(name), writing(name)
+        told.hidden = layout is not None and bool(sources) and layout not in sources
+        if targets and len(targets) < len(TARGETS):
+            told.rich_help_panel = f"Output: {', '.join(targets)}"
+        found[name] = (Annotated[kind, told], default)
+    return found
+
+
+def _signed(command: Callable[..., None], options: Mapping[str, tuple[Any, Any]]) -> Callable[..., None]:
+    """The function under the signature of these options, which is what typer reads."""
+    asked = {"source": (opt.Source, Parameter.empty), **options, **_TALK}
+    command.__signature__ = Signature(  # type: ignore[attr-defined]
+        [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for name, (annotation, default) in asked.items()
+        ]
+    )
+    command.__annotations__ = {name: annotation for name, (annotation, _) in asked.items()}
+    return command
+
+
+def _command(layout: str | None) -> Callable[..., None]:
+    def command(source: Path, as_json: bool, quiet: bool, verbose: bool, **given: Any) -> None:
         output = Output(as_json, quiet, verbose)
 
         def action() -> None:
             from llava_convert.api import convert
             from llava_convert.storage.output.staging import interrupt_on_sigterm
 
+            given["lora_alpha"] = parse_alpha(given.get("lora_alpha"))
+            dry_run, push, hub = given["dry_run"], given["push"], given["hub"]
             with interrupt_on_sigterm():
-                found = convert(
-                    source,
-                    to=to,
-                    out=out,
-                    name=name,
-                    source_layout=layout,
-                    config=config,
-                    pretrained_pth=pretrained_pth,
-                    llm=llm,
-                    visual_encoder=visual_encoder,
-                    llm_id=llm_id,
-                    visual_encoder_id=visual_encoder_id,
-                    lora_alpha=parse_alpha(lora_alpha),
-                    adapter=adapter,
-                    allow_key=allow_key,
-                    cache=cache,
-                    dtype=dtype,
-                    max_shard_size=max_shard_size,
-                    part=part,
-                    prompt_template=prompt_template,
-                    image_processor=image_processor,
-                    outtype=outtype,
-                    mmproj_outtype=mmproj_outtype,
-                    pre=pre,
-                    dequantize=dequantize,
-                    verify=verify,
-                    digest=digest,
-                    dry_run=dry_run,
-                    force=force,
-                    resume=resume,
-                    threads=threads,
-                    push=push,
-                    hub=hub,
-                    private=private,
-                    revision=revision,
-                    create_pr=create_pr,
-                    say=output,
-                )
+                found = convert(source, source_layout=layout, say=output, **given)
             output.stop()
             output.fetched(found.fetched)
             if dry_run:
@@ -122,7 +126,7 @@ def _command(layout: str | None):  # type: ignore[no-untyped-def]  # typer reads
 
         raise typer.Exit(run(action, output))
 
-    return command
+    return _signed(command, options_for(layout))
 
 
 def parse_alpha(text: str | None) -> dict[str, float]:

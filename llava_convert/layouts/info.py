@@ -48,7 +48,7 @@ _PROJECTOR = "This is the projector of a LLaVA, on its own: the layers between v
 class TargetInfo:
     """A layout as what a conversion writes.
 
-    `options` are the fields of TargetOptions that shape its output. Of the cards, `whole` is that of a LLaVA, the
+    `options` are those that shape its output. Of the cards, `whole` is that of a LLaVA, the
     others of a part alone; `projector` is None where a projector alone is not written. `tags` are the hub's.
 
     `shard_size` is where shards end when the source has none to follow. `repo_suffix` follows a release's name in the
@@ -78,8 +78,9 @@ class LayoutInfo:
     `help` is a sentence for the command of its name, `description` what cards call a source of it. `target` is None for
     a layout that is not written.
 
-    `takes_config`: a training config helps to read it. `trainer` is the program whose training leaves it. `has_shards`:
-    its weights lie in shards that an output can follow. `has_card`: a README.md beside it is the model's own.
+    `reads` are the options that help to read it and not every layout. `trainer` is the program whose training leaves
+    it. `has_shards`: its weights lie in shards that an output can follow. `has_card`: a README.md beside it is the
+    model's own.
 
     `leaves_out_frozen`: what training left as it was is not in it, so that a base is of no use to an output, and a
     projector alone is all that a pretraining leaves.
@@ -90,7 +91,7 @@ class LayoutInfo:
     description: str
     target: TargetInfo | None
     loaders: tuple[str, ...] = ()
-    takes_config: bool = False
+    reads: frozenset[str] = frozenset()
     trainer: str | None = None
     has_shards: bool = True
     has_card: bool = True
@@ -98,10 +99,11 @@ class LayoutInfo:
 
     @property
     def writes(self) -> frozenset[str]:
-        """The fields of TargetOptions that shape its output, none for a layout that is not written."""
+        """The options that shape its output, none for a layout that is not written."""
         return self.target.options if self.target is not None else frozenset()
 
 
+_TRAINED = frozenset({"config", "pretrained_pth", "lora_alpha"})  # of xtuner's training
 _WEIGHTS = frozenset({"dtype", "max_shard_size", "prompt_template"})
 LAYOUTS = {
     info.name: info
@@ -111,7 +113,7 @@ LAYOUTS = {
             help="An mmengine .pth of xtuner's training.",
             description="a training checkpoint of xtuner (`.pth`)",
             target=None,
-            takes_config=True,
+            reads=_TRAINED,
             trainer="xtuner",
             has_shards=False,
             has_card=False,  # its folder is a training's, whose README is about something else
@@ -120,7 +122,7 @@ LAYOUTS = {
             name="xtuner",
             help="The xtuner layout: LLM, projector/, visual_encoder_adapter/.",
             description="xtuner's layout",
-            takes_config=True,
+            reads=_TRAINED,
             trainer="xtuner",
             leaves_out_frozen=True,
             target=TargetInfo(
@@ -145,6 +147,7 @@ LAYOUTS = {
         LayoutInfo(
             name="official",
             loaders=("llava",),
+            reads=frozenset({"lora_alpha"}),
             help="Official LLaVA (haotian-liu).",
             description="the layout of the original LLaVA code",
             target=TargetInfo(
@@ -183,11 +186,12 @@ LAYOUTS = {
         LayoutInfo(
             name="gguf",
             loaders=("llama.cpp", "ollama"),
+            reads=frozenset({"dequantize"}),
             help="GGUF of llama.cpp: a language model, with or without its mmproj.",
             description="GGUF",
             has_shards=False,
             target=TargetInfo(
-                options=frozenset({"outtypes", "mmproj_outtypes", "pre", "max_shard_size", "prompt_template"}),
+                options=frozenset({"outtype", "mmproj_outtype", "pre", "max_shard_size", "prompt_template"}),
                 whole=Card(
                     sentence="This is a LLaVA as GGUF, for llama.cpp and Ollama: a model that answers questions about "
                     "pictures. It takes two files, a language model and an mmproj, which holds its eyes.",
@@ -219,6 +223,16 @@ LAYOUTS = {
     )
 }
 TARGETS = {info.name: info.target for info in LAYOUTS.values() if info.target is not None}
+
+
+def reading(option: str) -> tuple[str, ...]:
+    """The layouts whose sources an option helps to read; none for an option that is for every source, or for none."""
+    return tuple(info.name for info in LAYOUTS.values() if option in info.reads)
+
+
+def writing(option: str) -> tuple[str, ...]:
+    """The layouts whose output an option shapes; none for an option that is for every output, or for none."""
+    return tuple(name for name, target in TARGETS.items() if option in target.options)
 
 
 def layout_named(word: str) -> LayoutInfo:

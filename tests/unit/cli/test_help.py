@@ -273,3 +273,49 @@ def test_a_usage_error_is_an_object_too(arguments: list[str]) -> None:
     found = json.loads(done.stdout)
     assert done.returncode == found["exit_code"] == 2 and found["error"] and found["hint"]
     assert "Traceback" not in done.stderr
+
+
+# --- the options of a conversion
+
+
+def test_a_command_shows_what_its_source_can_use() -> None:
+    shown = {layout: run(layout, "--help").stdout for layout in LAYOUTS}
+    for option in ("--config", "--pretrained-pth"):
+        assert {layout for layout, text in shown.items() if option in text} == {"pth", "xtuner"}
+    assert {layout for layout, text in shown.items() if "--dequantize" in text} == {"gguf"}
+    assert {layout for layout, text in shown.items() if "--lora-alpha" in text} == {"pth", "xtuner", "official"}
+    every = run("convert", "--help").stdout
+    assert all(option in every for option in ("--config", "--dequantize", "--lora-alpha", "--outtype"))
+
+
+def test_options_of_some_targets_stand_in_a_panel_of_theirs() -> None:
+    text = run("pth", "--help").stdout
+    panels = re.split(r"╭─ ", text)
+    gguf = next(panel for panel in panels if panel.startswith("Output: gguf "))
+    assert all(option in gguf for option in ("--outtype", "--mmproj-outtype", "--pre"))
+    assert "--dtype" in next(panel for panel in panels if panel.startswith("Output: xtuner, official, hf "))
+
+
+def test_an_option_that_the_source_never_uses_is_told_where_it_belongs(tiny: Path, tmp_path: Path) -> None:
+    run("pth", tiny / "iter_2.pth", "--to", "hf", "-o", tmp_path / "hf")
+    found = run("hf", tmp_path / "hf", "--to", "official", "-o", tmp_path / "o", "--config", tmp_path / "x.py")
+    assert found.exit_code == 2 and "--config does not apply: hf is hf" in found.stderr
+    assert "pth and xtuner" in found.stderr
+
+
+def test_one_table_makes_the_command_and_holds_the_function() -> None:
+    """Every option of the command is a keyword of the function, with its default, and the other way round."""
+    import inspect
+
+    from llava_convert.cli.convert_command import CONVERT
+
+    keywords = inspect.signature(llava_convert.convert).parameters
+    of_python = {"source", "source_layout", "progress", "say"}
+    assert set(CONVERT) == set(keywords) - of_python
+    for name, (_, default) in CONVERT.items():
+        wanted = keywords[name].default
+        assert (
+            default is inspect.Parameter.empty
+            or (default or None) == (wanted or None)
+            or {default, wanted} == {"auto", None}
+        ), name
