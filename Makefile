@@ -11,7 +11,7 @@ ARGS ?=
 SECONDS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test manifest lint format bench bench-8b peers test-peers fuzz clean
+.PHONY: help install demo test manifest docs lint format bench bench-8b peers test-peers fuzz clean
 
 help:  ## list these verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ test: $(STAMP)  ## run the tests
 
 manifest: $(STAMP)  ## say which files of every golden conversion changed; ARGS=--write takes them as right
 	$(PY) -m tests.golden.manifest $(ARGS)
+
+docs: $(STAMP)  ## make the pages of docs that are made of tables
+	$(PY) -m tests.docs.facts_page
 
 lint: $(STAMP)  ## ruff (rules and format), the rooms' contracts and mypy, as .ci/run does
 	$(PY) -m ruff check .

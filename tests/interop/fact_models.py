@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from tests.interop.conftest import Converter
 
 TOKENS = 512  # of the fixtures' tokenizer; rows beyond them are added, and are no tokens of a text
 FAMILY: dict[str, dict[str, Any]] = {
@@ -126,3 +128,105 @@ def logits(folder: Path, pixels: torch.Tensor, length: int = 48, features: int =
     ids = ids_of(model.config, length, features)
     found: torch.Tensor = model.eval()(input_ids=ids, pixel_values=pixels).logits[0, :, :TOKENS]
     return found
+
+
+ALL = ("hf", "xtuner", "official", "gguf")
+LINEAR = {"type": "linear", "factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"type": "yarn", "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+# As Phi-3's configs are published, and as transformers 5.x saves them.
+LISTS = {
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [1.5 + 0.4 * i for i in range(8)],
+}
+LONGROPE = {"rope_scaling": {"type": "longrope", **LISTS}, "original_max_position_embeddings": 64}
+LONGROPE_OF_5 = {
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        **LISTS,
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+        "original_max_position_embeddings": 64,
+    },
+    "original_max_position_embeddings": 64,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of one fact, the layouts that can state it, and how long a text must be to show it."""
+
+    made: Made
+    to: tuple[str, ...] = ALL
+    length: int = 48
+    features: int = 16
+
+
+def text(**keys: Any) -> Made:
+    return Made(text=keys)
+
+
+CASES = {
+    "activation-relu": Case(Made({"projector_hidden_act": "relu"}), ("hf", "xtuner")),
+    "activation-tanh": Case(Made({"projector_hidden_act": "gelu_pytorch_tanh"}), ("hf", "xtuner")),
+    "no-biases": Case(Made({"multimodal_projector_bias": False}), ("hf", "xtuner")),
+    "layer-1": Case(Made({"vision_feature_layer": 1})),
+    "layer-3": Case(Made({"vision_feature_layer": 3})),
+    "last-layer": Case(Made({"vision_feature_layer": -1})),
+    "layer-3-from-the-end": Case(Made({"vision_feature_layer": -3})),
+    "every-feature": Case(Made({"vision_feature_select_strategy": "full"}), ("hf", "official"), features=17),
+    "rope-theta": Case(text(rope_theta=10000.0)),
+    "linear-rope": Case(text(rope_scaling=LINEAR)),
+    "llama3-rope": Case(text(rope_scaling=LLAMA3), length=300),
+    "yarn-rope": Case(text(rope_scaling=YARN), length=300),
+    "longrope": Case(Made(text=LONGROPE, family="phi3"), ("hf", "xtuner", "official"), length=300),
+    "longrope-of-5": Case(Made(text=LONGROPE_OF_5, family="phi3"), ("hf", "xtuner", "official"), length=300),
+    "activation-of-words": Case(text(hidden_act="gelu"), ("hf", "xtuner", "official")),
+    "norm": Case(text(rms_norm_eps=0.25)),
+    "norm-of-the-tower": Case(Made(vision={"layer_norm_eps": 0.25})),
+    "activation-of-the-tower": Case(Made(vision={"hidden_act": "gelu"})),
+    "window-of-qwen2": Case(
+        Made(text={"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}, family="qwen2"),
+        length=120,
+    ),
+    "window-of-mistral": Case(Made(text={"sliding_window": 32}, family="mistral"), length=120),
+}
+
+
+@dataclass
+class Models:
+    """Sources by the name of their case, and what became of them; each is made once."""
+
+    converted: Converter
+    folder: Path
+    made: dict[str, Path] = field(default_factory=dict)
+
+    def source(self, name: str) -> Path:
+        return self._write(name, CASES[name].made)
+
+    def usual(self, name: str) -> Path:
+        """The model of the same weights without the fact."""
+        made = CASES[name].made
+        return self._write(f"usual-{made.family}", replace(Made(), family=made.family))
+
+    def _write(self, name: str, made: Made) -> Path:
+        if name not in self.made:
+            self.made[name] = write(self.folder / name, self.converted("tiny", "hf"), made)
+        return self.made[name]
+
+    def out(self, name: str, to: str) -> Path:
+        more = {"outtype": "f32", "mmproj_outtype": "f32"} if to == "gguf" else {"dtype": "float32"}
+        return self.converted.onward(self.source(name), to, **more)
+
+    def back(self, name: str, to: str) -> Path:
+        """The source in another layout, and back to transformers' (or straight to it)."""
+        out = self.out(name, to)
+        return out if to == "hf" else self.converted.onward(out, "hf", dtype="float32")

@@ -1,0 +1,140 @@
+"""docs/facts.md out of mappings/facts: `python -m tests.docs.facts_page` writes it."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llava_convert.model.tables.facts import Fact, KeyTable, Word, facts, key_table
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "facts.md"
+LAYOUTS = ("official", "hf", "xtuner", "gguf")
+KIND = {
+    "computes": "decides what the model computes",
+    "prompts": "decides how it is prompted",
+    "stops": "decides where it stops",
+    "samples": "decides how a token is chosen where nobody says it",
+}
+# The tables of keys in the order of the page, with what each is about.
+FILES = {
+    "language_model": "the language model's config, in every layout",
+    "vision_tower": "the vision tower's config, in every layout",
+    "official": "`config.json` of an official LLaVA, beside the language model's keys",
+    "hf": "`config.json` of a transformers LLaVA, beside its two halves",
+    "projector": "`projector/config.json` of the xtuner layout",
+    "common": "keys that transformers writes into every config",
+    "generation": "`generation_config.json`",
+    "processor": "`preprocessor_config.json` and `processor_config.json`",
+    "tokenizer": "`tokenizer_config.json`",
+    "adapter": "`adapter_config.json` of a LoRA",
+    "gguf": "the metadata of a GGUF, beside what is made of the facts and the configs",
+}
+HEAD = """\
+# Facts
+
+A fact is what a config, a tokenizer or a processor says and what changes what the model computes, how it is prompted or
+where it stops. A conversion carries a fact, or is refused (exit 4) with its name and value; `verify` compares facts as
+it compares tensors. This page is made of the tables in `mappings/facts` by `make docs`.
+
+## How the parts work together
+
+For each layout: the key that states the fact, or the values that need no word since the layout's readers compute them
+anyway. Any other value is exit 4. "Needs no word": the tensors or another key tell it, or nothing that reads the layout
+has a use for it.
+"""
+KEYS = """\
+## Keys by file
+
+Keys that decide are carried, or made of the model; keys that decide nothing are listed with the reason. A key in no
+table is exit 4 in the config of a model (`--allow-key NAME` goes on without it), a note in a small file. A value of
+another type than its key has is exit 3.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [HEAD, *(_fact(fact) for fact in facts().values()), KEYS]
+    parts += [_keys(what, key_table(name)) for name, what in FILES.items()]
+    return "\n".join(parts)
+
+
+def _fact(fact: Fact) -> str:
+    lines = [f"### {fact.name}", "", f"{_sentence(fact.what)} It {KIND[fact.kind]}.{_default(fact)}{_when(fact)}", ""]
+    lines += ["| layout | how it is stated |", "|---|---|"]
+    lines += [f"| {layout} | {_word(fact, fact.layouts.get(layout))} |" for layout in LAYOUTS]
+    return "\n".join(lines) + "\n"
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def _default(fact: Fact) -> str:
+    return "" if fact.default is None else f" Where nothing states it: {_value(fact.default)}."
+
+
+def _when(fact: Fact) -> str:
+    if fact.when is None:
+        return ""
+    name, value = fact.when
+    return f" It matters only where {name} {'begins with' if isinstance(value, str) else 'is'} {_value(value)}."
+
+
+def _value(value: Any) -> str:
+    return f"`{json.dumps(value) if not isinstance(value, str) else value}`"
+
+
+def _word(fact: Fact, word: Word | None) -> str:
+    if word is None:
+        return "needs no word"
+    if word.silent:
+        return "its readers are told by other means"
+    if word.key is None:
+        return _unsaid(word)
+    file = "" if word.file == "config.json" or word.type else f" in `{word.file}`"
+    said = f"`{word.key}`{file}"
+    if word.words and any(name != value for name, value in word.words.items()):
+        said += ": " + ", ".join(f"`{name}` for {_value(value)}" for name, value in word.words.items())
+    if word.default != fact.default:
+        said += f"; where it is absent: {_value(word.default)}"
+    return said + (f". {_sentence(word.note)}" if word.note else "")
+
+
+def _unsaid(word: Word) -> str:
+    values = [value for value in word.unsaid if value is not None]
+    said = (
+        f"no word, only {' or '.join(map(_value, values))}"
+        if values
+        else "no word, only a model that does not state it"
+    )
+    return said + (f": {word.why}" if word.why else "")
+
+
+def _keys(what: str, table: KeyTable) -> str:
+    lines = [f"### {_sentence(what).removesuffix('.')}", ""]
+    lines += _lines((KIND[kind], [k for k, of in table.kinds.items() if of == kind]) for kind in KIND)
+    reasons = dict.fromkeys(table.harmless.values())
+    lines += _lines(
+        (f"decides nothing, {why}", [k for k, of in table.harmless.items() if of == why]) for why in reasons
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _lines(groups: Any) -> Iterator[str]:
+    for label, keys in groups:
+        if keys:
+            listed = ", ".join(f"`{key}`" for key in keys)
+            yield from textwrap.wrap(
+                f"- {_sentence(label).removesuffix('.')}: {listed}.",
+                width=120,
+                subsequent_indent="  ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
