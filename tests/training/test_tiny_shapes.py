@@ -59,7 +59,7 @@ def test_a_layout_answers_as_the_checkpoint(shown: Shown, layout: str) -> None:
 
 def test_llama_cpp_answers_as_transformers_with_its_defect(shown: Shown) -> None:
     reference = shown.answers[demo.LIKE_LLAMA_CPP]
-    assert shown.answers[demo.F16] == reference
+    assert demo.differing(shown.answers[demo.F16], reference) <= 1  # where two answers are as likely as each other
     assert demo.differing(shown.answers[demo.Q8_0], reference) <= 0.05 * len(shown.questions)
     # So that the comparison says something: the defect changes many answers.
     assert demo.differing(reference, shown.answers[demo.HF]) > 0.1 * len(shown.questions)
