@@ -16,7 +16,7 @@ from llava_convert.layouts.registry import layout, open_each
 from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PARTS, VISION, Checkpoint
 from llava_convert.model.options import ALL, TargetOptions, part_named
-from llava_convert.model.recipe import EMBEDDING, Bases, Recipe
+from llava_convert.model.recipe import Bases, Recipe
 from llava_convert.model.record import read_options
 from llava_convert.model.tables.names import grouped
 from llava_convert.model.target import Output
@@ -124,17 +124,20 @@ def compare_checkpoints(
         configs=need.configs,
         optional_configs=need.optional_configs,
     )
-    if source.layout != every[0].layout and not (need.keep_added and _rows(every) == _rows([source])):
+    embedding = model.embedding if LLM in model.configs else ""
+    kept = need.keep_added and _rows(every, embedding) == _rows([source], embedding)
+    if source.layout != every[0].layout and not kept:
         # Of a target that keeps added rows, OUT may still have been made of the model before they were added.
         model = without_added(model)
     wanted = {o.canonical: o for files in target.lower(model, options).sets for o in files.outputs}
     made_up = {name for name, output in wanted.items() if output.recipe.origin == "synthetic"}
+    untold = {model.head} if model.tied else set()  # beside a tied embedding a head says nothing new
     found = _Compared()
     for theirs in every:
         label = f"{theirs.files[0].name}: " if len(every) > 1 else ""
         held = {name for name in PARTS if theirs.parts[name].state != "absent"} if len(every) > 1 else set(PARTS)
         mine = {name: o for name, o in wanted.items() if name not in made_up and _is_of(name, held)}
-        _compare_one(found, mine, theirs, label, tied=model.tied, made_up=made_up, progress=progress)
+        _compare_one(found, mine, theirs, label, untold=untold, made_up=made_up, progress=progress)
         found.settings += [text for text in _settings(source, theirs) if VISION in held]
         found.defects += [f"{label}{text}" for text in theirs.defects]
     lacking = [n for n in wanted if not any(_holds_part_of(theirs, n) for theirs in every)] if len(every) > 1 else []
@@ -166,9 +169,9 @@ def _part_of(every: Sequence[Checkpoint], out: Path, source: Checkpoint) -> str:
     return source.default_part
 
 
-def _rows(every: Sequence[Checkpoint]) -> int | None:
+def _rows(every: Sequence[Checkpoint], embedding: str) -> int | None:
     """Of the embedding, in the first that has one."""
-    found = (checkpoint.parts[LLM].weights.get(EMBEDDING) for checkpoint in every)
+    found = (checkpoint.parts[LLM].weights.get(embedding) for checkpoint in every)
     return next((tensor.shape[0] for tensor in found if tensor is not None and tensor.shape), None)
 
 
@@ -192,7 +195,7 @@ def _compare_one(
     theirs: Checkpoint,
     label: str,
     *,
-    tied: bool,
+    untold: set[str],
     made_up: set[str],
     progress: Callable[[int], None],
 ) -> None:
@@ -216,7 +219,7 @@ def _compare_one(
     blocks = {t.canonical for t in planned if t.dtype in QUANTS and t.source.dtype not in QUANTS}
     found.quantised += len(blocks - sink.differences.keys())
     found.missing += [label + name for name in wanted.keys() - stored.keys()]
-    found.extra += [label + name for name in _untied(stored.keys() - wanted.keys() - made_up, tied)]
+    found.extra += [label + name for name in stored.keys() - wanted.keys() - made_up - untold]
 
 
 def _is_of(name: str, parts: set[str]) -> bool:
@@ -226,11 +229,6 @@ def _is_of(name: str, parts: set[str]) -> bool:
 def _holds_part_of(theirs: Checkpoint, name: str) -> bool:
     part = theirs.parts.get(name.partition(".")[0])
     return part is None or part.state != "absent"
-
-
-def _untied(extra: set[str], tied: bool) -> set[str]:
-    """A head written out beside a tied embedding says nothing new."""
-    return extra - {"language_model.lm_head.weight"} if tied else extra
 
 
 def _replayed(output: Output, stored: StoredTensor) -> tuple[PlannedTensor | None, int]:

@@ -27,7 +27,7 @@ from llava_convert.model.checkpoint import (
 from llava_convert.model.checks import check_base, check_heads, check_joints, check_shapes, refuse_unknown
 from llava_convert.model.configs import family, named_config
 from llava_convert.model.projector import projector_config
-from llava_convert.model.recipe import EMBEDDING, HEAD, Bases, Model, Recipe
+from llava_convert.model.recipe import Bases, Model, Recipe
 from llava_convert.model.tables.families import Expected, architecture_for
 from llava_convert.model.tables.names import grouped
 from llava_convert.model.towers import tower_config
@@ -115,18 +115,18 @@ def assemble(
 def without_added(model: Model) -> Model:
     """The model less the rows and tokens which an earlier conversion recorded as added to it."""
     added = (model.checkpoint.record or {}).get("added")
-    if not isinstance(added, dict) or EMBEDDING not in model.recipes:
+    if not isinstance(added, dict) or LLM not in model.configs or model.embedding not in model.recipes:
         return model
     rows = added["rows"]
     recipes, configs = dict(model.recipes), dict(model.configs)
-    if recipes[EMBEDDING].shape[0] != rows["to"]:
+    if recipes[model.embedding].shape[0] != rows["to"]:
         raise InputError(
             f"{model.checkpoint.root}: conversion.json records an embedding of {rows['to']} rows, "
-            f"it has {recipes[EMBEDDING].shape[0]}",
+            f"it has {recipes[model.embedding].shape[0]}",
             hint="delete conversion.json, which is of another model: the weights do not need it",
         )
     if rows["from"] < rows["to"]:
-        for name in (EMBEDDING, HEAD):
+        for name in (model.embedding, model.head):
             recipes[name] = recipes[name].then(TakeRows(rows["from"]))
         configs[LLM] = {**configs[LLM], "vocab_size": rows["from"]}
     return replace(model, recipes=recipes, configs=configs, added=added)
@@ -249,15 +249,17 @@ def _merge(checkpoint: Checkpoint, part: str, recipes: dict[str, Recipe], alpha:
 
 def _tie(recipes: dict[str, Recipe], config: dict[str, Any], warnings: list[str]) -> bool:
     """Whether the head really equals the embedding; a different one is kept and the config told so."""
-    head, embedding = recipes[HEAD], recipes[EMBEDDING]
+    roles = family(LLM, config)
+    head, embedding = recipes[roles.head], recipes[roles.embedding]
     if head == embedding or head.tensor.extents == embedding.tensor.extents:
-        recipes[HEAD] = embedding
+        recipes[roles.head] = embedding
         return True
     if head.tensor.dtype == embedding.tensor.dtype and not head.ops and not embedding.ops:
         with FilePool() as pool:
             if same_bytes(pool, head.tensor, embedding.tensor):
-                recipes[HEAD] = embedding
+                recipes[roles.head] = embedding
                 return True
-    warnings.append("lm_head differs from embed_tokens although the config ties them: both are kept, untied")
+    one, other = (name.split(".")[-2] for name in (roles.head, roles.embedding))
+    warnings.append(f"{one} differs from {other} although the config ties them: both are kept, untied")
     config["tie_word_embeddings"] = False
     return False

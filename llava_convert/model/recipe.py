@@ -9,10 +9,9 @@ from typing import Any
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.model.bases import Base
 from llava_convert.model.checkpoint import LLM, VISION, Checkpoint, Dropped
+from llava_convert.model.configs import family
 from llava_convert.ops.base import Op
 from llava_convert.storage.sidecars import Sidecars
-
-EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,16 @@ class Model:
     warnings: tuple[str, ...]
     dropped: tuple[Dropped, ...]
     added: Mapping[str, Any] | None = None
+
+    @property
+    def embedding(self) -> str:
+        """The canonical name of the language model's embedding."""
+        return family(LLM, self.configs[LLM]).embedding
+
+    @property
+    def head(self) -> str:
+        """The canonical name of the language model's head."""
+        return family(LLM, self.configs[LLM]).head
 
     def part(self, name: str) -> dict[str, Recipe]:
         """The recipes of one part, by canonical name."""

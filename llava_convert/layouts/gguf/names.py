@@ -21,7 +21,8 @@ from llava_convert.core.tensors import StoredTensor
 from llava_convert.layouts.gguf import limits, rope, vision
 from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION
 from llava_convert.model.tables.families import architecture_for
-from llava_convert.model.tables.names import LayoutTable, TableError, parse_layout_table
+from llava_convert.model.tables.names import LayoutTable, parse_layout_table
+from llava_convert.model.tables.patterns import TableError
 from llava_convert.ops.base import Op
 from llava_convert.ops.rows import RopePermute
 from llava_convert.storage.gguf.file import Typed
@@ -212,10 +213,10 @@ def config_of(table: GgufTable, metadata: Metadata, tensors: Mapping[str, Stored
         config[key.config] = value
     if table.part == VISION:
         return config | vision.config_of_activation(metadata)
-    embedding = tensors.get("token_embd.weight")
-    if embedding is not None:
-        config["vocab_size"] = embedding.shape[0]
-    config["tie_word_embeddings"] = "output.weight" not in tensors
+    roles = [named[0] for role in (family.embedding, family.head) if (named := table.names.write(role)) is not None]
+    if roles[0] in tensors:
+        config["vocab_size"] = tensors[roles[0]].shape[0]
+    config["tie_word_embeddings"] = roles[-1] not in tensors
     config |= {key: tensor in tensors for key, tensor in _BIASES.items() if key in family.defaults}
     for name, short in _IDS.items():
         typed = metadata.get(f"tokenizer.ggml.{short}_token_id")

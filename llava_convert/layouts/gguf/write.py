@@ -25,7 +25,7 @@ from llava_convert.layouts.naming import llm_dtype
 from llava_convert.model.checkpoint import IMAGE_NEWLINE, LLM, PARTS, PROJECTOR, VISION, Checkpoint
 from llava_convert.model.options import ALL, TargetOptions
 from llava_convert.model.projector import projector_config
-from llava_convert.model.recipe import EMBEDDING, HEAD, Model, Recipe
+from llava_convert.model.recipe import Model, Recipe
 from llava_convert.model.target import KEEP, FileSet, Output, Target, parse_size, part_names
 from llava_convert.ops import kernels
 from llava_convert.ops.rows import constant
@@ -137,8 +137,8 @@ def _written(table: GgufTable, recipes: Mapping[str, Recipe], config: Mapping[st
 def _language_model(model: Model, made: Artefacts, options: TargetOptions) -> tuple[Named, dict[str, Typed]]:
     config = model.configs[LLM]
     table = table_for_family(str(config["model_type"]))
-    recipes = {name: recipe for name, recipe in model.part(LLM).items() if not (model.tied and name == HEAD)}
-    rows = recipes[EMBEDDING].shape[0]
+    recipes = {name: recipe for name, recipe in model.part(LLM).items() if not (model.tied and name == model.head)}
+    rows = recipes[model.embedding].shape[0]
     config = {**config, "vocab_size": rows, "tie_word_embeddings": model.tied}
     found = _written(table, recipes, config)
     lacking = missing(table, config, [disk for disk, _, _ in found])

@@ -17,6 +17,7 @@ from llava_convert.layouts.naming import sort_tensors
 from llava_convert.model.checkpoint import LLM, PARTS, PROJECTOR, VISION, Checkpoint, Part, Settings
 from llava_convert.model.configs import old_flavour
 from llava_convert.model.record import read_record
+from llava_convert.model.tables.families import architecture_for
 from llava_convert.model.tables.names import layout_table
 from llava_convert.storage.sidecars import folder_sidecars
 from llava_convert.storage.weights import open_weights
@@ -55,8 +56,9 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
         raise UnsupportedError(f"{path}: {raw.get('model_type')} is not supported, only llava")
     config = old_flavour(raw)
     found = open_weights(path)
-    sorted_ = sort_tensors(found.tensors, layout_table(NAME), path)
     text, vision = _text_config(config), _vision_config(config)
+    roles = architecture_for(LLM, str(text["model_type"])).name
+    sorted_ = sort_tensors(found.tensors, layout_table(NAME, roles), path)
     configs: dict[str, dict[str, Any] | None] = {LLM: text, VISION: vision, PROJECTOR: None}
     parts = {name: Part(sorted_.weights[name], None, None, configs[name], beside) for name in PARTS}
     layer = config.get("vision_feature_layer", -2)

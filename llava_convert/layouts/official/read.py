@@ -140,11 +140,8 @@ def _split(config: Mapping[str, Any] | None) -> tuple[dict[str, Any] | None, dic
 
 def _text_type(kind: str) -> str:
     for table in architectures().values():
-        for text, official in table.official.items():
-            if kind == official:
-                return text
-    if kind == "llava":
-        return "llama"
+        if table.official and kind in (table.official, *table.forks):
+            return table.model_types[0]
     raise UnsupportedError(f"official LLaVA with model_type {kind!r} is not known")
 
 
