@@ -129,7 +129,8 @@ def compare_checkpoints(
     if source.layout != every[0].layout and not kept:
         # Of a target that keeps added rows, OUT may still have been made of the model before they were added.
         model = without_added(model)
-    wanted = {o.canonical: o for files in target.lower(model, options).sets for o in files.outputs}
+    outputs = [o for files in target.lower(model, options).sets for o in files.outputs]
+    wanted = {o.canonical: o for output in outputs for o in output.apart}
     made_up = {name for name, output in wanted.items() if output.recipe.origin == "synthetic"}
     untold = {model.head} if model.tied else set()  # beside a tied embedding a head says nothing new
     found = _Compared()

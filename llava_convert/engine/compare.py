@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -44,6 +44,9 @@ class CompareSink:
 
     def copy(self, task: Copy) -> None:
         raise AssertionError("comparisons take tensors, not runs")
+
+    def written(self, tensor: PlannedTensor) -> Iterator[memoryview]:
+        raise AssertionError("nothing is written")
 
     def put(self, tensor: PlannedTensor, start: int, data: Array) -> None:
         mine = raw(data)

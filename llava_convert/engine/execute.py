@@ -19,7 +19,7 @@ from llava_convert.engine.plan import Plan
 from llava_convert.engine.run import Outcome, run_task
 from llava_convert.engine.shards import PlannedTensor, Shard
 from llava_convert.engine.sinks import FileSink, MemorySink, Progress, Sink
-from llava_convert.engine.tasks import Copy, Work, tasks_of
+from llava_convert.engine.tasks import Copy, Task, tasks_of
 from llava_convert.ops.cast import use_torch
 from llava_convert.ops.lora import MergeLora
 from llava_convert.ops.quantize import Quantize
@@ -72,7 +72,7 @@ def _merges(tensor: PlannedTensor) -> bool:
 
 def run_all(
     workers: ThreadPoolExecutor,
-    tasks: Sequence[Copy | Work],
+    tasks: Sequence[Task],
     pool: FilePool,
     sink: Sink,
     outcome: Outcome,
@@ -94,7 +94,7 @@ def run_all(
     remote: list[Copy] = []  # over the network one thread waits most of the time
     for task in (task for task in tasks if isinstance(task, Copy)):
         (copies if remote_of(task.path) is None else remote).append(task)
-    work = [task for task in tasks if isinstance(task, Work)]
+    work = [task for task in tasks if not isinstance(task, Copy)]
     try:
         # One thread copies: two writing to one file spin on its lock, which takes the other core from the writeback.
         running += [workers.submit(copy_all)] if copies else []

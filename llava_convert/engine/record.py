@@ -6,7 +6,7 @@ No timestamp and no local path: the same input gives the same bytes on every mac
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from llava_convert.model.checkpoint import PART_WORDS, VISION, Checkpoint, Dropp
 from llava_convert.model.configs import without_stale
 from llava_convert.model.recipe import Model
 from llava_convert.model.target import Target
+from llava_convert.ops.base import Op
 from llava_convert.storage.fingerprints import identity
 from llava_convert.storage.remote.origin import published
 
@@ -70,14 +71,18 @@ def record(
     names = {path: (role, _relative(path, root)) for role, root, files in places for path in files}
     tensors: dict[str, Any] = {}
     for folder, t in ((_place_of(shard), t) for shard in plan.shards for t in shard.tensors):
-        entry: dict[str, Any] = {"dtype": t.dtype, "shape": list(t.shape), **_where(t.source, names)}
+        pieces = t.pieces
+        entry: dict[str, Any] = {"dtype": t.dtype, "shape": list(t.shape)}
+        if len(pieces) == 1:
+            entry |= _where(t.source, names)
+        else:
+            entry["source"] = [_where(one.source, names) | _done(one.ops, names) for one in pieces]
         if t.origin == "synthetic":
             entry["origin"] = t.origin
-        if t.ops:
-            entry["ops"] = [
-                {**op.describe(), "inputs": [_where(s, names) for s in op.inputs()]} if op.inputs() else op.describe()
-                for op in t.ops
-            ]
+        if len(pieces) == 1:
+            entry |= _done(t.ops, names)
+        else:
+            entry["joined"] = {key: value for key, value in t.ops[-1].describe().items() if key in ("groups", "rows")}
         if outcome is not None and (t.shard, t.name) in outcome.digests:
             entry["xxh3_128"] = outcome.digests[t.shard, t.name]
         tensors[f"{folder}/{t.name}" if folder else t.name] = entry
@@ -114,6 +119,14 @@ def record(
     if target.added_rows is not None:
         found["added"] = dict(target.added_rows)
     return found
+
+
+def _done(ops: Sequence[Op], names: Mapping[Path, tuple[str, str]]) -> dict[str, Any]:
+    """What was done to a stored tensor, each op with the tensors that it read besides; nothing of a copy."""
+    if not ops:
+        return {}
+    said = [(op.describe(), [_where(stored, names) for stored in op.inputs()]) for op in ops]
+    return {"ops": [{**what, "inputs": inputs} if inputs else what for what, inputs in said]}
 
 
 def _place_of(shard: Shard) -> str:

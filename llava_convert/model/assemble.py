@@ -27,7 +27,7 @@ from llava_convert.model.checkpoint import (
 from llava_convert.model.checks import check_base, check_heads, check_joints, check_shapes, refuse_unknown
 from llava_convert.model.configs import family, named_config
 from llava_convert.model.projector import projector_config
-from llava_convert.model.recipe import Bases, Model, Recipe
+from llava_convert.model.recipe import Bases, Model, Recipe, joined_recipe
 from llava_convert.model.tables.families import Expected, architecture_for
 from llava_convert.model.tables.names import grouped
 from llava_convert.model.towers import tower_config
@@ -190,7 +190,10 @@ def _trained(checkpoint: Checkpoint, part: str) -> dict[str, Recipe]:
     """The whole tensors of a part that training left."""
     own = checkpoint.parts[part]
     whole = {**own.weights, **(own.adapter.overrides if own.adapter is not None else {})}
-    return {name: Recipe(tensor, own.ops.get(name, ()), own.origin) for name, tensor in whole.items()}
+    found = {name: Recipe(tensor, own.ops.get(name, ()), own.origin) for name, tensor in whole.items()}
+    for name, parts in own.joins.items():
+        found[name] = joined_recipe([found.pop(one) for one in parts.names], parts.groups)
+    return found
 
 
 def _recipes(

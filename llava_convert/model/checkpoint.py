@@ -27,6 +27,14 @@ PART_WORDS = {LLM: "llm", VISION: "visual-encoder", PROJECTOR: "projector"}
 PART_NAMES = {LLM: "language model", VISION: "vision tower", PROJECTOR: "projector"}
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of a tensor by name, and in how many groups their rows follow each other."""
+
+    names: tuple[str, ...]
+    groups: int
+
+
 @dataclass(frozen=True)
 class Part:
     """One part of a LLaVA, as far as the checkpoint holds it.
@@ -36,7 +44,8 @@ class Part:
     the weights (tokenizer, processor), when the layout has them. `origin` is which checkpoint the weights are of.
 
     By canonical name, `ops` make the canonical tensor of a stored one which the layout keeps in another form, and
-    `synthetic` holds tensors which the layout never has and nothing reads: they stand in where no base has them.
+    `synthetic` holds tensors which the layout never has and nothing reads: they stand in where no base has them. A
+    tensor that the layout keeps in parts is in `joins`; its parts are among the weights, by names of their own.
     """
 
     weights: Mapping[str, StoredTensor] = field(default_factory=dict)
@@ -47,6 +56,13 @@ class Part:
     origin: str = "checkpoint"
     ops: Mapping[str, tuple[Op, ...]] = field(default_factory=dict)
     synthetic: Mapping[str, tuple[StoredTensor, tuple[Op, ...]]] = field(default_factory=dict)
+    joins: Mapping[str, Parts] = field(default_factory=dict)
+
+    @property
+    def names(self) -> set[str]:
+        """The canonical names of the tensors that are held whole, or in all their parts."""
+        parts = {name for parts in self.joins.values() for name in parts.names}
+        return (self.weights.keys() - parts) | self.joins.keys()
 
     @property
     def state(self) -> str:

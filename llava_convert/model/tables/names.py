@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from llava_convert.core.resources import data_dir
 from llava_convert.core.text import printable
@@ -28,11 +29,30 @@ from llava_convert.model.tables.patterns import Pattern, TableError
 _ROLES = ("{module}", "{head}", "{body}", "{inner}")
 
 
+DISK, CANONICAL = "disk", "canonical"
+ROWS = "rows"
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """How one tensor on the side `whole` is several on the other: rows of a table with `parts`, one for each.
+
+    `groups` is the shape symbol that counts the groups of rows, or ROWS: the parts stand one after another. `shares`
+    are symbols too: how much of a group each part has, in proportion. `index` is that of this row's part.
+    """
+
+    whole: str
+    index: int
+    groups: str
+    shares: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One pair of patterns; `dialect` names the variant of the layout which uses it.
 
-    `place` is its number in the table, which rows that were made of one share.
+    `place` is its number in the table, which rows that were made of one share. `heads` is the shape symbol that counts
+    the heads whose rows are reordered on the way to disk, `omit` why a tensor is not written at all.
     """
 
     disk: Pattern
@@ -40,6 +60,16 @@ class Row:
     dialect: str
     line: int
     place: int
+    fused: Fused | None = None
+    heads: str = ""
+    omit: str = ""
+
+    def pattern(self, side: str) -> Pattern:
+        return self.disk if side == DISK else self.canonical
+
+    def one_of(self, side: str) -> bool:
+        """Whether it is the row by which the table's patterns of that side are told apart: the first of `parts`."""
+        return self.fused is None or self.fused.whole != side or self.fused.index == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +106,12 @@ class LayoutTable:
                 return Named(row.canonical.fill(bindings), row.dialect)
         return None
 
+    def named(self, name: str, side: str) -> list[tuple[str, Row]]:
+        """What a name on one side is called on the other, by each row that takes it: several where it is in parts."""
+        found = ((row.pattern(side).match(name), row) for row in self.rows)
+        other = CANONICAL if side == DISK else DISK
+        return [(row.pattern(other).fill(bindings), row) for bindings, row in found if bindings is not None]
+
     def dropped(self, disk: str) -> str | None:
         """Why `disk` is left behind, or None when it is not."""
         return next((drop.reason for drop in self.drops if drop.disk.match(disk) is not None), None)
@@ -99,32 +135,56 @@ class LayoutTable:
         return f"nearest row: {close[0]} ({self.path.name} line {texts[close[0]]})" if close else ""
 
 
-def parse_layout_table(text: str, path: Path, families: Iterable[Architecture] = (), **stated: str) -> LayoutTable:
-    """Parse and check one table. Raises TableError when rows overlap or cannot be inverted.
+def parse_layout_table(text: str, path: Path, families: Iterable[Architecture] = ()) -> LayoutTable:
+    """Parse and check one table, as `make_layout_table` does."""
+    return make_layout_table(tomllib.loads(text), text, path, families)
 
-    `families` are what rows with a role stand for. `stated` gives `layout` and `writes` where the text does not.
+
+def make_layout_table(
+    raw: Mapping[str, Any], text: str, path: Path, families: Iterable[Architecture] = ()
+) -> LayoutTable:
+    """The table of what a file's `text` says. Raises TableError when rows overlap or cannot be inverted.
+
+    `families` are what rows with a role stand for.
     """
-    raw = {**tomllib.loads(text), **stated}
     lines = text.splitlines()
     roles = [pair for family in families for pair in _roles(family)]
     rows: list[Row] = []
     for place, entry in enumerate(raw["row"]):
-        quoted = f'"{entry["disk"]}"'
-        line = next((n for n, content in enumerate(lines, 1) if quoted in content), 0)
-        for disk_text, canonical_text in _expanded(entry["disk"], entry["canonical"], roles):
-            disk, canonical = Pattern.parse(disk_text), Pattern.parse(canonical_text)
-            if any((disk, canonical) == (row.disk, row.canonical) for row in rows):
-                continue  # a family whose names two dialects write alike
-            if disk.placeholders != canonical.placeholders:
-                raise TableError(f"{path.name}: {disk.text} and {canonical.text} hold different placeholders")
-            rows.append(Row(disk, canonical, entry.get("dialect", raw["writes"]), line, place))
+        for pair, fused in _pairs(entry, path):
+            line = next((n for n, content in enumerate(lines, 1) if f'"{pair[DISK]}"' in content), 0)
+            unknown = {pair["op"]} - {"rope"} if "op" in pair else set()
+            if unknown:
+                raise TableError(f"{path.name}: no op {sorted(unknown)}")
+            for disk_text, canonical_text in _expanded(pair[DISK], pair[CANONICAL], roles):
+                disk, canonical = Pattern.parse(disk_text), Pattern.parse(canonical_text)
+                if any((disk, canonical) == (row.disk, row.canonical) for row in rows):
+                    continue  # a family whose names two dialects write alike
+                if disk.placeholders != canonical.placeholders:
+                    raise TableError(f"{path.name}: {disk.text} and {canonical.text} hold different placeholders")
+                more = {key: pair[key] for key in ("heads", "omit") if key in pair}
+                rows.append(Row(disk, canonical, entry.get("dialect", raw["writes"]), line, place, fused, **more))
     drops = tuple(Drop(Pattern.parse(entry["disk"]), entry["reason"]) for entry in raw.get("drop", ()))
     if raw["writes"] not in {row.dialect for row in rows}:
         raise TableError(f"{path.name}: no row is of the dialect {raw['writes']!r} that it writes")
-    _refuse_overlaps(path.name, [row.disk for row in rows] + [drop.disk for drop in drops])
+    _refuse_overlaps(path.name, [row.disk for row in rows if row.one_of(DISK)] + [drop.disk for drop in drops])
     for dialect in {row.dialect for row in rows}:
-        _refuse_overlaps(f"{path.name} ({dialect})", [row.canonical for row in rows if row.dialect == dialect])
+        named = [row.canonical for row in rows if row.dialect == dialect and row.one_of(CANONICAL)]
+        _refuse_overlaps(f"{path.name} ({dialect})", named)
     return LayoutTable(raw["layout"], path, raw["writes"], tuple(rows), drops)
+
+
+def _pairs(entry: Mapping[str, Any], path: Path) -> Iterable[tuple[dict[str, Any], Fused | None]]:
+    """An entry of a table as pairs of names: one, or with `parts` one for each."""
+    if "parts" not in entry:
+        yield dict(entry), None
+        return
+    whole = DISK if DISK in entry else CANONICAL
+    if len({DISK, CANONICAL} & entry.keys()) != 1 or "join" not in entry or len(entry["parts"]) < 2:
+        raise TableError(f"{path.name}: a row with parts has one name, two parts or more, and says how they `join`")
+    shares = tuple(part.get("share", ROWS) for part in entry["parts"])
+    for index, part in enumerate(entry["parts"]):
+        yield {whole: entry[whole], **part}, Fused(whole, index, entry["join"], shares)
 
 
 def _roles(family: Architecture) -> Iterable[dict[str, str]]:
@@ -168,7 +228,10 @@ def layout_table(name: str, family: str | None = None) -> LayoutTable:
     """
     path = data_dir("mappings") / "layouts" / f"{name}.toml"
     families = [a for a in architectures().values() if a.embedding and family in (None, a.name)]
-    return parse_layout_table(path.read_text(encoding="utf-8"), path, families)
+    table = parse_layout_table(path.read_text(encoding="utf-8"), path, families)
+    if any(row.fused or row.heads for row in table.rows):
+        raise TableError(f"{path.name}: parts and heads are for the tables of a family, whose sizes are known")
+    return table
 
 
 def grouped(names: Iterable[str], *, limit: int = 12) -> str:
