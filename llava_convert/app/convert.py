@@ -30,9 +30,11 @@ from llava_convert.layouts.info import TARGETS
 from llava_convert.layouts.registry import detect, layout, locate, open_checkpoint
 from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS, VISION, Checkpoint
+from llava_convert.model.configs import family
 from llava_convert.model.options import ALL, TargetOptions, part_named
 from llava_convert.model.recipe import Model
 from llava_convert.model.record import RECORD
+from llava_convert.model.reshape import family_named, reshaped
 from llava_convert.model.target import KEEP, Target, parse_size
 from llava_convert.ops import kernels
 from llava_convert.ops.base import CastLoss
@@ -205,7 +207,26 @@ def assembled(source: str | Path, options: Options, opened: tuple[Checkpoint, st
     )
     if checkpoint.layout != options.to and not need.keep_added:
         model = without_added(model)
+    if options.target.as_family is not None:
+        model = _as_family(model, options)
     return Assembled(checkpoint, why, replace(model, warnings=(*told, *model.warnings)), target_options)
+
+
+def _as_family(model: Model, options: Options) -> Model:
+    """The model with its language model in the shape of another family, as --as says."""
+    other = family_named(str(options.target.as_family))
+    if not model.part(LLM):
+        if model.checkpoint.parts[LLM].adapter is not None:
+            raise UnsupportedError(
+                f"--as {other.name}: the {options.to} layout keeps the language model's LoRA, which fits its own base",
+                hint="convert to official, hf or gguf, where the LoRA is merged",
+            )
+        raise UsageError(f"--as {other.name} does not apply: no language model is written", hint="leave it out")
+    if family(LLM, model.configs[LLM]) is not other:
+        return reshaped(model, other)
+    if options.shared:
+        return model
+    raise UsageError(f"--as {other.name} does not apply: the language model is one already", hint="leave it out")
 
 
 def prepare(source: str | Path, options: Options, opened: tuple[Checkpoint, str] | None = None) -> Prepared:
@@ -329,6 +350,7 @@ def recorded_options(options: Options, ready: Prepared) -> dict[str, Any]:
         "part": target.part,
         "prompt_template": target.prompt_template,
         "image_processor": target.image_processor or "clip",
+        **({"as": target.as_family} if target.as_family is not None else {}),
     }
 
 

@@ -15,9 +15,11 @@ from llava_convert.engine.shards import PlannedTensor
 from llava_convert.layouts.registry import layout, open_each
 from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PARTS, VISION, Checkpoint
+from llava_convert.model.configs import family
 from llava_convert.model.options import ALL, TargetOptions, part_named
-from llava_convert.model.recipe import Bases, Recipe
+from llava_convert.model.recipe import Bases, Model, Recipe
 from llava_convert.model.record import read_options
+from llava_convert.model.reshape import relation, reshaped
 from llava_convert.model.tables.names import grouped
 from llava_convert.model.target import Output
 from llava_convert.ops import steps
@@ -129,6 +131,7 @@ def compare_checkpoints(
     if source.layout != every[0].layout and not kept:
         # Of a target that keeps added rows, OUT may still have been made of the model before they were added.
         model = without_added(model)
+    model = _alike(model, every)
     outputs = [o for files in target.lower(model, options).sets for o in files.outputs]
     wanted = {o.canonical: o for output in outputs for o in output.apart}
     made_up = {name for name, output in wanted.items() if output.recipe.origin == "synthetic"}
@@ -157,6 +160,15 @@ def compare_checkpoints(
         synthetic=tuple(sorted(made_up)),
         quantised=found.quantised,
     )
+
+
+def _alike(model: Model, every: Sequence[Checkpoint]) -> Model:
+    """The model in the shape of OUT's language model, where a table relates the two families."""
+    config = next((theirs.parts[LLM].config for theirs in every if theirs.parts[LLM].config is not None), None)
+    if config is None or not model.part(LLM):
+        return model
+    own, other = family(LLM, model.configs[LLM]), family(LLM, config)
+    return model if own is other or relation(own, other) is None else reshaped(model, other)
 
 
 def _part_of(every: Sequence[Checkpoint], out: Path, source: Checkpoint) -> str:

@@ -24,6 +24,7 @@ def _layouts(as_json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.V
         from llava_convert.layouts.gguf.names import tables
         from llava_convert.layouts.info import TARGETS
         from llava_convert.layouts.registry import SOURCES
+        from llava_convert.model.reshape import relation
         from llava_convert.model.tables.families import architectures
         from llava_convert.model.tables.names import layout_table
         from llava_convert.ops import OPS
@@ -33,11 +34,17 @@ def _layouts(as_json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.V
             name: sorted({row.dialect for row in layout_table(name).rows}) for name in SOURCES if name not in gguf
         }
         families = {a.name: [a.part, *a.model_types] for a in architectures().values()}
+        known = [a for a in architectures().values() if a.embedding]
+        related = {a.name: [b.name for b in known if a in known and relation(a, b)] for a in architectures().values()}
+        held = {kind: table.architecture for table in tables() for kind in table.families}
         output.result(
             {
                 "sources": {name: dialects[name] for name in SOURCES},
                 "targets": list(TARGETS),
-                "families": {name: {"part": f[0], "model_types": f[1:]} for name, f in families.items()},
+                "families": {
+                    name: {"part": f[0], "model_types": f[1:], "as": related[name], "gguf": held.get(f[1])}
+                    for name, f in families.items()
+                },
                 "ops": ["copy", *(op.name for op in OPS)],
             }
         )
@@ -47,7 +54,8 @@ def _layouts(as_json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.V
             output.line(f"  {name:<10} → {targets:<22} names: {', '.join(dialects[name])}")
         output.line("families")
         for name, (part, *kinds) in families.items():
-            output.line(f"  {name:<10} {part:<15} model_type {', '.join(kinds)}")
+            more = f"; --as {', '.join(related[name])}" if related[name] else ""
+            output.line(f"  {name:<10} {part:<15} model_type {', '.join(kinds)}{more}")
         output.line("ops")
         for op in OPS:
             output.line(f"  {op.name:<10} {(op.__doc__ or '').splitlines()[0]}")

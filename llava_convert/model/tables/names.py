@@ -158,12 +158,13 @@ def make_layout_table(
                 raise TableError(f"{path.name}: no op {sorted(unknown)}")
             for disk_text, canonical_text in _expanded(pair[DISK], pair[CANONICAL], roles):
                 disk, canonical = Pattern.parse(disk_text), Pattern.parse(canonical_text)
-                if any((disk, canonical) == (row.disk, row.canonical) for row in rows):
+                dialect = entry.get("dialect", raw["writes"])
+                if any((disk, canonical) == (row.disk, row.canonical) and dialect != row.dialect for row in rows):
                     continue  # a family whose names two dialects write alike
                 if disk.placeholders != canonical.placeholders:
                     raise TableError(f"{path.name}: {disk.text} and {canonical.text} hold different placeholders")
                 more = {key: pair[key] for key in ("heads", "omit") if key in pair}
-                rows.append(Row(disk, canonical, entry.get("dialect", raw["writes"]), line, place, fused, **more))
+                rows.append(Row(disk, canonical, dialect, line, place, fused, **more))
     drops = tuple(Drop(Pattern.parse(entry["disk"]), entry["reason"]) for entry in raw.get("drop", ()))
     if raw["writes"] not in {row.dialect for row in rows}:
         raise TableError(f"{path.name}: no row is of the dialect {raw['writes']!r} that it writes")
