@@ -25,6 +25,7 @@ from llava_convert.model.recipe import Recipe
 from llava_convert.model.renaming import Renamed, Symbol, groups_of, moves, part_of, piece, renamed
 from llava_convert.model.tables.families import architecture_for, architectures
 from llava_convert.model.tables.names import CANONICAL, DISK, LayoutTable, make_layout_table
+from llava_convert.model.tables.patterns import TableError
 from llava_convert.ops.base import Op
 from llava_convert.ops.join import Part
 from llava_convert.storage.gguf.file import Typed
@@ -129,14 +130,18 @@ class GgufTable:
 
 @cache
 def tables() -> tuple[GgufTable, ...]:
-    """Every table of `mappings/gguf`, and those that families carry in their own."""
+    """Every table of `mappings/gguf`, and those that families carry in their own. Raises TableError."""
     paths = sorted((data_dir("mappings") / "gguf").glob("*.toml"))
     found = [parse_gguf_table(path.read_text(encoding="utf-8"), path) for path in paths]
     for family in architectures().values():
         if (raw := family.sections.get("gguf")) is not None:
             text = family.path.read_text(encoding="utf-8")
             found.append(_gguf_table({**raw, "families": list(family.model_types)}, text, family.path))
-    return tuple(table for table in found if table is not None)
+    known = [table for table in found if table is not None]
+    for table in known:
+        if sum(one.architecture == table.architecture for one in known) > 1:
+            raise TableError(f"the GGUF architecture {table.architecture} has two tables")
+    return tuple(known)
 
 
 def parse_gguf_table(text: str, path: Path) -> GgufTable | None:

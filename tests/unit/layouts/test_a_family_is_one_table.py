@@ -25,7 +25,18 @@ from llava_convert.storage.gguf.file import read_gguf
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import read_whole
 from tests.conftest import CHECKOUT
-from tests.fused_models import MADE_UP, Tensors, grouped, llama, made_up, same, tensors_of, write_llm, write_official
+from tests.fused_models import (
+    MADE_UP,
+    Tensors,
+    grouped,
+    llama,
+    made_up,
+    same,
+    tensors_of,
+    text_config,
+    write_llm,
+    write_official,
+)
 from tests.gguf_models import interleaved
 
 Convert = Callable[..., Path]
@@ -208,6 +219,34 @@ def test_the_dialects_of_transformers_5(tmp_path: Path, tiny: Path, convert: Con
     save_file(renamed, there / "model.safetensors", {"format": "pt"})
     back = tensors_of(convert(there, "official", "back"))
     assert same({name: t for name, t in back.items()}, tensors_of(source))
+
+
+@pytest.mark.parametrize("layout", ["pth", "xtuner", "official", "hf", "parts"])
+def test_every_layout_has_its_names(family: Path, layout: str) -> None:
+    table, made = layout_table(layout), architectures()["made_up"]
+    names = made.tensors(text_config("made_up", CHECKOUT / "fixtures" / "tiny"))
+    written = [table.write(name) for name in names]
+    disks = [found[0] for found in written if found is not None]
+    assert len(set(disks)) == len(names) == 15
+    for disk, name in zip(disks, names, strict=True):
+        read = table.read(disk)
+        assert read is not None and read.canonical == name
+    assert disks[0].endswith("core.words.weight") and disks[-1].endswith("answer.weight")
+
+
+def test_an_official_lora_of_it(family: Path) -> None:
+    table = layout_table("official")
+    for module in ("core.blocks.1.attention.wqkv", "answer"):
+        read = table.read(f"base_model.model.{module}.lora_A.weight")
+        assert read is not None
+        assert (read.canonical, read.dialect) == (f"language_model.{module}.lora_A.weight", "lora")
+
+
+def test_two_tables_of_one_architecture(family: Path) -> None:
+    family.write_text(MADE_UP.replace('[gguf]\narchitecture = "made_up"', '[gguf]\narchitecture = "llama"'))
+    forget()
+    with pytest.raises(TableError, match="llama has two tables"):
+        tables()
 
 
 def test_it_is_listed(family: Path) -> None:
