@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -193,6 +194,67 @@ def test_as_llama_it_is_the_llama(tmp_path: Path, tiny: Path, convert: Convert) 
     assert same(tensors_of(back), tensors_of(source))
     record = json.loads((back / "conversion.json").read_text(encoding="utf-8"))
     assert not any("ops" in entry or "source" in entry for entry in record["tensors"].values()), "all are copies"
+
+
+FUSED_ON_DISK = """
+[gguf]
+architecture = "fused"
+row = [
+  { disk = "token_embd.{param}", canonical = "language_model.model.embed_tokens.{param}" },
+  { disk = "blk.{layer}.attn_qkv.{param}", join = "kv_heads", parts = [
+    { canonical = "@.self_attn.q_proj.{param}", share = "heads", op = "rope", heads = "heads" },
+    { canonical = "@.self_attn.k_proj.{param}", share = "kv_heads", op = "rope", heads = "kv_heads" },
+    { canonical = "@.self_attn.v_proj.{param}", share = "kv_heads" },
+  ] },
+  { disk = "blk.{layer}.ffn_up.{param}", join = "rows", parts = [
+    { canonical = "@.mlp.gate_proj.{param}" },
+    { canonical = "@.mlp.up_proj.{param}" },
+  ] },
+  { disk = "blk.{layer}.attn_output.{param}", canonical = "@.self_attn.o_proj.{param}" },
+  { disk = "blk.{layer}.ffn_down.{param}", canonical = "@.mlp.down_proj.{param}" },
+  { disk = "blk.{layer}.attn_norm.{param}", canonical = "@.input_layernorm.{param}" },
+  { disk = "blk.{layer}.ffn_norm.{param}", canonical = "@.post_attention_layernorm.{param}" },
+  { disk = "output_norm.{param}", canonical = "language_model.model.norm.{param}" },
+  { disk = "output.{param}", canonical = "language_model.lm_head.{param}" },
+]
+""".replace("@", "language_model.model.layers.{layer}")
+
+
+def test_several_tensors_that_a_file_keeps_as_one(tmp_path: Path, tiny: Path, convert: Convert, family: Path) -> None:
+    """The other way round: a family with q, k and v apart, under an architecture that fuses them turned for rope."""
+    keys = MADE_UP[MADE_UP.index("key = [") : MADE_UP.index("[as.llama]")].replace("made_up.", "fused.")
+    text = (CHECKOUT / "mappings" / "architectures" / "llama.toml").read_text(encoding="utf-8")
+    for before, after in (('"llama"', '"apart"'), ("llava_llama", "llava_apart"), ('"llava"', '"llava_apart_2"')):
+        text = text.replace(before, after)
+    family.with_name("apart.toml").write_text(text + FUSED_ON_DISK + keys, encoding="utf-8")
+    forget()
+    source = write_official(tmp_path / "source", "llama", tiny)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8")) | {"model_type": "llava_apart"}
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    plain = llama(tiny)
+    for outtype in ("bf16", "q8_0"):
+        there = convert(source, "gguf", outtype, outtype=outtype, name="m", mmproj_outtype="f32", digest=True)
+        verdict = llava_convert.verify(source, there)
+        assert verdict.same and not verdict.missing and not verdict.extra
+        assert verdict.equal == len(tensors_of(source)) - 2, "all but the layer norm that no mmproj has"
+    q, k, v = (plain[f"model.layers.1.self_attn.{x}_proj.weight"].view(torch.int16).numpy() for x in "qkv")
+    turned = (torch.from_numpy(one) for one in (interleaved(q, 4), interleaved(k, 2), v))
+    with FilePool() as pool:
+        bits = read_whole(pool, read_gguf(tmp_path / "bf16" / "m-bf16.gguf").tensors["blk.1.attn_qkv.weight"])
+    assert (bits.view(np.int16) == grouped(*turned).numpy()).all()
+    record = json.loads((tmp_path / "bf16" / "conversion.json").read_text(encoding="utf-8"))
+    entry = record["tensors"]["m-bf16.gguf/blk.1.attn_qkv.weight"]
+    assert entry["joined"] == {"groups": 2, "rows": [32, 16, 16]} and len(entry["source"]) == 3
+    assert digest_of(bits) == entry["xxh3_128"]
+    back = tensors_of(convert(tmp_path / "bf16", "official", "back"))
+    wanted = {name: t for name, t in tensors_of(source).items() if "vision_model.post_layernorm" not in name}
+    assert same({name: t for name, t in back.items() if name in wanted}, wanted)
+    lines = read_gguf(tmp_path / "bf16" / "m-bf16.gguf").tensors
+    assert len(lines) == 2 * 6 + 3
+
+
+def digest_of(values: np.ndarray) -> str:
+    return xxhash.xxh3_128(np.ascontiguousarray(values).tobytes()).hexdigest()
 
 
 def test_a_part_that_is_missing_is_named(tmp_path: Path, tiny: Path, convert: Convert, family: Path) -> None:
