@@ -20,6 +20,7 @@ from llava_convert.model.options import ALL, TargetOptions, part_named
 from llava_convert.model.recipe import Bases, Model, Recipe
 from llava_convert.model.record import read_options
 from llava_convert.model.reshape import relation, reshaped
+from llava_convert.model.tables.families import known_architecture
 from llava_convert.model.tables.names import grouped
 from llava_convert.model.target import Output
 from llava_convert.ops import steps
@@ -164,10 +165,11 @@ def compare_checkpoints(
 
 def _alike(model: Model, every: Sequence[Checkpoint]) -> Model:
     """The model in the shape of OUT's language model, where a table relates the two families."""
-    config = next((theirs.parts[LLM].config for theirs in every if theirs.parts[LLM].config is not None), None)
-    if config is None or not model.part(LLM):
+    configs = (theirs.parts[LLM].config or {} for theirs in every)
+    other = next((known for c in configs if (known := known_architecture(LLM, c.get("model_type"))) is not None), None)
+    if other is None or not model.part(LLM):
         return model
-    own, other = family(LLM, model.configs[LLM]), family(LLM, config)
+    own = family(LLM, model.configs[LLM])
     return model if own is other or relation(own, other) is None else reshaped(model, other)
 
 

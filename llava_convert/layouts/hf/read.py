@@ -17,7 +17,7 @@ from llava_convert.layouts.naming import sort_tensors
 from llava_convert.model.checkpoint import LLM, PARTS, PROJECTOR, VISION, Checkpoint, Part, Settings
 from llava_convert.model.configs import old_flavour
 from llava_convert.model.record import read_record
-from llava_convert.model.tables.families import architectures
+from llava_convert.model.tables.families import known_architecture
 from llava_convert.model.tables.names import layout_table
 from llava_convert.storage.sidecars import folder_sidecars
 from llava_convert.storage.weights import open_weights
@@ -58,8 +58,8 @@ def open(path: Path, options: OpenOptions) -> Checkpoint:
     found = open_weights(path)
     text, vision = _text_config(config), _vision_config(config)
     # A family that is not known is refused where its tensors are needed, so that `inspect` can tell of the rest.
-    roles = next((a.name for a in architectures().values() if text["model_type"] in a.model_types), None)
-    sorted_ = sort_tensors(found.tensors, layout_table(NAME, roles), path)
+    known = known_architecture(LLM, text["model_type"])
+    sorted_ = sort_tensors(found.tensors, layout_table(NAME, known.name if known else None), path)
     configs: dict[str, dict[str, Any] | None] = {LLM: text, VISION: vision, PROJECTOR: None}
     parts = {name: Part(sorted_.weights[name], None, None, configs[name], beside) for name in PARTS}
     layer = config.get("vision_feature_layer", -2)

@@ -209,11 +209,16 @@ def architectures() -> dict[str, Architecture]:
     return tables
 
 
+def known_architecture(part: str, model_type: Any) -> Architecture | None:
+    """The table of a part's `model_type`, None for an unknown family."""
+    return next((a for a in architectures().values() if a.part == part and model_type in a.model_types), None)
+
+
 def architecture_for(part: str, model_type: str) -> Architecture:
     """The table of a part's `model_type`. Raises UnsupportedError (exit 4) for an unknown family."""
-    for table in architectures().values():
-        if table.part == part and model_type in table.model_types:
-            return table
+    found = known_architecture(part, model_type)
+    if found is not None:
+        return found
     known = sorted(t for a in architectures().values() if a.part == part for t in a.model_types)
     raise UnsupportedError(
         f"model_type {model_type!r} is not a known {part.replace('_', ' ')} family",
