@@ -35,9 +35,11 @@ from llava_convert.layouts.info import LAYOUTS, TARGETS
 from llava_convert.layouts.registry import layout, recognise
 from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS, VISION, Checkpoint
+from llava_convert.model.configs import family
 from llava_convert.model.facts import spelled
 from llava_convert.model.options import ALL, TargetOptions, part_named
 from llava_convert.model.recipe import Model
+from llava_convert.model.reshape import family_named, reshaped
 from llava_convert.model.target import KEEP, Target, parse_size
 from llava_convert.ops import kernels
 from llava_convert.ops.base import CastLoss
@@ -250,7 +252,26 @@ def assembled(
     refuse_ignored(model, options.adapter)
     refuse_lost(model, options.to, part, options.allow_key)
     model = fitted(model, options.to)
+    if options.target.as_family is not None:
+        model = _as_family(model, options)
     return Assembled(checkpoint, why, replace(model, warnings=(*told, *model.warnings)), target_options)
+
+
+def _as_family(model: Model, options: Options) -> Model:
+    """The model with its language model in the shape of another family, as --as says."""
+    other = family_named(str(options.target.as_family))
+    if not model.part(LLM):
+        if model.checkpoint.parts[LLM].adapter is not None:
+            raise UnsupportedError(
+                f"--as {other.name}: the {options.to} layout keeps the language model's LoRA, which fits its own base",
+                hint="convert to official, hf or gguf, where the LoRA is merged",
+            )
+        raise UsageError(f"--as {other.name} does not apply: no language model is written", hint="leave it out")
+    if family(LLM, model.configs[LLM]) is not other:
+        return reshaped(model, other)
+    if options.shared:
+        return model
+    raise UsageError(f"--as {other.name} does not apply: the language model is one already", hint="leave it out")
 
 
 def prepare(
@@ -393,6 +414,7 @@ def recorded_options(options: Options, ready: Prepared) -> dict[str, Any]:
         "prompt_template": target.prompt_template,
         "image_processor": target.image_processor or "clip",
         **({"pre": target.pre} if target.pre else {}),
+        **({"as": target.as_family} if target.as_family is not None else {}),
     }
 
 

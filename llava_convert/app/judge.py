@@ -21,7 +21,7 @@ from llava_convert.model.configs import named_config
 from llava_convert.model.facts import BIAS, DEPTH, LAYER, NEWLINE, TEMPLATE, value_of
 from llava_convert.model.judgement import Judgement, alike
 from llava_convert.model.projector import projector_config
-from llava_convert.model.recipe import EMBEDDING, Model
+from llava_convert.model.recipe import Model
 from llava_convert.model.tables.facts import KeyTable, facts, key_table, tables_of
 from llava_convert.model.tables.types import read_config
 from llava_convert.model.target import Target
@@ -123,7 +123,7 @@ def _compare_config(found: Judgement, part: str, model: Model, theirs: Checkpoin
         return
     mine, other = _plain(model.configs[part]), _plain(named_config(own, part, where=str(theirs.path)))
     if part == LLM:
-        rows = theirs.parts[LLM].weights.get(EMBEDDING)
+        rows = theirs.parts[LLM].weights.get(model.embedding)
         said = other.pop("vocab_size", None)
         mine.pop("vocab_size", None)  # of the source: OUT may have more, and its tensors are compared
         if rows is not None:

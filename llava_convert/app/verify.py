@@ -17,11 +17,14 @@ from llava_convert.engine.shards import PlannedTensor
 from llava_convert.layouts.registry import layout
 from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PARTS, Checkpoint
+from llava_convert.model.configs import family
 from llava_convert.model.facts import spelled
 from llava_convert.model.judgement import FactDifference, Judgement
 from llava_convert.model.options import ALL, TargetOptions, part_named
-from llava_convert.model.recipe import EMBEDDING, HEAD, Bases
+from llava_convert.model.recipe import Bases, Model
 from llava_convert.model.record import read_options
+from llava_convert.model.reshape import relation, reshaped
+from llava_convert.model.tables.families import known_architecture
 from llava_convert.model.tables.names import grouped
 from llava_convert.model.target import Output
 from llava_convert.ops import steps
@@ -178,19 +181,22 @@ def compare_checkpoints(
         configs=need.configs,
         optional_configs=need.optional_configs,
     )
-    if source.layout != every[0].layout and not (need.keep_added and _rows(every) == _rows([source])):
+    embedding = model.embedding if LLM in model.configs else ""
+    kept = need.keep_added and _rows(every, embedding) == _rows([source], embedding)
+    if source.layout != every[0].layout and not kept:
         # Of a target that keeps added rows, OUT may still have been made of the model before they were added.
         model = without_added(model)
-    model = fitted(model, every[0].layout)
+    model = _alike(fitted(model, every[0].layout), every)
     made = target.lower(model, _as_made(options, every[0].beside))
-    wanted = {o.canonical: o for files in made.sets for o in files.outputs}
+    outputs = [o for files in made.sets for o in files.outputs]
+    wanted = {o.canonical: o for output in outputs for o in output.apart}
     made_up = {name for name, output in wanted.items() if output.recipe.origin == "synthetic"}
     found = _Compared()
     for theirs in every:
         label = f"{theirs.files[0].name}: " if len(every) > 1 else ""
         held = {name for name in PARTS if theirs.parts[name].state != "absent"} if len(every) > 1 else set(PARTS)
         mine = {name: o for name, o in wanted.items() if name not in made_up and _is_of(name, held)}
-        _compare_one(found, mine, theirs, label, tied=model.tied, made_up=made_up, progress=progress)
+        _compare_one(found, mine, theirs, label, model=model, made_up=made_up, progress=progress)
         found.judge(judge(model, made, theirs, held & _parts_of(theirs)), label)
         found.defects += [f"{label}{text}" for text in theirs.defects]
     lacking = [n for n in wanted if not any(_holds_part_of(theirs, n) for theirs in every)] if len(every) > 1 else []
@@ -213,6 +219,16 @@ def compare_checkpoints(
         quantised=found.quantised,
         rounded=found.rounded,
     )
+
+
+def _alike(model: Model, every: Sequence[Checkpoint]) -> Model:
+    """The model in the shape of OUT's language model, where a table relates the two families."""
+    configs = (theirs.parts[LLM].config or {} for theirs in every)
+    other = next((known for c in configs if (known := known_architecture(LLM, c.get("model_type"))) is not None), None)
+    if other is None or not model.part(LLM):
+        return model
+    own = family(LLM, model.configs[LLM])
+    return model if own is other or relation(own, other) is None else reshaped(model, other)
 
 
 def _part_of(every: Sequence[Checkpoint], source: Checkpoint) -> str:
@@ -238,9 +254,9 @@ def _parts_of(theirs: Checkpoint) -> set[str]:
     return {name for name in PARTS if theirs.parts[name].state != "absent"}
 
 
-def _rows(every: Sequence[Checkpoint]) -> int | None:
+def _rows(every: Sequence[Checkpoint], embedding: str) -> int | None:
     """Of the embedding, in the first that has one."""
-    found = (checkpoint.parts[LLM].weights.get(EMBEDDING) for checkpoint in every)
+    found = (checkpoint.parts[LLM].weights.get(embedding) for checkpoint in every)
     return next((tensor.shape[0] for tensor in found if tensor is not None and tensor.shape), None)
 
 
@@ -273,21 +289,24 @@ def _compare_one(
     theirs: Checkpoint,
     label: str,
     *,
-    tied: bool,
+    model: Model,
     made_up: set[str],
     progress: Callable[[int], None],
 ) -> None:
     """Compare the tensors of one model of OUT with the `wanted` ones."""
     stored = theirs.tensors()
-    if tied and HEAD in stored and HEAD not in wanted and EMBEDDING in wanted:
-        wanted = {**wanted, HEAD: replace(wanted[EMBEDDING], canonical=HEAD)}  # written out, it must say nothing new
+    embedding, head = (model.embedding, model.head) if LLM in model.configs else ("", "")
+    if model.tied and head in stored and head not in wanted and embedding in wanted:
+        wanted = {**wanted, head: replace(wanted[embedding], canonical=head)}  # written out, it must say nothing new
     recorded = (theirs.record or {}).get("added")
     planned: list[PlannedTensor] = []
     aligned: dict[str, StoredTensor] = {}
     tails: dict[str, int] = {}
     averaged: dict[str, int] = {}
     for name in sorted(wanted.keys() & stored.keys()):
-        tensor, rows = _replayed(wanted[name], stored[name], recorded=recorded is not None)
+        tensor, rows = _replayed(
+            wanted[name], stored[name], recorded=recorded is not None, grows=name in (embedding, head)
+        )
         if tensor is None:
             found.different[label + name] = Difference(stored[name].numel, shapes=(rows, stored[name].shape))
             continue
@@ -307,7 +326,7 @@ def _compare_one(
             found.unrecorded[label + name] = stored[name].shape[0] - row
             if bad := nonfinite_after(stored[name], row, pool):
                 found.different[label + name] = Difference(bad, float("nan"))
-    _check_record(found, recorded, stored.get(EMBEDDING), label)
+    _check_record(found, recorded, stored.get(embedding), label)
     for name, difference in sink.differences.items():
         (found.rounded if name in rounded else found.different)[label + name] = difference
     found.equal += len(planned) - len(sink.differences.keys() | (tails.keys() & _unlabelled(found.different, label)))
@@ -338,11 +357,13 @@ def _check_record(found: _Compared, recorded: Any, embedding: StoredTensor | Non
         )
 
 
-def _replayed(output: Output, stored: StoredTensor, *, recorded: bool) -> tuple[PlannedTensor | None, tuple[int, ...]]:
+def _replayed(
+    output: Output, stored: StoredTensor, *, recorded: bool, grows: bool
+) -> tuple[PlannedTensor | None, tuple[int, ...]]:
     """The tensor as a conversion would make it, in the stored dtype, and the shape that it has in the source.
 
-    OUT may have more rows of the vocabulary: those that it `recorded` are made again, others are left out. None for
-    the tensor where the two cannot be compared.
+    OUT may have more rows where the tensor `grows`, as a vocabulary's does: those that it `recorded` are made again,
+    others are left out. None for the tensor where the two cannot be compared.
     """
     recipe = output.recipe
     bare = replace(recipe, ops=tuple(op for op in recipe.ops if not isinstance(op, PadRows)))
@@ -351,7 +372,7 @@ def _replayed(output: Output, stored: StoredTensor, *, recorded: bool) -> tuple[
         recipe = bare
     if recipe.shape != stored.shape:
         more = recipe.shape[1:] == stored.shape[1:] and recipe.shape[:1] <= stored.shape[:1]
-        if not more or output.canonical not in (EMBEDDING, HEAD):
+        if not more or not grows:
             return None, shape
     if recipe.dtype != stored.dtype:
         if any(dtype not in FLOATS and dtype not in QUANTS for dtype in (stored.dtype, recipe.dtype)):

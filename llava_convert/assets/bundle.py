@@ -20,7 +20,7 @@ from llava_convert.core.text import to_json
 from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, VISION
 from llava_convert.model.configs import without_stale
 from llava_convert.model.options import TargetOptions
-from llava_convert.model.recipe import EMBEDDING, Model
+from llava_convert.model.recipe import Model
 from llava_convert.model.tables.types import read_config
 from llava_convert.model.towers import id_by_shape
 from llava_convert.storage.remote.origin import published
@@ -77,7 +77,7 @@ class Artefacts:
         if added is not None:
             tokens = [AddedToken.of(token) for token in added["tokens"]]
             return without_tokens(self.tokenizer, tokens, added["tokenizer"])
-        require_rows(self.tokenizer, self.model.recipes[EMBEDDING].shape[0])
+        require_rows(self.tokenizer, self.model.recipes[self.model.embedding].shape[0])
         return plain_files(self.tokenizer, self.templates.tokenizer)
 
     @cached_property

@@ -134,6 +134,15 @@ VisualEncoderId = Annotated[
         rich_help_panel=OUTPUT_PANEL,
     ),
 ]
+AsFamily = Annotated[
+    str | None,
+    typer.Option(
+        "--as",
+        metavar="FAMILY",
+        help="Write the language model as another family that computes the same: a Phi-3 as llama, and back.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(

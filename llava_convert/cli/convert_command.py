@@ -52,6 +52,7 @@ CONVERT: dict[str, tuple[Any, Any]] = {
     "outtype": (opt.Outtype, None),
     "mmproj_outtype": (opt.MmprojOuttype, None),
     "pre": (opt.Pre, None),
+    "as_family": (opt.AsFamily, None),
     "push": (hubs.Push, None),
     "hub": (hubs.PushHub, None),
     "private": (hubs.Private, False),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -62,6 +62,9 @@ class CompareSink:
 
     def copy(self, task: Copy) -> None:
         raise AssertionError("comparisons take tensors, not runs")
+
+    def written(self, tensor: PlannedTensor) -> Iterator[memoryview]:
+        raise AssertionError("nothing is written")
 
     def put(self, tensor: PlannedTensor, start: int, data: Array) -> None:
         mine = raw(data)
@@ -185,6 +188,9 @@ class _BoundsSink:
 
     def copy(self, task: Copy) -> None:
         raise AssertionError("comparisons take tensors, not runs")
+
+    def written(self, tensor: PlannedTensor) -> Iterator[memoryview]:
+        raise AssertionError("nothing is written")
 
     def put(self, tensor: PlannedTensor, start: int, data: Array) -> None:
         if tensor.name in self.outside:

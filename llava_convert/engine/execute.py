@@ -16,7 +16,7 @@ from llava_convert.engine.plan import Plan
 from llava_convert.engine.run import Outcome, run_task
 from llava_convert.engine.shards import PlannedTensor, Shard
 from llava_convert.engine.sinks import FileSink, MemorySink, Progress, Sink
-from llava_convert.engine.tasks import Copy, Work, tasks_of
+from llava_convert.engine.tasks import Copy, Task, tasks_of
 from llava_convert.ops.blas import one_thread
 from llava_convert.ops.quantize import Quantize
 from llava_convert.storage.output.staging import Stage
@@ -61,7 +61,7 @@ def execute(
 
 def run_all(
     workers: ThreadPoolExecutor,
-    tasks: Sequence[Copy | Work],
+    tasks: Sequence[Task],
     pool: FilePool,
     sink: Sink,
     outcome: Outcome,
@@ -82,7 +82,7 @@ def run_all(
     remote: list[Copy] = []  # over the network one thread waits most of the time
     for task in (task for task in tasks if isinstance(task, Copy)):
         (copies if remote_of(task.path) is None else remote).append(task)
-    work = [task for task in tasks if isinstance(task, Work)]
+    work = [task for task in tasks if not isinstance(task, Copy)]
     try:
         # One thread copies: two writing to one file spin on its lock, which takes the other core from the writeback.
         running += [workers.submit(copy_all)] if copies else []

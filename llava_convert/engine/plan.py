@@ -83,8 +83,8 @@ class Plan:
             digest.update(f"{shard.name}\0{shard.size}\0".encode() + shard.header)
             for t in shard.tensors:
                 stored = [t.source, *(i for op in t.ops for i in op.inputs())]
-                places = [[s.dtype, s.shape, *map(_place, s.extents)] for s in stored]
-                digest.update(json.dumps([t.describe(), places, t.source.strides]).encode())
+                places = [[s.dtype, s.shape, s.strides, *map(_place, s.extents)] for s in stored]
+                digest.update(json.dumps([t.describe(), places]).encode())
         for name, data in sorted({**self.files, **self.indexes}.items()):
             digest.update(name.encode() + b"\0" + hashlib.sha256(data).digest())
         return digest.hexdigest()

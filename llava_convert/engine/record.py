@@ -7,7 +7,7 @@ of an output; what only the run finds out, digests of tensors and files, is fill
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from llava_convert.model.checkpoint import PART_WORDS, VISION, Checkpoint, Dropp
 from llava_convert.model.configs import without_stale
 from llava_convert.model.recipe import Model
 from llava_convert.model.target import Target
+from llava_convert.ops.base import Op
 from llava_convert.storage.fingerprints import identity
 from llava_convert.storage.remote.origin import published
 
@@ -72,14 +73,18 @@ def record(
     names = {path: (role, _relative(path, root)) for role, root, files in places for path in files}
     tensors: dict[str, Any] = {}
     for name, t in _tensors(plan):
-        entry: dict[str, Any] = {"dtype": t.dtype, "shape": list(t.shape), **_where(t.source, names)}
+        pieces = t.pieces
+        entry: dict[str, Any] = {"dtype": t.dtype, "shape": list(t.shape)}
+        if len(pieces) == 1:
+            entry |= _where(t.source, names)
+        else:
+            entry["source"] = [_where(one.source, names) | _done(one.ops, names) for one in pieces]
         if t.origin == "synthetic":
             entry["origin"] = t.origin
-        if t.ops:
-            entry["ops"] = [
-                {**op.describe(), "inputs": [_where(s, names) for s in op.inputs()]} if op.inputs() else op.describe()
-                for op in t.ops
-            ]
+        if len(pieces) == 1:
+            entry |= _done(t.ops, names)
+        else:
+            entry["joined"] = {key: value for key, value in t.ops[-1].describe().items() if key in ("groups", "rows")}
         tensors[name] = entry
     found: dict[str, Any] = {
         "tool": {
@@ -143,6 +148,14 @@ def _tensors(plan: Plan) -> Iterable[tuple[str, PlannedTensor]]:
         place = _place_of(shard)
         for tensor in shard.tensors:
             yield (f"{place}/{tensor.name}" if place else tensor.name), tensor
+
+
+def _done(ops: Sequence[Op], names: Mapping[Path, tuple[str, str]]) -> dict[str, Any]:
+    """What was done to a stored tensor, each op with the tensors that it read besides; nothing of a copy."""
+    if not ops:
+        return {}
+    said = [(op.describe(), [_where(stored, names) for stored in op.inputs()]) for op in ops]
+    return {"ops": [{**what, "inputs": inputs} if inputs else what for what, inputs in said]}
 
 
 def _place_of(shard: Shard) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from llava_convert.engine.plan import Plan
 from llava_convert.model.recipe import Model
+from llava_convert.ops.join import every
 from llava_convert.ops.lora import MergeLora
 from llava_convert.storage.remote.files import Traffic
 
@@ -70,7 +71,7 @@ class Report:
         plan = self.plan
         ops: dict[str, int] = {}
         for tensor in plan.tensors:
-            for name in [op.name for op in tensor.ops] or ["copy"]:
+            for name in [op.name for op in every(tensor.ops)] or ["copy"]:
                 ops[name] = ops.get(name, 0) + 1
         return {
             "source": str(self.source),
@@ -100,9 +101,10 @@ class Report:
 
 def peak_memory(plan: Plan) -> int:
     """An estimate of the most anonymous memory that the plan takes: interpreter, and what four threads hold."""
-    bands = max((op.band_bytes for t in plan.tensors for op in t.ops if isinstance(op, MergeLora)), default=0)
-    operands = max((sum(i.numel * 4 for i in op.inputs()) for t in plan.tensors for op in t.ops), default=0)
-    whole = max((t.source.nbytes for t in plan.tensors if t.source.strides is not None), default=0)
+    pieces = [piece for t in plan.tensors for piece in t.pieces]
+    bands = max((op.band_bytes for t in pieces for op in t.ops if isinstance(op, MergeLora)), default=0)
+    operands = max((sum(i.numel * 4 for i in op.inputs()) for t in pieces for op in t.ops), default=0)
+    whole = max((t.source.nbytes for t in pieces if t.source.strides is not None), default=0)
     return 60 * 10**6 + 4 * (operands + bands + whole)
 
 
@@ -111,7 +113,7 @@ def part_story(model: Model, plan: Plan, part: str) -> str:
     mine = [t for t in plan.tensors if t.canonical.startswith(f"{part}.")]
     if not mine:
         return "not in the output"
-    merged = sum(any(isinstance(op, MergeLora) for op in t.ops) for t in mine)
+    merged = sum(any(isinstance(op, MergeLora) for op in every(t.ops)) for t in mine)
     origins = sorted({t.origin for t in mine})
     if any(".lora_" in t.canonical for t in mine):
         return "LoRA adapter"

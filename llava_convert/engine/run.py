@@ -14,7 +14,7 @@ from llava_convert.core.errors import MismatchError
 from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.core.text import printable
 from llava_convert.engine.sinks import Sink
-from llava_convert.engine.tasks import Copy, Work
+from llava_convert.engine.tasks import Assembly, Copy, Task, Work
 from llava_convert.ops.base import Blocks, CastLoss, Context, Op
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import BLOCK, blocks, read_bytes, read_whole, rows_of
@@ -53,7 +53,7 @@ class Outcome:
 
 
 def run_task(
-    task: Copy | Work,
+    task: Task,
     pool: FilePool,
     sink: Sink,
     outcome: Outcome,
@@ -69,6 +69,15 @@ def run_task(
         if stopped is None or not stopped.is_set():
             sink.copy(task)
         return
+    if isinstance(task, Assembly):
+        for work in task.work:
+            run_task(work, pool, sink, outcome, stopped=stopped)
+        if digest and not (stopped is not None and stopped.is_set()):
+            hasher = _hasher()
+            for written in sink.written(task.tensor):
+                hasher.update(written)
+            outcome.digests[task.tensor.shard, task.tensor.name] = hasher.hexdigest()
+        return
     losses = [CastLoss() for _ in task.tensors]
     hashers = [_hasher() for _ in task.tensors] if digest else []
     places = [t.nbytes // max(1, rows_of(t.shape)) * task.first for t in task.tensors]
@@ -79,7 +88,10 @@ def run_task(
             data = block if block.flags.c_contiguous else block.copy()
             if hashers:
                 hashers[i].update(raw(data))
-            sink.put(tensor, places[i], data)
+            flat, done = data.reshape(-1).view(np.uint8), 0
+            for at, length in tensor.spans(places[i], data.nbytes):
+                sink.put(tensor, at, flat[done : done + length] if tensor.place is not None else data)
+                done += length
             places[i] += data.nbytes
     for tensor, hasher in zip(task.tensors, hashers, strict=False):
         outcome.digests[tensor.shard, tensor.name] = hasher.hexdigest()

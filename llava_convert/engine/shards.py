@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 from llava_convert.core.tensors import StoredTensor, nbytes_of
 from llava_convert.model.target import FileSet, Output, _groups, part_names, shape_of
 from llava_convert.ops.base import Op
+from llava_convert.ops.join import Join, Part, row_bytes
 from llava_convert.storage.gguf.file import Typed, encode_gguf
 from llava_convert.storage.safetensors import encode_header
 from llava_convert.storage.torch.write import torch_size
@@ -17,7 +18,10 @@ from llava_convert.storage.torch.write import torch_size
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One output tensor: `offset` is where its bytes start in its `shard`."""
+    """One output tensor: `offset` is where its bytes start in its `shard`.
+
+    A member of a join is one too: `place` says which rows of the tensor at `offset` are its own.
+    """
 
     name: str
     canonical: str
@@ -28,6 +32,7 @@ class PlannedTensor:
     shape: tuple[int, ...]
     offset: int
     shard: str = ""
+    place: Part | None = None
 
     @property
     def nbytes(self) -> int:
@@ -37,6 +42,30 @@ class PlannedTensor:
     def is_copy(self) -> bool:
         """Whether its bytes are the source's bytes, in one order."""
         return not self.ops and self.source.strides is None
+
+    @property
+    def pieces(self) -> tuple[PlannedTensor, ...]:
+        """The members of a join, each with its place; itself where nothing is joined."""
+        if not self.ops or not isinstance(join := self.ops[-1], Join):
+            return (self,)
+        chains = [(self.source, self.ops[:-1]), *((one.tensor, one.ops) for one in join.others)]
+        return tuple(
+            replace(self, source=source, ops=ops, shape=(part.groups * part.rows, *self.shape[1:]), place=part)
+            for (source, ops), part in zip(chains, join.parts, strict=True)
+        )
+
+    def spans(self, start: int, length: int) -> Iterator[tuple[int, int]]:
+        """Where bytes go: for those from `start` on, their place in the tensor at `offset`, and how many lie there."""
+        if self.place is None:
+            yield start, length
+            return
+        row = row_bytes(self.dtype, self.shape)
+        own, whole, first = self.place.rows * row, self.place.of * row, self.place.start * row
+        while length > 0:
+            group, inside = divmod(start, own)
+            take = min(own - inside, length)
+            yield group * whole + first + inside, take
+            start, length = start + take, length - take
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from llava_convert.core.arrays import Array, raw
 from llava_convert.engine.shards import PlannedTensor
 from llava_convert.engine.tasks import Copy
-from llava_convert.storage.ranges import PIECE, FilePool, start_writeback, write_all
+from llava_convert.storage.ranges import PIECE, FilePool, read_back, start_writeback, write_all
+from llava_convert.storage.streams import BLOCK
 
 Progress = Callable[[int], None]
 
@@ -22,6 +23,10 @@ class Sink(Protocol):
 
     def put(self, tensor: PlannedTensor, start: int, data: Array) -> None:
         """What ops made, from byte `start` of the output tensor on."""
+        ...
+
+    def written(self, tensor: PlannedTensor) -> Iterator[memoryview]:
+        """A tensor's bytes as they were put, piece by piece."""
         ...
 
 
@@ -48,6 +53,11 @@ class FileSink:
             start_writeback(fd, full - PIECE, PIECE)
         self.progress(data.nbytes)
 
+    def written(self, tensor: PlannedTensor) -> Iterator[memoryview]:
+        for start in range(0, tensor.nbytes, BLOCK):
+            size = min(BLOCK, tensor.nbytes - start)
+            yield memoryview(read_back(self.files[tensor.shard], tensor.offset + start, size))
+
 
 @dataclass(slots=True)
 class MemorySink:
@@ -60,3 +70,6 @@ class MemorySink:
 
     def put(self, tensor: PlannedTensor, start: int, data: Array) -> None:
         self.tensors[tensor.name][start : start + data.nbytes] = raw(data)
+
+    def written(self, tensor: PlannedTensor) -> Iterator[memoryview]:
+        yield memoryview(self.tensors[tensor.name])

@@ -42,11 +42,29 @@ class Work:
     together: int = 1
 
 
-def tasks_of(tensors: Sequence[PlannedTensor], *, whole: bool = False) -> list[Copy | Work]:
-    """Cut tensors into tasks. `whole`: one task a source and no bare copies (for digests and memory)."""
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """A joined tensor in one task: the work on each of its members in turn."""
+
+    tensor: PlannedTensor
+    work: tuple[Work, ...]
+
+
+Task = Copy | Work | Assembly
+
+
+def tasks_of(tensors: Sequence[PlannedTensor], *, whole: bool = False) -> list[Task]:
+    """Cut tensors into tasks; the members of a join are cut as tensors of their own.
+
+    `whole`: one task a source, or joined tensor, and no bare copies (for digests and memory).
+    """
     copies: list[Copy] = []
-    work: list[Copy | Work] = []
-    for group in _by_source(tensors):
+    work: list[Task] = []
+    if whole:
+        for tensor in (tensor for tensor in tensors if len(tensor.pieces) > 1):
+            work.append(Assembly(tensor, tuple(one for piece in tensor.pieces for one in _work((piece,), whole=True))))
+        tensors = [tensor for tensor in tensors if len(tensor.pieces) == 1]
+    for group in _by_source([piece for tensor in tensors for piece in tensor.pieces]):
         if not whole and all(tensor.is_copy for tensor in group):
             for tensor in group:
                 copies += _copies(tensor)
@@ -89,11 +107,13 @@ def _work(group: tuple[PlannedTensor, ...], *, whole: bool) -> Iterator[Work]:
 
 
 def _copies(tensor: PlannedTensor) -> Iterator[Copy]:
-    at = tensor.offset
+    start = 0
     for extent in tensor.source.extents:
-        if extent.length:
-            yield Copy(extent.path, extent.offset, at, extent.length, tensor.shard)
-        at += extent.length
+        done = 0
+        for at, length in tensor.spans(start, extent.length):
+            yield Copy(extent.path, extent.offset + done, tensor.offset + at, length, tensor.shard)
+            done += length
+        start += extent.length
 
 
 def _runs(copies: Sequence[Copy]) -> Iterator[Copy]:

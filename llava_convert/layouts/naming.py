@@ -133,6 +133,6 @@ def llm_dtype(model: Model) -> str:
     """The dtype of most of the language model's bytes; of all bytes when it has none here."""
     sizes: dict[str, int] = {}
     recipes = model.part(LLM) or model.part(VISION) or model.recipes
-    for recipe in recipes.values():
-        sizes[recipe.tensor.dtype] = sizes.get(recipe.tensor.dtype, 0) + recipe.tensor.nbytes
+    for tensor in (member.tensor for recipe in recipes.values() for member in recipe.members):
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     return max(sizes, key=lambda dtype: (sizes[dtype], dtype)) if sizes else "F16"

@@ -37,6 +37,12 @@ def dialects(name: str) -> list[str]:
     return told() if told is not None else sorted({row.dialect for row in layout_table(name).rows})
 
 
+def family_names(model_type: str) -> dict[str, str]:
+    """What layouts that have names of their own for families call one."""
+    asked = {name: getattr(layout(name), "family_name", None) for name in SOURCES}
+    return {name: told for name, ask in asked.items() if ask is not None and (told := ask(model_type)) is not None}
+
+
 def locate(path: Path) -> Path:
     """The checkpoint that a path means: itself, or what a training work_dir's `last_checkpoint` names."""
     path = path.expanduser()

@@ -12,26 +12,11 @@ from llava_convert.layouts.base import Needs
 from llava_convert.layouts.defaults import output_dtype, shard_limit
 from llava_convert.layouts.naming import outputs
 from llava_convert.model.checkpoint import LLM, VISION
-from llava_convert.model.configs import ordered
+from llava_convert.model.configs import family, ordered
 from llava_convert.model.options import TargetOptions
 from llava_convert.model.recipe import Model
 from llava_convert.model.tables.names import layout_table
 from llava_convert.model.target import FileSet, Target
-
-# The class that reads each family on its own.
-_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "clip_vision_model": "CLIPVisionModel",
-    "siglip_vision_model": "SiglipVisionModel",
-}
-
-
-def class_of(config: Mapping[str, Any]) -> str:
-    """The class that reads a part of this config."""
-    return _CLASSES[str(config["model_type"])]
 
 
 def needs(part: str) -> Needs:
@@ -68,7 +53,7 @@ def llm_artefacts(
 ) -> dict[str, bytes]:
     """config, generation config and tokenizer of a text model. `facts` are the config's keys for facts of the whole."""
     config = made.text_config(TORCH_NAMES[dtype]) | dict(facts or {})
-    config["architectures"] = [class_of(config)]
+    config["architectures"] = [family(LLM, config).kind]
     files = {"config.json": to_json(ordered(config)), **made.generation_file()}
     files |= made.tokenizer_files()
     return files
@@ -81,7 +66,7 @@ def vision_files(model: Model, options: TargetOptions, dtype: str, layout: str, 
 
 def vision_artefacts(model: Model, made: Artefacts, dtype: str, folder: str = "") -> dict[str, bytes]:
     config = made.vision_config(TORCH_NAMES[dtype])
-    config["architectures"] = [class_of(config)]
+    config["architectures"] = [family(VISION, config).kind]
     prefix = f"{folder}/" if folder else ""
     files = {f"{prefix}config.json": to_json(ordered(config))}
     preprocessor = made.preprocessor_config(for_hf=False)

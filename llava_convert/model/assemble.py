@@ -35,7 +35,7 @@ from llava_convert.model.checks import (
 )
 from llava_convert.model.configs import family, named_config
 from llava_convert.model.projector import projector_config
-from llava_convert.model.recipe import EMBEDDING, HEAD, Bases, Model, Recipe
+from llava_convert.model.recipe import Bases, Model, Recipe, joined_recipe
 from llava_convert.model.tables.families import Expected, architecture_for
 from llava_convert.model.tables.names import grouped
 from llava_convert.model.towers import tower_config
@@ -129,18 +129,18 @@ def assemble(
 def without_added(model: Model) -> Model:
     """The model less the rows and tokens which an earlier conversion recorded as added to it."""
     added = (model.checkpoint.record or {}).get("added")
-    if not isinstance(added, dict) or EMBEDDING not in model.recipes:
+    if not isinstance(added, dict) or LLM not in model.configs or model.embedding not in model.recipes:
         return model
     rows = added["rows"]
     recipes, configs = dict(model.recipes), dict(model.configs)
-    if recipes[EMBEDDING].shape[0] != rows["to"]:
+    if recipes[model.embedding].shape[0] != rows["to"]:
         raise InputError(
             f"{model.checkpoint.root}: conversion.json records an embedding of {rows['to']} rows, "
-            f"it has {recipes[EMBEDDING].shape[0]}",
+            f"it has {recipes[model.embedding].shape[0]}",
             hint="delete conversion.json, which is of another model: the weights do not need it",
         )
     if rows["from"] < rows["to"]:
-        for name in (EMBEDDING, HEAD):
+        for name in (model.embedding, model.head):
             recipes[name] = recipes[name].then(TakeRows(rows["from"]))
         configs[LLM] = {**configs[LLM], "vocab_size": rows["from"]}
     return replace(model, recipes=recipes, configs=configs, added=added)
@@ -214,7 +214,10 @@ def _trained(checkpoint: Checkpoint, part: str) -> dict[str, Recipe]:
     whole = dict(own.weights)
     for adapter in (own.adapter, *own.merge):
         whole |= adapter.overrides if adapter is not None else {}
-    return {name: Recipe(tensor, own.ops.get(name, ()), own.origin) for name, tensor in whole.items()}
+    found = {name: Recipe(tensor, own.ops.get(name, ()), own.origin) for name, tensor in whole.items()}
+    for name, parts in own.joins.items():
+        found[name] = joined_recipe([found.pop(one) for one in parts.names], parts.groups)
+    return found
 
 
 def _recipes(
@@ -277,15 +280,17 @@ def _merge_one(part: str, recipes: dict[str, Recipe], adapter: Adapter, alpha: f
 
 def _tie(recipes: dict[str, Recipe], config: dict[str, Any], warnings: list[str]) -> bool:
     """Whether the head really equals the embedding; a different one is kept and the config told so."""
-    head, embedding = recipes[HEAD], recipes[EMBEDDING]
+    roles = family(LLM, config)
+    head, embedding = recipes[roles.head], recipes[roles.embedding]
     if head == embedding or head.tensor.extents == embedding.tensor.extents:
-        recipes[HEAD] = embedding
+        recipes[roles.head] = embedding
         return True
     if head.tensor.dtype == embedding.tensor.dtype and not head.ops and not embedding.ops:
         with FilePool() as pool:
             if same_bytes(pool, head.tensor, embedding.tensor):
-                recipes[HEAD] = embedding
+                recipes[roles.head] = embedding
                 return True
-    warnings.append("lm_head differs from embed_tokens although the config ties them: both are kept, untied")
+    one, other = (name.split(".")[-2] for name in (roles.head, roles.embedding))
+    warnings.append(f"{one} differs from {other} although the config ties them: both are kept, untied")
     config["tie_word_embeddings"] = False
     return False

@@ -30,6 +30,14 @@ PART_WORDS = {LLM: "llm", VISION: "visual-encoder", PROJECTOR: "projector"}
 PART_NAMES = {LLM: "language model", VISION: "vision tower", PROJECTOR: "projector"}
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of a tensor by name, and in how many groups their rows follow each other."""
+
+    names: tuple[str, ...]
+    groups: int
+
+
 @dataclass(frozen=True)
 class Part:
     """One part of a LLaVA, as far as the checkpoint holds it.
@@ -41,7 +49,8 @@ class Part:
     `merge` are adapters to put on top of the whole weights, in order, whatever the target.
 
     By canonical name, `ops` make the canonical tensor of a stored one which the layout keeps in another form, and
-    `synthetic` holds tensors which the layout never has and nothing reads: they stand in where no base has them.
+    `synthetic` holds tensors which the layout never has and nothing reads: they stand in where no base has them. A
+    tensor that the layout keeps in parts is in `joins`; its parts are among the weights, by names of their own.
     """
 
     weights: Mapping[str, StoredTensor] = field(default_factory=dict)
@@ -53,6 +62,13 @@ class Part:
     ops: Mapping[str, tuple[Op, ...]] = field(default_factory=dict)
     merge: tuple[Adapter, ...] = ()
     synthetic: Mapping[str, tuple[StoredTensor, tuple[Op, ...]]] = field(default_factory=dict)
+    joins: Mapping[str, Parts] = field(default_factory=dict)
+
+    @property
+    def names(self) -> set[str]:
+        """The canonical names of the tensors that are held whole, or in all their parts."""
+        parts = {name for parts in self.joins.values() for name in parts.names}
+        return (self.weights.keys() - parts) | self.joins.keys()
 
     @property
     def state(self) -> str:

@@ -24,7 +24,7 @@ from llava_convert.storage.fingerprints import identity
 
 def refuse_unknown(checkpoint: Checkpoint, part: str, known: Mapping[str, Expected]) -> None:
     own = checkpoint.parts[part]
-    named = set(own.weights) | set(own.adapter.overrides if own.adapter else ())
+    named = own.names | set(own.adapter.overrides if own.adapter else ())
     unknown = sorted(named - known.keys())
     if unknown:
         lacking = [name for name, want in known.items() if name not in named and not want.tied]

@@ -20,7 +20,8 @@ def part_named(word: object) -> str | None:
 class TargetOptions:
     """What the user wants of the output. None, or nothing, means the default of the layout.
 
-    The types are GGUF's, `pre` is its name of a pre-tokenizer; `name` is what files are called by.
+    The types are GGUF's, `pre` is its name of a pre-tokenizer; `name` is what files are called by. `as_family` is the
+    family that the language model is written as.
     """
 
     dtype: str | None = None
@@ -31,6 +32,7 @@ class TargetOptions:
     outtypes: tuple[str, ...] = ()
     mmproj_outtypes: tuple[str, ...] = ()
     pre: str | None = None
+    as_family: str | None = None
     name: str = ""
     ids: Mapping[str, str] = field(default_factory=dict)
     lora_alpha: Mapping[str, float] = field(default_factory=dict)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llava_convert.core.tensors import StoredTensor
+from llava_convert.core.errors import UnsupportedError
+from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.model.bases import Base
 from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION, Checkpoint, Dropped
+from llava_convert.model.configs import family
 from llava_convert.model.facts import BIAS, DEPTH, NEWLINE
 from llava_convert.model.projector import projector_config
 from llava_convert.ops.base import Op
+from llava_convert.ops.cast import Cast
+from llava_convert.ops.join import Chain, Join, Part, alike, joined, on_rows, shares
 from llava_convert.storage.sidecars import Sidecars
-
-EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,10 @@ class Bases:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One canonical tensor: the stored tensor it starts from, and the ops on the way."""
+    """One canonical tensor: the stored tensor it starts from, and the ops on the way.
+
+    Where the last op is a join, it is a tree: each of its `members` starts from a stored tensor of its own.
+    """
 
     tensor: StoredTensor
     ops: tuple[Op, ...] = ()
@@ -50,10 +55,49 @@ class Recipe:
         """The recipe with further ops; one that only undoes the op before it goes, and takes that op with it."""
         found = self
         for op in ops:
+            if len(found.members) > 1:
+                found = found._each(op)
+                continue
             before = replace(found, ops=found.ops[:-1])
             undone = bool(found.ops) and op == found.ops[-1].inverse(before.dtype, before.shape)
             found = before if undone else replace(found, ops=(*found.ops, op))
         return found
+
+    @property
+    def members(self) -> tuple[Recipe, ...]:
+        """The recipes that are joined; itself where nothing is."""
+        if not self.ops or not isinstance(join := self.ops[-1], Join):
+            return (self,)
+        first = replace(self, ops=self.ops[:-1])
+        return (first, *(replace(self, tensor=one.tensor, ops=one.ops) for one in join.others))
+
+    def _each(self, op: Op) -> Recipe:
+        """The join with the op done to each member."""
+        join = self.ops[-1]
+        assert isinstance(join, Join)
+        local = [on_rows(op, part) for part in join.parts]
+        if None in local:
+            raise UnsupportedError(f"{op.name} of tensors that were joined is not done")
+        return joined_recipe([m.then(one) for m, one in zip(self.members, local, strict=True) if one], join.groups)
+
+    def part(self, part: Part) -> Recipe:
+        """The recipe of one of several tensors that are joined in this one.
+
+        Taken out before the ops where these leave rows apart: a copy of the whole then is copies of its parts, and a
+        LoRA is split by the rows of B. Of what was joined of just those parts it is the member itself.
+        """
+        part.result(self.dtype, self.shape)
+        if len(self.members) > 1:
+            join = self.ops[-1]
+            assert isinstance(join, Join)
+            if part not in join.parts:
+                raise UnsupportedError("tensors that were joined are not parted otherwise than they were")
+            return self.members[join.parts.index(part)]
+        stored = part.stored(self.tensor)
+        local = [on_rows(op, part) for op in self.ops]
+        if stored is None or None in local:
+            return self.then(part)
+        return replace(self, tensor=stored, ops=tuple(op for op in local if op is not None))
 
     @property
     def dtype(self) -> str:
@@ -68,6 +112,39 @@ class Recipe:
         for op in self.ops:
             dtype, shape = op.result(dtype, shape)
         return dtype, shape
+
+
+def joined_recipe(members: Sequence[Recipe], groups: int) -> Recipe:
+    """The recipe of tensors joined by rows: in each of `groups` groups a share of every member in turn.
+
+    Members that are copied, or all treated alike, are joined where their bytes lie, so that the whole is too. Raises
+    UnsupportedError (exit 4) for quantised members of several types and where rows do not make up the groups.
+    """
+    members = _of_one_dtype(members)
+    rows = [shares(member.shape[0], groups, (1,))[0] for member in members]
+    if len({member.shape[1:] for member in members}) > 1:
+        raise UnsupportedError(f"cannot join rows of different lengths: {[list(member.shape) for member in members]}")
+    ops = members[0].ops
+    if alike(ops) and all(member.ops == ops and member.tensor.dtype == members[0].tensor.dtype for member in members):
+        stored = joined([member.tensor for member in members], groups)
+        if stored is not None:
+            return replace(members[0], tensor=stored)
+    join = Join(groups, tuple(rows), tuple(Chain(member.tensor, member.ops) for member in members[1:]))
+    return replace(members[0], ops=(*ops, join))
+
+
+def _of_one_dtype(members: Sequence[Recipe]) -> Sequence[Recipe]:
+    """Floats of several types widened to the widest, exactly."""
+    dtypes = {member.dtype for member in members}
+    if len(dtypes) == 1:
+        return members
+    if dtypes & QUANTS.keys():
+        raise UnsupportedError(
+            f"cannot join weights of different types: {', '.join(sorted(dtypes))}",
+            hint="--dequantize makes floats of them, which keep the error of the quantisation",
+        )
+    widest = "F64" if "F64" in dtypes else "F32"
+    return [member if member.dtype == widest else member.then(Cast(widest)) for member in members]
 
 
 @dataclass(frozen=True)
@@ -98,6 +175,16 @@ class Model:
             sizes = projector_config(projector)
             found |= {DEPTH: sizes["depth"], BIAS: sizes["bias"]}  # `check_projector` saw that the config agrees
         return found
+
+    @property
+    def embedding(self) -> str:
+        """The canonical name of the language model's embedding."""
+        return family(LLM, self.configs[LLM]).embedding
+
+    @property
+    def head(self) -> str:
+        """The canonical name of the language model's head."""
+        return family(LLM, self.configs[LLM]).head
 
     def part(self, name: str) -> dict[str, Recipe]:
         """The recipes of one part, by canonical name."""

@@ -49,12 +49,22 @@ KEEP = "keep"
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor that a target wants: its name on disk, its recipe, the dtype it is written in."""
+    """One tensor that a target wants: its name on disk, its recipe, the dtype it is written in.
+
+    `members` are the several canonical tensors that are joined in it.
+    """
 
     name: str
     canonical: str
     recipe: Recipe
     dtype: str
+    members: tuple[tuple[str, Recipe], ...] = ()
+
+    @property
+    def apart(self) -> tuple[Output, ...]:
+        """The canonical tensors in it, each as an output of its own."""
+        members = self.members or ((self.canonical, self.recipe),)
+        return tuple(Output(self.name, name, recipe, self.dtype) for name, recipe in members)
 
     @property
     def ops(self) -> tuple[Op, ...]:

@@ -10,11 +10,23 @@ from typing import Any
 from llava_convert.core.tensors import QUANTS
 from llava_convert.ops.base import Op
 from llava_convert.ops.cast import Cast
+from llava_convert.ops.join import Join, Part
 from llava_convert.ops.lora import MergeLora
 from llava_convert.ops.quantize import Dequantize, Quantize
 from llava_convert.ops.rows import Constant, PadRows, RopePermute, TakeRows
 
-OPS: tuple[type[Any], ...] = (Cast, MergeLora, PadRows, TakeRows, RopePermute, Quantize, Dequantize, Constant)
+OPS: tuple[type[Any], ...] = (
+    Cast,
+    MergeLora,
+    PadRows,
+    TakeRows,
+    RopePermute,
+    Join,
+    Part,
+    Quantize,
+    Dequantize,
+    Constant,
+)
 """Every op there is, for `llava-convert layouts`. A byte-for-byte copy is the absence of ops."""
 
 

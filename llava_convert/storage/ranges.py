@@ -239,6 +239,15 @@ def _open_regular(path: Path) -> int:
     return fd
 
 
+def read_back(fd: int, offset: int, length: int) -> bytearray:
+    """What was written into an open file: `length` bytes from `offset` on, fewer at its end."""
+    found = bytearray(length)
+    done = 0
+    while done < length and (got := _read(fd, memoryview(found)[done:], offset + done)):
+        done += got
+    return found[:done]
+
+
 def _bytes_of(buffer: ReadableBuffer) -> memoryview:
     view = memoryview(buffer)
     return view.cast("B") if view.nbytes else memoryview(b"")  # a view with a zero in its shape refuses the cast

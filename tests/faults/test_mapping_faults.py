@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from llava_convert.model.tables.families import architecture_for, architectures
-from llava_convert.model.tables.names import TableError, layout_table, parse_layout_table
+from llava_convert.model.tables.names import layout_table, parse_layout_table
+from llava_convert.model.tables.patterns import TableError
 from tests.faults.corpus import (
     EMBED,
     HEAD,

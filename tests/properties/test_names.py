@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_convert.core.text import printable
-from llava_convert.model.tables.names import Pattern, grouped
+from llava_convert.model.tables.names import grouped
+from llava_convert.model.tables.patterns import Pattern
 
 # Few letters, so that random patterns and names often meet.
 words = st.sampled_from(["a", "b", "0", "1"])

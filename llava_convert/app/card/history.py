@@ -12,6 +12,7 @@ from llava_convert.app.card.tables import size, table
 from llava_convert.core.tensors import TORCH_NAMES
 from llava_convert.engine.shards import PlannedTensor
 from llava_convert.model.checkpoint import LLM, PART_NAMES, PARTS, VISION
+from llava_convert.ops.join import every
 from llava_convert.ops.lora import MergeLora
 from llava_convert.ops.quantize import Dequantize, Quantize
 
@@ -91,22 +92,22 @@ def _weights(facts: Facts, part: str, tensors: Sequence[PlannedTensor]) -> str:
 
 
 def _merged(tensor: PlannedTensor) -> bool:
-    return any(isinstance(op, MergeLora) for op in tensor.ops)
+    return any(isinstance(op, MergeLora) for op in every(tensor.ops))
 
 
 def _kind(tensor: PlannedTensor) -> str:
     """What was done to a tensor: the one thing that changes its values most."""
     if tensor.origin == "synthetic":
         return "made up, since LLaVA never reads them and no source has them"
-    if any(isinstance(op, Quantize) for op in tensor.ops):
+    if any(isinstance(op, Quantize) for op in every(tensor.ops)):
         return "quantised"
     if _merged(tensor):
         return "LoRA merged in float64, rounded once"
-    if any(isinstance(op, Dequantize) for op in tensor.ops):
+    if any(isinstance(op, Dequantize) for op in every(tensor.ops)):
         return "dequantised"
     if tensor.is_copy:
         return "copied bit for bit"
-    if any(op.name == "cast" for op in tensor.ops):
+    if any(op.name == "cast" for op in every(tensor.ops)):
         if tensor.source.dtype in ("F16", "BF16") and tensor.dtype == "F32":
             return "widened to float32, exactly"
         return f"cast to {TORCH_NAMES.get(tensor.dtype, tensor.dtype)}, rounded to nearest"

@@ -1,7 +1,8 @@
 """What a GGUF architecture calls its tensors and settings, as data (`mappings/gguf/*.toml`), read in both directions.
 
-A row pairs a GGUF name with a canonical one, as a layout's does, and may say what happens to the tensor's rows. A key
-pairs an entry of the metadata with one of transformers' config.
+A row pairs a GGUF name with a canonical one, as a layout's does, and may say what happens to the tensor's rows, or that
+one tensor is several on the other side. A key pairs an entry of the metadata with one of transformers' config. Where
+llama.cpp has an architecture for one family alone, its table can be the section `[gguf]` of the family's own.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from llava_convert.core.resources import data_dir
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.layouts.gguf import limits, rope, vision
 from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION
-from llava_convert.model.tables.families import architecture_for
-from llava_convert.model.tables.names import LayoutTable, TableError, parse_layout_table
+from llava_convert.model.recipe import Recipe
+from llava_convert.model.renaming import Renamed, Symbol, groups_of, moves, part_of, piece, renamed
+from llava_convert.model.tables.families import architecture_for, architectures
+from llava_convert.model.tables.names import CANONICAL, DISK, LayoutTable, make_layout_table
+from llava_convert.model.tables.patterns import TableError
 from llava_convert.ops.base import Op
-from llava_convert.ops.rows import RopePermute
+from llava_convert.ops.join import Part
 from llava_convert.storage.gguf.file import Typed
 
 Config = Mapping[str, Any]
@@ -56,6 +60,21 @@ class Key:
     when: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """What a tensor of a file is: `name` is canonical, or that of a part of `whole`; `take` is which rows of it.
+
+    `others` are the names of all of the whole's parts, in order, and `groups` is how their rows follow each other.
+    """
+
+    name: str
+    ops: tuple[Op, ...]
+    take: Part | None = None
+    whole: str = ""
+    others: tuple[str, ...] = ()
+    groups: int = 1
+
+
 @dataclass(frozen=True)
 class GgufTable:
     """One architecture's names and keys. `families` are the model types it holds.
@@ -66,8 +85,6 @@ class GgufTable:
     architecture: str
     families: tuple[str, ...]
     names: LayoutTable
-    heads: Mapping[str, str]
-    omitted: Mapping[str, str]
     keys: tuple[Key, ...]
     family_by: Mapping[str, str]
 
@@ -75,45 +92,58 @@ class GgufTable:
     def part(self) -> str:
         return VISION if self.architecture == CLIP else PROJECTOR if self.families == ("projector",) else LLM
 
-    def write(self, canonical: str, config: Config) -> tuple[str, tuple[Op, ...]] | None:
-        """The GGUF name of a tensor and the ops on its way; None for a name that no row has."""
-        named = self.names.write(canonical)
-        if named is None:
-            return None
-        disk, row = named
-        return disk, self._ops(self.names.rows[row].disk.text, config, back=False)
+    def written(self, recipes: Mapping[str, Recipe], config: Config) -> list[Renamed]:
+        """Recipes by GGUF name, less those that are not written; raises what `renamed` raises."""
+        kept = {name: recipe for name, recipe in recipes.items() if self.omits(name) is None}
+        return renamed(kept, self.names, self._symbol(config), side=CANONICAL)
+
+    def disk_names(self, canonical: str) -> list[str]:
+        """What a tensor is called in a file: by several names where it is in parts, by none where no row has it."""
+        return [disk for disk, row in self.names.named(canonical, CANONICAL) if not row.omit]
 
     def omits(self, canonical: str) -> str | None:
         """Why a tensor is not written, or None where it is."""
-        named = self.names.write(canonical)
-        return None if named is None else self.omitted.get(self.names.rows[named[1]].disk.text)
+        return next((row.omit for _, row in self.names.named(canonical, CANONICAL) if row.omit), None)
 
-    def read(self, disk: str, config: Config) -> tuple[str, tuple[Op, ...]] | None:
-        """The canonical name of a GGUF tensor and the ops that undo what writing did; None for an unknown name."""
-        for row in self.names.rows:
-            bindings = row.disk.match(disk)
-            if bindings is not None:
-                return row.canonical.fill(bindings), self._ops(row.disk.text, config, back=True)
-        return None
+    def read(self, disk: str, shape: tuple[int, ...], config: Config) -> list[Meaning]:
+        """What a GGUF tensor of that shape is, with the ops that undo what writing did; nothing for an unknown name."""
+        found: list[Meaning] = []
+        symbol = self._symbol(config)
+        for canonical, row in self.names.named(disk, DISK):
+            ops, fused = moves(row, symbol, side=DISK), row.fused
+            if fused is None:
+                found.append(Meaning(canonical, ops))
+            elif fused.whole == DISK:
+                found.append(Meaning(canonical, ops, take=part_of(fused, shape, symbol)))
+            else:
+                others = tuple(f"{canonical}[{i}]" for i in range(len(fused.shares)))
+                groups = groups_of(fused, symbol)
+                found.append(Meaning(piece(canonical, fused), ops, None, canonical, others, groups))
+        return found
 
     def dropped(self, disk: str) -> str | None:
         """Why a tensor is left behind when it is read (it says what the config says), or None."""
         return self.names.dropped(disk)
 
-    def _ops(self, row: str, config: Config, *, back: bool) -> tuple[Op, ...]:
-        symbol = self.heads.get(row)
-        if symbol is None:
-            return ()
-        family = architecture_for(self.part, str(config.get("model_type", self.families[0])))
-        return (RopePermute(family.symbol(symbol, config), back),)
+    def _symbol(self, config: Config) -> Symbol:
+        kind = str(config.get("model_type", self.families[0]))
+        return lambda name: architecture_for(self.part, kind).symbol(name, config)
 
 
 @cache
 def tables() -> tuple[GgufTable, ...]:
-    """Every table of `mappings/gguf`."""
+    """Every table of `mappings/gguf`, and those that families carry in their own. Raises TableError."""
     paths = sorted((data_dir("mappings") / "gguf").glob("*.toml"))
-    found = (parse_gguf_table(path.read_text(encoding="utf-8"), path) for path in paths)
-    return tuple(table for table in found if table is not None)
+    found = [parse_gguf_table(path.read_text(encoding="utf-8"), path) for path in paths]
+    for family in architectures().values():
+        if (raw := family.sections.get("gguf")) is not None:
+            text = family.path.read_text(encoding="utf-8")
+            found.append(_gguf_table({**raw, "families": list(family.model_types)}, text, family.path))
+    known = [table for table in found if table is not None]
+    for table in known:
+        if sum(one.architecture == table.architecture for one in known) > 1:
+            raise TableError(f"the GGUF architecture {table.architecture} has two tables")
+    return tuple(known)
 
 
 def dialects() -> list[str]:
@@ -121,22 +151,23 @@ def dialects() -> list[str]:
     return sorted(table.architecture for table in tables())
 
 
+def family_name(model_type: str) -> str | None:
+    """The architecture that a family is written as, None where there is none."""
+    return next((table.architecture for table in tables() if model_type in table.families), None)
+
+
 def parse_gguf_table(text: str, path: Path) -> GgufTable | None:
     """One table; None for a file of the folder that holds something else. Raises TableError for a contradiction."""
     raw = tomllib.loads(text)
-    if "families" not in raw:
-        return None
-    names = parse_layout_table(text, path, layout=raw["architecture"], writes="gguf")
-    heads = {row["disk"]: row["heads"] for row in raw["row"] if "op" in row}
-    unknown = {row["op"] for row in raw["row"] if "op" in row} - {"rope"}
-    if unknown:
-        raise TableError(f"{path.name}: no op {sorted(unknown)}")
+    return _gguf_table(raw, text, path) if "families" in raw else None
+
+
+def _gguf_table(raw: Mapping[str, Any], text: str, path: Path) -> GgufTable:
+    stated = {"layout": raw["architecture"], "writes": "gguf"}
     return GgufTable(
         raw["architecture"],
         tuple(raw["families"]),
-        names,
-        heads,
-        {row["disk"]: row["omit"] for row in raw["row"] if "omit" in row},
+        make_layout_table({**raw, **stated}, text, path),
         tuple(Key(**{**key, "stated": tuple(key.get("stated", ()))}) for key in raw.get("key", ())),
         raw.get("family_by", {}),
     )
@@ -223,10 +254,10 @@ def config_of(table: GgufTable, metadata: Metadata, tensors: Mapping[str, Stored
             config[key.when] = True
     if table.part == VISION:
         return config | vision.config_of_activation(metadata)
-    embedding = tensors.get("token_embd.weight")
-    if embedding is not None:
-        config["vocab_size"] = embedding.shape[0]
-    config["tie_word_embeddings"] = "output.weight" not in tensors
+    words, out = ([*table.disk_names(role), ""][0] for role in (family.embedding, family.head))
+    if words in tensors:
+        config["vocab_size"] = tensors[words].shape[0]
+    config["tie_word_embeddings"] = out not in tensors
     config |= {key: tensor in tensors for key, tensor in _BIASES.items() if key in family.defaults}
     for name, short in _IDS.items():
         typed = metadata.get(f"tokenizer.ggml.{short}_token_id")
@@ -265,7 +296,6 @@ def missing(table: GgufTable, config: Config, names: Iterator[str] | list[str] |
     family = architecture_for(table.part, str(config["model_type"]))
     wanted = []
     for canonical, expected in family.tensors(config).items():
-        written = table.write(canonical, config)
-        if written is not None and expected.tied is None and table.omits(canonical) is None:
-            wanted.append(written[0])
+        if expected.tied is None:
+            wanted += table.disk_names(canonical)
     return [name for name in wanted if name not in there]

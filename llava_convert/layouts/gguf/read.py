@@ -38,6 +38,7 @@ from llava_convert.model.checkpoint import (
     Checkpoint,
     Dropped,
     Part,
+    Parts,
     Settings,
 )
 from llava_convert.model.configs import family, named_config
@@ -138,11 +139,12 @@ def _open_llm(found: _Opened, path: Path, options: OpenOptions) -> None:
     found.ggufs.append(gguf)
     table = table_for_arch(_architecture(gguf, path))
     config, told = _llm_config(table, gguf, path, found)
-    weights, ops = _named(found, gguf.tensors, [table], config, path, options)
+    weights, ops, joins = _named(found, gguf.tensors, [table], config, path, options)
     name = value(gguf.metadata, "general.name")
     if isinstance(name, str) and name:
         config.setdefault("_name_or_path", name)
-    found.parts[LLM] = Part(weights, config=config if told else None, files=llm_sidecars(gguf.metadata, path), ops=ops)
+    files = llm_sidecars(gguf.metadata, path)
+    found.parts[LLM] = Part(weights, config=config if told else None, files=files, ops=ops, joins=joins)
     found.defects += defects.llm_defects(gguf.metadata)
     found.facts |= _facts(gguf.metadata, config)
     found.stated[LLM] = gguf.metadata
@@ -171,7 +173,7 @@ def _open_mmproj(found: _Opened, path: Path, options: OpenOptions, recorded: Set
     config = named_config(config_of(tower, gguf.metadata, gguf.tensors), VISION, where=str(path))
     config = mmproj.completed(config)
     tensors = mmproj.with_legacy_names(gguf.tensors, int(config["hidden_size"]))
-    weights, ops = _named(found, tensors, [tower, projector], config, path, options)
+    weights, ops, _ = _named(found, tensors, [tower, projector], config, path, options)
     found.newline = weights.pop(IMAGE_NEWLINE, None)
     by_part = {part: {n: t for n, t in weights.items() if n.startswith(f"{part}.")} for part in (VISION, PROJECTOR)}
     found.parts[VISION] = Part(
@@ -208,44 +210,53 @@ def _named(
     config: Mapping[str, Any],
     path: Path,
     options: OpenOptions,
-) -> tuple[dict[str, StoredTensor], dict[str, tuple[Op, ...]]]:
-    """Tensors by canonical name, and the ops which make each of what is stored.
+) -> tuple[dict[str, StoredTensor], dict[str, tuple[Op, ...]], dict[str, Parts]]:
+    """Tensors by canonical name, the ops which make each of what is stored, and those that lie in parts.
 
     Raises UnsupportedError (exit 4) for names that no table has and for tensors that change what the model computes,
-    InputError where two mean the same tensor.
+    InputError where two mean the same tensor, and where one of several parts is missing.
     """
     weights: dict[str, StoredTensor] = {}
     ops: dict[str, tuple[Op, ...]] = {}
+    joins: dict[str, Parts] = {}
     unknown: dict[str, str] = {}
-    for disk, tensor in tensors.items():
+    for disk, stored in tensors.items():
         reason = next((said for table in tables if (said := table.dropped(disk)) is not None), None)
         if reason is not None:
             found.dropped.append(Dropped(disk, reason))
             continue
-        table, meaning = next(((t, m) for t in tables if (m := t.read(disk, config)) is not None), (tables[0], None))
-        if meaning is None:
+        meant = [(table, one) for table in tables for one in table.read(disk, stored.shape, config)]
+        if not meant:
             unknown[disk] = disk
-            continue
-        canonical, made = meaning
-        if (reason := table.omits(canonical)) is not None:
-            raise UnsupportedError(f"{printable(path)}: it holds {printable(disk)}: {reason}")
-        if canonical in weights:
-            raise InputError(f"{printable(path)}: two tensors mean {canonical}, {printable(disk)} is one of them")
-        weights[canonical] = tensor
-        if options.dequantize and tensor.dtype in QUANTS:
-            made = (*made, Dequantize())
-        if made:
-            ops[canonical] = made
+        for table, one in meant:
+            if (reason := table.omits(one.name)) is not None:
+                raise UnsupportedError(f"{printable(path)}: it holds {printable(disk)}: {reason}")
+            if one.name in weights:
+                raise InputError(f"{printable(path)}: two tensors mean {one.name}, {printable(disk)} is one of them")
+            tensor = stored if one.take is None else one.take.stored(stored)
+            assert tensor is not None  # a GGUF's tensors lie row by row
+            weights[one.name] = tensor
+            if one.whole:
+                joins[one.whole] = Parts(one.others, one.groups)
+            if made := (*one.ops, *([Dequantize()] if options.dequantize and tensor.dtype in QUANTS else ())):
+                ops[one.name] = made
     if unknown:
         raise UnsupportedError(f"{printable(path)}: {lookup_errors(unknown, tables[0].names, _known(tables, config))}")
-    return weights, ops
+    for whole, parts in joins.items():
+        lacking = [i for i, name in enumerate(parts.names) if name not in weights]
+        if lacking:
+            disks = next(names for table in tables if (names := table.disk_names(whole)))
+            raise InputError(
+                f"{printable(path)}: it lacks {disks[lacking[0]]}, one of the {len(disks)} parts of {whole}",
+                hint="it is incomplete; get it again",
+            )
+    return weights, ops, joins
 
 
 def _known(tables: list[GgufTable], config: Mapping[str, Any]) -> list[str]:
     """The names that a file of this config has."""
     part = tables[0].part
-    written = (tables[0].write(name, config) for name in family(part, config).tensors(config))
-    return [named[0] for named in written if named is not None]
+    return [disk for name in family(part, config).tensors(config) for disk in tables[0].disk_names(name)]
 
 
 def _facts(metadata: mmproj.Metadata, config: Mapping[str, Any]) -> dict[str, Any]:

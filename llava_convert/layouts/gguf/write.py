@@ -6,9 +6,7 @@ checked here before a byte is written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import prod
-from typing import Any
 
 from llava_convert.assets.bundle import Artefacts
 from llava_convert.assets.tokenizer.files import Tokenizer, open_tokenizer
@@ -18,7 +16,7 @@ from llava_convert.layouts.base import Needs
 from llava_convert.layouts.gguf import limits, mixes, rope
 from llava_convert.layouts.gguf.mixes import OUTTYPES
 from llava_convert.layouts.gguf.modelfile import modelfile
-from llava_convert.layouts.gguf.names import GgufTable, metadata_of, missing, table_for_family
+from llava_convert.layouts.gguf.names import metadata_of, missing, table_for_family
 from llava_convert.layouts.gguf.token_flags import runtime_name, space_first, unsaid
 from llava_convert.layouts.gguf.vocabulary import SPACE_FIRST, SPACE_PREFIX, tokenizer_metadata
 from llava_convert.layouts.naming import llm_dtype
@@ -26,7 +24,8 @@ from llava_convert.model.checkpoint import LLM, PARTS, PROJECTOR, VISION, Checkp
 from llava_convert.model.facts import words_of
 from llava_convert.model.options import ALL, TargetOptions
 from llava_convert.model.projector import projector_config
-from llava_convert.model.recipe import EMBEDDING, HEAD, Model, Recipe
+from llava_convert.model.recipe import Model, Recipe
+from llava_convert.model.renaming import Renamed
 from llava_convert.model.tables.facts import Word, stated_in
 from llava_convert.model.target import KEEP, FileSet, Output, Target, parse_size, part_names
 from llava_convert.ops import kernels
@@ -87,13 +86,8 @@ def lower(model: Model, options: TargetOptions) -> Target:
         blocks = int(model.configs[VISION]["num_hidden_layers"])
         for stem, kind in zip(mmprojs, mmproj_types, strict=True):
             outputs = tuple(
-                Output(
-                    disk,
-                    canonical,
-                    recipe,
-                    mixes.mmproj_type(kind, disk, recipe.shape, layer=_layer(disk), layers=blocks),
-                )
-                for disk, canonical, recipe in tower
+                _output(one, mixes.mmproj_type(kind, one.name, one.recipe.shape, layer=_layer(one.name), layers=blocks))
+                for one in tower
             )
             sets.append(FileSet(outputs, "", stem, None, NAME, metadata | _file_type(kind)))
             if OUTTYPES[kind].base in QUANTS and kind != "q8_0":
@@ -119,34 +113,19 @@ def _limit(options: TargetOptions) -> int | None:
     return None if options.max_shard_size in (None, KEEP) else parse_size(str(options.max_shard_size))
 
 
-Named = list[tuple[str, str, Recipe]]
-
-
-def _written(table: GgufTable, recipes: Mapping[str, Recipe], config: Mapping[str, Any]) -> Named:
-    """GGUF name, canonical name and recipe of each tensor that a table writes."""
-    found: Named = []
-    for canonical, recipe in recipes.items():
-        written = table.write(canonical, config)
-        if written is None:
-            raise UnsupportedError(f"GGUF ({table.architecture}) has no name for {canonical}")
-        if table.omits(canonical) is None:
-            found.append((written[0], canonical, recipe.then(*written[1])))
-    return found
-
-
-def _language_model(model: Model, made: Artefacts, options: TargetOptions) -> tuple[Named, dict[str, Typed]]:
+def _language_model(model: Model, made: Artefacts, options: TargetOptions) -> tuple[list[Renamed], dict[str, Typed]]:
     config = model.configs[LLM]
     table = table_for_family(str(config["model_type"]))
-    recipes = {name: recipe for name, recipe in model.part(LLM).items() if not (model.tied and name == HEAD)}
-    rows = recipes[EMBEDDING].shape[0]
+    recipes = {name: recipe for name, recipe in model.part(LLM).items() if not (model.tied and name == model.head)}
+    rows = recipes[model.embedding].shape[0]
     config = {**config, "vocab_size": rows, "tie_word_embeddings": model.tied}
-    found = _written(table, recipes, config)
-    lacking = missing(table, config, [disk for disk, _, _ in found])
+    found = table.written(recipes, config)
+    lacking = missing(table, config, [one.name for one in found])
     if lacking:
         raise UnsupportedError(f"the language model lacks {lacking[0]}, which llama.cpp needs")
     for disk, values in rope.factor_tensors(table.architecture, config).items():
         tensor, ops = constant(disk, (len(values),), values)
-        found.append((disk, disk, Recipe(tensor, ops, "config")))
+        found.append(Renamed(disk, disk, Recipe(tensor, ops, "config")))
     tokenizer = _tokenizer(model, made)
     metadata = _general(table.architecture, "model", runtime_name(options.name or "model", tokenizer), found)
     for setting, (key, kind) in _SAMPLING.items():
@@ -185,20 +164,28 @@ def _stop_ids(made: Artefacts) -> list[int]:
     return [i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int)]
 
 
-def _typed(language: Named, kind: str, model: Model) -> tuple[Output, ...]:
+def _typed(language: list[Renamed], kind: str, model: Model) -> tuple[Output, ...]:
     config = model.configs[LLM]
     layers = int(config["num_hidden_layers"])
     return tuple(
-        Output(
-            disk,
-            canonical,
-            recipe,
+        _output(
+            one,
             mixes.tensor_type(
-                kind, disk, recipe.shape, layer=_layer(disk), layers=layers, config=config, tied=model.tied
+                kind,
+                one.name,
+                one.recipe.shape,
+                layer=_layer(one.name),
+                layers=layers,
+                config=config,
+                tied=model.tied,
             ),
         )
-        for disk, canonical, recipe in language
+        for one in language
     )
+
+
+def _output(one: Renamed, dtype: str) -> Output:
+    return Output(one.name, one.old, one.recipe, dtype, one.members)
 
 
 def _layer(disk: str) -> int:
@@ -206,14 +193,14 @@ def _layer(disk: str) -> int:
     return int(parts[1]) if parts[0] == "blk" else 0
 
 
-def _mmproj(model: Model, made: Artefacts, options: TargetOptions) -> tuple[Named, dict[str, Typed]]:
+def _mmproj(model: Model, made: Artefacts, options: TargetOptions) -> tuple[list[Renamed], dict[str, Typed]]:
     config = model.configs[VISION]
     table, projector = table_for_family(str(config["model_type"])), table_for_family("projector")
     recipes = model.part(PROJECTOR)
     sizes = projector_config({name: recipe.tensor for name, recipe in recipes.items()})
     settings = model.checkpoint.settings
-    found = [*_written(projector, recipes, config), *_written(table, model.part(VISION), config)]
-    lacking = missing(table, config, [disk for disk, _, _ in found])
+    found = [*projector.written(recipes, config), *table.written(model.part(VISION), config)]
+    lacking = missing(table, config, [one.name for one in found])
     if lacking:
         raise UnsupportedError(f"the vision tower lacks {lacking[0]}, which llama.cpp needs")
     blocks = int(config["num_hidden_layers"])
@@ -234,14 +221,14 @@ def _mmproj(model: Model, made: Artefacts, options: TargetOptions) -> tuple[Name
     return found, metadata
 
 
-def _general(architecture: str, kind: str, name: str, counted: Named | None) -> dict[str, Typed]:
+def _general(architecture: str, kind: str, name: str, counted: list[Renamed] | None) -> dict[str, Typed]:
     found = {
         "general.architecture": Typed("str", architecture),
         "general.type": Typed("str", kind),
         "general.name": Typed("str", name),
     }
     if counted is not None:
-        found["general.size_label"] = Typed("str", size_label(sum(prod(recipe.shape) for *_, recipe in counted)))
+        found["general.size_label"] = Typed("str", size_label(sum(prod(one.recipe.shape) for one in counted)))
     return found
 
 

@@ -18,6 +18,7 @@ from llava_convert.model.configs import old_flavour
 from llava_convert.model.facts import ASPECT, read_facts
 from llava_convert.model.record import read_record
 from llava_convert.model.tables.facts import CONFIG, stated_in, unknown_keys
+from llava_convert.model.tables.families import known_architecture
 from llava_convert.model.tables.names import layout_table
 from llava_convert.model.tables.types import read_config
 from llava_convert.storage.weights import open_weights
@@ -57,8 +58,10 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
         raise UnsupportedError(f"{path}: {raw.get('model_type')} is not supported, only llava")
     config = old_flavour(raw)
     weights = open_weights(path, headers=found.headers)
-    sorted_ = sort_tensors(weights.tensors, layout_table(NAME), path)
     text, vision = _text_config(config), _vision_config(config)
+    # A family that is not known is refused where its tensors are needed, so that `inspect` can tell of the rest.
+    known = known_architecture(LLM, text["model_type"])
+    sorted_ = sort_tensors(weights.tensors, layout_table(NAME, known.name if known else None), path)
     configs: dict[str, dict[str, Any] | None] = {LLM: text, VISION: vision, PROJECTOR: None}
     parts = {name: Part(sorted_.weights[name], None, None, configs[name], found.beside) for name in PARTS}
     layer = config.get("vision_feature_layer")

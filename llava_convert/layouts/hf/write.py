@@ -25,7 +25,7 @@ from llava_convert.model.checkpoint import LLM, PARTS, PROJECTOR, VISION, Checkp
 from llava_convert.model.configs import family, ordered
 from llava_convert.model.facts import words_of
 from llava_convert.model.options import ALL, TargetOptions
-from llava_convert.model.recipe import EMBEDDING, HEAD, Model, Recipe
+from llava_convert.model.recipe import Model, Recipe
 from llava_convert.model.tables.names import layout_table
 from llava_convert.model.target import FileSet, Target
 from llava_convert.ops.rows import PadRows
@@ -52,11 +52,11 @@ def lower(model: Model, options: TargetOptions) -> Target:
     family(LLM, model.configs[LLM])
     tokens, files, record = _tokens(model, made)
     recipes = dict(model.recipes)
-    for name in (EMBEDDING, HEAD):
+    for name in (model.embedding, model.head):
         if tokens.rows_out > recipes[name].shape[0]:
             recipes[name] = recipes[name].then(PadRows(tokens.rows_out))
-    rows = recipes[EMBEDDING].shape[0]
-    skip = frozenset({HEAD}) if model.tied else frozenset()
+    rows = recipes[model.embedding].shape[0]
+    skip = frozenset({model.head}) if model.tied else frozenset()
     tensors = outputs(recipes, layout_table(NAME), dtype, skip=skip)
     files["config.json"] = to_json(_config(model, made, dtype, rows, tokens))
     files |= made.generation_file()
@@ -79,7 +79,7 @@ def lower(model: Model, options: TargetOptions) -> Target:
 def _tokens(model: Model, made: Artefacts) -> tuple[TokenPlan, dict[str, bytes], dict[str, Any]]:
     """LLaVA's tokens, the tokenizer's files with them, and what undoes the change."""
     tokenizer = made.required_tokenizer()
-    plan = plan_llava_tokens(tokenizer, model.recipes[EMBEDDING].shape[0])
+    plan = plan_llava_tokens(tokenizer, model.recipes[model.embedding].shape[0])
     templates = made.templates
     files = with_tokens(tokenizer, plan, chat_template=templates.tokenizer, processor_template=templates.processor)
     return plan, files, undo_record(plain_files(tokenizer, templates.tokenizer), plan, files)
@@ -87,9 +87,9 @@ def _tokens(model: Model, made: Artefacts) -> tuple[TokenPlan, dict[str, bytes],
 
 def _added(model: Model, recipes: Mapping[str, Recipe], tokens: TokenPlan, record: Mapping[str, Any]) -> dict[str, Any]:
     """What conversion.json keeps of the added rows and tokens, so that the way back can take them off."""
-    before = model.recipes[EMBEDDING].shape[0]
+    before = model.recipes[model.embedding].shape[0]
     return {
-        "rows": {"from": before, "to": recipes[EMBEDDING].shape[0]},
+        "rows": {"from": before, "to": recipes[model.embedding].shape[0]},
         "tokens": [token.record() for token in tokens.added],
         "tokenizer": dict(record),
         "fill": "mean of the old rows",
@@ -99,8 +99,8 @@ def _added(model: Model, recipes: Mapping[str, Recipe], tokens: TokenPlan, recor
 def _config(model: Model, made: Artefacts, dtype: str, rows: int, tokens: TokenPlan) -> dict[str, Any]:
     text = made.text_config(TORCH_NAMES[dtype], rows=rows)
     vision = made.vision_config(TORCH_NAMES[dtype])
-    text["architectures"] = [single.class_of(text)]
-    vision["architectures"] = [single.class_of(vision)]
+    text["architectures"] = [family(LLM, text).kind]
+    vision["architectures"] = [family(VISION, vision).kind]
     settings = model.checkpoint.settings
     # The class token is one of the positions; "default" leaves the first feature out, whatever it is.
     positions = family(VISION, model.configs[VISION]).symbol("positions", model.configs[VISION])

@@ -147,15 +147,9 @@ def _text_type(config: Mapping[str, Any], path: Path) -> str:
     """
     kind, classes = str(config.get("model_type")), config.get("architectures")
     named = str(classes[0]) if isinstance(classes, list) and classes else ""
-    by_kind = {
-        text for table in architectures().values() for text, official in table.official.items() if official == kind
-    }
-    by_class = {
-        text
-        for table in architectures().values()
-        for text, official in table.official.items()
-        if class_of(official) == named
-    }
+    known = [table for table in architectures().values() if table.official]
+    by_kind = {table.model_types[0] for table in known if kind in (table.official, *table.forks)}
+    by_class = {table.model_types[0] for table in known if class_of(table.official) == named}
     if by_kind and by_class and not by_kind & by_class:
         raise UnsupportedError(
             f"{path / CONFIG}: model_type is {printable(kind)}, and architectures names {printable(named)}: they are "

@@ -65,8 +65,8 @@ def lower(model: Model, options: TargetOptions) -> Target:
 def _config(model: Model, made: Artefacts, dtype: str) -> dict[str, Any]:
     text = model.configs[LLM]
     table = family(LLM, text)
-    kind = table.official.get(str(text["model_type"]))
-    if kind is None:
+    kind = table.official
+    if not kind:
         raise UnsupportedError(f"official LLaVA has no class for {text['model_type']}")
     _refuse_other_features(model)
     projector = projector_config({name: recipe.tensor for name, recipe in model.part(PROJECTOR).items()})

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from llava_convert.core.resources import data_dir
-from llava_convert.model.tables.names import TableError
+from llava_convert.model.tables.patterns import TableError
 
 KINDS = ("computes", "prompts", "stops", "samples", "describes")
 CONFIG = "config.json"

@@ -2,7 +2,8 @@
 
 A table lists every tensor of a model in module order, with its shape in symbols which the config gives. It
 answers what a conversion must know before a byte moves: which names must be there, which may, of what
-shape, and in which order they are written.
+shape, and in which order they are written. Of a language model it also says which tensors play a role: the embedding
+and the head, whatever they are called.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.resources import data_dir
-from llava_convert.model.tables.names import Pattern
+from llava_convert.model.tables.patterns import Pattern, TableError
 
 Config = Mapping[str, Any]
 
@@ -37,6 +38,10 @@ class Expected:
 class Architecture:
     """One family's table. `part` is the prefix of its canonical names.
 
+    `kind` is transformers' class of it. `embedding` and `head` are canonical names, "" where the part has none.
+    `official` is the model type by which LLaVA's own code knows the family, "" where it has no class for it; `forks`
+    are those by which other code derived from it does. `sections` are the table's `[gguf]` and `[as]`.
+
     `scaling` is the one rope scaling that the family's class takes, where it takes no other field: its `type`, the
     `former_types` that mean the same, and its `fields`.
     """
@@ -45,13 +50,18 @@ class Architecture:
     part: str
     path: Path
     model_types: tuple[str, ...]
-    official: Mapping[str, str]
+    kind: str
+    embedding: str
+    head: str
+    official: str
+    forks: tuple[str, ...]
     defaults: Mapping[str, Any]
     symbols: Mapping[str, tuple[str, ...]]
     repeat: Mapping[str, Mapping[str, Any]]
     rows: tuple[Mapping[str, Any], ...]
     drops: tuple[tuple[Pattern, str], ...]
     scaling: Mapping[str, Any]
+    sections: Mapping[str, Mapping[str, Any]]
 
     def complete(self, config: Config) -> dict[str, Any]:
         """`config` with the family's defaults filled in: published configs keep only what differs."""
@@ -99,8 +109,9 @@ class Architecture:
             return
         name = row["name"] if rows_name is None else row["name"].replace(f"{{{rows_name}}}", str(number))
         shape = tuple(self._dimension(d, config) for d in row["shape"])
-        tied = row.get("tied") if config.get("tie_word_embeddings") else None
-        found[f"{self.part}.{name}"] = Expected(shape, f"{self.part}.{tied}" if tied else None, row["line"])
+        canonical = f"{self.part}.{name}"
+        tied = bool(self.head) and canonical == self.head and bool(config.get("tie_word_embeddings"))
+        found[canonical] = Expected(shape, self.embedding if tied else None, row["line"])
 
     def _dimension(self, formula: str | int, config: Config) -> int:
         if isinstance(formula, int):
@@ -110,6 +121,22 @@ class Architecture:
             word = word.strip()
             value *= int(word) if word.isdigit() else self.symbol(word, config)
         return value
+
+    @cached_property
+    def modules(self) -> tuple[str, ...]:
+        """The outermost modules that hold its tensors, in their order: two names deep, less the part.
+
+        `model.layers` of `model.layers.{layer}.mlp.up_proj.weight`, `lm_head` of `lm_head.weight`.
+        """
+        found: dict[str, None] = {}
+        for name in (*(row["name"] for row in self.rows), *self._dropped_names):
+            fixed = name.split(".{")[0].split(".")
+            found[".".join(fixed[:-1][:2] if len(fixed) == len(name.split(".")) else fixed[:2])] = None
+        return tuple(found)
+
+    @cached_property
+    def _dropped_names(self) -> tuple[str, ...]:
+        return tuple(pattern.text.removeprefix(f"{self.part}.") for pattern, _ in self.drops)
 
     def dropped(self, canonical: str) -> str | None:
         """Why a tensor of this name is left behind (old buffers), or None when it is not."""
@@ -145,25 +172,35 @@ def _formula(formula: str, config: Config) -> int | None:
 
 
 def parse_architecture(text: str, path: Path) -> Architecture:
+    """One table. Raises TableError for a role that no row has, and for a language model without roles."""
     raw = tomllib.loads(text)
     lines = text.splitlines()
+    names = {row["name"] for row in raw["tensor"]}
+    roles = {role: raw.get(role, "") for role in ("embedding", "head")}
+    for role, name in roles.items():
+        if (name or raw["part"] == "language_model") and name not in names:
+            raise TableError(f"{path.name}: no tensor is the {role} {name!r}")
     return Architecture(
         name=raw["architecture"],
         part=raw["part"],
         path=path,
         model_types=tuple(raw["model_types"]),
-        official=raw.get("official", {}),
+        kind=raw.get("class", ""),
+        **{role: f"{raw['part']}.{name}" if name else "" for role, name in roles.items()},
+        official=raw.get("official", ""),
+        forks=tuple(raw.get("forks", ())),
         defaults=raw.get("defaults", {}),
         symbols={k: tuple(v) for k, v in raw.get("symbols", {}).items()},
         repeat=raw.get("repeat", {}),
         rows=tuple({**row, "line": _line_of(row["name"], lines)} for row in raw["tensor"]),
         scaling=raw.get("rope_scaling", {}),
         drops=tuple((Pattern.parse(f"{raw['part']}.{d['name']}"), d["reason"]) for d in raw.get("drop", ())),
+        sections={name: raw[name] for name in ("gguf", "as") if name in raw},
     )
 
 
 def _line_of(name: str, lines: list[str]) -> int:
-    quoted = f'"{name}"'
+    quoted = f'name = "{name}"'
     return next((number for number, content in enumerate(lines, 1) if quoted in content), 0)
 
 
@@ -177,11 +214,16 @@ def architectures() -> dict[str, Architecture]:
     return tables
 
 
+def known_architecture(part: str, model_type: Any) -> Architecture | None:
+    """The table of a part's `model_type`, None for an unknown family."""
+    return next((a for a in architectures().values() if a.part == part and model_type in a.model_types), None)
+
+
 def architecture_for(part: str, model_type: str) -> Architecture:
     """The table of a part's `model_type`. Raises UnsupportedError (exit 4) for an unknown family."""
-    for table in architectures().values():
-        if table.part == part and model_type in table.model_types:
-            return table
+    found = known_architecture(part, model_type)
+    if found is not None:
+        return found
     known = sorted(t for a in architectures().values() if a.part == part for t in a.model_types)
     raise UnsupportedError(
         f"model_type {model_type!r} is not a known {part.replace('_', ' ')} family",

@@ -5,110 +5,71 @@ for exactly one segment, `{x...}` for one or more. Both sides of a row hold the 
 every row works in both directions. Tables are checked when they are loaded: patterns that could both
 match one name are refused, so the order of rows never decides what a name means; it only says in which
 order the target's modules come.
+
+A layout does not know what a family calls its tensors. A row that holds a role stands for one row for each family of
+language models: `{module}` is an outermost module of it (`model`, `lm_head`), `{head}` the one that holds the head,
+`{body}` one of the others with what lies next in it (`model.layers`), and `{inner}` that without what all begin with.
 """
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from llava_convert.core.resources import data_dir
 from llava_convert.core.text import printable
+from llava_convert.model.tables.families import Architecture, architectures
+from llava_convert.model.tables.patterns import Pattern, TableError
 
-Bindings = dict[str, str]
-_SEGMENT = re.compile(r"[^{}*]+|\{\w+\*?\}")
+_ROLES = ("{module}", "{head}", "{body}", "{inner}")
 
 
-class TableError(Exception):
-    """A mapping table contradicts itself: our bug, found when the table is loaded."""
+DISK, CANONICAL = "disk", "canonical"
+ROWS = "rows"
 
 
 @dataclass(frozen=True, slots=True)
-class Pattern:
-    """One dotted name with placeholders."""
+class Fused:
+    """How one tensor on the side `whole` is several on the other: rows of a table with `parts`, one for each.
 
-    text: str
-    segments: tuple[str, ...]
+    `groups` is the shape symbol that counts the groups of rows, or ROWS: the parts stand one after another. `shares`
+    are symbols too: how much of a group each part has, in proportion. `index` is that of this row's part.
+    """
 
-    @classmethod
-    def parse(cls, text: str) -> Pattern:
-        # The rest placeholder holds dots of its own: shield them from the split.
-        segments = tuple(text.replace("...}", "*}").split("."))
-        rests = [s for s in segments if s.endswith("*}")]
-        names = [s.strip("{}*") for s in segments if s.startswith("{")]
-        # A brace inside a segment would be taken for a literal, and match nothing.
-        whole = all(_SEGMENT.fullmatch(s) for s in segments)
-        if len(rests) > 1 or len(set(names)) != len(names) or not whole:
-            raise TableError(f"bad pattern {text!r}")
-        return cls(text, segments)
-
-    @property
-    def placeholders(self) -> frozenset[str]:
-        return frozenset(s for s in self.segments if s.startswith("{"))
-
-    def match(self, name: str) -> Bindings | None:
-        """What each placeholder stands for in `name`, or None if it is another name."""
-        parts = name.split(".")
-        return _match(self.segments, parts)
-
-    def fill(self, bindings: Bindings) -> str:
-        return ".".join(bindings[s] if s.startswith("{") else s for s in self.segments)
-
-    def overlaps(self, other: Pattern) -> bool:
-        """Whether some name matches both."""
-        return _overlap(self.segments, other.segments)
-
-
-def _match(segments: tuple[str, ...], parts: list[str]) -> Bindings | None:
-    rest = next((i for i, s in enumerate(segments) if s.endswith("*}")), None)
-    if rest is None:
-        if len(parts) != len(segments):
-            return None
-        pairs = list(zip(segments, parts, strict=True))
-    else:
-        tail = len(segments) - rest - 1
-        if len(parts) < len(segments):
-            return None
-        middle = ".".join(parts[rest : len(parts) - tail])
-        pairs = [*zip(segments[:rest], parts, strict=False), (segments[rest], middle)]
-        pairs += zip(segments[rest + 1 :], parts[len(parts) - tail :], strict=True)
-    bindings: Bindings = {}
-    for segment, part in pairs:
-        if segment.startswith("{"):
-            bindings[segment] = part
-        elif segment != part:
-            return None
-    return bindings
-
-
-def _overlap(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
-    if not a or not b:
-        return not a and not b
-    if a[0].endswith("*}") or b[0].endswith("*}"):
-        if not a[0].endswith("*}"):
-            a, b = b, a
-        # One rest swallows one segment or more of the other: try each length.
-        return any(_overlap(a[1:], b[n:]) for n in range(1, len(b) + 1)) or (
-            b[0].endswith("*}") and any(_overlap(a[n:], b[1:]) for n in range(1, len(a) + 1))
-        )
-    if a[0].startswith("{") or b[0].startswith("{") or a[0] == b[0]:
-        return _overlap(a[1:], b[1:])
-    return False
+    whole: str
+    index: int
+    groups: str
+    shares: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One pair of patterns; `dialect` names the variant of the layout which uses it."""
+    """One pair of patterns; `dialect` names the variant of the layout which uses it.
+
+    `place` is its number in the table, which rows that were made of one share. `heads` is the shape symbol that counts
+    the heads whose rows are reordered on the way to disk, `omit` why a tensor is not written at all.
+    """
 
     disk: Pattern
     canonical: Pattern
     dialect: str
     line: int
+    place: int
+    fused: Fused | None = None
+    heads: str = ""
+    omit: str = ""
+
+    def pattern(self, side: str) -> Pattern:
+        return self.disk if side == DISK else self.canonical
+
+    def one_of(self, side: str) -> bool:
+        """Whether it is the row by which the table's patterns of that side are told apart: the first of `parts`."""
+        return self.fused is None or self.fused.whole != side or self.fused.index == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,17 +106,23 @@ class LayoutTable:
                 return Named(row.canonical.fill(bindings), row.dialect)
         return None
 
+    def named(self, name: str, side: str) -> list[tuple[str, Row]]:
+        """What a name on one side is called on the other, by each row that takes it: several where it is in parts."""
+        found = ((row.pattern(side).match(name), row) for row in self.rows)
+        other = CANONICAL if side == DISK else DISK
+        return [(row.pattern(other).fill(bindings), row) for bindings, row in found if bindings is not None]
+
     def dropped(self, disk: str) -> str | None:
         """Why `disk` is left behind, or None when it is not."""
         return next((drop.reason for drop in self.drops if drop.disk.match(disk) is not None), None)
 
     def write(self, canonical: str) -> tuple[str, int] | None:
-        """The name on disk of `canonical` and the number of the row which gave it (the module order)."""
-        for number, row in enumerate(self.rows):
+        """The name on disk of `canonical` and the place of the row which gave it (the module order)."""
+        for row in self.rows:
             if row.dialect == self.writes:
                 bindings = row.canonical.match(canonical)
                 if bindings is not None:
-                    return row.disk.fill(bindings), number
+                    return row.disk.fill(bindings), row.place
         return None
 
     def nearest(self, disk: str, known: Iterable[str] = ()) -> str:
@@ -168,28 +135,83 @@ class LayoutTable:
         return f"nearest row: {close[0]} ({self.path.name} line {texts[close[0]]})" if close else ""
 
 
-def parse_layout_table(text: str, path: Path, **stated: str) -> LayoutTable:
-    """Parse and check one table. Raises TableError when rows overlap or cannot be inverted.
+def parse_layout_table(text: str, path: Path, families: Iterable[Architecture] = ()) -> LayoutTable:
+    """Parse and check one table, as `make_layout_table` does."""
+    return make_layout_table(tomllib.loads(text), text, path, families)
 
-    `stated` gives `layout` and `writes` where the text does not.
+
+def make_layout_table(
+    raw: Mapping[str, Any], text: str, path: Path, families: Iterable[Architecture] = ()
+) -> LayoutTable:
+    """The table of what a file's `text` says. Raises TableError when rows overlap or cannot be inverted.
+
+    `families` are what rows with a role stand for.
     """
-    raw = {**tomllib.loads(text), **stated}
     lines = text.splitlines()
+    roles = [pair for family in families for pair in _roles(family)]
     rows: list[Row] = []
-    for entry in raw["row"]:
-        disk, canonical = Pattern.parse(entry["disk"]), Pattern.parse(entry["canonical"])
-        if disk.placeholders != canonical.placeholders:
-            raise TableError(f"{path.name}: {disk.text} and {canonical.text} hold different placeholders")
-        quoted = f'"{disk.text}"'
-        line = next((n for n, content in enumerate(lines, 1) if quoted in content), 0)
-        rows.append(Row(disk, canonical, entry.get("dialect", raw["writes"]), line))
+    for place, entry in enumerate(raw["row"]):
+        for pair, fused in _pairs(entry, path):
+            line = next((n for n, content in enumerate(lines, 1) if f'"{pair[DISK]}"' in content), 0)
+            unknown = {pair["op"]} - {"rope"} if "op" in pair else set()
+            if unknown:
+                raise TableError(f"{path.name}: no op {sorted(unknown)}")
+            for disk_text, canonical_text in _expanded(pair[DISK], pair[CANONICAL], roles):
+                disk, canonical = Pattern.parse(disk_text), Pattern.parse(canonical_text)
+                dialect = entry.get("dialect", raw["writes"])
+                if any((disk, canonical) == (row.disk, row.canonical) and dialect != row.dialect for row in rows):
+                    continue  # a family whose names two dialects write alike
+                if disk.placeholders != canonical.placeholders:
+                    raise TableError(f"{path.name}: {disk.text} and {canonical.text} hold different placeholders")
+                more = {key: pair[key] for key in ("heads", "omit") if key in pair}
+                rows.append(Row(disk, canonical, dialect, line, place, fused, **more))
     drops = tuple(Drop(Pattern.parse(entry["disk"]), entry["reason"]) for entry in raw.get("drop", ()))
     if raw["writes"] not in {row.dialect for row in rows}:
         raise TableError(f"{path.name}: no row is of the dialect {raw['writes']!r} that it writes")
-    _refuse_overlaps(path.name, [row.disk for row in rows] + [drop.disk for drop in drops])
+    _refuse_overlaps(path.name, [row.disk for row in rows if row.one_of(DISK)] + [drop.disk for drop in drops])
     for dialect in {row.dialect for row in rows}:
-        _refuse_overlaps(f"{path.name} ({dialect})", [row.canonical for row in rows if row.dialect == dialect])
+        named = [row.canonical for row in rows if row.dialect == dialect and row.one_of(CANONICAL)]
+        _refuse_overlaps(f"{path.name} ({dialect})", named)
     return LayoutTable(raw["layout"], path, raw["writes"], tuple(rows), drops)
+
+
+def _pairs(entry: Mapping[str, Any], path: Path) -> Iterable[tuple[dict[str, Any], Fused | None]]:
+    """An entry of a table as pairs of names: one, or with `parts` one for each."""
+    if "parts" not in entry:
+        yield dict(entry), None
+        return
+    whole = DISK if DISK in entry else CANONICAL
+    if len({DISK, CANONICAL} & entry.keys()) != 1 or "join" not in entry or len(entry["parts"]) < 2:
+        raise TableError(f"{path.name}: a row with parts has one name, two parts or more, and says how they `join`")
+    shares = tuple(part.get("share", ROWS) for part in entry["parts"])
+    for index, part in enumerate(entry["parts"]):
+        yield {whole: entry[whole], **part}, Fused(whole, index, entry["join"], shares)
+
+
+def _roles(family: Architecture) -> Iterable[dict[str, str]]:
+    """What the placeholders of roles stand for in one family, one set for each of its outermost modules."""
+    head = family.head.removeprefix(f"{family.part}.").rpartition(".")[0]
+    body = [module for module in family.modules if module != head]
+    first = {module.partition(".")[0] for module in body}
+    shared = f"{min(first)}." if len(first) == 1 else ""
+    yield {"{module}": head.partition(".")[0], "{head}": head}
+    for module in body:
+        yield {"{module}": module.partition(".")[0], "{body}": module, "{inner}": module.removeprefix(shared)}
+
+
+def _expanded(disk: str, canonical: str, roles: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """The rows that one with roles stands for, else itself; none for a name that families mean different things by."""
+    held = {role for role in _ROLES if role in disk + canonical}
+    if not held:
+        return [(disk, canonical)]
+    found: dict[str, set[str]] = {}
+    for values in roles:
+        if held <= values.keys():
+            pair = [disk, canonical]
+            for role, value in values.items():
+                pair = [text.replace(role, value) for text in pair]
+            found.setdefault(pair[0], set()).add(pair[1])
+    return [(name, min(meant)) for name, meant in found.items() if len(meant) == 1]
 
 
 def _refuse_overlaps(where: str, patterns: list[Pattern]) -> None:
@@ -200,10 +222,17 @@ def _refuse_overlaps(where: str, patterns: list[Pattern]) -> None:
 
 
 @cache
-def layout_table(name: str) -> LayoutTable:
-    """The table of `mappings/layouts/<name>.toml`."""
+def layout_table(name: str, family: str | None = None) -> LayoutTable:
+    """The table of `mappings/layouts/<name>.toml`, for all families of language models or for the one of that name.
+
+    A layout that calls the head otherwise than its family does is read by the table of that family alone.
+    """
     path = data_dir("mappings") / "layouts" / f"{name}.toml"
-    return parse_layout_table(path.read_text(encoding="utf-8"), path)
+    families = [a for a in architectures().values() if a.embedding and family in (None, a.name)]
+    table = parse_layout_table(path.read_text(encoding="utf-8"), path, families)
+    if any(row.fused or row.heads for row in table.rows):
+        raise TableError(f"{path.name}: parts and heads are for the tables of a family, whose sizes are known")
+    return table
 
 
 def grouped(names: Iterable[str], *, limit: int = 12) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from llava_convert.core.errors import InputError
 from llava_convert.core.text import printable
 from llava_convert.model.tables.facts import fact_tables
-from llava_convert.model.tables.names import TableError
+from llava_convert.model.tables.patterns import TableError
 from llava_convert.storage.sidecars import Sidecars
 
 _LARGEST = 3.4028234663852886e38  # float32's

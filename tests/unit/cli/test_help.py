@@ -131,9 +131,12 @@ def test_json_of_the_others(tiny: Path, tmp_path: Path) -> None:
     known = json.loads(run("layouts", "--json").stdout)
     assert set(known["sources"]) == set(LAYOUTS) and known["targets"] == list(TARGETS)
     assert known["ops"] == [
-        "copy", "cast", "merge_lora", "pad_rows", "take_rows", "rope_permute", "quantize", "dequantize", "constant",
+        "copy", "cast", "merge_lora", "pad_rows", "take_rows", "rope_permute", "join", "part", "quantize", "dequantize",
+        "constant",
     ]  # fmt: skip
-    assert known["families"]["clip"] == {"part": "vision_tower", "model_types": ["clip_vision_model"]}
+    clip = {"part": "vision_tower", "model_types": ["clip_vision_model"], "as": [], "called": {"gguf": "clip"}}
+    assert known["families"]["clip"] == clip
+    assert known["families"]["phi3"]["as"] == ["llama"] and known["families"]["siglip"]["called"] == {}
     assert set(known["sources"]["hf"]) == {"classic", "new", "flat", "newflat", "doubled"}
 
 

@@ -12,6 +12,7 @@ import pytest
 from llava_convert.core.errors import InputError
 from llava_convert.model.configs import named_config
 from llava_convert.model.tables.families import MOST_LAYERS, architecture_for, architectures, parse_architecture
+from llava_convert.model.tables.patterns import TableError
 
 LLM, VISION = "language_model", "vision_tower"
 SIZES: dict[str, Any] = {
@@ -201,7 +202,7 @@ def test_old_buffers_are_dropped_with_a_reason() -> None:
 def test_formulas_run_left_to_right() -> None:
     text = """
 architecture = "x"
-part = "language_model"
+part = "vision_tower"
 model_types = ["x"]
 tensor = [
   { name = "a", shape = ["first", "2 * b"], when = "not quiet" },
@@ -210,5 +211,34 @@ tensor = [
 first = ["absent / b", "b + b * b", "b"]
 """
     table = parse_architecture(text, Path("x.toml"))
-    assert table.tensors({"b": 3})["language_model.a"].shape == (18, 6)
+    assert table.tensors({"b": 3})["vision_tower.a"].shape == (18, 6)
     assert table.tensors({"b": 3, "quiet": True}) == {}
+
+
+def test_roles_are_those_that_the_table_names() -> None:
+    for name in ("llama", "mistral", "phi3", "qwen2"):
+        table = architectures()[name]
+        assert (table.embedding, table.head) == (f"{LLM}.model.embed_tokens.weight", f"{LLM}.lm_head.weight")
+    text = """
+architecture = "x"
+part = "language_model"
+model_types = ["x"]
+embedding = "model.words.weight"
+head = "out.weight"
+tensor = [
+  { name = "model.words.weight", shape = ["vocab_size"] },
+  { name = "model.blocks.{layer}.up.weight", shape = ["vocab_size"] },
+  { name = "out.weight", shape = ["vocab_size"] },
+]
+[repeat.layer]
+count = "num_hidden_layers"
+"""
+    table = parse_architecture(text, Path("x.toml"))
+    assert table.modules == ("model.words", "model.blocks", "out")
+    tied = table.tensors({"vocab_size": 3, "num_hidden_layers": 1, "tie_word_embeddings": True})
+    assert {name: want.tied for name, want in tied.items() if want.tied} == {
+        "language_model.out.weight": "language_model.model.words.weight"
+    }
+    for role in ("embedding", "head"):
+        with pytest.raises(TableError, match=f"no tensor is the {role}"):
+            parse_architecture(text.replace(f'{role} = "', f'{role} = "no.'), Path("x.toml"))

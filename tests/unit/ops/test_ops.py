@@ -21,6 +21,7 @@ from llava_convert.model.recipe import Recipe
 from llava_convert.ops import OPS, steps
 from llava_convert.ops.base import CastLoss, Context, Op
 from llava_convert.ops.cast import Cast
+from llava_convert.ops.join import Chain, Join, Part
 from llava_convert.ops.lora import MergeLora
 from llava_convert.ops.quantize import Dequantize, Quantize
 from llava_convert.ops.rows import Constant, PadRows, RopePermute, TakeRows, constant
@@ -509,6 +510,8 @@ def ops_of(rows: int, columns: int) -> list[Op]:
         PadRows(rows + 3),
         TakeRows(rows - 1),
         RopePermute(rows // 2, back=True),
+        Join(2, (rows // 2, 1), (Chain(stored("other", "F32", (2, columns)), (Cast("BF16"),)),)),
+        Part(2, 1, rows // 2 - 1, rows // 2),
         Quantize("Q8_0"),
         Dequantize(),
         Constant((rows, columns), (1.0,)),
@@ -520,7 +523,9 @@ def test_result_tells_what_stream_makes(dtype: str) -> None:
     tensor = torch.randn(6, 4).to(TORCH[dtype])
     arrays = {"a": np.ones((2, 4), np.float32), "b": np.ones((6, 2), np.float32)}
     for op in ops_of(6, 4):
-        if not isinstance(op, Quantize | Dequantize):  # those are tested below, on bytes
+        if not isinstance(
+            op, Quantize | Dequantize | Join
+        ):  # those are tested on bytes, of a join where they are written
             stream(op, tensor, dtype, cuts=(2,), arrays=arrays)  # asserts dtype and shape
 
 
@@ -531,4 +536,4 @@ def test_the_set_is_closed_and_described() -> None:
         assert described["op"] == op.name
         assert json.loads(json.dumps(described)) == described
     assert MergeLora(stored("a", "F32", (2, 4)), stored("b", "F32", (6, 2)), 2.0).inputs()[1].name == "b"
-    assert [op.rows_together((6, 4)) for op in ops_of(6, 4)] == [1, 1, 0, 0, 2, 1, 1, 0]
+    assert [op.rows_together((6, 4)) for op in ops_of(6, 4)] == [1, 1, 0, 0, 2, 0, 0, 1, 1, 0]
