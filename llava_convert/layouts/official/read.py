@@ -148,7 +148,9 @@ def _text_type(config: Mapping[str, Any], path: Path) -> str:
     kind, classes = str(config.get("model_type")), config.get("architectures")
     named = str(classes[0]) if isinstance(classes, list) and classes else ""
     known = [table for table in architectures().values() if table.official]
-    by_kind = {table.model_types[0] for table in known if kind in (table.official, *table.forks)}
+    # LLaVA-1.5's own word, which OneVision's configs have too.
+    generic = {"llama"} if kind == "llava" else set()
+    by_kind = {table.model_types[0] for table in known if kind in (table.official, *table.forks)} - generic
     by_class = {table.model_types[0] for table in known if class_of(table.official) == named}
     if by_kind and by_class and not by_kind & by_class:
         raise UnsupportedError(
@@ -156,7 +158,7 @@ def _text_type(config: Mapping[str, Any], path: Path) -> str:
             "of different families",
             hint="get the config that the model was trained with, or put the right one of the two into it",
         )
-    found = by_class or by_kind or ({"llama"} if kind == "llava" and not named.startswith("Llava") else set())
+    found = by_class or by_kind or (set() if named.startswith("Llava") else generic)
     if not found:
         what = f" ({printable(named)})" if named else ""
         raise UnsupportedError(f"official LLaVA with model_type {printable(kind)!r}{what} is not known")
