@@ -91,27 +91,32 @@ TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 
 @cache
+def _tables() -> Mapping[str, Mapping[str, Any]]:
+    """The tables that type keys, by file name."""
+    paths = sorted((data_dir("mappings") / "facts").glob("*.toml"))
+    read = {path.name: tomllib.loads(path.read_text(encoding="utf-8")) for path in paths}
+    return {name: raw for name, raw in read.items() if "typed" in raw}
+
+
+@cache
 def key_types(file: str) -> Mapping[str, str]:
     """The type of every typed key of a file of this name, from all tables about it.
 
     Raises TableError where two tables differ, or a type is not one of `TYPES`.
     """
     found: dict[str, str] = {}
-    for path in sorted((data_dir("mappings") / "facts").glob("*.toml")):
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        if file not in raw.get("typed", ()):
-            continue
-        for kind, keys in raw.get("types", {}).items():
+    for name, raw in _tables().items():
+        for kind, keys in raw["types"].items() if file in raw["typed"] else ():
             for key in keys:
                 if kind not in TYPES or found.setdefault(key, kind) != kind:
-                    raise TableError(f"{path.name}: {key} is of type {kind!r}, elsewhere {found.get(key)!r}")
+                    raise TableError(f"{name}: {key} is of type {kind!r}, elsewhere {found.get(key)!r}")
     return found
 
 
 @cache
 def _filled(file: str) -> frozenset[str]:
-    tables = (tomllib.loads(p.read_text("utf-8")) for p in (data_dir("mappings") / "facts").glob("*.toml"))
-    return frozenset(key for raw in tables if file in raw.get("typed", ()) for key in raw.get("filled", ()))
+    """The keys of a file that are never null."""
+    return frozenset(key for raw in _tables().values() if file in raw["typed"] for key in raw.get("filled", ()))
 
 
 def check_types(config: Mapping[str, Any], file: str, where: str) -> None:
