@@ -19,6 +19,7 @@ from llava_convert.layouts.training_config import parse_training_config
 from llava_convert.model.configs import family, named_config, old_flavour
 from llava_convert.model.tables.facts import fact_tables
 from llava_convert.model.tables.families import architectures
+from llava_convert.model.tables.types import check_types, key_types
 from llava_convert.storage.gguf.file import encode_gguf, open_gguf
 from llava_convert.storage.json_files import parse_json
 from llava_convert.storage.pickle import machine
@@ -166,6 +167,7 @@ def _sentencepiece(data: bytes, folder: Path) -> Read:
 
 
 def _tokenizer(data: bytes, folder: Path) -> Read:
+    key_types(tokenizer.CONFIG)  # our own tables, which are read once
     for old in folder.iterdir():
         old.unlink()
     for part in data.split(seeds.PART) if data else ():
@@ -188,6 +190,8 @@ def _architecture(data: bytes, folder: Path) -> Read:
 
     def read() -> None:
         parsed = parse_json(data, "config.json")
+        if isinstance(parsed, dict):
+            check_types(parsed, "config.json", "config.json")
         config = old_flavour(parsed) if isinstance(parsed, dict) else {}
         kind = config.get("model_type")
         part = "vision_tower" if isinstance(kind, str) and "vision" in kind else "language_model"
