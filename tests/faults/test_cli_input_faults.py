@@ -381,7 +381,9 @@ def test_fault_22_an_index_that_leaves_its_folder(corpus: Corpus, tmp_path: Path
     (source / "model.safetensors").rename(tmp_path / "secret.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    more = {"inspect": (), "verify": (tmp_path / "none",)}.get(command, ("--to", "official", "-o", tmp_path / "out"))
+    more = {"inspect": (), "verify": (corpus.layouts["official"],)}.get(
+        command, ("--to", "official", "-o", tmp_path / "out")
+    )
     refused(tmp_path, 5, "model.safetensors.index.json", "weight_map", args=(command, source, *more))
 
 

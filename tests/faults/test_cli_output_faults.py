@@ -414,7 +414,10 @@ def test_fault_77_a_terminal(corpus: Corpus, tmp_path: Path, colour: bool) -> No
     environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
     environment |= {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT)} | ({} if colour else {"NO_COLOR": "1"})
     command = [sys.executable, "-c", "from llava_convert.cli import main; main()"]
-    arguments = [str(a) for a in official_to_hf(corpus, tmp_path / "out")]
+    shutil.copytree(corpus.layouts["official"], tmp_path / "official")
+    config = json.loads((tmp_path / "official" / "config.json").read_text()) | {"unfreeze_mm_vision_tower": False}
+    (tmp_path / "official" / "config.json").write_text(json.dumps(config))
+    arguments = [str(a) for a in ("official", tmp_path / "official", "--to", "hf", "-o", tmp_path / "out", *VIT)]
     done = subprocess.run(
         [*command, *arguments], stdout=subprocess.PIPE, stderr=slave, env=environment, cwd=ROOT, check=False
     )
@@ -430,7 +433,7 @@ def test_fault_77_a_terminal(corpus: Corpus, tmp_path: Path, colour: bool) -> No
         said += part
     os.close(master)
     assert done.returncode == 0 and b"\x1b" not in done.stdout and b"80 tensors" in done.stdout
-    assert b"the hub id of the vision tower" in said.replace(b"\r\n", b" ")
+    assert b"warning: the folder holds a vision tower" in said.replace(b"\r\n", b" ")
     assert (b"\x1b[33m" in said) == colour
 
 
