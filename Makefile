@@ -11,7 +11,7 @@ ARGS ?=
 SECONDS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test manifest docs lint format bench bench-8b peers test-peers test-lowest fuzz clean
+.PHONY: help install demo test manifest docs lint format bench bench-8b peers test-peers test-lowest test-python fuzz clean
 
 help:  ## list these verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,8 +54,11 @@ test-peers: peers  ## run the tests that need them, on checkpoints that the real
 	test -d .venvs/cases-zero || .venvs/xtuner/bin/python tests/peers/zero_cases.py
 	$(PY) -m pytest -m peers $(ARGS)
 
-test-lowest: $(STAMP)  ## run the core tests with the lowest versions that pyproject.toml allows
-	$(PY) tests/lowest.py $(ARGS)
+test-lowest: $(STAMP)  ## convert with the lowest versions that pyproject.toml allows: the same bytes
+	$(PY) tests/lowest.py
+
+test-python: $(STAMP)  ## convert under another Python: make test-python PYTHON=python3.13
+	$(PY) tests/lowest.py --python $(PYTHON)
 
 # atheris has wheels for Linux alone, so it is none of the dev dependencies.
 fuzz: $(STAMP)  ## fuzz each reader for SECONDS=20 with atheris, which this installs; findings stay in .venv/fuzz

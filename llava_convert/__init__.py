@@ -4,7 +4,7 @@
 
     report = llava_convert.convert("iter_39620.pth", to="official")
     llava_convert.inspect("iter_39620.pth").targets
-    llava_convert.verify("iter_39620.pth", "iter_39620_official").same
+    llava_convert.verify("iter_39620.pth", "iter_39620_official", check=True)
     llava_convert.upload("iter_39620_official", "me/my-llava")
 
 Errors are `llava_convert.ConvertError`: a subclass for each exit code of the command line.
@@ -21,19 +21,41 @@ __all__ = [
     "ConvertError",
     "HubError",
     "InputError",
+    "Inspection",
     "MismatchError",
     "OutputError",
+    "Published",
+    "ReleaseItem",
+    "Report",
+    "Reporter",
     "UnsafeError",
     "UnsupportedError",
     "UsageError",
+    "Verdict",
     "convert",
     "inspect",
+    "plan",
+    "release",
     "upload",
     "verify",
 ]
+_TYPES = ("Inspection", "Published", "ReleaseItem", "Report", "Reporter", "Verdict")
 
 if TYPE_CHECKING:
-    from llava_convert.api import convert, inspect, upload, verify
+    from llava_convert.api import (
+        Inspection,
+        Published,
+        ReleaseItem,
+        Report,
+        Reporter,
+        Verdict,
+        convert,
+        inspect,
+        plan,
+        release,
+        upload,
+        verify,
+    )
     from llava_convert.core.errors import (
         ConvertError,
         HubError,
@@ -48,9 +70,12 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     # Late, so that `import llava_convert` and `--help` cost nothing.
+    if name.endswith("Error") and name in __all__:
+        return getattr(import_module("llava_convert.core.errors"), name)
     if name in __all__:
-        module = "core.errors" if name.endswith("Error") else "api"
-        return getattr(import_module(f"llava_convert.{module}"), name)
+        api = import_module("llava_convert.api")
+        found = getattr(api, name)
+        return found if name in _TYPES else api.of_python(found)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, wraps
+from inspect import signature
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 from llava_convert.app import convert as engine
 from llava_convert.app.inspect import Inspection
 from llava_convert.app.inspect import inspect as look
 from llava_convert.app.options import Options, SourceOptions, dtype_named
 from llava_convert.app.publish.publish import named_hubs
+from llava_convert.app.publish.release import Item as ReleaseItem
+from llava_convert.app.publish.release import Release, run_release
+from llava_convert.app.publish.release import plan as plan_release
 from llava_convert.app.publish.upload import push_level, pushed
 from llava_convert.app.publish.upload import upload as publish_folder
 from llava_convert.app.verify import Verdict
-from llava_convert.core.errors import UsageError
-from llava_convert.core.progress import Say
+from llava_convert.core.errors import ConvertError, UsageError
+from llava_convert.core.progress import OnBytes, Reporter, reporter
 from llava_convert.engine.check import FULL, QUICK
 from llava_convert.engine.report import Published, Report
 from llava_convert.layouts.info import layout_named
@@ -23,7 +31,25 @@ from llava_convert.model.recipe import Bases
 from llava_convert.storage.hubs import HUGGINGFACE, MESSAGE, Destination
 from llava_convert.storage.remote.reach import url_of
 
+__all__ = [
+    "Inspection",
+    "Published",
+    "ReleaseItem",
+    "Report",
+    "Reporter",
+    "Verdict",
+    "convert",
+    "inspect",
+    "of_python",
+    "plan",
+    "release",
+    "type_names",
+    "upload",
+    "verify",
+]
 PathLike = str | Path
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def convert(
@@ -43,8 +69,8 @@ def convert(
     allow_key: str | Sequence[str] | None = None,
     cache: bool = False,
     dequantize: bool = False,
-    dtype: str | None = None,
-    max_shard_size: str | None = None,
+    dtype: object = None,
+    max_shard_size: str | int | None = None,
     part: str = ALL,
     prompt_template: str | None = None,
     image_processor: str | None = None,
@@ -64,7 +90,7 @@ def convert(
     private: bool = False,
     revision: str | None = None,
     create_pr: bool = False,
-    say: Say | None = None,
+    progress: Reporter | OnBytes | None = None,
 ) -> Report:
     """Convert a checkpoint to another layout; with `dry_run` only plan it, with `push` publish it afterwards.
 
@@ -96,8 +122,8 @@ def convert(
         allow_key=_names(allow_key),
         bases=Bases(llm, visual_encoder, llm_id, visual_encoder_id, _alpha(lora_alpha), cache),
         target=TargetOptions(
-            dtype=None if dtype is None else dtype_named(dtype),
-            max_shard_size=max_shard_size,
+            dtype=None if dtype is None else dtype_named(str(dtype)),
+            max_shard_size=None if max_shard_size is None else str(max_shard_size),
             part=part,
             prompt_template=prompt_template,
             image_processor=image_processor,
@@ -113,11 +139,20 @@ def convert(
         threads=threads,
         repo=to_hub.address if push is not None else None,
     )
+    say = reporter(progress)
     if dry_run:
         return engine.plan(source, options)
     if push is not None:
         return pushed(lambda: engine.convert(source, options, say), to_hub, say, level=level)
     return engine.convert(source, options, say)
+
+
+def plan(source: PathLike, *, to: str, **options: Any) -> Report:
+    """What a conversion would write: every file and its size, notes and warnings. Nothing is written.
+
+    The options are those of `convert`. Raises what `convert` raises before it writes.
+    """
+    return convert(source, to=to, **options, dry_run=True)
 
 
 def inspect(
@@ -148,6 +183,7 @@ def verify(
     part: str = ALL,
     check: bool = False,
     strict: bool = False,
+    progress: Reporter | OnBytes | None = None,
 ) -> Verdict:
     """Whether OUT holds the weights of SOURCE, tensor by tensor, whoever converted it.
 
@@ -155,7 +191,7 @@ def verify(
     rows of the vocabulary that no record tells of are one.
     """
     options = _source_options(llm, visual_encoder, pretrained_pth, config, lora_alpha, cache, adapter)
-    verdict = engine.verify(source, out, options, part=part)
+    verdict = engine.verify(source, out, options, reporter(progress), part=part)
     if check:
         verdict.refuse(strict=strict)
     return verdict
@@ -179,7 +215,7 @@ def upload(
     lora_alpha: float | Mapping[str, float] | None = None,
     cache: bool = False,
     include: Sequence[str] = (),
-    say: Say | None = None,
+    progress: Reporter | OnBytes | None = None,
 ) -> tuple[Published, ...]:
     """Publish a folder, once it is proven to be what was converted; what each hub has then.
 
@@ -187,7 +223,48 @@ def upload(
     """
     to = Destination(repo, named_hubs(hub), private, revision, create_pr, message or MESSAGE)
     options = _source_options(llm, visual_encoder, pretrained_pth, config, lora_alpha, cache)
-    return publish_folder(Path(folder), to, say, level=verify, source=source, options=options, include=tuple(include))
+    return publish_folder(
+        Path(folder), to, reporter(progress), level=verify, source=source, options=options, include=tuple(include)
+    )
+
+
+def release(
+    source: PathLike,
+    name: str,
+    *,
+    hub: str = HUGGINGFACE,
+    private: bool = False,
+    only: str | Sequence[str] = (),
+    out: PathLike | None = None,
+    outtype: str | Sequence[str] | None = None,
+    llm: str | None = None,
+    visual_encoder: str | None = None,
+    llm_id: str | None = None,
+    visual_encoder_id: str | None = None,
+    pretrained_pth: PathLike | None = None,
+    config: PathLike | None = None,
+    lora_alpha: float | Mapping[str, float] | None = None,
+    cache: bool = False,
+    dry_run: bool = False,
+    progress: Reporter | OnBytes | None = None,
+) -> tuple[ReleaseItem, ...]:
+    """Convert a model to every layout and publish each in a repository of its own: ORG/NAME and a suffix.
+
+    With `dry_run` nothing is written or sent. Returns one item a layout, with its files and what each hub has. Raises
+    `llava_convert.ConvertError`.
+    """
+    options = _source_options(llm, visual_encoder, pretrained_pth, config, lora_alpha, cache)
+    named = replace(options.bases, llm_id=llm_id, visual_encoder_id=visual_encoder_id)
+    wanted = Release(
+        source,
+        name,
+        replace(options, bases=named),
+        Destination(name, named_hubs(hub), private),
+        only=tuple(word.strip() for word in only.split(",")) if isinstance(only, str) else tuple(only),
+        out=_path(out),
+        outtypes=type_names(outtype),
+    )
+    return tuple(plan_release(wanted) if dry_run else run_release(wanted, reporter(progress)))
 
 
 def _source_options(
@@ -228,3 +305,56 @@ def type_names(value: str | Sequence[str] | None) -> tuple[str, ...]:
 
 def _path(value: PathLike | None) -> Path | None:
     return None if value is None else Path(value)
+
+
+# A flag, and a word after it that is its value: a placeholder, a path, a list of choices, or what an error names.
+_FLAG = re.compile(
+    r"`[^`]*`|(?P<out>(?<![\w-])-o\b)"
+    r"|(?<![\w-])--(?P<flag>[a-z][a-z-]*)(?![\w-])(?: (?P<value>[A-Z][A-Z|]*\b|\S*[/|.=]\S*|\S+:(?= )))?"
+)
+
+
+def in_keywords(text: str) -> str:
+    """A message in the words of Python: `--dtype fp8: …` becomes `dtype=fp8: …`. Commands between backticks stay."""
+
+    def keyword(found: re.Match[str]) -> str:
+        if found["out"]:
+            return "out"
+        flag, value = found["flag"], found["value"]
+        name = (flag or "").replace("-", "_")
+        if flag is None or name not in _keywords():
+            return found[0]
+        return f"{name}={value}" if value is not None else f"{name}=True" if name in _switches() else name
+
+    return _FLAG.sub(keyword, text)
+
+
+@cache
+def _keywords() -> frozenset[str]:
+    functions = (convert, inspect, verify, upload, release)
+    return frozenset(name for function in functions for name in signature(function).parameters)
+
+
+@cache
+def _switches() -> frozenset[str]:
+    return frozenset(name for name, one in signature(convert).parameters.items() if one.default is False)
+
+
+def of_python(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function, whose errors, notes and warnings speak of keywords, not of the command's flags."""
+
+    @wraps(function)
+    def call(*arguments: _P.args, **keywords: _P.kwargs) -> _R:
+        try:
+            found = function(*arguments, **keywords)
+        except ConvertError as problem:
+            problem.reword(in_keywords)
+            raise
+        return _reworded(found) if isinstance(found, Report) else found  # type: ignore[return-value]
+
+    return call
+
+
+def _reworded(found: Report) -> Report:
+    notes, warnings = (tuple(map(in_keywords, texts)) for texts in (found.notes, found.warnings))
+    return replace(found, notes=notes, warnings=warnings)

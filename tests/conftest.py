@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say what a run without the peers' environments has left out."""
+    """Reporter what a run without the peers' environments has left out."""
     left = [item for item in terminalreporter.stats.get("deselected", ()) if item.get_closest_marker("peers")]
     if left:
         terminalreporter.write_line(

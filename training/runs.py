@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError, UsageError
-from llava_convert.core.progress import Say
+from llava_convert.core.progress import Reporter
 
 from .recipe import Recipe
 
@@ -24,7 +24,7 @@ def require_packages() -> None:
         raise UsageError(f"training needs {' and '.join(missing)}", hint="pip install 'llava-convert[train]'")
 
 
-def run(stages: Sequence[Recipe], work_dir: Path | None, *, resume: bool, deepspeed: str, say: Say) -> Path:
+def run(stages: Sequence[Recipe], work_dir: Path | None, *, resume: bool, deepspeed: str, say: Reporter) -> Path:
     """Train every stage; each starts from the last checkpoint of the one before. Returns the last one.
 
     With `resume` a stage whose last checkpoint is there is passed over, a half done one is taken up.

@@ -21,7 +21,7 @@ from llava_convert.app.options import Options, SourceOptions, refuse_for_source,
 from llava_convert.app.stage_one import with_stage_one
 from llava_convert.app.verify import Verdict, compare_checkpoints
 from llava_convert.core.errors import MismatchError, UnsupportedError, UsageError
-from llava_convert.core.progress import Say, Silence
+from llava_convert.core.progress import Reporter, Silence
 from llava_convert.core.tensors import QUANTS, TORCH_NAMES
 from llava_convert.core.text import listed, utf8
 from llava_convert.engine.check import FULL, OFF, QUICK, check_full, check_quick
@@ -69,7 +69,7 @@ class Prepared:
     warnings: tuple[str, ...]
 
 
-def convert(source: str | Path, options: Options, say: Say | None = None) -> Report:
+def convert(source: str | Path, options: Options, say: Reporter | None = None) -> Report:
     """Convert a checkpoint; returns what was done.
 
     OUT appears whole or not at all. Raises ConvertError, whose `exit_code` says which kind.
@@ -97,7 +97,7 @@ def _prepared(source: str | Path, options: Options, session: Session) -> Prepare
     return replace(ready, notes=(f"{options.asked} loads the {options.to} layout: that is made", *ready.notes))
 
 
-def _convert(ready: Prepared, options: Options, say: Say, session: Session) -> Report:
+def _convert(ready: Prepared, options: Options, say: Reporter, session: Session) -> Report:
     for text in map(session.called, ready.notes):
         say.note(text)
     for text in map(session.called, ready.warnings):
@@ -143,7 +143,7 @@ def _convert(ready: Prepared, options: Options, say: Say, session: Session) -> R
     return replace(planned, done=True, flushed=outcome.flushed, warnings=tuple(warnings), fetched=session.fetched)
 
 
-def _tell_unchecked(session: Session, say: Say) -> None:
+def _tell_unchecked(session: Session, say: Reporter) -> None:
     if files := session.unchecked:
         say.note(
             f"read in parts, so not compared with the sha256 in the hub's listing: {listed(files)} "
@@ -189,7 +189,7 @@ def documents(ready: Prepared, options: Options) -> Documents:
     )
 
 
-def _staging(ready: Prepared, options: Options, needed: int, stamp: str, say: Say) -> Staging | RemoteStaging:
+def _staging(ready: Prepared, options: Options, needed: int, stamp: str, say: Reporter) -> Staging | RemoteStaging:
     """Where the output is built, by where it goes."""
     resume = options.resume and not options.digest  # taken while a shard is written: kept ones would have none
     url = url_of(ready.out)
@@ -437,7 +437,7 @@ def verify(
     source: str | Path,
     out: str | Path,
     options: SourceOptions | None = None,
-    say: Say | None = None,
+    say: Reporter | None = None,
     *,
     part: str = ALL,
 ) -> Verdict:
@@ -448,7 +448,7 @@ def verify(
 
 
 def _verify(
-    source: str | Path, theirs: str | Path, options: SourceOptions, say: Say, part: str, session: Session
+    source: str | Path, theirs: str | Path, options: SourceOptions, say: Reporter, part: str, session: Session
 ) -> Verdict:
     found = recognise(reach(source, session, cache=options.bases.cache), options.source_layout)
     out = reach(theirs, session, cache=options.bases.cache)

@@ -32,7 +32,7 @@ class PartFound:
     detail: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
     """What `inspect` found. `targets` maps each layout to None, or to why it cannot be made as things are."""
 
@@ -46,6 +46,11 @@ class Inspection:
     warnings: tuple[str, ...]
     details: tuple[str, ...] = field(default=())
     fetched: Traffic = field(default_factory=Traffic)
+
+    def __repr__(self) -> str:
+        """One line for a notebook; the fields and `as_json()` say everything."""
+        can = ", ".join(target for target, why_not in self.targets.items() if why_not is None) or "nothing as it is"
+        return f"Inspection({self.path}: {self.layout}, {len(self.parts)} parts, can become {can})"
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -113,7 +113,7 @@ def _command(layout: str | None) -> Callable[..., None]:
             given["lora_alpha"] = parse_alpha(given.get("lora_alpha"))
             dry_run, push, hub = given["dry_run"], given["push"], given["hub"]
             with interrupt_on_sigterm():
-                found = convert(source, source_layout=layout, say=output, **given)
+                found = convert(source, source_layout=layout, progress=output, **given)
             output.stop()
             output.fetched(found.fetched)
             if dry_run:

@@ -12,7 +12,7 @@ from llava_convert.cli._output import Output, human_bytes
 def add_to(app: typer.Typer) -> None:
     app.command(
         "inspect",
-        help="Say what a checkpoint is, what it lacks and what it can become.",
+        help="Reporter what a checkpoint is, what it lacks and what it can become.",
         rich_help_panel="Look and check",
     )(_inspect)
 

@@ -93,7 +93,7 @@ def _upload(
                 lora_alpha=parse_alpha(lora_alpha),
                 cache=cache,
                 include=include or (),
-                say=output,
+                progress=output,
             )
         output.stop()
         hubs.tell(published, output)

@@ -1,13 +1,22 @@
-"""Where a run talks to while it goes on."""
+"""Progress and messages of a running job."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from threading import Lock
+from typing import Protocol, runtime_checkable
+
+# Called with the bytes done of the stage that runs, and with its total.
+OnBytes = Callable[[int, int], object]
 
 
-class Say(Protocol):
-    """Where a conversion talks to: lines, and progress in bytes. The default is silence."""
+@runtime_checkable
+class Reporter(Protocol):
+    """What a job reports to: notes, warnings, and progress in bytes.
+
+    `start` is called as a stage begins, with its name and its total in bytes; what it returns is called with the bytes
+    of each step, from several threads.
+    """
 
     def note(self, text: str) -> None: ...
 
@@ -17,7 +26,7 @@ class Say(Protocol):
 
 
 class Silence:
-    """Says nothing."""
+    """A reporter that says nothing."""
 
     def note(self, text: str) -> None:
         pass
@@ -27,3 +36,29 @@ class Silence:
 
     def start(self, what: str, total: int) -> Callable[[int], None]:
         return lambda done: None
+
+
+class Bytes(Silence):
+    """A reporter that calls a function with the bytes done and the total, one call at a time."""
+
+    def __init__(self, call: OnBytes) -> None:
+        self._call = call
+
+    def start(self, what: str, total: int) -> Callable[[int], None]:
+        lock, done = Lock(), 0
+
+        def advance(step: int) -> None:
+            nonlocal done
+            with lock:
+                done += step
+                self._call(done, total)
+
+        self._call(0, total)
+        return advance
+
+
+def reporter(progress: Reporter | OnBytes | None) -> Reporter:
+    """What a job reports to, of what a caller gives."""
+    if progress is None:
+        return Silence()
+    return progress if isinstance(progress, Reporter) else Bytes(progress)

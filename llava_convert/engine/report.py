@@ -32,7 +32,7 @@ class Published:
         return dict(vars(self))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What a conversion did, or would do.
 
@@ -57,6 +57,11 @@ class Report:
     fetched: Traffic = field(default_factory=Traffic)
     published: tuple[Published, ...] = ()
     unchecked: tuple[str, ...] = ()  # files of a hub that were read in parts, so that their sha256 was not compared
+
+    def __repr__(self) -> str:
+        what = "done" if self.done else "a plan"
+        counts = f"{len(self.notes)} notes, {len(self.warnings)} warnings"
+        return f"Report({self.layouts[0]} → {self.layouts[1]}, {what}, {len(self.files)} files, {counts})"
 
     @property
     def files(self) -> dict[str, int]:

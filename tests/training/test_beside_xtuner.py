@@ -91,7 +91,7 @@ def test_rows_without_a_picture_and_several_turns(tiny: Path, tmp_path: Path) ->
     more = [{"from": "human", "value": "And what else?"}, {"from": "gpt", "value": "nothing else"}]
     rows[3]["conversations"] += more
     for number in range(6):
-        asked = {"from": "human", "value": "Say two words. " * (number + 1)}
+        asked = {"from": "human", "value": "Reporter two words. " * (number + 1)}
         rows.append({"id": f"t{number}", "conversations": [asked, {"from": "gpt", "value": "red boat"}, *more]})
     (data / "train.json").write_text(json.dumps(rows))
     work = tmp_path / "work"

@@ -23,7 +23,10 @@ REPORT_KEYS = {
 
 def test_names() -> None:
     errors = [name for name in llava_convert.__all__ if name.endswith("Error")]
-    assert llava_convert.__all__ == [*errors, "convert", "inspect", "upload", "verify"]
+    assert llava_convert.__all__ == [
+        *sorted([*errors, "Inspection", "Published", "ReleaseItem", "Report", "Reporter", "Verdict"]),
+        *("convert", "inspect", "plan", "release", "upload", "verify"),
+    ]
     assert dir(llava_convert) == sorted([*llava_convert.__all__, "__version__"])
     kinds = ["Convert", "Hub", "Input", "Mismatch", "Output", "Unsafe", "Unsupported", "Usage"]
     assert errors == [f"{kind}Error" for kind in kinds]
@@ -39,7 +42,7 @@ def options(command: str) -> set[str]:
 
 
 def test_convert_takes_the_options_of_the_command_line() -> None:
-    keywords = set(inspect.signature(llava_convert.convert).parameters) - {"source", "say"}
+    keywords = set(inspect.signature(llava_convert.convert).parameters) - {"source", "progress"}
     # The command's name says the layout.
     assert keywords - {"source_layout"} == options("convert")
 
@@ -102,7 +105,7 @@ def test_out_that_is_there(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "o" / "mine").write_text("keep")
     with pytest.raises(OutputError) as caught:
         llava_convert.convert(tiny / "iter_2.pth", to="official", out=tmp_path / "o")
-    assert caught.value.exit_code == 6 and "--force" in f"{caught.value.hint}"
+    assert caught.value.exit_code == 6 and "force=True" in f"{caught.value.hint}"
     assert (tmp_path / "o" / "mine").read_text() == "keep"
     llava_convert.convert(tiny / "iter_2.pth", to="official", out=tmp_path / "o", force=True)
     assert not (tmp_path / "o" / "mine").exists() and (tmp_path / "o" / "config.json").is_file()

@@ -11,7 +11,7 @@ from llava_convert.app.convert import verify
 from llava_convert.app.options import SourceOptions
 from llava_convert.app.publish.secret_files import looks_secret
 from llava_convert.core.errors import InputError, MismatchError, UnsafeError, UsageError
-from llava_convert.core.progress import Say
+from llava_convert.core.progress import Reporter
 from llava_convert.core.text import listed
 from llava_convert.engine.check import FULL, OFF
 from llava_convert.layouts.registry import open_checkpoint
@@ -62,7 +62,7 @@ def _left_out(part: str) -> bool:
 
 def proven(
     folder: Path,
-    say: Say,
+    say: Reporter,
     *,
     level: str = FULL,
     source: str | Path | None = None,

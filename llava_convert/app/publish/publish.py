@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from llava_convert.core.errors import HubError, TransferInterrupted, UsageError
 from llava_convert.core.hub_names import Address
-from llava_convert.core.progress import Say, Silence
+from llava_convert.core.progress import Reporter, Silence
 from llava_convert.core.retry import FIRST_TRIES, patiently
 from llava_convert.core.text import listed
 from llava_convert.engine.report import Published
@@ -61,14 +61,14 @@ def check(to: Destination) -> None:
             raise HubError(f"there is no token for {chosen.TITLE} on this machine", hint=chosen.LOGIN)
 
 
-def publish(parcel: Parcel, say: Say | None = None) -> tuple[Published, ...]:
+def publish(parcel: Parcel, say: Reporter | None = None) -> tuple[Published, ...]:
     """Put a folder on each hub that it is for. Raises what `check` raises, and HubError (exit 8)."""
     check(parcel.to)
     parcel = replace(parcel, bars=bool(getattr(say, "shows_progress", False)))  # the command's output knows
     return tuple(_publish(name, parcel, say or Silence()) for name in parcel.to.hubs)
 
 
-def _publish(name: str, parcel: Parcel, say: Say) -> Published:
+def _publish(name: str, parcel: Parcel, say: Reporter) -> Published:
     chosen, to = hub(name), parcel.to
     asked = Asked(
         str(Address(HUBS[name], to.repo, to.revision)),

@@ -22,7 +22,7 @@ from llava_convert.app.publish.contents import names, proven
 from llava_convert.app.publish.publish import check, publish
 from llava_convert.app.stage_one import stage_one
 from llava_convert.core.errors import ConvertError, HubError, MismatchError, OutputError, UsageError
-from llava_convert.core.progress import Say, Silence
+from llava_convert.core.progress import Reporter, Silence
 from llava_convert.engine.check import FULL
 from llava_convert.engine.record import completed
 from llava_convert.engine.report import Published
@@ -216,13 +216,13 @@ def _is_there(ready: Prepared, made: Documents) -> bool:
     return bool(found == json.loads(json.dumps(wanted)))
 
 
-def run_release(release: Release, say: Say | None = None) -> list[Item]:
+def run_release(release: Release, say: Reporter | None = None) -> list[Item]:
     """Convert and publish every layout. Raises what converting and publishing raise; a rerun continues."""
     with Session() as session:  # of a remote source, for all its conversions
         return _run(release, _plan(release, session), say or Silence())
 
 
-def _run(release: Release, items: list[Item], say: Say) -> list[Item]:
+def _run(release: Release, items: list[Item], say: Reporter) -> list[Item]:
     for item in items:
         check(replace(release.to, repo=item.repo))
     done: list[Item] = []
@@ -235,7 +235,7 @@ def _run(release: Release, items: list[Item], say: Say) -> list[Item]:
     return done
 
 
-def _do(item: Item, release: Release, say: Say) -> Item:
+def _do(item: Item, release: Release, say: Reporter) -> Item:
     options, files = item.options, None
     if item.there:
         try:

@@ -12,7 +12,7 @@ from llava_convert.app.options import SourceOptions
 from llava_convert.app.publish.contents import names, proven
 from llava_convert.app.publish.publish import BOTH, check, publish
 from llava_convert.core.errors import HubError, TransferInterrupted, UsageError
-from llava_convert.core.progress import Say, Silence
+from llava_convert.core.progress import Reporter, Silence
 from llava_convert.engine.check import FULL, OFF
 from llava_convert.engine.report import Published, Report
 from llava_convert.model.record import RECORD
@@ -22,7 +22,7 @@ from llava_convert.storage.hubs import HUBS, Destination, Parcel
 def upload(
     folder: Path,
     to: Destination,
-    say: Say | None = None,
+    say: Reporter | None = None,
     *,
     level: str = FULL,
     source: str | Path | None = None,
@@ -43,7 +43,7 @@ def upload(
     return publish(Parcel(folder, files, to), say)
 
 
-def pushed(convert: Callable[[], Report], to: Destination, say: Say | None = None, *, level: str = FULL) -> Report:
+def pushed(convert: Callable[[], Report], to: Destination, say: Reporter | None = None, *, level: str = FULL) -> Report:
     """Convert, then publish the output. It stays where it is when publishing fails, which raises HubError (exit 8)."""
     check(to)
     made = convert()

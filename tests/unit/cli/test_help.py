@@ -313,7 +313,7 @@ def test_one_table_makes_the_command_and_holds_the_function() -> None:
     from llava_convert.cli.convert_command import CONVERT
 
     keywords = inspect.signature(llava_convert.convert).parameters
-    of_python = {"source", "source_layout", "progress", "say"}
+    of_python = {"source", "source_layout", "progress"}
     assert set(CONVERT) == set(keywords) - of_python
     for name, (_, default) in CONVERT.items():
         wanted = keywords[name].default
