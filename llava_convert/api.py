@@ -310,7 +310,8 @@ def _path(value: PathLike | None) -> Path | None:
 # A flag, and a word after it that is its value: a placeholder, a path, a list of choices, or what an error names.
 _FLAG = re.compile(
     r"`[^`]*`|(?P<out>(?<![\w-])-o\b)"
-    r"|(?<![\w-])--(?P<flag>[a-z][a-z-]*)(?![\w-])(?: (?P<value>[A-Z][A-Z|]*\b|\S*[/|.=]\S*|\S+:(?= )))?"
+    r"|(?<![\w-])--(?P<flag>[a-z][a-z-]*)(?![\w-])"
+    r"(?: (?P<value>[A-Z][A-Z|]*\b|b?float(?:16|32)\b|\S*[/|.=]\S*|\S+:(?= )))?"
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -373,6 +374,7 @@ def report(ready: Prepared, options: Options, made: Documents, session: Session)
         documents=made.sizes,
         next=next_step(facts, str(source), options, here=isinstance(out, Path)),
         dtype=", ".join(sorted(TORCH_NAMES.get(d, d) for d in dtypes)),
+        source_dtype=_source_dtype(plan),
         notes=tuple(map(session.called, ready.notes)),
         warnings=tuple(map(session.called, ready.warnings)),
         verified=options.verify,
@@ -382,6 +384,15 @@ def report(ready: Prepared, options: Options, made: Documents, session: Session)
         fetched=session.fetched,
         unchecked=session.unchecked,
     )
+
+
+def _source_dtype(plan: Plan) -> str:
+    """The dtype of most bytes of the language model as stored; of all weights where there is none."""
+    pieces = [piece for tensor in plan.tensors for piece in tensor.pieces]
+    sizes: Counter[str] = Counter()
+    for piece in [p for p in pieces if p.canonical.startswith(LLM)] or pieces:
+        sizes[piece.source.dtype] += piece.source.nbytes
+    return TORCH_NAMES.get(most := sizes.most_common(1)[0][0], most) if sizes else ""
 
 
 def _part(word: str) -> str:

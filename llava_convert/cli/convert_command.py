@@ -149,7 +149,7 @@ def parse_alpha(text: str | None) -> dict[str, float]:
 def _print_plan(found: Report, output: Output) -> None:
     plan = found.plan
     output.line(f"{found.source}: {found.layouts[0]} ({found.why})")
-    output.line(f"→ {found.out}: {found.layouts[1]}, {found.dtype}")
+    output.line(f"→ {found.out}: {found.layouts[1]}, {found.dtypes}")
     for part, story in found.parts.items():
         output.line(f"  {part:<15} {story}")
     output.line(f"  {len(plan.tensors)} tensors, {human_bytes(plan.bytes_read)} to read")
@@ -173,7 +173,7 @@ def _print_done(found: Report, output: Output) -> None:
     plan = found.plan
     checked = {"quick": "headers and files checked", "full": "every byte checked", "off": "not checked"}
     output.line(
-        f"{found.out}: {found.layouts[1]}, {len(plan.tensors)} tensors, {found.dtype}, "
+        f"{found.out}: {found.layouts[1]}, {len(plan.tensors)} tensors, {found.dtypes}, "
         f"{human_bytes(found.bytes_written)}, {checked[found.verified]}"
     )
     for part_name, story in found.parts.items():

@@ -56,6 +56,7 @@ class Report:
     parts: Mapping[str, str] = field(default_factory=dict)
     fetched: Traffic = field(default_factory=Traffic)
     published: tuple[Published, ...] = ()
+    source_dtype: str = ""  # of most of the language model
     unchecked: tuple[str, ...] = ()  # files of a hub that were read in parts, so that their sha256 was not compared
 
     def __repr__(self) -> str:
@@ -67,6 +68,12 @@ class Report:
     def files(self) -> dict[str, int]:
         """The size of every file of the output, by its name: all are known before the first byte."""
         return {**self.plan.sizes, **self.documents}
+
+    @property
+    def dtypes(self) -> str:
+        """The dtype of the output, and that of the source where it was another."""
+        changed = self.source_dtype and self.source_dtype not in self.dtype.split(", ")
+        return f"{self.dtype} (the source: {self.source_dtype})" if changed else self.dtype
 
     @property
     def bytes_written(self) -> int:
@@ -85,6 +92,7 @@ class Report:
             "to": self.layouts[1],
             "done": self.done,
             "dtype": self.dtype,
+            "source_dtype": self.source_dtype,
             "parts": dict(self.parts),
             "tensors": len(plan.tensors),
             "ops": dict(sorted(ops.items())),

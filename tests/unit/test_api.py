@@ -15,8 +15,8 @@ from llava_convert.cli import app
 from llava_convert.core.errors import ConvertError, InputError, OutputError, UnsupportedError, UsageError
 
 REPORT_KEYS = {
-    "source", "out", "from", "to", "done", "dtype", "parts", "tensors", "ops", "bytes_read", "bytes_fetched",
-    "bytes_written", "peak_memory", "shards", "files", "verified", "flushed_to_zero", "notes",
+    "source", "out", "from", "to", "done", "dtype", "source_dtype", "parts", "tensors", "ops", "bytes_read",
+    "bytes_fetched", "bytes_written", "peak_memory", "shards", "files", "verified", "flushed_to_zero", "notes",
     "warnings", "plan", "published", "unchecked",
 }  # fmt: skip
 

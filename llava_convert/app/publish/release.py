@@ -168,7 +168,7 @@ def _item(release: Release, row: Row, opened: tuple[Checkpoint, str], session: S
         row.layout,
         out=(release.out or Path(base)) / (base + row.suffix),
         name=base + row.title,
-        target=TargetOptions(outtypes=release.outtypes if "outtypes" in TARGETS[row.layout].options else ()),
+        target=TargetOptions(outtypes=release.outtypes if "outtype" in TARGETS[row.layout].options else ()),
         verify=FULL,
         repo=replace(release.to, repo=release.name + row.suffix).address,
         shared=True,

@@ -74,17 +74,17 @@ def refused(source: Path, out: Path, options: dict[str, Any], *said: str) -> Non
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"to": "hf", "outtype": "q4_k_m"}, ("--outtype does not apply to hf", "it is for gguf")),
-        ({"to": "official", "mmproj_outtype": "f16"}, ("--mmproj-outtype does not apply", "it is for gguf")),
-        ({"to": "xtuner", "pre": "llama-bpe"}, ("--pre does not apply to xtuner", "it is for gguf")),
+        ({"to": "hf", "outtype": "q4_k_m"}, ("outtype does not apply to hf", "it is for gguf")),
+        ({"to": "official", "mmproj_outtype": "f16"}, ("mmproj_outtype does not apply", "it is for gguf")),
+        ({"to": "xtuner", "pre": "llama-bpe"}, ("pre does not apply to xtuner", "it is for gguf")),
         (
             {"to": "xtuner", "image_processor": "llava"},
-            ("--image-processor does not apply", "for official, ", "hf"),
+            ("image_processor does not apply", "for official, ", "hf"),
         ),
-        ({"to": "gguf", "dtype": "bf16"}, ("--dtype does not apply to gguf", "--outtype and --mmproj-outtype")),
-        ({"to": "hf", "dequantize": True}, ("--dequantize does not apply", "nothing in iter_2.pth is quantised")),
-        ({"to": "hf", "part": "llm", "llm": "{tiny}/llm", "lora_alpha": {}, "hub": "both"}, ("--hub", "--push REPO")),
-        ({"to": "hf", "hub": "modelscope"}, ("--hub", "--push REPO")),
+        ({"to": "gguf", "dtype": "bf16"}, ("dtype does not apply to gguf", "outtype and mmproj_outtype")),
+        ({"to": "hf", "dequantize": True}, ("dequantize=True does not apply", "nothing in iter_2.pth is quantised")),
+        ({"to": "hf", "part": "llm", "llm": "{tiny}/llm", "lora_alpha": {}, "hub": "both"}, ("hub", "push=REPO")),
+        ({"to": "hf", "hub": "modelscope"}, ("hub", "push=REPO")),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )
@@ -106,7 +106,7 @@ def test_bases_that_nothing_uses(tiny: Path, tmp_path: Path) -> None:
 def test_options_of_another_source(tiny: Path, tmp_path: Path) -> None:
     llava_convert.convert(tiny / "iter_2.pth", to="hf", out=tmp_path / "hf")
     (tmp_path / "config.py").write_text("model = 1")
-    for word, options in (("--config", {"config": tmp_path / "config.py"}), ("--lora-alpha", {"lora_alpha": 8})):
+    for word, options in (("config", {"config": tmp_path / "config.py"}), ("lora_alpha", {"lora_alpha": 8})):
         refused(tmp_path / "hf", tmp_path / "out", {"to": "official", **options}, f"{word} does not apply")
 
 

@@ -34,9 +34,9 @@ COMMANDS: Mapping[str, Any] = {
 OPTIONS = sorted({o for c in COMMANDS.values() for p in c.params for o in p.opts if o.startswith("--")})
 HEAVY = ("torch", "transformers", "numpy", "peft", "huggingface_hub", "safetensors", "gguf")
 JSON_KEYS = {
-    "source", "out", "from", "to", "done", "dtype", "parts", "tensors", "ops", "bytes_read", "bytes_fetched",
-    "bytes_written", "peak_memory", "shards", "files", "verified", "flushed_to_zero", "notes", "warnings",
-    "plan", "published", "unchecked",
+    "source", "out", "from", "to", "done", "dtype", "source_dtype", "parts", "tensors", "ops", "bytes_read",
+    "bytes_fetched", "bytes_written", "peak_memory", "shards", "files", "verified", "flushed_to_zero", "notes",
+    "warnings", "plan", "published", "unchecked",
 }  # fmt: skip
 
 

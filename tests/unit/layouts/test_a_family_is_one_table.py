@@ -138,7 +138,7 @@ def test_quantised_parts_of_several_types(tmp_path: Path, tiny: Path, convert: C
         assert llava_convert.verify(source, there).same
     with pytest.raises(UnsupportedError) as caught:
         convert(tmp_path / "q8_0", "official", "floats")
-    assert "--dequantize" in str(caught.value.hint)
+    assert "dequantize=True" in str(caught.value.hint)
     back = convert(tmp_path / "q8_0", "official", "floats", dequantize=True, dtype="bfloat16")
     mine = tensors_of(back)["core.blocks.0.attention.wqkv.weight"].float()
     wanted = tensors_of(source)["core.blocks.0.attention.wqkv.weight"].float()

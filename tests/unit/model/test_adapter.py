@@ -380,7 +380,7 @@ def test_lora_alpha_from_checkpoint_to_output(tiny: Path, tmp_path: Path) -> Non
     bases = {"llm": str(tiny / "llm"), "visual_encoder": str(tiny / "vit")}
     with pytest.raises(UnsupportedError, match="alpha of the LoRA") as caught:
         llava_convert.convert(bare, to="official", out=tmp_path / "no", **bases)
-    assert caught.value.exit_code == 4 and "--lora-alpha" in str(caught.value.hint)
+    assert caught.value.exit_code == 4 and "lora_alpha" in str(caught.value.hint)
     assert not (tmp_path / "no").exists()
     llava_convert.convert(tiny / "iter_2.pth", to="official", out=tmp_path / "told")
     llava_convert.convert(bare, to="official", out=tmp_path / "asked", lora_alpha={"visual-encoder": 16}, **bases)
