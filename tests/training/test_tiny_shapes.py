@@ -122,5 +122,8 @@ def test_the_demo_sees_wrong_answers(tmp_path: Path) -> None:
     one_off = ["red"] * 99 + ["blue"]
     assert "1 of 100 answers" in demo.troubles(questions, {**good, demo.OFFICIAL: one_off})[0]
     assert demo.troubles(questions, {**good, demo.Q8_0: one_off}) == []
+    assert demo.agreement(questions, {**good, demo.HF: one_off})[2] == (
+        "hf, transformers: 99 of 100 answers are those of “" + demo.TRAINED + "”."
+    )
     bad = demo.troubles(questions, {name: ["blue"] * 100 for name in good})
     assert bad == ["the trained model answers 0% of the held-out questions, and 95% were wanted"]
