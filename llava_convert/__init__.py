@@ -2,9 +2,10 @@
 
     import llava_convert
 
+    llava_convert.plan("iter_39620.pth", to="official").files
     report = llava_convert.convert("iter_39620.pth", to="official")
     llava_convert.inspect("iter_39620.pth").targets
-    llava_convert.verify("iter_39620.pth", "iter_39620_official", check=True)
+    llava_convert.verify("iter_39620.pth", "iter_39620_official").same
     llava_convert.upload("iter_39620_official", "me/my-llava")
 
 Errors are `llava_convert.ConvertError`: a subclass for each exit code of the command line.
@@ -24,6 +25,7 @@ __all__ = [
     "Inspection",
     "MismatchError",
     "OutputError",
+    "PartFound",
     "Published",
     "ReleaseItem",
     "Report",
@@ -39,23 +41,12 @@ __all__ = [
     "upload",
     "verify",
 ]
-_TYPES = ("Inspection", "Published", "ReleaseItem", "Report", "Reporter", "Verdict")
 
 if TYPE_CHECKING:
-    from llava_convert.api import (
-        Inspection,
-        Published,
-        ReleaseItem,
-        Report,
-        Reporter,
-        Verdict,
-        convert,
-        inspect,
-        plan,
-        release,
-        upload,
-        verify,
-    )
+    from llava_convert.api import convert, inspect, plan, release, upload, verify
+    from llava_convert.app.inspect import Inspection, PartFound
+    from llava_convert.app.publish.release import ReleaseItem
+    from llava_convert.app.verify import Verdict
     from llava_convert.core.errors import (
         ConvertError,
         HubError,
@@ -66,16 +57,25 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
+    from llava_convert.core.progress import Reporter
+    from llava_convert.engine.report import Published, Report
+
+_HOMES = {
+    "Inspection": "app.inspect",
+    "PartFound": "app.inspect",
+    "Published": "engine.report",
+    "ReleaseItem": "app.publish.release",
+    "Report": "engine.report",
+    "Reporter": "core.progress",
+    "Verdict": "app.verify",
+}
 
 
 def __getattr__(name: str) -> Any:
     # Late, so that `import llava_convert` and `--help` cost nothing.
-    if name.endswith("Error") and name in __all__:
-        return getattr(import_module("llava_convert.core.errors"), name)
     if name in __all__:
-        api = import_module("llava_convert.api")
-        found = getattr(api, name)
-        return found if name in _TYPES else api.of_python(found)
+        home = "core.errors" if name.endswith("Error") else _HOMES.get(name, "api")
+        return getattr(import_module(f"llava_convert.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from llava_convert.assets.prompts import PromptTemplate, prompt_template
 from llava_convert.core.errors import InputError
 
-from .recipe import DataRecipe, DataSet
+from .recipe import DATA_CHECK, DataRecipe, DataSet
 
 IMAGE_TOKEN, IMAGE_INDEX, IGNORE_INDEX = "<image>", -200, -100
 # LLaVA's pretraining (llava/train/train.py, preprocess_plain): the picture, the caption and a line break; what the
@@ -45,7 +45,7 @@ class Turn:
 def require_file(path: Path) -> None:
     """Raises InputError where a data file is not there."""
     if not path.is_file():
-        raise InputError(f"{path}: no such data file", hint="llava-convert data check RECIPE says what is missing")
+        raise InputError(f"{path}: no such data file", hint=f"`{DATA_CHECK}` says what is missing")
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -336,7 +336,7 @@ def _check_pictures(one: DataSet, root: Path, found: _Encoded) -> None:
     if probe and not any((root / one.images / image).is_file() for image in probe):
         raise InputError(
             f"{found.path}: none of its pictures is in {root / one.images}, for instance {probe[0]}",
-            hint="set data.root, and data.set.images relative to it; llava-convert data check RECIPE shows the tree",
+            hint=f"set data.root, and data.set.images relative to it; `{DATA_CHECK}` shows the tree",
         )
 
 

@@ -7,19 +7,22 @@ one after the other: each stage overrides what stands above it, and starts from 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from llava_convert.core.errors import InputError, UsageError
+from llava_convert.core.errors import ConvertError, InputError, UsageError
 from llava_convert.core.resources import data_dir
 
 DTYPES = ("fp32", "bf16", "fp16")
+DATA_CHECK = "llava-convert data check RECIPE"  # what tells of missing data; `hints_name` puts the recipe in
 ON_BAD_IMAGE = ("fail", "skip")
 
 
@@ -137,6 +140,18 @@ class Recipe:
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
     return sorted(path.stem for path in (data_dir("training") / "recipes").glob("*.toml"))
+
+
+@contextmanager
+def hints_name(source: str, overrides: Iterable[str] = ()) -> Iterator[None]:
+    """Within it, a hint to check the data names the recipe as the user does, with what is changed in it."""
+    try:
+        yield
+    except ConvertError as problem:
+        changes = [word for text in overrides for word in ("--set", text)]
+        command = shlex.join([*DATA_CHECK.split()[:-1], source, *changes])
+        problem.reword(lambda text: text.replace(DATA_CHECK, command))
+        raise
 
 
 def load_recipe(source: str, overrides: Iterable[str] = ()) -> tuple[Recipe, ...]:

@@ -12,20 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_convert.app.adapters import refuse_ignored, with_adapters
+from llava_convert.app.applies import refuse_for_source, refuse_for_target
 from llava_convert.app.card import card
 from llava_convert.app.card.facts import Facts
 from llava_convert.app.documents import Documents
 from llava_convert.app.facts import fitted, refuse_lost, unknown_notes
 from llava_convert.app.judge import judge
 from llava_convert.app.next_step import next_step
-from llava_convert.app.options import Options, SourceOptions, refuse_for_source, refuse_for_target
+from llava_convert.app.options import Options, SourceOptions
 from llava_convert.app.stage_one import with_stage_one
 from llava_convert.app.verify import Verdict, compare_checkpoints
 from llava_convert.core.errors import MismatchError, UnsupportedError, UsageError
+from llava_convert.core.flags import as_path
 from llava_convert.core.progress import Reporter, Silence
 from llava_convert.core.tensors import QUANTS, TORCH_NAMES
 from llava_convert.core.text import listed, utf8
-from llava_convert.engine.check import FULL, OFF, QUICK, check_full, check_quick
+from llava_convert.engine.check import check_full, check_quick
 from llava_convert.engine.execute import execute
 from llava_convert.engine.plan import Plan, make_plan
 from llava_convert.engine.record import dropped_texts, record, stored_of
@@ -38,7 +40,7 @@ from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS, VISION, Checkpoint
 from llava_convert.model.configs import family
 from llava_convert.model.facts import spelled
-from llava_convert.model.options import ALL, TargetOptions, part_named
+from llava_convert.model.options import ALL, FULL, OFF, TargetOptions, part_named
 from llava_convert.model.recipe import Model
 from llava_convert.model.reshape import family_named, reshaped
 from llava_convert.model.target import KEEP, Target, parse_size
@@ -124,10 +126,10 @@ def _convert(ready: Prepared, options: Options, say: Reporter, session: Session)
             progress=say.start("converting", total),
         )
         snapshot.recheck()
-        if options.verify != OFF:
+        if options.level != OFF:
             written = check_quick(ready.plan, stage.path)
             _check_facts(ready, stage.path)
-            if options.verify == FULL:
+            if options.level == FULL:
                 bad = check_full(ready.plan, written, pool, progress=say.start("verifying", total))
                 outcome = _with_nonfinite(outcome, bad)
         extra = _nonfinite_warning(outcome)
@@ -177,16 +179,16 @@ def documents(ready: Prepared, options: Options) -> Documents:
     facts = Facts(ready.plan, ready.target, ready.model, name, ready.options, options.repo)
     return Documents(
         ready.plan,
-        utf8(card(facts, verified=options.verify)),
+        utf8(card(facts, verified=options.level)),
         record(
             ready.plan,
             ready.target,
             ready.model,
             options=recorded_options(options, ready),
-            verified=options.verify,
+            verified=options.level,
         ),
         digests=options.digest,
-        vouches=options.verify == FULL,  # so that who passes the output on can prove that it is what was verified
+        vouches=options.level == FULL,  # so that who passes the output on can prove that it is what was verified
     )
 
 
@@ -223,7 +225,8 @@ def assembled(
     if options.to not in TARGETS:
         raise UsageError(f"--to {options.to}: this version writes {', '.join(TARGETS)}")
     _check_options(options)
-    checkpoint, why, told = _open(source, options, session, opened)
+    opened = opened or open_source(source, options, session, dequantize=options.dequantize)
+    checkpoint, why, told = _open(opened, options, session)
     if is_already(checkpoint, options):
         raise UnsupportedError(
             f"{checkpoint.path} is already {options.to} layout",
@@ -250,8 +253,8 @@ def assembled(
     )
     if checkpoint.layout != options.to and not need.keep_added:
         model = without_added(model)
-    refuse_ignored(model, options.adapter)
-    refuse_lost(model, options.to, part, options.allow_key)
+    refuse_ignored(model, options.adapters)
+    refuse_lost(model, options.to, part, options.allowed_keys)
     model = fitted(model, options.to)
     if options.target.as_family is not None:
         model = _as_family(model, options)
@@ -311,21 +314,23 @@ def _kernels(target: Target) -> dict[str, str]:
 
 
 def _out(checkpoint: Checkpoint, options: Options, session: Session) -> Path:
-    return options.out or Path(f"{_stem(checkpoint.path, session)}_{options.to}")
+    return as_path(options.out) or Path(f"{_stem(checkpoint.path, session)}_{options.to}")
 
 
-def open_source(source: str | Path, options: SourceOptions, session: Session) -> tuple[Checkpoint, str]:
+def open_source(
+    source: str | Path, options: SourceOptions, session: Session, *, dequantize: bool = False
+) -> tuple[Checkpoint, str]:
     """The source by its headers, and why it was taken for what it is."""
     found = recognise(reach(source, session, cache=options.bases.cache), options.source_layout)
-    return found.open(OpenOptions(options.config, options.dequantize)), found.why
+    return found.open(OpenOptions(as_path(options.config), dequantize)), found.why
 
 
 def _open(
-    source: str | Path, options: SourceOptions, session: Session, opened: tuple[Checkpoint, str] | None = None
+    opened: tuple[Checkpoint, str], options: SourceOptions, session: Session
 ) -> tuple[Checkpoint, str, list[str]]:
     """The source, why it was taken for what it is, and what there is to tell of its stage 1."""
-    checkpoint, why = opened or open_source(source, options, session)
-    checkpoint = with_adapters(checkpoint, options.adapter)
+    checkpoint, why = opened
+    checkpoint = with_adapters(checkpoint, options.adapters)
     checkpoint, told = with_stage_one(checkpoint, options.pretrained_pth, session)
     return checkpoint, why, told
 
@@ -345,13 +350,9 @@ def _stamp(plan: Plan, snapshot: Snapshot) -> str:
 def _check_options(options: Options) -> None:
     """Refuse what no source or target could make right, whichever of them would look at it."""
     if options.out is not None:
-        url_of(options.out)  # which refuses a hub
+        url_of(Path(options.out))  # which refuses a hub
     if options.target.max_shard_size not in (None, KEEP):
         parse_size(options.target.max_shard_size)
-    if options.verify not in (QUICK, FULL, OFF):
-        raise UsageError(f"--verify {options.verify}: it is one of {QUICK}, {FULL}, {OFF}")
-    if options.target.image_processor not in (None, "clip", "llava"):
-        raise UsageError(f"--image-processor {options.target.image_processor}: it is one of clip, llava")
     if options.threads < 0:
         raise UsageError(f"--threads {options.threads}: a count, or 0 for one a core")
     if options.digest and find_spec("xxhash") is None:
@@ -377,11 +378,12 @@ def report(ready: Prepared, options: Options, made: Documents, session: Session)
         source_dtype=_source_dtype(plan),
         notes=tuple(map(session.called, ready.notes)),
         warnings=tuple(map(session.called, ready.warnings)),
-        verified=options.verify,
+        verified=options.level,
         done=False,
         memory=peak_memory(plan),
         parts={PART_WORDS[part]: part_story(model, plan, part) for part in PARTS},
         fetched=session.fetched,
+        dropped=(*ready.checkpoint.dropped, *model.dropped),
         unchecked=session.unchecked,
     )
 
@@ -465,8 +467,8 @@ def _verify(
     out = reach(theirs, session, cache=options.bases.cache)
     other = recognise(out)
     # In another layout quantised weights have become floats.
-    opened = found.open(OpenOptions(options.config, options.dequantize or found.layout != other.layout)), found.why
-    checkpoint, _, told = _open(source, options, session, opened)
+    opened = found.open(OpenOptions(as_path(options.config), found.layout != other.layout)), found.why
+    checkpoint, _, told = _open(opened, options, session)
     for text in map(session.called, told):
         say.warn(text)
     total = out.stat().st_size if out.is_file() else sum(p.stat().st_size for p in out.rglob("*"))

@@ -54,7 +54,7 @@ class Inspection:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "path": str(self.path),
+            "source": str(self.path),
             "layout": self.layout,
             "why": self.why,
             "parts": {

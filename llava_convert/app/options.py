@@ -1,130 +1,251 @@
-"""Everything that a conversion can be told, and whether it applies to the job."""
+"""Everything that a command can be told. The command line and the keywords of Python are made of these classes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from llava_convert.core.errors import UsageError
-from llava_convert.core.tensors import FROM_TORCH_NAMES, QUANTS
-from llava_convert.engine.check import QUICK
-from llava_convert.layouts.info import LAYOUTS, reading, writing
-from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, VISION, Checkpoint
-from llava_convert.model.options import ALL, TargetOptions, part_named
-from llava_convert.model.recipe import Bases, Model
+from llava_convert.core.flags import CHECKS, OUTPUT, PUBLISH, SOURCE, Flag, Flagged, as_names
+from llava_convert.layouts.info import LAYOUTS, TARGETS, layout_named
+from llava_convert.model.options import FULL, OFF, QUICK, OutputOptions, PartOption, TargetOptions
+from llava_convert.storage.hubs import HUBS, HUGGINGFACE, Destination
 
-# What people call the dtypes: torch's names, those of its shorthands, and those of trainers' flags.
-_DTYPES = {
-    "float16": ("fp16", "f16", "half"),
-    "bfloat16": ("bf16",),
-    "float32": ("fp32", "f32", "float", "full"),
-}
-# Options that TargetOptions holds under another name.
-_FIELDS = {"outtype": "outtypes", "mmproj_outtype": "mmproj_outtypes"}
+if TYPE_CHECKING:
+    from llava_convert.model.recipe import Bases
+
+PathLike = str | Path
+BOTH = "both"  # what `--hub` calls every row of HUBS
+
+_ALPHAS = ("llm", "visual-encoder")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceOptions:
-    """How to read a source. None means that the source says it itself.
+class OutOptions(Flagged):
+    """What is made, and where."""
 
-    `allow_key` are keys of configs that no table knows and that may be left behind. `adapter`: the
-    folders of PEFT adapters to merge, in order, or "none" to leave out those that lie beside the model.
-    """
+    to: Annotated[
+        str,
+        Flag(
+            "Layout to convert to, or a program that loads it: "
+            f"{', '.join(loader for info in LAYOUTS.values() for loader in info.loaders)}.",
+            choices=tuple(TARGETS),
+        ),
+    ]
+    out: Annotated[
+        PathLike | None,
+        Flag(
+            "Output folder, or a URL (s3://…). Default: ./<source's stem>_<layout>.", OUTPUT, metavar="OUT", short="-o"
+        ),
+    ] = None
+    name: Annotated[str | None, Flag("Name in the card. Default: OUT's last part.", OUTPUT, metavar="NAME")] = None
 
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions(Flagged):
+    """How to read a source. None means that the source says it itself."""
+
+    llm: Annotated[
+        str | None,
+        Flag("Base language model, where the source does not hold its weights.", SOURCE, metavar="PATH|ID"),
+    ] = None
+    visual_encoder: Annotated[str | None, Flag("Base vision tower, likewise.", SOURCE, metavar="PATH|ID")] = None
+    pretrained_pth: Annotated[
+        PathLike | None,
+        Flag("Stage-1 checkpoint, for parts that were trained there.", SOURCE, metavar="PATH"),
+    ] = None
+    config: Annotated[
+        PathLike | None,
+        Flag("xtuner training config; read, never run. Not needed when the .pth carries it.", SOURCE, metavar="CFG.py"),
+    ] = None
+    lora_alpha: Annotated[
+        str | float | Mapping[str, float] | None,
+        Flag(
+            "LoRA alpha, where nothing tells it or what tells it is wrong: one number, or llm=N,visual-encoder=M.",
+            SOURCE,
+            metavar="N",
+        ),
+    ] = None
+    adapter: Annotated[
+        PathLike | Sequence[PathLike] | None,
+        Flag(
+            "PEFT adapter to merge (may be given several times), or none: leave out those beside the model.",
+            SOURCE,
+            metavar="DIR",
+            repeated=True,
+        ),
+    ] = None
+    cache: Annotated[
+        bool,
+        Flag("Download what a hub holds to its client's cache, instead of reading it in place.", SOURCE),
+    ] = False
     source_layout: str | None = None
-    config: Path | None = None
-    pretrained_pth: Path | None = None
-    dequantize: bool = False
-    bases: Bases = field(default_factory=Bases)
-    allow_key: tuple[str, ...] = ()
-    adapter: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _alphas(self.lora_alpha)
+        if self.source_layout is not None:
+            object.__setattr__(self, "source_layout", layout_named(self.source_layout).name)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The folders of adapters to merge, in order; `none` leaves out those that lie beside the model."""
+        return as_names(self.adapter)
+
+    @property
+    def bases(self) -> Bases:
+        """What the user says of the base models."""
+        from llava_convert.model.recipe import Bases
+
+        return Bases(self.llm, self.visual_encoder, lora_alpha=_alphas(self.lora_alpha), cache=self.cache)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(SourceOptions):
+class NamedBases(SourceOptions):
+    """How to read a source, and what its base models are called on a hub."""
+
+    llm_id: Annotated[str | None, Flag("Hub id of the LLM to write into configs.", OUTPUT, metavar="ID")] = None
+    visual_encoder_id: Annotated[str | None, Flag("Hub id of the tower, likewise.", OUTPUT, metavar="ID")] = None
+
+    @property
+    def bases(self) -> Bases:
+        return replace(super().bases, llm_id=self.llm_id, visual_encoder_id=self.visual_encoder_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubOptions(Flagged):
+    """Where to publish."""
+
+    hub: Annotated[
+        str | None,
+        Flag(
+            "Where to publish, with the token that the hub's own client keeps. Default: huggingface.",
+            PUBLISH,
+            choices=(*HUBS, BOTH),
+        ),
+    ] = None
+    private: Annotated[bool, Flag("Make the repository private, if it is to be made.", PUBLISH)] = False
+
+    @property
+    def hubs(self) -> tuple[str, ...]:
+        return tuple(HUBS) if self.hub == BOTH else (self.hub or HUGGINGFACE,)
+
+    def destination(self, repo: str) -> Destination:
+        return Destination(repo, self.hubs, self.private)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchOptions(HubOptions):
+    """Where to publish, and as what."""
+
+    revision: Annotated[str | None, Flag("Publish on this branch of REPO.", PUBLISH, metavar="BRANCH")] = None
+    create_pr: Annotated[bool, Flag("Publish as a pull request (Hugging Face alone).", PUBLISH)] = False
+
+    def destination(self, repo: str, message: str | None = None) -> Destination:
+        to = super().destination(repo)
+        return replace(to, revision=self.revision, create_pr=self.create_pr, message=message or to.message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOption(Flagged):
+    """Whether to publish what was made."""
+
+    push: Annotated[
+        str | None, Flag("Publish OUT afterwards, once every byte is verified.", PUBLISH, metavar="REPO")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions(BranchOptions, PushOption):
+    """Whether to publish what was made, and where."""
+
+    @property
+    def repo(self) -> str | None:
+        """What the output is going to be called on a hub (ms://… on ModelScope): its card's commands name that."""
+        return None if self.push is None else self.destination(self.push).address
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(PushOptions, OutputOptions, PartOption, NamedBases, OutOptions):
     """Everything that a conversion can be told. None means the default, which depends on source and target.
 
-    `to` is a layout's name; `asked` is the word that stood for it, where that was another. `repo` is what the output is
-    going to be called on a hub (ms://… on ModelScope): its card's commands name that. `shared` says that the options
-    are those of several jobs: one that has no effect on this job is then no error.
+    `asked` is the word that stood for the layout, where that was another. `shared` says that the options are those of
+    several jobs: one that has no effect on this job is then no error.
     """
 
-    to: str
-    out: Path | None = None
-    name: str | None = None
-    target: TargetOptions = field(default_factory=TargetOptions)
-    verify: str = QUICK
-    digest: bool = False
-    force: bool = False
-    resume: bool = False
-    threads: int = 0
-    repo: str | None = None
-    asked: str | None = None
-    shared: bool = False
+    shared: ClassVar[bool] = False
+
+    allow_key: Annotated[
+        str | Sequence[str] | None,
+        Flag("Key of a config that no table knows and that may be left behind.", SOURCE, metavar="NAME", repeated=True),
+    ] = None
+    dequantize: Annotated[bool, Flag("Make floats of a quantised source; its rounding stays.", SOURCE)] = False
+    verify: Annotated[
+        str | None,
+        Flag(
+            "quick: headers and files; full: every byte recomputed. Default: quick; full with --push.",
+            CHECKS,
+            choices=(QUICK, FULL, OFF),
+        ),
+    ] = None
+    digest: Annotated[bool, Flag("Record an xxh3-128 digest of each tensor.", CHECKS)] = False
+    force: Annotated[bool, Flag("Replace OUT; the old one survives any failure.", CHECKS)] = False
+    resume: Annotated[bool, Flag("Keep the finished shards of a killed run of the same plan.", CHECKS)] = False
+    threads: Annotated[int, Flag("Threads; 0: one a core, at most 4. Changes no byte.", CHECKS, metavar="N")] = 0
+    asked: str | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        layout = layout_named(self.to)
+        if self.to.strip().lower() != layout.name:
+            object.__setattr__(self, "asked", self.to)
+        object.__setattr__(self, "to", layout.name)
+        super().__post_init__()
+        if self.push is None and (self.hub or self.private or self.revision is not None or self.create_pr):
+            raise UsageError(
+                "--hub, --private, --revision and --create-pr say how to publish", hint="--push REPO publishes"
+            )
+        if self.push is not None and self.verify == QUICK:
+            raise UsageError(
+                f"--push with --verify {QUICK}: what is published is verified in full", hint=f"or --verify {OFF}"
+            )
+
+    @property
+    def level(self) -> str:
+        """How much is verified."""
+        return self.verify or (QUICK if self.push is None else FULL)
+
+    @property
+    def allowed_keys(self) -> tuple[str, ...]:
+        """The keys of configs that no table knows and that may be left behind."""
+        return as_names(self.allow_key)
+
+    @property
+    def target(self) -> TargetOptions:
+        """What the layout is told."""
+        return TargetOptions(part=self.part, **{one.name: getattr(self, one.name) for one in fields(OutputOptions)})
 
     @classmethod
-    def of(cls, source: SourceOptions, to: str, **more: Any) -> Options:
+    def of(cls, source: SourceOptions, to: str, **more: Any) -> Self:
         """The options of a conversion of what `source` reads."""
-        return cls(**vars(source), to=to, **more)
+        kind = NamedBases if isinstance(source, NamedBases) else SourceOptions
+        return cls(**{one.name: getattr(source, one.name) for one in fields(kind)}, to=to, **more)
 
 
-def dtype_named(word: str) -> str | None:
-    """torch's name of a dtype that may be called otherwise (fp16, half, torch.float16); None for `auto`.
-
-    Raises UsageError.
-    """
-    name = str(word).lower().removeprefix("torch.")
-    if name == "auto":
-        return None
-    found = next((dtype for dtype, others in _DTYPES.items() if name in (dtype, *others)), name)
-    if found not in FROM_TORCH_NAMES:
-        raise UsageError(f"--dtype {word}: it is one of auto, {', '.join(_DTYPES)}")
+def _alphas(value: str | float | Mapping[str, float] | None) -> dict[str, float]:
+    """The alpha of each part: `16` is of both, `llm=256,visual-encoder=16` of each its own. Raises UsageError."""
+    if value is None:
+        return {}
+    try:
+        if isinstance(value, Mapping):
+            found = {str(part): float(alpha) for part, alpha in value.items()}
+        elif isinstance(value, str) and "=" in value:
+            found = {part.strip(): float(alpha) for part, alpha in (pair.split("=") for pair in value.split(","))}
+        else:
+            found = dict.fromkeys(_ALPHAS, float(value))
+    except ValueError:
+        found = {"": 0.0}
+    if not set(found) <= set(_ALPHAS) or not all(0 < alpha < 1e9 for alpha in found.values()):
+        raise UsageError(f"--lora-alpha {value}: it is a number above 0", hint="write 16, or llm=256,visual-encoder=16")
     return found
-
-
-def flag_of(option: str) -> str:
-    """What the command line calls an option."""
-    return "--" + option.replace("_", "-")
-
-
-def refuse_for_target(options: Options) -> None:
-    """Raise UsageError for an option that has no effect in the target's layout, naming those where it has."""
-    plain = TargetOptions()
-    shaping = frozenset().union(*(info.writes for info in LAYOUTS.values()))
-    for name in sorted(shaping - LAYOUTS[options.to].writes):
-        field_name = _FIELDS.get(name, name)
-        if getattr(options.target, field_name) == getattr(plain, field_name):
-            continue
-        instead = "; the types of a GGUF are --outtype and --mmproj-outtype" if name == "dtype" else ""
-        raise UsageError(
-            f"{flag_of(name)} does not apply to {options.to}",
-            hint=f"leave it out: it is for {', '.join(writing(name))}{instead}",
-        )
-
-
-def refuse_for_source(options: Options, checkpoint: Checkpoint, model: Model) -> None:
-    """Raise UsageError for an option that nothing of this source uses."""
-    for name in ("config", "pretrained_pth"):
-        if getattr(options, name) is not None and name not in LAYOUTS[checkpoint.layout].reads:
-            raise UsageError(
-                f"{flag_of(name)} does not apply: {checkpoint.path.name} is {checkpoint.layout}",
-                hint=f"leave it out: it is for sources of {' and '.join(reading(name))}",
-            )
-    if options.dequantize and not any(tensor.dtype in QUANTS for tensor in checkpoint.tensors().values()):
-        raise UsageError(
-            f"--dequantize does not apply: nothing in {checkpoint.path.name} is quantised",
-            hint="leave it out: it is for quantised GGUF files",
-        )
-    if options.bases.lora_alpha and not any(part.adapter or part.merge for part in checkpoint.parts.values()):
-        raise UsageError(f"--lora-alpha does not apply: {checkpoint.path.name} has no LoRA", hint="leave it out")
-    for part, named in ((LLM, options.bases.llm), (VISION, options.bases.visual_encoder)):
-        # With --part a base of another part is no mistake: it says what the source was trained on.
-        if named is None or part in model.bases or part_named(options.target.part) not in (ALL, part):
-            continue
-        if not LAYOUTS[options.to].leaves_out_frozen:
-            source = checkpoint.path.name
-            raise UsageError(
-                f"--{PART_WORDS[part]} {named} does not apply: {source} has no use for a {PART_NAMES[part]}",
-                hint="leave it out: a base is for a part that the source lacks, or holds as an adapter",
-            )

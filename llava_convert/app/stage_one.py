@@ -17,7 +17,7 @@ from llava_convert.storage.remote.reach import reach
 from llava_convert.storage.remote.session import Session
 
 
-def with_stage_one(checkpoint: Checkpoint, named: Path | None, session: Session) -> tuple[Checkpoint, list[str]]:
+def with_stage_one(checkpoint: Checkpoint, named: str | Path | None, session: Session) -> tuple[Checkpoint, list[str]]:
     """The checkpoint with the parts that it lacks and stage 1 trained; and what there is to tell.
 
     `named` is what the user gives, here or remote; else the training config names it. Raises what reaching and opening

@@ -133,8 +133,9 @@ class Verdict:
     def as_json(self) -> dict[str, Any]:
         return {
             "source": self.source,
+            "layout": self.layouts[0],
             "out": self.out,
-            "layouts": list(self.layouts),
+            "to": self.layouts[1],
             "same": self.same,
             "equal": self.equal,
             "different": {name: d.as_json() for name, d in sorted(self.different.items())},
@@ -146,7 +147,7 @@ class Verdict:
             "facts": {name: {"source": d.source, "out": d.out} for name, d in sorted(self.facts.items())},
             "harmless": dict(sorted(self.harmless.items())),
             "not_compared": list(self.not_compared),
-            "notes": list(self.notes),
+            "warnings": list(self.notes),
             "defects": list(self.defects),
             "synthetic": list(self.synthetic),
             "quantised": self.quantised,

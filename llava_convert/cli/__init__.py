@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
 from io import TextIOWrapper
@@ -21,6 +20,7 @@ from llava_convert.cli import (
     upload_command,
     verify_command,
 )
+from llava_convert.cli._output import Output
 
 app = typer.Typer(
     name="llava-convert",
@@ -71,9 +71,10 @@ def main() -> None:
 def _tell_in_json(stop: SystemExit) -> None:
     """Print a usage error as the object that other errors are with --json: it is found before a command runs."""
     message = getattr(stop.__context__, "format_message", None)
-    if "--json" in sys.argv and stop.code and message is not None:
-        hint = "--help lists the options"
-        typer.echo(json.dumps({"error": message(), "hint": hint, "exit_code": stop.code}, indent=2))
+    if "--json" in sys.argv and isinstance(stop.code, int) and stop.code and message is not None:
+        Output(as_json=True).result(
+            {"error": message(), "hint": "--help lists the options", "exit_code": stop.code},
+        )
 
 
 def _forgiving_streams() -> None:

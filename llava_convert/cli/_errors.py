@@ -21,14 +21,13 @@ def run(action: Callable[[], None], output: Output) -> int:
     except ConvertError as problem:
         if output.verbose:
             _traceback()
-        output.error(problem.message, problem.hint)
-        output.result({"error": problem.message, "hint": problem.hint, "exit_code": problem.exit_code})
+        output.error(problem.message, problem.hint, problem.exit_code)
         return problem.exit_code
     except TransferInterrupted as stop:
-        output.error(str(stop), None)
+        output.error(str(stop), None, INTERRUPTED)
         _end_now()
     except KeyboardInterrupt as stop:
-        output.error(str(stop) if isinstance(stop, Interrupted) else "interrupted", None)
+        output.error(str(stop) if isinstance(stop, Interrupted) else "interrupted", None, INTERRUPTED)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone: not an error of ours. Nothing more may be written to it.
@@ -39,6 +38,7 @@ def run(action: Callable[[], None], output: Output) -> int:
         output.error(
             f"this is a bug in llava-convert: {type(problem).__name__}: {problem}",
             "run it again with --verbose and report what it prints",
+            OUR_BUG,
         )
         return OUR_BUG
     finally:

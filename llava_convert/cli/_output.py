@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from llava_convert.cli.schemas import SCHEMA
 from llava_convert.core.errors import OutputError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from llava_convert.engine.report import Published
     from llava_convert.storage.remote.files import Traffic
 
 
@@ -24,6 +27,8 @@ class Output:
     as_json: bool = False
     quiet: bool = False
     verbose: bool = False
+    command: str | None = None
+    started: float = field(default_factory=time.monotonic)
     _progress: Progress | None = field(default=None, repr=False)
     _told: bool = field(default=False, repr=False)
 
@@ -34,22 +39,32 @@ class Output:
     def warn(self, text: str) -> None:
         self._talk(f"warning: {text}", style="yellow")
 
-    def error(self, message: str, hint: str | None) -> None:
+    def error(self, message: str, hint: str | None, exit_code: int) -> None:
+        """An error in words, and as the object of `--json` where nothing else was printed."""
         self.stop()
         self._talk(f"error: {message}", style="bold red")
         if hint:
             self._talk(f"  → {hint}")
+        self.result({"error": message, "hint": hint, "exit_code": exit_code})
 
     def fetched(self, traffic: Traffic) -> None:
         """What a source that lies elsewhere has cost."""
         if traffic.requests:
             self.note(f"fetched {human_bytes(traffic.bytes)} in {traffic.requests} requests")
 
+    def published(self, every: Iterable[Published]) -> None:
+        """What each hub has now."""
+        for one in every:
+            there = f", {one.skipped} of them were there already" if one.skipped else ""
+            state = "as they are here" if one.compared else "sent"
+            self.line(f"{one.url}: {one.files} files, {human_bytes(one.bytes)}, {state}{there}")
+
     def result(self, value: Mapping[str, Any]) -> None:
         """The run's data, when it was asked for as JSON."""
         if self.as_json and not self._told:
             self._told = True  # one document: an error after the report has its exit code and its line on stderr
-            _print(json.dumps(value, indent=2))  # in ASCII, which is JSON under every encoding
+            about = {"schema": SCHEMA, "command": self.command, "seconds": round(time.monotonic() - self.started, 3)}
+            _print(json.dumps({**about, **value}, indent=2))  # in ASCII, which is JSON under every encoding
 
     def line(self, text: str) -> None:
         """A line of the result, for people."""

@@ -31,7 +31,7 @@ def check(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    output = Output(as_json, quiet, verbose)
+    output = Output(as_json, quiet, verbose, "data check")
 
     def action() -> None:
         from llava_convert.core.errors import InputError
@@ -60,7 +60,7 @@ def fix_ocrvqa(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    output = Output(as_json, quiet, verbose)
+    output = Output(as_json, quiet, verbose, "data fix-ocrvqa")
 
     def action() -> None:
         from llava_convert.core.resources import training

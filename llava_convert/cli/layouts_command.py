@@ -18,7 +18,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _layouts(as_json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.Verbose = False) -> None:
-    output = Output(as_json, quiet, verbose)
+    output = Output(as_json, quiet, verbose, "layouts")
 
     def action() -> None:
         from llava_convert.layouts.info import TARGETS

@@ -13,6 +13,7 @@ import typer
 from llava_convert.cli import _options as opt
 from llava_convert.cli._errors import run
 from llava_convert.cli._output import Output
+from llava_convert.core.flags import CHECKS, OUTPUT
 
 RECIPE_PANEL = "Recipe"
 
@@ -40,33 +41,32 @@ def train(
             "--work-dir",
             metavar="DIR",
             help="Where checkpoints go. Default: work_dirs/<recipe's name>.",
-            rich_help_panel=opt.OUTPUT_PANEL,
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Take up the newest checkpoint there.", rich_help_panel=opt.OUTPUT_PANEL)
+        bool, typer.Option("--resume", help="Take up the newest checkpoint there.", rich_help_panel=OUTPUT)
     ] = False,
     deepspeed: Annotated[
         str,
         typer.Option(
             "--deepspeed",
-            metavar="zero1|zero2|zero3",
+            metavar=opt.shown("zero1", "zero2", "zero3"),
+            autocompletion=opt.offered("zero1", "zero2", "zero3"),
             help="Train with DeepSpeed; checkpoints are folders then.",
             rich_help_panel=RECIPE_PANEL,
         ),
     ] = "",
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", help="Print recipe, data, memory and steps; train nothing.", rich_help_panel=opt.CHECK_PANEL
-        ),
+        typer.Option("--dry-run", help="Print recipe, data, memory and steps; train nothing.", rich_help_panel=CHECKS),
     ] = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
     """Several processes: torchrun --nproc-per-node 8 -m llava_convert train RECIPE …, or accelerate launch."""
-    output = Output(as_json, quiet, verbose)
+    output = Output(as_json, quiet, verbose, "train")
 
     def action() -> None:
         # Read when torch is loaded. OpenMP's threads spin while they wait for each other; where something else runs on
@@ -75,20 +75,21 @@ def train(
         gc.enable()  # what training throws away holds whole tensors
         from llava_convert.core.resources import training
 
-        stages = training("recipe").load_recipe(recipe, changes or ())
-        runs = training("runs")
-        if dry_run:
-            found = [runs.outlook(stage) for stage in stages]
-            for stage, seen in zip(stages, found, strict=True):
-                output.line(training("recipe").as_toml(stage))
-                for text in seen.lines():
-                    output.line(text)
-            output.note("nothing was trained (--dry-run)")
-            output.result({"stages": [seen.as_json() for seen in found]})
-            return
-        last = runs.run(stages, work_dir, resume=resume, deepspeed=deepspeed, say=output)
-        output.line(f"{last}: trained")
-        output.note(f"next: llava-convert convert {shlex.quote(str(last))} --to hf")
-        output.result({"checkpoint": str(last), "stages": [stage.name for stage in stages]})
+        with training("recipe").hints_name(recipe, changes or ()):
+            stages = training("recipe").load_recipe(recipe, changes or ())
+            runs = training("runs")
+            if dry_run:
+                found = [runs.outlook(stage) for stage in stages]
+                for stage, seen in zip(stages, found, strict=True):
+                    output.line(training("recipe").as_toml(stage))
+                    for text in seen.lines():
+                        output.line(text)
+                output.note("nothing was trained (--dry-run)")
+                output.result({"done": False, "out": None, "stages": [seen.as_json() for seen in found]})
+                return
+            last = runs.run(stages, work_dir, resume=resume, deepspeed=deepspeed, say=output)
+            output.line(f"{last}: trained")
+            output.note(f"next: llava-convert convert {shlex.quote(str(last))} --to hf")
+            output.result({"done": True, "out": str(last), "stages": [{"name": stage.name} for stage in stages]})
 
     raise typer.Exit(run(action, output))

@@ -24,7 +24,7 @@ class ConvertError(Exception):
         self.hint = hint
 
     def reword(self, words: Callable[[str], str]) -> None:
-        """Reporter it otherwise: a folder by the address that the user knows it by, say."""
+        """Say it otherwise: a folder by the address that the user knows it by, say."""
         self.message = words(self.message)
         self.hint = self.hint if self.hint is None else words(self.hint)
         self.args = (self.message,)

@@ -6,9 +6,6 @@ from collections.abc import Callable
 from threading import Lock
 from typing import Protocol, runtime_checkable
 
-# Called with the bytes done of the stage that runs, and with its total.
-OnBytes = Callable[[int, int], object]
-
 
 @runtime_checkable
 class Reporter(Protocol):
@@ -23,6 +20,10 @@ class Reporter(Protocol):
     def warn(self, text: str) -> None: ...
 
     def start(self, what: str, total: int) -> Callable[[int], None]: ...
+
+
+# Called with the bytes done of the stage that runs, and with its total.
+OnBytes = Callable[[int, int], object]
 
 
 class Silence:

@@ -16,8 +16,6 @@ from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.safetensors import read_header
 from llava_convert.storage.torch.file import read_torch, state_dict
 
-QUICK, FULL, OFF = "quick", "full", "off"
-
 
 def check_quick(plan: Plan, folder: Path) -> dict[str, dict[str, StoredTensor]]:
     """Reopen a written output by its headers; returns each shard's tensors. Raises MismatchError (exit 7)."""

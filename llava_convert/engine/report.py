@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.engine.plan import Plan
+from llava_convert.model.checkpoint import Dropped
 from llava_convert.model.recipe import Model
 from llava_convert.ops.join import every
 from llava_convert.ops.lora import MergeLora
@@ -29,7 +30,8 @@ class Published:
     compared: bool = field(default=True)
 
     def as_json(self) -> dict[str, Any]:
-        return dict(vars(self))
+        value = dict(vars(self))
+        return {"count": value.pop("files"), **value}
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,6 +59,7 @@ class Report:
     fetched: Traffic = field(default_factory=Traffic)
     published: tuple[Published, ...] = ()
     source_dtype: str = ""  # of most of the language model
+    dropped: tuple[Dropped, ...] = ()
     unchecked: tuple[str, ...] = ()  # files of a hub that were read in parts, so that their sha256 was not compared
 
     def __repr__(self) -> str:
@@ -81,33 +84,38 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         plan = self.plan
+        tensors = {shard.name: len(shard.tensors) for shard in plan.shards}
         ops: dict[str, int] = {}
         for tensor in plan.tensors:
             for name in [op.name for op in every(tensor.ops)] or ["copy"]:
                 ops[name] = ops.get(name, 0) + 1
         return {
             "source": str(self.source),
+            "layout": self.layouts[0],
+            "why": self.why,
             "out": str(self.out),
-            "from": self.layouts[0],
             "to": self.layouts[1],
             "done": self.done,
             "dtype": self.dtype,
             "source_dtype": self.source_dtype,
-            "parts": dict(self.parts),
+            "parts": {part: {"detail": story} for part, story in self.parts.items()},
             "tensors": len(plan.tensors),
             "ops": dict(sorted(ops.items())),
+            "files": [
+                {"name": name, "bytes": size, "tensors": tensors.get(name)} for name, size in sorted(self.files.items())
+            ],
+            "bytes": self.bytes_written,
             "bytes_read": plan.bytes_read,
-            "bytes_written": self.bytes_written,
             "bytes_fetched": self.fetched.bytes,
             "unchecked": list(self.unchecked),
             "peak_memory": self.memory,
-            "shards": [{"name": s.name, "size": s.size, "tensors": len(s.tensors)} for s in plan.shards],
-            "files": sorted(self.files.keys() - {shard.name for shard in plan.shards}),
             "verified": self.verified,
             "flushed_to_zero": self.flushed,
+            "dropped": [{"name": one.name, "reason": one.reason} for one in self.dropped],
             "notes": list(self.notes),
             "warnings": list(self.warnings),
             "plan": plan.hash,
+            "next": self.next,
             "published": [one.as_json() for one in self.published],
         }
 

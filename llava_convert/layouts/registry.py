@@ -134,7 +134,7 @@ def _choose(found: Found, name: str | None) -> tuple[str, str]:
     if name is None and len(claims) > 1:
         raise UnsupportedError(
             f"{path} could be of more than one layout: " + "; ".join(f"{n} ({why})" for n, why in claims.items()),
-            hint="say which: llava-convert " + "|".join(claims),
+            hint=f"say which: `llava-convert {'|'.join(claims)}`",
         )
     if not claims:
         if any((folder / ".metadata").is_file() for folder in (path, path / "pytorch_model_fsdp_0")):

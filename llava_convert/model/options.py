@@ -2,37 +2,143 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from llava_convert.model.checkpoint import PART_WORDS
+from llava_convert.core.flags import AUTO, OUTPUT, Flag, Flagged
 
 ALL = "all"
+QUICK, FULL, OFF = "quick", "full", "off"  # how much of an output is verified
+
+# What people call the dtypes: torch's names, those of its shorthands, and those of trainers' flags.
+_DTYPES = {
+    "float16": ("fp16", "f16", "half"),
+    "bfloat16": ("bf16",),
+    "float32": ("fp32", "f32", "float", "full"),
+}
+_OTHER_DTYPES = {other: name for name, others in _DTYPES.items() for other in (*others, f"torch.{name}")}
+# Those of `offers` are what TAB offers; `layouts/gguf/mixes.py` knows them all.
+_OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
 
 
 def part_named(word: object) -> str | None:
     """The part, or all, that a word means: of `--part`, or of an older record. None for any other."""
+    from llava_convert.model.checkpoint import PART_WORDS  # late: it needs NumPy, and `--help` reads this module
+
     words = {ALL: ALL} | {name: part for part, name in PART_WORDS.items()} | {part: part for part in PART_WORDS}
     return words.get(word) if isinstance(word, str) else None
 
 
-@dataclass(frozen=True)
-class TargetOptions:
-    """What the user wants of the output. None, or nothing, means the default of the layout.
+def type_names(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """`f16,q4_k_m`, or a list of such; `auto` among them says nothing."""
+    names = value.split(",") if isinstance(value, str) else value or ()
+    return tuple(name.strip() for name in names if name.strip().lower() not in ("", AUTO))
 
-    The types are GGUF's, `pre` is its name of a pre-tokenizer; `name` is what files are called by. `as_family` is the
-    family that the language model is written as.
-    """
+
+@dataclass(frozen=True, kw_only=True)
+class PartOption(Flagged):
+    """The part of the model that is meant."""
+
+    part: Annotated[
+        str,
+        Flag(
+            "Only one part.",
+            OUTPUT,
+            choices=(ALL, "llm", "projector", "visual-encoder"),
+            others={"language_model": "llm", "vision_tower": "visual-encoder", "visual_encoder": "visual-encoder"},
+        ),
+    ] = ALL
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypesOption(Flagged):
+    """The types of a language model in GGUF."""
+
+    outtype: Annotated[
+        str | Sequence[str] | None,
+        Flag(
+            "Types of the language model, one file each. Default (auto): bf16 for a bf16 source, else f16.",
+            OUTPUT,
+            metavar="f16|q8_0|q4_k_m|…[,…]",
+            offers=_OUTTYPES,
+        ),
+    ] = None
+
+    @property
+    def outtypes(self) -> tuple[str, ...]:
+        return type_names(self.outtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(TypesOption):
+    """The options that shape an output; LayoutInfo.writes says in which layouts. None means the layout's default."""
+
+    max_shard_size: Annotated[
+        str | int | None,
+        Flag(
+            "Default: shards follow the source's; 2GB (5GB for hf) for a .pth.",
+            OUTPUT,
+            metavar="keep|5GB|…",
+            offers=("keep", "2GB", "5GB", "10GB"),
+        ),
+    ] = None
+    prompt_template: Annotated[
+        str | None,
+        Flag("Chat template, by xtuner's name for it. Default: the one trained with.", OUTPUT, metavar="NAME"),
+    ] = None
+    dtype: Annotated[
+        object,
+        Flag(
+            "Default (auto): what training loaded its language model in, if of 16 bits; else the source's, or float16.",
+            OUTPUT,
+            choices=(AUTO, *_DTYPES),
+            others=_OTHER_DTYPES,
+        ),
+    ] = None
+    image_processor: Annotated[
+        str | None,
+        Flag(
+            "clip (the default) crops pictures to squares and loads everywhere; llava pads them, as training did.",
+            OUTPUT,
+            choices=("clip", "llava"),
+        ),
+    ] = None
+    mmproj_outtype: Annotated[
+        str | Sequence[str] | None,
+        Flag(
+            "Types of the mmproj (tower and projector). Default: f16.",
+            OUTPUT,
+            metavar="f16|q8_0|…[,…]",
+            offers=("f32", "f16", "bf16", "q8_0"),
+        ),
+    ] = None
+    pre: Annotated[
+        str | None,
+        Flag("llama.cpp's name of the pre-tokenizer. Default: recognised by how it cuts text.", OUTPUT, metavar="NAME"),
+    ] = None
+    as_family: Annotated[
+        str | None,
+        Flag(
+            "Write the language model as another family that computes the same: a Phi-3 as llama, and back.",
+            OUTPUT,
+            metavar="FAMILY",
+            spelling="--as",
+        ),
+    ] = None
+
+    @property
+    def mmproj_outtypes(self) -> tuple[str, ...]:
+        return type_names(self.mmproj_outtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions(OutputOptions):
+    """What a layout is told of its output: the user's options; the part, or all; `name`, by which files are called."""
 
     dtype: str | None = None
     max_shard_size: str | None = None
     part: str = ALL
-    prompt_template: str | None = None
-    image_processor: str | None = None
-    outtypes: tuple[str, ...] = ()
-    mmproj_outtypes: tuple[str, ...] = ()
-    pre: str | None = None
-    as_family: str | None = None
     name: str = ""
     ids: Mapping[str, str] = field(default_factory=dict)
     lora_alpha: Mapping[str, float] = field(default_factory=dict)

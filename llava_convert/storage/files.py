@@ -68,7 +68,7 @@ def size_of(stream: RawIOBase) -> int:
 
 
 def will_read(stream: RawIOBase, spans: Iterable[tuple[int, int]]) -> None:
-    """Reporter which (offset, length) are read next: over the network they are then fetched side by side."""
+    """Say which (offset, length) are read next: over the network they are then fetched side by side."""
     if isinstance(stream, RemoteStream):
         stream.file.prefetch(spans)
 

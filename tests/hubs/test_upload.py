@@ -66,7 +66,7 @@ def test_what_arrives(side: Side, runner: Runner, outputs: dict[str, Path], layo
         assert sha256(side.files("org/model")[path]) == hashlib.sha256(data).hexdigest()
     (told,) = found.json()["published"]
     assert (told["hub"], told["repo"], told["revision"]) == (side.name, "org/model", side.branch)
-    assert (told["files"], told["bytes"]) == (len(on_disk(folder)), sum(map(len, on_disk(folder).values())))
+    assert (told["count"], told["bytes"]) == (len(on_disk(folder)), sum(map(len, on_disk(folder).values())))
     assert told["skipped"] == 0 and told["url"].startswith(side.server.url)
 
 
@@ -299,7 +299,7 @@ def test_push(side: Side, runner: Runner, tiny: Path, tmp_path: Path) -> None:
     assert runner(*words, "--dry-run", cwd=root).code == 0 and side.server.requests == []
     found = runner(*words, "--private", "--json", cwd=root)
     assert found.code == 0, found.said
-    assert found.json()["verified"] == "full" and found.json()["published"][0]["files"] == len(on_disk(out))
+    assert found.json()["verified"] == "full" and found.json()["published"][0]["count"] == len(on_disk(out))
     arrived(side, "org/model", out)
     assert side.server.repos["org/model"].private
 

@@ -13,8 +13,8 @@ from llava_convert.app.publish.secret_files import looks_secret
 from llava_convert.core.errors import InputError, MismatchError, UnsafeError, UsageError
 from llava_convert.core.progress import Reporter
 from llava_convert.core.text import listed
-from llava_convert.engine.check import FULL, OFF
 from llava_convert.layouts.registry import open_checkpoint
+from llava_convert.model.options import FULL, OFF
 from llava_convert.model.record import RECORD, read_record
 from llava_convert.storage.files import require_inside
 from llava_convert.storage.fingerprints import contents

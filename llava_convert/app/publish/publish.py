@@ -29,21 +29,10 @@ from llava_convert.storage.files import read_file
 from llava_convert.storage.hubs import HUBS, Content, Destination, Hub, Parcel, Sent, hub
 from llava_convert.storage.hubs.errors import RERUN, Asked, asking, client_errors, no_such_call
 
-BOTH = "both"  # what --hub calls every row of HUBS
-
 T = TypeVar("T")
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SLOWER = 5.0  # the pauses before a hub is asked again: 1 and 2.5 seconds
-
-
-def named_hubs(word: str) -> tuple[str, ...]:
-    """The hubs that `--hub` means. Raises UsageError."""
-    if word == BOTH:
-        return tuple(HUBS)
-    if word not in HUBS:
-        raise UsageError(f"--hub {word}: it is one of {', '.join(HUBS)}, {BOTH}")
-    return (word,)
 
 
 def check(to: Destination) -> None:

@@ -12,25 +12,25 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from llava_convert.app import convert as engine
 from llava_convert.app.convert import Prepared
 from llava_convert.app.documents import Documents
-from llava_convert.app.options import Options, SourceOptions
+from llava_convert.app.jobs import ReleaseJob
+from llava_convert.app.options import Options
 from llava_convert.app.publish.contents import names, proven
 from llava_convert.app.publish.publish import check, publish
 from llava_convert.app.stage_one import stage_one
 from llava_convert.core.errors import ConvertError, HubError, MismatchError, OutputError, UsageError
 from llava_convert.core.progress import Reporter, Silence
-from llava_convert.engine.check import FULL
 from llava_convert.engine.record import completed
 from llava_convert.engine.report import Published
-from llava_convert.layouts.info import LAYOUTS, TARGETS
+from llava_convert.layouts.info import LAYOUTS, TARGETS, writing
 from llava_convert.model.checkpoint import Checkpoint
-from llava_convert.model.options import TargetOptions
+from llava_convert.model.options import FULL
 from llava_convert.model.record import read_record
-from llava_convert.storage.hubs import Destination, Parcel
+from llava_convert.storage.hubs import Parcel
 from llava_convert.storage.remote.mounts import mounted
 from llava_convert.storage.remote.session import Session
 from llava_convert.storage.sidecars import folder_sidecars
@@ -61,21 +61,14 @@ ROWS = (
 )
 
 
-@dataclass(frozen=True)
-class Release:
-    """What to release: `name` is ORG/NAME. `out` holds a folder for each layout; default ./NAME."""
+class _OneOfSeveral(Options):
+    """The options of one layout, which were given for all."""
 
-    source: str | Path
-    name: str
-    options: SourceOptions
-    to: Destination
-    only: tuple[str, ...] = ()
-    out: Path | None = None
-    outtypes: tuple[str, ...] = ()
+    shared: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
-class Item:
+class ReleaseItem:
     """A layout with its folder and repository; `made` is absent where the source is in this layout already."""
 
     row: Row
@@ -102,6 +95,11 @@ class Item:
         return {**self.made.plan.sizes, **self.made.sizes}
 
     @property
+    def _tensors(self) -> dict[str, int]:
+        """How many tensors each file holds, where the conversion is planned."""
+        return {} if self.made is None else {shard.name: len(shard.tensors) for shard in self.made.plan.shards}
+
+    @property
     def story(self) -> str:
         return "as it is" if self.made is None else "there already" if self.there else "convert"
 
@@ -109,15 +107,18 @@ class Item:
         return {
             "layout": self.row.layout,
             "repo": self.repo,
-            "folder": str(self.folder),
+            "out": str(self.folder),
             "conversion": self.story,
+            "files": [
+                {"name": name, "bytes": size, "tensors": self._tensors.get(name)}
+                for name, size in sorted(self._sizes.items())
+            ],
             "bytes": self.size,
-            "files": self.files,
             "published": [one.as_json() for one in self.published],
         }
 
 
-def plan(release: Release) -> list[Item]:
+def plan(release: ReleaseJob) -> list[ReleaseItem]:
     """What a release does, read from headers; writes nothing and asks no hub.
 
     Raises UsageError for an unknown layout or name, and what hinders a layout, with the command that leaves it out.
@@ -126,10 +127,10 @@ def plan(release: Release) -> list[Item]:
         return _plan(release, session)
 
 
-def _plan(release: Release, session: Session) -> list[Item]:
+def _plan(release: ReleaseJob, session: Session) -> list[ReleaseItem]:
     check_name(release.name)
-    rows = _rows(release.only)
-    opened = engine.open_source(release.source, release.options, session)
+    rows = _rows(release.layouts)
+    opened = engine.open_source(release.source, release, session)
     items = []
     for row in rows:
         try:
@@ -160,18 +161,18 @@ def _rows(only: Sequence[str]) -> list[Row]:
     return [row for row in ROWS if not only or row.word in only]
 
 
-def _item(release: Release, row: Row, opened: tuple[Checkpoint, str], session: Session) -> Item | None:
+def _item(release: ReleaseJob, row: Row, opened: tuple[Checkpoint, str], session: Session) -> ReleaseItem | None:
     """The item of a row; None for the stage-1 projector where there was no stage 1 and nobody asked for it."""
     base = release.name.partition("/")[2]
-    options = Options.of(
-        release.options,
+    options: Options = _OneOfSeveral.of(
+        release,
         row.layout,
-        out=(release.out or Path(base)) / (base + row.suffix),
+        out=Path(release.out or base) / (base + row.suffix),
         name=base + row.title,
-        target=TargetOptions(outtypes=release.outtypes if "outtype" in TARGETS[row.layout].options else ()),
-        verify=FULL,
-        repo=replace(release.to, repo=release.name + row.suffix).address,
-        shared=True,
+        outtype=release.outtype if row.layout in writing("outtype") else None,
+        push=release.name + row.suffix,
+        hub=release.hub,
+        private=release.private,
     )
     source = opened[0].path
     if row.stage_one:
@@ -181,16 +182,14 @@ def _item(release: Release, row: Row, opened: tuple[Checkpoint, str], session: S
                 raise UsageError("there is no stage-1 checkpoint", hint="--pretrained-pth PATH names it")
             return None
         # What is told of the later stage does not hold of the first.
-        bases = replace(options.bases, lora_alpha={})
-        target = replace(options.target, part="projector")
         source = first
-        options = replace(options, config=None, pretrained_pth=None, bases=bases, target=target)
+        options = replace(options, config=None, pretrained_pth=None, lora_alpha=None, part="projector")
     elif engine.is_already(opened[0], options):
         if not source.is_dir():
             raise UsageError(f"{source} is of this layout, and a folder is published", hint="give its folder")
         if (remote := mounted(source)) is not None:
             raise UsageError(f"{remote.address} is of this layout, and is not here", hint="--cache fetches it")
-        return Item(row, release.name + row.suffix, source, source, options)
+        return ReleaseItem(row, release.name + row.suffix, source, source, options)
     ready = engine.prepare(source, options, session, None if row.stage_one else opened)
     made = engine.documents(ready, options)
     there = _is_there(ready, made)
@@ -199,7 +198,7 @@ def _item(release: Release, row: Row, opened: tuple[Checkpoint, str], session: S
             f"{ready.out} exists, and is not what this release makes of {source.name}",
             hint="remove it, or give another folder by -o",
         )
-    return Item(row, release.name + row.suffix, ready.out, source, options, made, there)
+    return ReleaseItem(row, release.name + row.suffix, ready.out, source, options, made, there)
 
 
 def _is_there(ready: Prepared, made: Documents) -> bool:
@@ -216,16 +215,16 @@ def _is_there(ready: Prepared, made: Documents) -> bool:
     return bool(found == json.loads(json.dumps(wanted)))
 
 
-def run_release(release: Release, say: Reporter | None = None) -> list[Item]:
+def run_release(release: ReleaseJob, say: Reporter | None = None) -> list[ReleaseItem]:
     """Convert and publish every layout. Raises what converting and publishing raise; a rerun continues."""
     with Session() as session:  # of a remote source, for all its conversions
         return _run(release, _plan(release, session), say or Silence())
 
 
-def _run(release: Release, items: list[Item], say: Reporter) -> list[Item]:
+def _run(release: ReleaseJob, items: list[ReleaseItem], say: Reporter) -> list[ReleaseItem]:
     for item in items:
-        check(replace(release.to, repo=item.repo))
-    done: list[Item] = []
+        check(release.destination(item.repo))
+    done: list[ReleaseItem] = []
     for item in items:
         say.note(f"{item.repo}: {item.row.layout}, {item.story}")
         try:
@@ -235,7 +234,7 @@ def _run(release: Release, items: list[Item], say: Reporter) -> list[Item]:
     return done
 
 
-def _do(item: Item, release: Release, say: Reporter) -> Item:
+def _do(item: ReleaseItem, release: ReleaseJob, say: Reporter) -> ReleaseItem:
     options, files = item.options, None
     if item.there:
         try:
@@ -247,5 +246,5 @@ def _do(item: Item, release: Release, say: Reporter) -> Item:
         if item.made is not None:
             engine.convert(item.source, options, say)
         files = proven(item.folder, say)
-    to = replace(release.to, repo=item.repo)
+    to = release.destination(item.repo)
     return replace(item, published=publish(Parcel(item.folder, files, to), say))

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from llava_convert.app.card import CARD
-from llava_convert.app.options import SourceOptions
+from llava_convert.app.options import BOTH, SourceOptions
 from llava_convert.app.publish.contents import names, proven
-from llava_convert.app.publish.publish import BOTH, check, publish
-from llava_convert.core.errors import HubError, TransferInterrupted, UsageError
+from llava_convert.app.publish.publish import check, publish
+from llava_convert.core.errors import HubError, TransferInterrupted
 from llava_convert.core.progress import Reporter, Silence
-from llava_convert.engine.check import FULL, OFF
 from llava_convert.engine.report import Published, Report
+from llava_convert.model.options import FULL, OFF
 from llava_convert.model.record import RECORD
 from llava_convert.storage.hubs import HUBS, Destination, Parcel
 
@@ -51,19 +51,12 @@ def pushed(convert: Callable[[], Report], to: Destination, say: Reporter | None 
     try:
         return replace(made, published=upload(out, to, say, level=level))
     except TransferInterrupted as stop:
-        raise TransferInterrupted(f"interrupted; {out} is converted, {command(out, to, level)} goes on") from stop
+        raise TransferInterrupted(f"interrupted; {out} is converted, `{command(out, to, level)}` goes on") from stop
     except HubError as problem:
         raise HubError(
             f"{out} is converted and kept, but not published: {problem.message}",
-            hint=f"{command(out, to, level)} goes on from here ({problem.hint})",
+            hint=f"`{command(out, to, level)}` goes on from here ({problem.hint})",
         ) from problem
-
-
-def push_level(verify: str | None) -> str:
-    """How much is verified before a push. Raises UsageError for less than all, unless it is nothing."""
-    if verify in (None, FULL, OFF):
-        return verify or FULL
-    raise UsageError(f"--push with --verify {verify}: what is published is verified in full", hint="or --verify off")
 
 
 def command(folder: Path, to: Destination, level: str = FULL) -> str:

@@ -29,12 +29,10 @@ from llava_convert.app.card.tables import size, table
 from llava_convert.app.card.traps import lmdeploy_template
 from llava_convert.app.card.words import Words
 from llava_convert.app.convert import prepare
-from llava_convert.app.options import Options, SourceOptions
-from llava_convert.app.publish.release import Release
+from llava_convert.app.jobs import ReleaseJob
+from llava_convert.app.options import Options
 from llava_convert.app.publish.release import plan as plan_release
 from llava_convert.layouts.info import TARGETS
-from llava_convert.model.recipe import Bases
-from llava_convert.storage.hubs import Destination
 from llava_convert.storage.remote.session import Session
 from tests.interop.card_blocks import block, blocks
 from tests.interop.wide_models import PUBLISHED, WIDES, make_wide
@@ -313,8 +311,8 @@ def test_the_trap_is_told_only_to_names_that_fall_into_it(make: Make) -> None:
 
 def written(tiny: Path, to: str, name: str, repo: str | None = None) -> str:
     """A card alone, of a plan that is not run."""
-    bases = Bases(llm_id="meta/tiny", visual_encoder_id="openai/tiny")
-    ready = prepare(tiny / "iter_2.pth", Options(to=to, out=Path(name), bases=bases), Session())
+    options = Options(to=to, out=Path(name), llm_id="meta/tiny", visual_encoder_id="openai/tiny")
+    ready = prepare(tiny / "iter_2.pth", options, Session())
     return card(Facts(ready.plan, ready.target, ready.model, name, ready.options, repo), verified="full")
 
 
@@ -334,13 +332,11 @@ def test_commands_name_the_repository(tiny: Path, to: str) -> None:
 
 def test_what_is_going_to_be_pushed_is_named_by_its_repository(tiny: Path, tmp_path: Path) -> None:
     """Or by the folder that a download from ModelScope leaves, since no runtime asks there by itself."""
-    engine.convert(tiny / "iter_2.pth", Options(to="official", out=tmp_path / "out", repo="org/pushed"))
+    engine.convert(tiny / "iter_2.pth", Options(to="official", out=tmp_path / "out", push="org/pushed"))
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert 'load_pretrained_model(\n    "org/pushed", None, "llava-llama"\n)' in text and text.count("# out\n") == 1
     for hub, repo in (("huggingface", "org/tiny-transformers"), ("modelscope", "ms://org/tiny-transformers")):
-        release = Release(
-            tiny / "iter_2.pth", "org/tiny", SourceOptions(), Destination("", (hub,)), ("hf",), tmp_path / hub
-        )
+        release = ReleaseJob(tiny / "iter_2.pth", name="org/tiny", hub=hub, only=("hf",), out=tmp_path / hub)
         assert [item.options.repo for item in plan_release(release)] == [repo]
 
 

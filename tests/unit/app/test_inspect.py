@@ -12,7 +12,7 @@ import llava_convert
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.layouts.info import TARGETS
 
-JSON_KEYS = {"path", "layout", "why", "parts", "settings", "targets", "notes", "warnings", "details", "bytes_fetched"}
+JSON_KEYS = {"source", "layout", "why", "parts", "settings", "targets", "notes", "warnings", "details", "bytes_fetched"}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_what_is_missing_and_how_to_supply_it(made: Path, tiny: Path) -> None:
     for target in ("official", "hf"):
         problem = found.targets[target]
         assert problem is not None
-        assert "base vision tower 'vit' is not here" in problem and "--visual-encoder" in problem
+        assert "base vision tower 'vit' is not here" in problem and "by visual_encoder" in problem
     supplied = llava_convert.inspect(made / "xtuner", visual_encoder=str(tiny / "vit"))
     assert supplied.targets == dict.fromkeys(TARGETS.keys() - {"xtuner"})
 
@@ -58,7 +58,7 @@ def test_what_is_missing_and_how_to_supply_it(made: Path, tiny: Path) -> None:
 def test_as_json(made: Path) -> None:
     value = json.loads(json.dumps(llava_convert.inspect(made / "xtuner").as_json()))
     assert value.keys() == JSON_KEYS
-    assert value["targets"]["hf"]["possible"] is False and "--visual-encoder" in value["targets"]["hf"]["missing"]
+    assert value["targets"]["hf"]["possible"] is False and "by visual_encoder" in value["targets"]["hf"]["missing"]
     assert value["parts"]["llm"].keys() == {"state", "tensors", "bytes", "dtypes", "detail"}
 
 

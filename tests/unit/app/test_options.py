@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import llava_convert
-from llava_convert.app.options import dtype_named
+from llava_convert.app.options import Options
 from llava_convert.core.errors import UsageError
 from llava_convert.layouts.info import LAYOUTS, TARGETS, layout_named
 
@@ -52,17 +52,17 @@ def test_a_layout_that_there_is_not() -> None:
     ],
 )
 def test_dtypes_by_every_name(word: str, dtype: str | None) -> None:
-    assert dtype_named(word) == dtype
+    assert Options(to="hf", dtype=word).dtype == dtype
 
 
 @pytest.mark.parametrize("word", ["int8", "", "float8", "torch.int4"])
 def test_a_dtype_that_there_is_not(word: str) -> None:
     with pytest.raises(UsageError, match="it is one of auto, float16, bfloat16, float32"):
-        dtype_named(word)
+        Options(to="hf", dtype=word)
 
 
 def refused(source: Path, out: Path, options: dict[str, Any], *said: str) -> None:
-    """Refused before anything is written, by the command's word for the option; in a dry run, too."""
+    """Refused before anything is written, by the keyword; in a dry run, too."""
     for dry_run in (False, True):
         with pytest.raises(UsageError) as found:
             llava_convert.convert(source, out=out, dry_run=dry_run, **options)
@@ -83,8 +83,11 @@ def refused(source: Path, out: Path, options: dict[str, Any], *said: str) -> Non
         ),
         ({"to": "gguf", "dtype": "bf16"}, ("dtype does not apply to gguf", "outtype and mmproj_outtype")),
         ({"to": "hf", "dequantize": True}, ("dequantize=True does not apply", "nothing in iter_2.pth is quantised")),
-        ({"to": "hf", "part": "llm", "llm": "{tiny}/llm", "lora_alpha": {}, "hub": "both"}, ("hub", "push=REPO")),
-        ({"to": "hf", "hub": "modelscope"}, ("hub", "push=REPO")),
+        (
+            {"to": "hf", "part": "llm", "llm": "{tiny}/llm", "lora_alpha": {}, "hub": "both"},
+            ("hub, private=True", "push=REPO"),
+        ),
+        ({"to": "hf", "hub": "modelscope"}, ("hub, private=True", "push=REPO")),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )

@@ -17,8 +17,6 @@ from llava_convert.core.errors import UsageError
 from llava_convert.model import towers
 from llava_convert.model.checkpoint import VISION
 from llava_convert.model.configs import named_config
-from llava_convert.model.options import TargetOptions
-from llava_convert.model.recipe import Bases
 from llava_convert.storage.remote.session import Session
 from llava_convert.storage.torch.file import read_torch
 
@@ -57,24 +55,24 @@ def edited(model: Path, out: Path, **change: Any) -> Path:
 
 def test_ids_as_asked(tiny: Path, tmp_path: Path) -> None:
     llm = edited(tiny / "llm", tmp_path / "llm", _name_or_path="meta/other")
-    bases = Bases(llm=str(llm), llm_id="meta/tiny", visual_encoder_id="openai/tiny")
-    ready = planned(tiny / "iter_2.pth", "hf", bases=bases)
+    bases = {"llm": str(llm), "llm_id": "meta/tiny", "visual_encoder_id": "openai/tiny"}
+    ready = planned(tiny / "iter_2.pth", "hf", **bases)
     assert config(ready)["text_config"]["_name_or_path"] == "meta/tiny"
     assert config(ready)["vision_config"]["_name_or_path"] == "openai/tiny"
     assert not any("hub id" in warning for warning in ready.warnings)
-    assert config(planned(tiny / "iter_2.pth", "official", bases=bases))["mm_vision_tower"] == "openai/tiny"
+    assert config(planned(tiny / "iter_2.pth", "official", **bases))["mm_vision_tower"] == "openai/tiny"
 
 
 def test_id_of_the_cache_before_the_config(tiny: Path, tmp_path: Path) -> None:
     snapshot = tmp_path / "models--org--cached" / "snapshots" / "abc"
     edited(tiny / "vit", snapshot, _name_or_path="someone/else")
-    ready = planned(tiny / "iter_2.pth", "hf", bases=Bases(visual_encoder=str(snapshot)))
+    ready = planned(tiny / "iter_2.pth", "hf", visual_encoder=str(snapshot))
     assert config(ready)["vision_config"]["_name_or_path"] == "org/cached"
 
 
 def test_id_of_the_config(tiny: Path, tmp_path: Path) -> None:
     llm = edited(tiny / "llm", tmp_path / "here", _name_or_path="meta/tiny")
-    ready = planned(tiny / "iter_2.pth", "official", bases=Bases(llm=str(llm)))
+    ready = planned(tiny / "iter_2.pth", "official", llm=str(llm))
     assert config(ready)["_name_or_path"] == "meta/tiny"
     assert not any(GUESS.format("language model") in warning for warning in ready.warnings)
 
@@ -95,13 +93,13 @@ def test_id_of_the_shape_before_the_folder(tiny: Path, known_tower: str) -> None
 
 def test_id_of_the_config_before_the_shape(tiny: Path, tmp_path: Path, known_tower: str) -> None:
     vit = edited(tiny / "vit", tmp_path / "vit", _name_or_path="org/by-name")
-    ready = planned(tiny / "iter_2.pth", "official", bases=Bases(visual_encoder=str(vit)))
+    ready = planned(tiny / "iter_2.pth", "official", visual_encoder=str(vit))
     assert config(ready)["mm_vision_tower"] == "org/by-name" != known_tower
 
 
 def test_the_folder_with_a_note(tiny: Path, tmp_path: Path) -> None:
     vit = edited(tiny / "vit", tmp_path / "my-vit", _name_or_path="/home/someone/secret/clip")
-    ready = planned(tiny / "iter_2.pth", "official", bases=Bases(visual_encoder=str(vit)))
+    ready = planned(tiny / "iter_2.pth", "official", visual_encoder=str(vit))
     assert config(ready)["mm_vision_tower"] == "my-vit"
     (note,) = [text for text in ready.notes if GUESS.format("vision tower") in text]
     assert "'my-vit' is written; --visual-encoder-id gives it" in note
@@ -174,7 +172,7 @@ def test_hf_config(tiny: Path) -> None:
 
 def test_image_processor(tiny: Path) -> None:
     clip = planned(tiny / "iter_2.pth", "hf").target.files
-    llava = planned(tiny / "iter_2.pth", "hf", target=TargetOptions(image_processor="llava")).target.files
+    llava = planned(tiny / "iter_2.pth", "hf", image_processor="llava").target.files
     assert json.loads(clip["preprocessor_config.json"])["image_processor_type"] == "CLIPImageProcessor"
     padded = json.loads(llava["preprocessor_config.json"])
     assert (padded["image_processor_type"], padded["do_pad"]) == ("LlavaImageProcessor", True)
@@ -184,7 +182,7 @@ def test_image_processor(tiny: Path) -> None:
 @pytest.mark.parametrize("to", ["hf", "official"])
 def test_prompt_template_asked_for(tiny: Path, to: str) -> None:
     trained = planned(tiny / "iter_2.pth", to).target.files
-    vicuna = planned(tiny / "iter_2.pth", to, target=TargetOptions(prompt_template="vicuna")).target.files
+    vicuna = planned(tiny / "iter_2.pth", to, prompt_template="vicuna").target.files
     for files, there, not_there in (
         (trained, "<|start_header_id|>", "USER:"),
         (vicuna, "USER:", "<|start_header_id|>"),
@@ -194,7 +192,7 @@ def test_prompt_template_asked_for(tiny: Path, to: str) -> None:
         if to == "hf":
             assert files["chat_template.jinja"].decode() == template
     with pytest.raises(UsageError, match="nonsense"):
-        planned(tiny / "iter_2.pth", to, target=TargetOptions(prompt_template="nonsense"))
+        planned(tiny / "iter_2.pth", to, prompt_template="nonsense")
 
 
 def test_prompt_template_of_the_training_config(tiny: Path, tmp_path: Path) -> None:
@@ -217,7 +215,5 @@ def test_stop_of_the_template_is_added(tiny: Path, tmp_path: Path) -> None:
     llm = tmp_path / "llm"
     shutil.copytree(tiny / "llm", llm)
     (llm / "generation_config.json").write_text('{"bos_token_id": 448, "eos_token_id": 449}')
-    found = json.loads(
-        planned(tiny / "iter_2.pth", "hf", bases=Bases(llm=str(llm))).target.files["generation_config.json"]
-    )
+    found = json.loads(planned(tiny / "iter_2.pth", "hf", llm=str(llm)).target.files["generation_config.json"])
     assert sorted(found["eos_token_id"]) == [449, 457], "<|eot_id|> ends llama3_chat's turns"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,3 +124,14 @@ def test_another_layouts_command(tiny: Path, tmp_path: Path) -> None:
     assert said is not None
     for number, command in enumerate(said.groups()):
         assert run(command, source, "--to", "official", "-o", tmp_path / f"{number}").exit_code == 0
+
+
+def test_a_hint_about_data_names_the_recipe_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    change = ["--set", "data.root=a b"]
+    found = CliRunner().invoke(app, ["train", "llava_v15_7b_finetune", "--dry-run", *change])
+    assert found.exit_code == 3
+    command = re.search(r"`llava-convert (.*?)` says what is missing", found.stderr)
+    assert command is not None
+    told = CliRunner().invoke(app, shlex.split(command[1]))
+    assert (told.exit_code, command[1]) == (3, "data check llava_v15_7b_finetune --set 'data.root=a b'")

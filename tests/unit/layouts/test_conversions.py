@@ -213,7 +213,7 @@ def test_a_cast_that_overflows_is_refused(tmp_path: Path, made: dict[str, Path],
         file.write(torch.tensor([1e6]).numpy().tobytes())
     with pytest.raises(MismatchError, match=r"model\.norm\.weight: 1 finite values do not fit") as caught:
         convert(source, "official", dtype="float16")
-    assert caught.value.hint is not None and "dtype=bfloat16" in caught.value.hint
+    assert caught.value.hint is not None and "dtype='bfloat16'" in caught.value.hint
     assert [p.name for p in tmp_path.iterdir()] == ["wide"]
 
 
@@ -363,7 +363,7 @@ def test_digests_of_a_projector_file(made: dict[str, Path], convert: Convert) ->
     ("options", "message"),
     [
         ({"max_shard_size": "0"}, "is not a size"),
-        ({"part": "tower"}, "part=tower"),
+        ({"part": "tower"}, "part='tower'"),
         ({"prompt_template": "no_such"}, "no_such"),
         ({"image_processor": "square"}, "square"),
     ],

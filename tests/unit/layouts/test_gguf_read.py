@@ -351,5 +351,5 @@ def test_inspect(made: Path) -> None:
     assert found.settings["context length"] == 8192
     assert found.settings["feature layer"] == -2
     for target in ("hf", "official", "xtuner"):
-        assert "--dequantize" in str(found.targets[target])
+        assert "dequantize=True" in str(found.targets[target])
     assert llava_convert.inspect(made / "bf16").targets["hf"] is None

@@ -127,10 +127,10 @@ def test_the_source_is_read_once(tiny: Path) -> None:
     ("options", "error", "said"),
     [
         ({"outtype": "q9_0"}, UsageError, "one of f32, f16"),
-        ({"mmproj_outtype": "nope"}, UsageError, "mmproj_outtype=nope"),
-        ({"dtype": "float16"}, UsageError, "are outtype and mmproj_outtype"),
+        ({"mmproj_outtype": "nope"}, UsageError, "mmproj_outtype='nope'"),
+        ({"dtype": "float16"}, UsageError, "outtype"),
         ({"part": "projector"}, UsageError, "visual-encoder"),
-        ({"pre": "nope"}, UsageError, "pre=nope"),
+        ({"pre": "nope"}, UsageError, "pre='nope'"),
         ({"max_shard_size": "x"}, UsageError, "not a size"),
     ],
 )

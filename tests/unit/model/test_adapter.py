@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 import llava_convert
-from llava_convert.cli.convert_command import parse_alpha
+from llava_convert.app.options import SourceOptions
 from llava_convert.core.errors import InputError, UnsupportedError, UsageError
 from llava_convert.core.tensors import Extent, StoredTensor
 from llava_convert.engine.plan import make_plan
@@ -269,7 +269,7 @@ def test_unknown_alpha_asks_for_the_option(settings: LoraSettings | None) -> Non
     ],
 )
 def test_lora_alpha_option(text: str | None, found: dict[str, float]) -> None:
-    assert parse_alpha(text) == found
+    assert SourceOptions(lora_alpha=text).bases.lora_alpha == found
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_lora_alpha_option(text: str | None, found: dict[str, float]) -> None:
 )
 def test_bad_lora_alpha(text: str) -> None:
     with pytest.raises(UsageError, match="--lora-alpha"):
-        parse_alpha(text)
+        SourceOptions(lora_alpha=text)
 
 
 # --- what adapters are made of
@@ -380,7 +380,7 @@ def test_lora_alpha_from_checkpoint_to_output(tiny: Path, tmp_path: Path) -> Non
     bases = {"llm": str(tiny / "llm"), "visual_encoder": str(tiny / "vit")}
     with pytest.raises(UnsupportedError, match="alpha of the LoRA") as caught:
         llava_convert.convert(bare, to="official", out=tmp_path / "no", **bases)
-    assert caught.value.exit_code == 4 and "lora_alpha" in str(caught.value.hint)
+    assert caught.value.exit_code == 4 and "by lora_alpha" in str(caught.value.hint)
     assert not (tmp_path / "no").exists()
     llava_convert.convert(tiny / "iter_2.pth", to="official", out=tmp_path / "told")
     llava_convert.convert(bare, to="official", out=tmp_path / "asked", lora_alpha={"visual-encoder": 16}, **bases)

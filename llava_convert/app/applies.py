@@ -1,0 +1,53 @@
+"""Options that have no effect on a job: refused by name, with where they have one."""
+
+from __future__ import annotations
+
+from llava_convert.app.options import Options
+from llava_convert.core.errors import UsageError
+from llava_convert.core.flags import options_of
+from llava_convert.core.tensors import QUANTS
+from llava_convert.layouts.info import LAYOUTS, reading, writing
+from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, VISION, Checkpoint
+from llava_convert.model.options import ALL, part_named
+from llava_convert.model.recipe import Model
+
+
+def refuse_for_target(options: Options) -> None:
+    """Raise UsageError for an option that has no effect in the target's layout, naming those where it has."""
+    for name, option in options_of(Options).items():
+        where = writing(name)
+        if not where or options.to in where or getattr(options, name) == option.default:
+            continue
+        instead = "; the types of a GGUF are --outtype and --mmproj-outtype" if name == "dtype" else ""
+        raise UsageError(
+            f"{option.spelling} does not apply to {options.to}",
+            hint=f"leave it out: it is for {', '.join(where)}{instead}",
+        )
+
+
+def refuse_for_source(options: Options, checkpoint: Checkpoint, model: Model) -> None:
+    """Raise UsageError for an option that nothing of this source uses."""
+    if options.dequantize and not any(tensor.dtype in QUANTS for tensor in checkpoint.tensors().values()):
+        raise UsageError(
+            f"--dequantize does not apply: nothing in {checkpoint.path.name} is quantised",
+            hint="leave it out: it is for quantised GGUF files",
+        )
+    if options.bases.lora_alpha and not any(part.adapter or part.merge for part in checkpoint.parts.values()):
+        raise UsageError(f"--lora-alpha does not apply: {checkpoint.path.name} has no LoRA", hint="leave it out")
+    for name, option in options_of(Options).items():
+        where = reading(name)
+        if where and checkpoint.layout not in where and getattr(options, name):
+            raise UsageError(
+                f"{option.spelling} does not apply: {checkpoint.path.name} is {checkpoint.layout}",
+                hint=f"leave it out: it is for {' and '.join(where)} sources",
+            )
+    for part, named in ((LLM, options.bases.llm), (VISION, options.bases.visual_encoder)):
+        # With --part a base of another part is no mistake: it says what the source was trained on.
+        if named is None or part in model.bases or part_named(options.part) not in (ALL, part):
+            continue
+        if not LAYOUTS[options.to].leaves_out_frozen:
+            source = checkpoint.path.name
+            raise UsageError(
+                f"--{PART_WORDS[part]} {named} does not apply: {source} has no use for a {PART_NAMES[part]}",
+                hint="leave it out: a base is for a part that the source lacks, or holds as an adapter",
+            )
