@@ -12,7 +12,7 @@ from llava_convert.app.inspect import Inspection
 from llava_convert.app.jobs import ConvertJob, InspectJob, PlanJob, ReleaseJob, UploadJob, VerifyJob
 from llava_convert.app.publish.release import ReleaseItem
 from llava_convert.app.verify import Verdict
-from llava_convert.core.errors import ConvertError
+from llava_convert.core.errors import ConvertError, system_errors
 from llava_convert.core.flags import in_keywords, options_of
 from llava_convert.core.progress import Reporter, reporter
 from llava_convert.engine.report import Published, Report
@@ -51,7 +51,8 @@ def _keywords(job: Callable[P, J]) -> Callable[[Callable[[J], R]], Callable[P, R
             except TypeError as problem:
                 raise TypeError(f"{run.__name__}() {problem}") from None
             try:
-                return _told(run(job(*args, **kwargs)))
+                with system_errors():
+                    return _told(run(job(*args, **kwargs)))
             except ConvertError as problem:
                 problem.reword(_in_keywords)
                 raise

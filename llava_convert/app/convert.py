@@ -238,7 +238,7 @@ def assembled(
     target_options = replace(
         options.target,
         part=part,
-        name=options.name or _out(checkpoint, options, session).name,
+        name=utf8(options.name or _out(checkpoint, options, session).name).decode(),
         ids=_asked_ids(options),
         lora_alpha=options.bases.lora_alpha,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from llava_convert.core.errors import UsageError
 from llava_convert.core.flags import CHECKS, OUTPUT, PUBLISH, SOURCE, Flag, Flagged, as_names
+from llava_convert.core.text import printable
 from llava_convert.layouts.info import LAYOUTS, TARGETS, layout_named
 from llava_convert.model.options import FULL, OFF, QUICK, OutputOptions, PartOption, TargetOptions
 from llava_convert.storage.hubs import HUBS, HUGGINGFACE, Destination
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 PathLike = str | Path
 BOTH = "both"  # what `--hub` calls every row of HUBS
 
+# What may be the name of a file: no separator of any system, no control character, and more than dots.
+_NAME = re.compile(r"(?![. ]*$)[^/\\\x00-\x1f\x7f]+")
 _ALPHAS = ("llm", "visual-encoder")
 
 
@@ -202,6 +206,8 @@ class Options(PushOptions, OutputOptions, PartOption, NamedBases, OutOptions):
             object.__setattr__(self, "asked", self.to)
         object.__setattr__(self, "to", layout.name)
         super().__post_init__()
+        if self.name is not None and not _NAME.fullmatch(self.name):
+            raise UsageError(f"--name {printable(self.name)}: it is a name, and no path", hint="-o says where")
         if self.push is None and (self.hub or self.private or self.revision is not None or self.create_pr):
             raise UsageError(
                 "--hub, --private, --revision and --create-pr say how to publish", hint="--push REPO publishes"

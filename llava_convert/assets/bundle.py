@@ -15,7 +15,7 @@ from llava_convert.assets.prompts import ChatTemplates, hf_templates, stop_ids
 from llava_convert.assets.tokenizer.files import Tokenizer, has_tokenizer, open_tokenizer
 from llava_convert.assets.tokenizer.llava_tokens import AddedToken, plain_files, require_rows, without_tokens
 from llava_convert.core.errors import InputError
-from llava_convert.core.hub_names import is_id, published_id
+from llava_convert.core.hub_names import is_id, last_name, published_id
 from llava_convert.core.text import to_json
 from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, VISION
 from llava_convert.model.configs import without_stale
@@ -24,6 +24,9 @@ from llava_convert.model.recipe import Model
 from llava_convert.model.tables.types import read_config
 from llava_convert.model.towers import id_by_shape
 from llava_convert.storage.remote.origin import published
+
+# What a generation config says of its writer, and code that it asks for.
+_ABOUT = ("transformers_version", "_from_model_config", "_name_or_path", "auto_map", "custom_generate")
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Artefacts:
         base: dict[str, Any] = {}
         if files is not None and files.has("generation_config.json"):
             base = read_config(files, "generation_config.json")
-        found = {k: v for k, v in base.items() if k not in ("transformers_version", "_from_model_config")}
+        found = {k: v for k, v in base.items() if k not in _ABOUT}
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if found.get(key) is None and config.get(key) is not None:
                 found[key] = config[key]
@@ -134,7 +137,7 @@ class Artefacts:
             return found, None
         if part == VISION and (by_shape := id_by_shape(config)) is not None:
             return by_shape, None
-        last = [str(n).rstrip("/").rpartition("/")[2] for n in (base.asked if base else None, *named) if n]
+        last = [last_name(str(n)) for n in (base.asked if base else None, *named) if n]
         name = last[0] if last else (files.where.name if files is not None else PART_WORDS[part])
         return name, (
             f"the hub id of the {PART_NAMES[part]} is not known: its folder's name {name!r} is written; "

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from llava_convert.cli._output import Output
-from llava_convert.core.errors import ConvertError, Interrupted, TransferInterrupted
+from llava_convert.core.errors import ConvertError, Interrupted, TransferInterrupted, system_errors
 
 INTERRUPTED = 130
 OUR_BUG = 1
@@ -17,7 +17,8 @@ OUR_BUG = 1
 def run(action: Callable[[], None], output: Output) -> int:
     """Do what a command does; returns the exit code."""
     try:
-        action()
+        with system_errors():
+            action()
     except ConvertError as problem:
         if output.verbose:
             _traceback()

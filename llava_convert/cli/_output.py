@@ -109,8 +109,8 @@ class Output:
             self._progress = None
 
     def _talk(self, text: str, style: str | None = None) -> None:
-        # A closed pipe must not hide what the command did.
-        with suppress(BrokenPipeError):
+        # A closed pipe or a full disk must not hide what the command did.
+        with suppress(OSError):
             if style is not None and sys.stderr.isatty():
                 from rich.console import Console
                 from rich.text import Text

@@ -6,9 +6,15 @@ it, a command where there is one. They are raised anywhere and printed in one pl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from llava_convert.core.text import escaped
+from llava_convert.core.text import escaped, printable
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_NO_THREAD = "can't start new thread"
 
 
 class ConvertError(Exception):
@@ -72,6 +78,29 @@ class Interrupted(KeyboardInterrupt):
 
 class TransferInterrupted(Interrupted):
     """The same while files go to a hub: some may still be under way. Its text says how to go on."""
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise as a ConvertError what the system refuses anywhere in a job, and nothing nearer to the call foresaw.
+
+    stat, open or listdir of a source's file can fail wherever it stands; a container may grant no memory or no thread.
+    A closed pipe is not among these: whoever prints knows what it means.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as problem:
+        where = f"{printable(os.fsdecode(problem.filename))}: " if isinstance(problem.filename, str | bytes) else ""
+        kind = OutputError if problem.errno in _OF_THE_DISK else InputError
+        raise kind(f"{where}{problem.strerror or problem}", hint="see whether it is there and may be read") from problem
+    except MemoryError as problem:
+        raise OutputError("there is not enough memory", hint="--threads 1 needs the least") from problem
+    except RuntimeError as problem:  # what threading raises has no class of its own
+        if _NO_THREAD not in str(problem):
+            raise
+        raise OutputError("the system starts no further thread", hint="raise its limit of processes") from problem
 
 
 class HubError(ConvertError):

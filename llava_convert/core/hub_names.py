@@ -43,6 +43,11 @@ def is_id(text: str) -> bool:
     return address is not None and not address.path
 
 
+def last_name(path: str) -> str:
+    """The last part of a path of any system, or of a hub's id."""
+    return path.replace("\\", "/").rstrip("/").rpartition("/")[2]
+
+
 def published_id(name: str) -> str:
     """The id as configs name it: without the hub and the revision."""
     address = parse(name)

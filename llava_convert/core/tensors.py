@@ -32,6 +32,9 @@ TORCH_NAMES: dict[str, str] = {"F16": "float16", "BF16": "bfloat16", "F32": "flo
 FROM_TORCH_NAMES: dict[str, str] = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
 
+MAX_TENSORS = 200_000  # of a checkpoint: twice as many as the largest real model has (DeepSeek-V3: 92,000)
+
+
 def nbytes_of(dtype: str, numel: int) -> int:
     """Bytes of `numel` elements of a dtype or block type; of the latter they are whole blocks."""
     if dtype in QUANTS:

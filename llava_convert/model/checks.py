@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
-from llava_convert.core.hub_names import is_id, published_id
+from llava_convert.core.hub_names import is_id, last_name, published_id
 from llava_convert.core.text import printable
 from llava_convert.model.bases import Base, is_folder
 from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, PROJECTOR, VISION, Checkpoint
@@ -97,7 +97,7 @@ def _may_be(named: str, base: Base, checkpoint: Checkpoint) -> bool:
 
 
 def _last_name(name: str) -> str:
-    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
+    return last_name(name).lower()
 
 
 def _refuse_second_merge(checkpoint: Checkpoint, part: str, base: Base) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
-from llava_convert.core.tensors import StoredTensor
+from llava_convert.core.tensors import MAX_TENSORS, StoredTensor
 from llava_convert.core.text import listed, printable
 from llava_convert.storage.files import os_reason, relative_name, require_inside, require_regular
 from llava_convert.storage.headers import Headers
@@ -24,7 +24,6 @@ TORCH_SUFFIXES = (".bin", ".pth", ".pt")
 INDEX_SUFFIX = ".index.json"
 # The largest index of a real model (DeepSeek-V3, 92,000 tensors) has 9 MB.
 MAX_INDEX_BYTES = 64 << 20
-MAX_INDEX_ENTRIES = 500_000
 
 _SHARD_NAME = re.compile(r"-(\d+)-of-(\d+)\.[a-z]+$")
 
@@ -178,7 +177,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{where}: not an index: has no object weight_map of tensor names and files")
-    if len(weight_map) > MAX_INDEX_ENTRIES:
+    if len(weight_map) > MAX_TENSORS:
         raise InputError(f"{where}: weight_map has {len(weight_map):,} tensors, more than any model")
     plain: dict[str, str] = {}
     for tensor, file in weight_map.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from llava_convert.model.checkpoint import LLM, PARTS, PROJECTOR, VISION
 from llava_convert.model.options import ALL, TargetOptions
 from llava_convert.model.recipe import Model
 from llava_convert.model.target import Target
+
+_MARKUP = re.compile(r"[\\`*\[\]<>&]")
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class Facts:
 
     @cached_property
     def title(self) -> str:
-        return " ".join(self.name.split()) or "LLaVA"
+        """The output's name as Markdown shows it: what would be markup in it, or HTML, is escaped."""
+        return _MARKUP.sub(r"\\\g<0>", " ".join(self.name.split())) or "LLaVA"
 
     @property
     def folder(self) -> str:

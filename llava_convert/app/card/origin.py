@@ -110,7 +110,7 @@ def _stated(card: Mapping[str, Any], whose: str, repo: str | None) -> License | 
         given,
         whose,
         name if isinstance(name, str) and _LICENSE_ID.fullmatch(name) else None,
-        link if isinstance(link, str) and re.fullmatch(r"https?://[^\s<>\"'`|]+", link) else None,
+        link if isinstance(link, str) and re.fullmatch(r"https?://[\w.~:/?#@&=+%,;-]+", link) else None,
     )
 
 
@@ -128,7 +128,8 @@ def _parsed(text: str) -> Mapping[str, Any]:
     import yaml  # most sources have no card
 
     try:
-        found = yaml.safe_load(text)
+        # No scalar becomes anything but the text that it is: tags ask for nothing, `no` is a language.
+        found = yaml.load(text, yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -15,6 +15,7 @@ from typing import Any
 from llava_convert.assets.tokenizer.checks import require_shape
 from llava_convert.assets.tokenizer.json_edit import has_type, starts_with
 from llava_convert.core.errors import InputError
+from llava_convert.core.text import to_json
 from llava_convert.storage.json_files import parse_json
 from llava_convert.storage.sentencepiece import read_pieces
 from llava_convert.storage.sidecars import Sidecars
@@ -26,6 +27,7 @@ TEMPLATE, PROCESSOR_TEMPLATE = "chat_template.jinja", "chat_template.json"
 FILES = (*VOCABULARY_FILES, CONFIG, SPECIAL_MAP, ADDED, TEMPLATE, PROCESSOR_TEMPLATE)
 # The flags of an added token which nothing says more of.
 FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+_CODE = "auto_map"
 _LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer")
 
 
@@ -42,7 +44,8 @@ class Tokenizer:
         return self.sidecars.where
 
     def read(self, name: str) -> bytes:
-        return self.sidecars.read(name)
+        """The bytes of a file; of the config without the code that it asks for, which no output has."""
+        return to_json(self.config) if name == CONFIG and self.needs_code else self.sidecars.read(name)
 
     def _text(self, name: str) -> str:
         try:
@@ -56,7 +59,16 @@ class Tokenizer:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return self.read_json(CONFIG)
+        return {key: value for key, value in self._stated.items() if key != _CODE}
+
+    @property
+    def needs_code(self) -> bool:
+        """Whether the config names a class of the model's own code."""
+        return _CODE in self._stated
+
+    @cached_property
+    def _stated(self) -> dict[str, Any]:
+        return tokenizer_object(self.sidecars.read(CONFIG), self.where / CONFIG) if CONFIG in self.files else {}
 
     @cached_property
     def fast(self) -> dict[str, Any]:

@@ -233,7 +233,7 @@ def _loadable_class(tokenizer: Tokenizer) -> str | None:
     stated = tokenizer.config.get("tokenizer_class")
     name = stated if isinstance(stated, str) else None
     unloadable = name in (None, "TokenizersBackend")
-    if "auto_map" in tokenizer.config:
+    if tokenizer.needs_code:
         return name
     if not tokenizer.fast:
         return "LlamaTokenizer" if unloadable and "tokenizer.model" in tokenizer.files else name

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.ggml_types import GIVEN_UP, NUMBERS, TYPES, whole_blocks
-from llava_convert.core.tensors import QUANTS, Extent, StoredTensor, nbytes_of
+from llava_convert.core.tensors import MAX_TENSORS, QUANTS, Extent, StoredTensor, nbytes_of
 from llava_convert.core.text import listed, printable
 from llava_convert.storage.files import open_regular, read_fully, reject_stand_in, require_inside, size_of
 from llava_convert.storage.gguf.values import Cursor, Typed, encode_string, encode_value
@@ -30,7 +30,6 @@ ALIGNMENT = 32
 MAX_DIMENSIONS = 4  # ggml.h: GGML_MAX_DIMS
 MAX_NAME_BYTES = 63  # ggml.h: GGML_MAX_NAME counts a NUL; llama.cpp refuses a file with a longer one
 MAX_KEY_BYTES = 65535  # of the specification
-MAX_ENTRIES = 1 << 20  # of tensors and of keys: a thousand times those of any model
 _ALIGNMENT_KEY = "general.alignment"
 _SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 _OTHERS = {b"ggml": "ggml", b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt", b"algg": "ggla"}
@@ -83,7 +82,7 @@ def read_gguf(path: Path) -> GgufFile:
         version = cursor.number("u32", "the head")
         tensor_count, key_count = cursor.number("u64", "the head"), cursor.number("u64", "the head")
         for count, what, least in ((tensor_count, "tensors", _LEAST_TENSOR), (key_count, "keys", _LEAST_KEY)):
-            if count > min(MAX_ENTRIES, size // least):
+            if count > min(MAX_TENSORS, size // least):
                 raise InputError(
                     f"{where}: {count:,} {what} announced, more than {size:,} bytes, or any model, can hold",
                     hint=_DAMAGED,

@@ -68,7 +68,10 @@ def refuse_overlap(places: list[Path], reads: Iterable[Path]) -> None:
                 raise UsageError(f"the output {places[0]} is, or holds, the source {read}", hint=mend)
         if any(key in around for key in _keys(read)):
             raise UsageError(f"the output {places[0]} is inside the source {read}", hint=mend)
-    here = Path.cwd()
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # it was removed: nothing in it can be lost
+        return
     if any(key in outs for folder in (here, *here.parents) for key in _keys(folder)):
         raise UsageError(f"the output {places[0]} holds the current folder", hint=mend)
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from transformers import AutoTokenizer
 
 import llava_convert
@@ -351,10 +353,14 @@ def blocks_of(text: str) -> list[Any]:
     return blocks(Folder())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["a b", "it's", 'say "hi"', "a|b", "$HOME`x`", "ä\\ö", "two\nlines"])
+@pytest.mark.parametrize(
+    "name", ["a b", "it's", 'say "hi"', "a|b", "$HOME`x`", "ä\\ö", "two\nlines", "<b>x</b>", "![x](http:a)"]
+)
 def test_names_are_quoted_for_whoever_reads_them(tiny: Path, tmp_path: Path, name: str) -> None:
     text = written(tiny, "hf", name)
-    assert ModelCard(text).text.strip().splitlines()[0] == "# " + " ".join(name.split())
+    heading = MarkdownIt().render(ModelCard(text).text.strip().splitlines()[0])
+    assert "<" not in heading.removeprefix("<h1>").removesuffix("</h1>\n")
+    assert unescape(heading) == f"<h1>{' '.join(name.split())}</h1>\n"
     python = next(b.code for b in blocks_of(text) if b.language == "python")
     assert python.count(json.dumps(name, ensure_ascii=False)) == 1
     compile(python, "card", "exec")

@@ -97,6 +97,6 @@ def test_a_text_that_does_not_exist_is_found_before_the_first_byte(
     target = TARGETS["hf"]
     monkeypatch.setitem(TARGETS, "hf", replace(target, whole=replace(target.whole, quickstarts=("nowhere",))))
     for dry_run in (True, False):
-        with pytest.raises(FileNotFoundError, match=r"nowhere\.md"):
+        with pytest.raises(InputError, match=r"nowhere\.md"):
             llava_convert.convert(tiny / "iter_2.pth", to="hf", out=tmp_path / "out", dry_run=dry_run)
         assert list(tmp_path.iterdir()) == []
