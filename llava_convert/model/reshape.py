@@ -29,7 +29,7 @@ class Relation:
     `owner` is the family whose table says it; `filled` is what the other's config says where the first one's does not.
     """
 
-    rows: LayoutTable | None
+    rows: LayoutTable
     side: str
     owner: Architecture
     keys: tuple[Mapping[str, Any], ...]
@@ -54,7 +54,7 @@ def relation(own: Architecture, other: Architecture) -> Relation | None:
     return None
 
 
-def _rows(raw: Mapping[str, Any], owner: Architecture, partner: Architecture) -> LayoutTable | None:
+def _rows(raw: Mapping[str, Any], owner: Architecture, partner: Architecture) -> LayoutTable:
     """The rows with the owner's names on the side of the disk."""
     sides = {owner.name: DISK, partner.name: CANONICAL}
 
@@ -62,11 +62,9 @@ def _rows(raw: Mapping[str, Any], owner: Architecture, partner: Architecture) ->
         found = {sides.get(key, key): value for key, value in entry.items()}
         return found | {"parts": [sided(part) for part in found["parts"]]} if "parts" in found else found
 
-    if not raw.get("row"):
-        return None
     stated = {"layout": f"{owner.name} as {partner.name}", "writes": partner.name}
     text = owner.path.read_text(encoding="utf-8")
-    return make_layout_table({**stated, "row": [sided(entry) for entry in raw["row"]]}, text, owner.path)
+    return make_layout_table({**stated, "row": [sided(entry) for entry in raw.get("row", ())]}, text, owner.path)
 
 
 def reshaped(model: Model, other: Architecture) -> Model:
@@ -103,12 +101,9 @@ def reshaped(model: Model, other: Architecture) -> Model:
 
 
 def _renamed(recipes: Mapping[str, Recipe], how: Relation, config: Config) -> dict[str, Recipe]:
-    rows = how.rows
-    if rows is None:
-        return dict(recipes)
-    moved = {name: recipe for name, recipe in recipes.items() if rows.named(name, how.side)}
+    moved = {name: recipe for name, recipe in recipes.items() if how.rows.named(name, how.side)}
     kept = {name: recipe for name, recipe in recipes.items() if name not in moved}
-    made = renamed(moved, rows, lambda symbol: how.owner.symbol(symbol, config), side=how.side)
+    made = renamed(moved, how.rows, lambda symbol: how.owner.symbol(symbol, config), side=how.side)
     return kept | {one.name: one.recipe for one in made}
 
 

@@ -219,8 +219,8 @@ def test_fault_33_odd_names_work(tmp_path: Path, name: str) -> None:
     assert ran.report["out"] == str(out) and (out / "config.json").is_file()
     assert run("verify", source, out).code == 0
     plain = tiny(tmp_path / "plain")
-    accepted("pth", plain, "--to", "xtuner", "-o", tmp_path / "plain" / "out", "--name", out.name)
-    assert tree(out) == tree(tmp_path / "plain" / "out")
+    accepted("pth", plain, "--to", "xtuner", "-o", plain.parent / out.name)
+    assert tree(out) == tree(plain.parent / out.name)
 
 
 @pytest.mark.parametrize("given", ["tiny/iter_2.pth", "./tiny//iter_2.pth", "tiny/../tiny/iter_2.pth"])

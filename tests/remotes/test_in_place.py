@@ -67,7 +67,7 @@ def test_inspect_of_an_8b_model_costs_kilobytes(
     ran = command("inspect", "hf://org/llava-8b", "--json")
     assert ran.code == 0, ran.stderr
     found = json.loads(ran.stdout)
-    assert (found["path"], found["layout"]) == ("hf://org/llava-8b", "official")
+    assert (found["source"], found["layout"]) == ("hf://org/llava-8b", "official")
     assert sum(part["bytes"] for part in found["parts"].values()) > 16 * 10**9
     assert all(target["possible"] for target in found["targets"].values())
     sent = sum(seen.sent for seen in hf.requests)
@@ -112,7 +112,7 @@ def test_an_export_of_the_language_model_does_not_fetch_the_tower(
     hf.add("org/llava", tmp_path / "llava")
     ran = command("official", "hf://org/llava", "--to", "hf", "--part", "llm", "-o", "out", "--json")
     assert ran.code == 0, ran.stderr
-    written = json.loads(ran.stdout)["bytes_written"]
+    written = json.loads(ran.stdout)["bytes"]
     stored = sum(p.stat().st_size for p in (tmp_path / "llava").glob("*.safetensors"))
     sent = sum(seen.sent for seen in hf.requests if "/cdn/" in seen.path)
     assert written < 0.95 * stored, "the tower and the projector are worth leaving out"

@@ -148,7 +148,7 @@ def test_a_file_in_a_bucket_and_what_lies_beside_it(s3: Store, layouts: dict[str
     ran = s3.run(tmp_path, "inspect", "s3://models/gguf/tiny-f16.gguf", "--json")
     assert ran.code == 0, ran.stderr
     found = json.loads(ran.stdout)
-    assert found["path"] == "s3://models/gguf/tiny-f16.gguf"
+    assert found["source"] == "s3://models/gguf/tiny-f16.gguf"
     assert found["parts"]["visual-encoder"]["tensors"] > 0, "its mmproj lies beside it"
 
 
@@ -397,7 +397,7 @@ def test_a_file_on_the_web(layouts: dict[str, Path], tmp_path: Path) -> None:
     with Web(layouts["gguf"]) as web:
         ran = shell("inspect", f"{web.url}/tiny-f16.gguf?signature=secret", "--json", code=HURRIED, environment=web.env)
         assert ran.code == 0, ran.stderr
-        assert json.loads(ran.stdout)["path"] == f"{web.url}/tiny-f16.gguf", "a signature is nobody's business"
+        assert json.loads(ran.stdout)["source"] == f"{web.url}/tiny-f16.gguf", "a signature is nobody's business"
         assert all(seen.range for seen in web.requests if seen.method == "GET")
         ran = shell("convert", f"{web.url}/tiny-f16.gguf", "--to", "hf", "--part", "llm", "-o", "out", code=HURRIED,
                     environment=web.env, cwd=tmp_path)  # fmt: skip

@@ -18,11 +18,11 @@ from llava_convert.core.errors import UsageError
 from llava_convert.core.tensors import Extent, StoredTensor, nbytes_of
 from llava_convert.core.text import to_json
 from llava_convert.engine.plan import Plan, make_plan
-from llava_convert.model.recipe import Recipe
+from llava_convert.model.recipe import Recipe, joined_recipe
 from llava_convert.model.target import KEEP, FileSet, Output, Target, parse_size
 from llava_convert.ops.cast import Cast
 from llava_convert.ops.lora import MergeLora
-from llava_convert.ops.rows import PadRows
+from llava_convert.ops.rows import PadRows, RopePermute
 from llava_convert.storage.gguf.file import Typed
 from llava_convert.storage.safetensors import read_header
 
@@ -375,6 +375,25 @@ CHANGES: dict[str, Callable[[], Plan]] = {
     "its operand": lambda: make_plan(target([merged(offset=8)])),
     "an order": lambda: make_plan(target([output("c", to="F32"), output("a")])),
 }
+
+
+@pytest.mark.parametrize("dtype", ["F16", "F32"])
+def test_where_the_bytes_of_a_member_go(dtype: str) -> None:
+    """Against every byte of the joined tensor, marked by the member that it is of."""
+    columns, groups, rows = 3, 4, (2, 1, 3)
+    row = columns * nbytes_of(dtype, 1)
+    marks = np.repeat(np.tile(np.repeat(np.arange(len(rows)), rows), groups), row)
+    members = [
+        Recipe(stored(f"m{n}", (groups * count, columns), dtype=dtype, path=f"m{n}")) for n, count in enumerate(rows)
+    ]
+    members[0] = members[0].then(RopePermute(2))  # copies alone would be joined where they lie
+    (tensor,) = plan_of([Output("w", "w", joined_recipe(members, groups), dtype)]).tensors
+    for number, piece in enumerate(tensor.pieces):
+        assert (piece.source.name, piece.shape) == (f"m{number}", (groups * rows[number], columns))
+        places = np.flatnonzero(marks == number)
+        for start, length in ((0, len(places)), (1, 7), (row, 2 * row), (len(places) - 5, 5), (3, 0)):
+            found = [np.arange(at, at + count) for at, count in piece.spans(start, length)]
+            assert np.concatenate([[], *found]).tolist() == places[start : start + length].tolist()
 
 
 def test_any_change_changes_the_hash() -> None:

@@ -225,6 +225,12 @@ def test_keys_that_could_match_for_ever_are_refused(key: str, where: str) -> Non
     assert len(str(caught.value)) < 200
 
 
+def test_a_key_of_two_quantifiers_is_taken() -> None:
+    settings = LoraSettings(r=8, rank_pattern={r"layers\.\d+\.mlp\..*_proj": 2})
+    assert settings_for(settings, f"{PART}.layers.12.mlp.up_proj")[0] == 2
+    assert settings_for(settings, f"{PART}.layers.12.self_attn.q_proj")[0] == 8
+
+
 def test_a_key_that_is_no_expression() -> None:
     with pytest.raises(InputError, match="no regular expression"):
         settings_for(LoraSettings(rank_pattern={"[": 2}), f"{PART}.x")
@@ -358,7 +364,12 @@ def test_rank_one_is_a_rank() -> None:
         parse_adapter(pair("q", 0), settings, "test")
 
 
-@pytest.mark.parametrize("rank", [None, -1, "8", 2.0])
+def test_rank_zero_adapts_nothing() -> None:
+    with pytest.raises(UnsupportedError, match="r = 0 adapts nothing"):
+        settings_from_json({"r": 0, "lora_alpha": 8}, Path("adapter_config.json"))
+
+
+@pytest.mark.parametrize("rank", [None, -1, "8", 2.0, False, True])
 def test_rank_must_be_a_count(rank: Any) -> None:
     with pytest.raises(InputError, match="r should be a count"):
         settings_from_json({"r": rank, "lora_alpha": 8}, Path("adapter_config.json"))

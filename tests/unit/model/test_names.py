@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 
+from llava_convert.core.errors import UnsupportedError
 from llava_convert.core.resources import data_dir
+from llava_convert.core.tensors import StoredTensor
 from llava_convert.core.text import printable
+from llava_convert.model.recipe import Recipe
+from llava_convert.model.renaming import renamed
 from llava_convert.model.tables.families import architecture_for, architectures
-from llava_convert.model.tables.names import grouped, layout_table, lookup_errors, parse_layout_table
+from llava_convert.model.tables.names import CANONICAL, grouped, layout_table, lookup_errors, parse_layout_table
 from llava_convert.model.tables.patterns import Pattern, TableError
 
 SHIPPED = sorted(path.stem for path in (data_dir("mappings") / "layouts").glob("*.toml"))
@@ -385,3 +389,9 @@ def test_lookup_error_of_a_huge_name_is_short_and_quick() -> None:
     start = time.perf_counter()
     assert len(lookup_errors({"a.b" * 40_000: ""}, layout_table("hf"))) < 600
     assert time.perf_counter() - start < 2
+
+
+def test_a_tensor_without_a_name_is_never_dropped() -> None:
+    tensor = StoredTensor("strange.weight", "F32", (1,), ())
+    with pytest.raises(UnsupportedError, match=r"hf has no name for strange\.weight"):
+        renamed({"strange.weight": Recipe(tensor)}, layout_table("hf"), lambda symbol: 1, side=CANONICAL)
