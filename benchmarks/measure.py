@@ -71,12 +71,14 @@ def run(
     """
     anonymous = resident = disk = looks = 0
     over = threading.Event()
+    # Compiled modules are kept between runs, as where pip compiled them.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     before = os.times()
     start = time.perf_counter()
     process = subprocess.Popen(
         list(map(str, command)),
         cwd=cwd,
-        env={**os.environ, **(extra or {})},
+        env={**env, **(extra or {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

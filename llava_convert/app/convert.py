@@ -23,7 +23,7 @@ from llava_convert.app.options import Options, SourceOptions
 from llava_convert.app.stage_one import with_stage_one
 from llava_convert.app.verify import Verdict, compare_checkpoints
 from llava_convert.core.errors import MismatchError, UnsupportedError, UsageError
-from llava_convert.core.flags import as_path
+from llava_convert.core.flags import AUTO, as_path, options_of
 from llava_convert.core.progress import Reporter, Silence
 from llava_convert.core.tensors import QUANTS, TORCH_NAMES
 from llava_convert.core.text import listed, utf8
@@ -40,7 +40,7 @@ from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS, VISION, Checkpoint
 from llava_convert.model.configs import family
 from llava_convert.model.facts import spelled
-from llava_convert.model.options import ALL, FULL, OFF, TargetOptions, part_named
+from llava_convert.model.options import ALL, FULL, OFF, OutputOptions, TargetOptions, part_named
 from llava_convert.model.recipe import Model
 from llava_convert.model.reshape import family_named, reshaped
 from llava_convert.model.target import KEEP, Target, parse_size
@@ -184,7 +184,7 @@ def documents(ready: Prepared, options: Options) -> Documents:
             ready.plan,
             ready.target,
             ready.model,
-            options=recorded_options(options, ready),
+            options=recorded_options(options),
             verified=options.level,
         ),
         digests=options.digest,
@@ -417,18 +417,16 @@ def _stem(path: Path, session: Session) -> str:
     return name.removesuffix(path.suffix) if path.suffix in (".pth", ".pt", ".bin", ".safetensors", ".gguf") else name
 
 
-def recorded_options(options: Options, ready: Prepared) -> dict[str, Any]:
-    """The options that shape the output, for conversion.json. Paths stay out."""
+def recorded_options(options: Options) -> dict[str, Any]:
+    """What conversion.json says of the options that shape the output: each that was given, and five in any case.
+
+    Paths stay out: no such option is one.
+    """
+    defaults = {"dtype": AUTO, "max_shard_size": AUTO, "part": None, "prompt_template": None, "image_processor": "clip"}
     target = options.target
-    return {
-        "dtype": target.dtype or "auto",
-        "max_shard_size": target.max_shard_size or "auto",
-        "part": target.part,
-        "prompt_template": target.prompt_template,
-        "image_processor": target.image_processor or "clip",
-        **({"pre": target.pre} if target.pre else {}),
-        **({"as": target.as_family} if target.as_family is not None else {}),
-    }
+    found = options_of(OutputOptions).values()
+    given = {option.spelling.strip("-").replace("-", "_"): getattr(target, option.name) for option in found}
+    return defaults | {name: value for name, value in given.items() if value is not None} | {"part": target.part}
 
 
 def _with_nonfinite(outcome: Outcome, found: Mapping[str, int]) -> Outcome:
