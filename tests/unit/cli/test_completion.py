@@ -26,15 +26,16 @@ CASES = [
 ]
 
 
-def environment() -> dict[str, str]:
+def environment(**more: str) -> dict[str, str]:
     """With this command, as this checkout has it, first on the PATH."""
-    return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)} | more
 
 
-def in_shell(*command: str) -> str:
+def in_shell(*command: str, **more: str) -> str:
     if shutil.which(command[0]) is None:
         pytest.skip(f"{command[0]} is not installed")
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(**more), timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -57,6 +58,23 @@ def test_fish(words: list[str], offered: set[str]) -> None:
     script = f'llava-convert --show-completion | source; complete --do-complete "{line}"'
     told = in_shell("fish", "--no-config", "-c", script).splitlines()
     assert {text.split("\t")[0] for text in told if text} == offered  # a description stands behind a tab
+
+
+# A shell as someone types in it says what it completes.
+INSTALLED = {
+    "bash": (("bash", "-i", "-c", "complete -p llava-convert"), "_llava_convert_completion"),
+    "zsh": (("zsh", "-i", "-c", "print $_comps[llava-convert]"), "_llava-convert"),
+    "fish": (("fish", "-c", 'complete --do-complete "llava-convert hf x --to g"'), "gguf"),
+}
+
+
+@pytest.mark.parametrize("shell", INSTALLED)
+def test_it_is_installed_for_the_next_shell(shell: str, tmp_path: Path) -> None:
+    home = {"HOME": str(tmp_path), "ZDOTDIR": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path / ".config")}
+    # The command sees which shell has called it: one that waits for it, since more follows.
+    in_shell(shell, "-c", "llava-convert --install-completion; true", **home)
+    asked, told = INSTALLED[shell]
+    assert told in in_shell(*asked, **home)
 
 
 # A pseudo terminal of zsh's own, since its completion runs in the line editor alone; a key shows what is offered.
