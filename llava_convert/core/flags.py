@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -148,4 +149,9 @@ def as_names(value: str | Path | Sequence[str | Path] | None) -> tuple[str, ...]
 
 
 def as_path(value: str | Path | None) -> Path | None:
-    return None if value is None else Path(value)
+    """A path as a shell takes it: `~` and `~user` at its start are home folders, where there is such a user."""
+    if value is None:
+        return None
+    with suppress(RuntimeError):  # no such user
+        return Path(value).expanduser()
+    return Path(value)

@@ -244,7 +244,11 @@ def test_fault_33_trailing_slashes(corpus: Corpus, tmp_path: Path, monkeypatch: 
 def test_fault_33_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    accepted("pth", "~/tiny/iter_2.pth", "--to", "xtuner", "-o", tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "tiny")
+    accepted("pth", "~/tiny/iter_2.pth", "--to", "xtuner", "-o", "~/out")
+    assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "tiny" / "~").exists()
+    assert run("verify", "~/tiny/iter_2.pth", "~/out").code == 0
+    refused(tmp_path, 2, "holds, the source", args=("pth", "~/tiny/iter_2.pth", "--to", "xtuner", "-o", "~"), mend="-o")
 
 
 @pytest.mark.parametrize("name", ["missing.pth", "a" * 300, "~nobody.here/x", "missing/x.pth", "tiny/iter_2.pth/x"])
