@@ -27,9 +27,11 @@ test: $(STAMP)  ## run the tests
 manifest: $(STAMP)  ## say which files of every golden conversion changed; ARGS=--write takes them as right
 	$(PY) -m tests.golden.manifest $(ARGS)
 
-docs: $(STAMP)  ## make the pages of docs that are made of tables
+docs: $(STAMP)  ## make the pages of docs that are made of tables and commands, then the site, under site/
+	$(PY) -m tests.docs.cli_page
 	$(PY) -m tests.docs.facts_page
 	$(PY) -m tests.docs.json_page
+	$(PY) -m mkdocs build
 
 lint: $(STAMP)  ## ruff (rules and format), the rooms' contracts and mypy, as .ci/run does
 	$(PY) -m ruff check .

@@ -1,0 +1,82 @@
+"""Every command that README and docs show is run as it stands there, page by page, in one folder with what it names."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.hubs.huggingface import HuggingFace
+from tests.hubs.modelscope import ModelScope
+from tests.interop.printed_commands import words
+from tests.remotes.conftest import Command
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"```console\n(.*?)```", re.S)
+COMMAND = re.compile(r"^\$ (llava-convert(?:[^\n]*\\\n)*[^\n]*)$", re.M)
+
+# What stands for something of the reader's own.
+WORDS = {
+    "SOURCE": "iter_N.pth", "OUT": "the-output", "RECIPE": "tiny-shapes",
+    "llava-llama-3-8b-gguf/NAME-q4_k_m.gguf": "llava-llama-3-8b-gguf/llava-llama-3-8b-gguf-q4_k_m.gguf",
+}  # fmt: skip
+# What is not run here, and why.
+LEFT = {
+    r"s3://": "tests/remotes/test_urls.py does, beside a store",
+    r"train ": "minutes; tests/training trains, and makes dry runs",
+    r"data check RECIPE --set data\.root|data fix-ocrvqa": "wants the data sets",
+}
+
+
+def commands(page: Path) -> list[str]:
+    return [found for block in BLOCK.findall(page.read_text(encoding="utf-8")) for found in COMMAND.findall(block)]
+
+
+def asked(line: str) -> list[str]:
+    """The words of a command without its comment and without what its output is piped into."""
+    program, *rest = words(re.split(r" (?:#|\| )", line)[0])
+    assert program == "llava-convert"
+    return [WORDS.get(word, word) for word in rest]
+
+
+@pytest.fixture
+def folder(layouts: dict[str, Path], tiny: Path, tmp_path: Path) -> Path:
+    """A folder with everything that the pages name."""
+    for name in ("llm", "vit"):
+        shutil.copytree(tiny / name, tmp_path / "tiny" / name)
+    for name in ("iter_N.pth", "iter_39620.pth", "work_dirs/llava_llama3/iter_39620.pth"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tiny / "iter_2.pth", tmp_path / name)
+    shutil.copytree(tiny, tmp_path / "fixtures" / "tiny")
+    shutil.copytree(layouts["official"], tmp_path / "llava-v1.5-7b")
+    for name in ("llava-v1.5-7b-hf", "my-llava", "the-output"):
+        shutil.copytree(layouts["hf"], tmp_path / name)
+    shutil.copy(layouts["gguf"] / "tiny-f16.gguf", tmp_path / "llava-f16.gguf")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda page: page.stem)
+def test_every_command_of_a_page(
+    page: Path, command: Command, hf: HuggingFace, ms: ModelScope, folder: Path, layouts: dict[str, Path], tiny: Path
+) -> None:
+    hf.add("org/llava-8b", layouts["hf"])
+    for line in commands(page):
+        if any(re.search(left, line) for left in LEFT):
+            continue
+        told = asked(line)
+        named = folder / told[told.index("-o") + 1] if "-o" in told else None
+        if named is not None and named.exists():  # of an earlier command of the page
+            shutil.rmtree(named)
+        if told[0] == "verify" and not (folder / told[2]).exists() and "://" not in told[2]:
+            made = command("convert", told[1], "--to", told[2].rpartition("-")[2], "-o", told[2])
+            assert made.code == 0, made.stderr
+        ran = command(*told)
+        assert ran.code == 0, f"{line}\n{ran.stderr}"
+
+
+def test_the_pages_have_commands() -> None:
+    assert sum(len(commands(page)) for page in PAGES) > 30
