@@ -19,9 +19,9 @@ ever. The same thing has the same key in every command: `source` and its `layout
 and `bytes`, `notes`, `warnings`. Python's results give the same by `as_json()`, without the three keys that each object
 begins with.
 
-Each object is described by a JSON Schema, in a file that its section names. The number under `schema` is {SCHEMA} for all
-of them. It goes up when a key goes or means something else; new keys may come without that. This page is made of the
-same description by `make docs`.
+Each object is described by a JSON Schema, in a file that its section names. The number under `schema` is {SCHEMA} for
+all of them. It goes up when a key goes or means something else; new keys may come without that. This page is made of
+the same description by `make docs`.
 
 An error is an object, too, with the exit code of the command: also a usage error, an interruption (130) and a bug (1).
 `verify` of models that differ prints what it found, and ends with 7.
