@@ -21,8 +21,8 @@ install: $(STAMP)  ## create .venv with every package pinned, and this project i
 demo: $(STAMP)  ## train a small LLaVA, convert it to every layout, ask each about pictures (five minutes)
 	@$(PY) -m fixtures.demo
 
-test: $(STAMP)  ## run the tests
-	$(PY) -m pytest $(ARGS)
+test: $(STAMP)  ## run the tests, a process a core
+	$(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 manifest: $(STAMP)  ## say which files of every golden conversion changed; ARGS=--write takes them as right
 	$(PY) -m tests.golden.manifest $(ARGS)

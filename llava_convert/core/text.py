@@ -35,10 +35,16 @@ def escaped(text: str, *, keep: str = "") -> str:
 
 
 def printable(name: object) -> str:
-    """A name from a stranger's file, fit for a message of one line: escaped, and cut when long."""
+    """A name from a stranger's file, fit for a message of one line: escaped, and where it is long without its middle.
+
+    The end stays, since of a path it is what tells files apart.
+    """
     text = str(name)
     shown = escaped(text[: _LONGEST_SHOWN + 1])
-    return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}… ({len(text)} characters)"
+    if len(shown) <= _LONGEST_SHOWN:
+        return shown
+    tail = escaped(text[-_LONGEST_SHOWN:])[-_LONGEST_SHOWN * 2 // 3 :]
+    return f"{shown[: _LONGEST_SHOWN // 3]}…{tail} ({len(text)} characters)"
 
 
 def listed(names: Iterable[object], limit: int = _LISTED) -> str:

@@ -156,10 +156,10 @@ def test_projector_of_every_depth(steps: int, bias: bool, names: int) -> None:
     ],
 )
 def test_hostile_text_configs(config: dict[str, Any], message: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(InputError, match=message) as caught:
         expected(LLM, {"model_type": "llama", **SIZES, **config})
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert len(str(caught.value)) < 400
 
 
@@ -172,10 +172,10 @@ def test_hostile_vision_configs(config: dict[str, Any]) -> None:
 
 
 def test_the_most_layers_are_still_quick() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     found = expected(LLM, {"model_type": "llama", **SIZES, "num_hidden_layers": MOST_LAYERS})
     assert len(found) == 9 * MOST_LAYERS + 3
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("name", sorted(architectures()))

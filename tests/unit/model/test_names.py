@@ -358,16 +358,17 @@ def test_grouped_is_bounded() -> None:
 
 
 def test_grouped_survives_hostile_numbers() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert grouped(["a.0.b", "a.999999999999999.b"]) == "a.{0,999999999999999}.b"
     assert grouped(["a.².b"]) == "a.².b", "a digit that is no number"
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_printable_escapes_and_cuts() -> None:
     assert printable("a\x1b[31m\nb") == "a\\x1b[31m\\nb"
-    assert printable("x" * 300) == "x" * 120 + "… (300 characters)"
-    assert printable("\x00" * 300) == "\\x00" * 30 + "… (300 characters)"
+    assert printable("x" * 300) == "x" * 40 + "…" + "x" * 80 + " (300 characters)"
+    assert printable("\x00" * 300) == "\\x00" * 10 + "…" + "\\x00" * 20 + " (300 characters)"
+    assert printable(f"/{'a' * 200}/config.json").endswith("/config.json (213 characters)")
 
 
 def test_lookup_error_names_count_groups_and_the_nearest() -> None:
@@ -386,9 +387,9 @@ def test_lookup_error_names_count_groups_and_the_nearest() -> None:
 
 
 def test_lookup_error_of_a_huge_name_is_short_and_quick() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(lookup_errors({"a.b" * 40_000: ""}, layout_table("hf"))) < 600
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_a_tensor_without_a_name_is_never_dropped() -> None:

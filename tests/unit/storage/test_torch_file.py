@@ -370,9 +370,9 @@ def test_index_of_a_large_checkpoint_is_fast(tmp_path: Path) -> None:
     weights = {f"llm.model.layers.{n}.mlp.gate_proj.weight": torch.ones(2, 2) for n in range(1500)}
     adam = {n: {"step": torch.tensor(1.0), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)} for n in range(1500)}
     path = save({"state_dict": weights, "optimizer": {"state": adam}}, tmp_path / "x.pth")
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(state_dict(read_torch(path)).tensors) == 1500
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def golden_files() -> list[Path]:
