@@ -244,3 +244,25 @@ def test_fault_72_header_written_without_a_trace(tmp_path: Path) -> None:
     snapshot.recheck_states()
     with pytest.raises(InputError, match="its header changed"):
         snapshot.recheck()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "index", "shards"])
+def test_more_tensors_than_any_model_has(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one file, and of all of a model's together: each shard alone may hold few."""
+    monkeypatch.setattr("llava_convert.core.tensors.MAX_TENSORS", 3)
+    names = [f"t{n}" for n in range(4)]
+    held = {name: torch.zeros(1) for name in names}
+    if kind == "safetensors":
+        safetensors.torch.save_file(held, tmp_path / "model.safetensors")
+    elif kind == "bin":
+        torch.save(held, tmp_path / "pytorch_model.bin")
+    else:
+        files = {name: f"s{n % 2 if kind == 'shards' else 0}.safetensors" for n, name in enumerate(names[:3])}
+        for file in set(files.values()):
+            safetensors.torch.save_file(
+                {**{n: held[n] for n in names[:3] if files[n] == file}, file: torch.zeros(1)}, tmp_path / file
+            )
+        index = files if kind == "shards" else dict.fromkeys(names, "s0.safetensors")
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(InputError, match=r"[45] tensors, more than 3"):
+        open_weights(tmp_path, stems=("model", "pytorch_model"))
