@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from llava_convert.storage.hubs import answers
 from tests.faults.corpus import Ran, shell, tree
-from tests.hubs.loopback import Answer, Request
+from tests.hubs.loopback import Answer, Drop, Request
 from tests.hubs.modelscope import ModelScope
 from tests.remotes.conftest import HURRIED, Hub
 from tests.remotes.test_urls import Web
@@ -171,3 +172,35 @@ def test_an_endless_page_of_the_web(
         monkeypatch.setattr(web, "answer", lambda request: Answer(200, endless, {"Content-Type": "text/html"}))
         ran = shell("inspect", web.url + "/", code=MEASURED, environment=web.env, cwd=tmp_path)
         bounded(ran, web.url, "longer than 32 MB")
+
+
+@pytest.mark.parametrize("first", ["dropped", "redirected"])
+def test_a_compressed_answer_comes_late(
+    hub: Hub, bombs: dict[str, bytes], first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a connection that broke, when the client starts anew, and as the body of a redirection."""
+    packed = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    status, more = (302, {"Location": hub.url + "/elsewhere"}) if first == "redirected" else (200, {})
+    hub.fault = lambda number, request: Drop() if number == 0 and first == "dropped" else None
+    monkeypatch.setattr(hub, "answer", lambda request: Answer(status, bombs["gzip"], packed | more))
+    bounded(asked(hub, "inspect", address(hub), cwd=tmp_path), address(hub), "compressed")
+
+
+def test_nothing_stays_on_the_libraries() -> None:
+    import httpx2
+    import requests
+
+    before = requests.Session.send, httpx2.Client.send
+    with answers.bounded(), answers.bounded():
+        assert requests.Session.send is not before[0] and httpx2.Client.send is not before[1]
+    assert (requests.Session.send, httpx2.Client.send) == before
+
+
+def test_files_may_be_longer_than_answers(hub: Hub, layouts: dict[str, Path], tmp_path: Path) -> None:
+    """They go to the disk, or are read in parts."""
+    assert any(path.stat().st_size > 100_000 for path in layouts["official"].glob("*.safetensors"))
+    small = "from llava_convert.storage.hubs import answers\nanswers.MOST = 100_000\n" + HURRIED
+    for way in ([], ["--cache"]):
+        arguments = ["convert", address(hub), "--to", "hf", "-o", f"out{len(way)}", *way]
+        ran = shell(*arguments, code=small, environment=hub.env, cwd=tmp_path)
+        assert ran.code == 0, ran.stderr

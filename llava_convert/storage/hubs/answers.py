@@ -45,9 +45,12 @@ class _Count:
         return piece
 
 
-def _is_file(path: str, status: int) -> bool:
-    """Whether an answer is of a file, which the clients write to the disk as it comes."""
-    return status < 400 and "/api/" not in path
+def _is_file(target: str, status: int) -> bool:
+    """Whether an answer to a path with its query is a file, which the clients write to the disk as it comes.
+
+    Neither is the body of an error or of a redirection. ModelScope gives files at `/api/v1/…/repo?FilePath=…`.
+    """
+    return 200 <= status < 300 and ("/api/" not in target or "FilePath=" in target)
 
 
 class _Bounds:
@@ -59,19 +62,17 @@ class _Bounds:
         self.undo = ExitStack()
 
     def hang(self) -> None:
+        """On the classes: the clients make a new session where one has failed."""
         if (requests := sys.modules.get("requests")) is not None:
-            plain = requests.Session.send
-            requests.Session.send = _sending(plain)
-            self.undo.callback(setattr, requests.Session, "send", plain)
-        huggingface = sys.modules.get("huggingface_hub.utils")
-        client: Any = huggingface.get_session() if huggingface is not None else None
-        if hasattr(client, "event_hooks"):  # that of requests has none
-            before = client.event_hooks
-            client.event_hooks = {
-                "request": [*before.get("request", ()), _ask_plain],
-                "response": [_check, *before.get("response", ())],
-            }
-            self.undo.callback(setattr, client, "event_hooks", before)
+            self.replace(requests.Session, _by_requests)
+        for name in ("httpx", "httpx2"):
+            if (library := sys.modules.get(name)) is not None:
+                self.replace(library.Client, _by_httpx)
+
+    def replace(self, session: Any, made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        plain = session.send
+        session.send = made(plain)
+        self.undo.callback(setattr, session, "send", plain)
 
 
 _bounds = _Bounds()
@@ -93,16 +94,33 @@ def bounded() -> Iterator[None]:
                 _bounds.undo.close()
 
 
-# -- httpx and httpx2: hooks of a client
+# -- httpx and httpx2: hooks, which see redirects, too, and before a byte of a body is read
+
+
+def _by_httpx(plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def send(client: Any, request: Any, **options: Any) -> Any:
+        hooks = client.event_hooks
+        if _check not in hooks["response"]:  # they stay, and do nothing once nobody asks
+            client.event_hooks = {
+                "request": [*hooks["request"], _ask_plain],
+                "response": [_check, *hooks["response"]],
+            }
+        return plain(client, request, **options)
+
+    return send
 
 
 def _ask_plain(request: Any) -> None:
-    request.headers["Accept-Encoding"] = "identity"
+    if _bounds.asking:
+        request.headers["Accept-Encoding"] = "identity"
 
 
 def _check(response: Any) -> None:
+    if not _bounds.asking:
+        return
     require_plain(response.headers.get("Content-Encoding"))
-    if not _is_file(response.request.url.path, response.status_code):
+    if not _is_file(response.request.url.raw_path.decode("ascii"), response.status_code):
         response.stream = _counting(response.stream)
 
 
@@ -120,10 +138,10 @@ def _counting(stream: Any) -> Any:
     return Counted()
 
 
-# -- requests: around what every session sends by
+# -- requests: a hook of each request
 
 
-def _sending(plain: Callable[..., Any]) -> Callable[..., Any]:
+def _by_requests(plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def send(session: Any, request: Any, **options: Any) -> Any:
         request.headers["Accept-Encoding"] = "identity"

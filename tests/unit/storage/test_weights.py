@@ -14,6 +14,7 @@ import torch
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.storage.fingerprints import Snapshot, identity
+from llava_convert.storage.json_files import parse_json
 from llava_convert.storage.safetensors import read_header
 from llava_convert.storage.weights import Weights, open_weights
 
@@ -266,3 +267,11 @@ def test_more_tensors_than_any_model_has(kind: str, tmp_path: Path, monkeypatch:
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     with pytest.raises(InputError, match=r"[45] tensors, more than 3"):
         open_weights(tmp_path, stems=("model", "pytorch_model"))
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1E+999", "9" * 400 + ".0"])
+def test_a_number_beyond_any_float(number: str) -> None:
+    """Python reads an infinity there, and would write `Infinity`, which is no JSON."""
+    with pytest.raises(InputError, match=r"config\.json: not JSON that a model needs: the number -?[19]"):
+        parse_json(f'{{"x": [{number}]}}'.encode(), "config.json")
+    assert parse_json(b'{"x": 1e308, "y": 1e-400}', "config.json") == {"x": 1e308, "y": 0.0}
