@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 TORCH_PIP_ARGS ?=
 # More arguments for pytest: make test ARGS="-k wheel"
 ARGS ?=
-# How long `make fuzz` spends on each reader. ARGS="safetensors zero" picks some of them.
+# How long `make fuzz` spends on each reader and each kind of file. ARGS="zero config.json" picks some of them.
 SECONDS ?= 20
 
 .DEFAULT_GOAL := help
@@ -64,7 +64,7 @@ test-python: $(STAMP)  ## convert under another Python: make test-python PYTHON=
 	$(PY) tests/lowest.py --python $(PYTHON)
 
 # atheris has wheels for Linux alone, so it is none of the dev dependencies.
-fuzz: $(STAMP)  ## fuzz each reader for SECONDS=20 with atheris, which this installs; findings stay in .venv/fuzz
+fuzz: $(STAMP)  ## fuzz each reader and whole conversions for SECONDS=20 each, with atheris, which this installs
 	@$(PY) -c 'import atheris' 2>/dev/null || $(PIP) atheris==3.0.0
 	$(PY) -m tests.fuzz --seconds $(SECONDS) $(ARGS)
 

@@ -168,6 +168,11 @@ def _check_facts(ready: Prepared, staged: Path) -> None:
                 f"what was written says another thing than the source: {name} is {spelled(gap.source)} there, "
                 f"{spelled(gap.out)} in the output (and {len(found.different) - 1} more)"
             )
+        if theirs.defects:
+            raise MismatchError(
+                f"the output could not be used as it is: {'; '.join(theirs.defects)}",
+                hint="correct the tokenizer and the configs of the source, which say so",
+            )
 
 
 def documents(ready: Prepared, options: Options) -> Documents:

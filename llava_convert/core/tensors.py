@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+from llava_convert.core.errors import InputError
+
 # Size of one element in bits; the names are safetensors 0.8's (F4 packs two in a byte).
 DTYPE_BITS: dict[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -33,6 +35,12 @@ FROM_TORCH_NAMES: dict[str, str] = {name: dtype for dtype, name in TORCH_NAMES.i
 
 
 MAX_TENSORS = 200_000  # of a checkpoint: twice as many as the largest real model has (DeepSeek-V3: 92,000)
+
+
+def require_few(where: str, count: int) -> None:
+    """Raises InputError (exit 3) where a file, or the files of a model so far, hold more tensors than any model."""
+    if count > MAX_TENSORS:
+        raise InputError(f"{where}: {count:,} tensors, more than {MAX_TENSORS:,}, which no model has")
 
 
 def nbytes_of(dtype: str, numel: int) -> int:

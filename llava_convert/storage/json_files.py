@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ MAX_JSON_VALUES = 5_000_000
 # What is read is gone by with functions that call themselves. A tokenizer.json has 12 levels.
 MAX_JSON_DEPTH = 64
 
+# A number that may be beyond any float: Python makes an infinity of it, which is no JSON when it is written again.
+_HUGE = re.compile(rb"[eE]\+?[0-9]{3}|[0-9]{300}")
 _STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity|NaN', re.DOTALL)
 
 
@@ -56,6 +59,7 @@ def parse_json(data: bytes, where: str, *, unique_keys: bool = False) -> Any:
         found = json.loads(
             text,
             parse_constant=_constant,
+            parse_float=_finite if _HUGE.search(data) else None,
             object_pairs_hook=_unique if unique_keys else None,
         )
     except json.JSONDecodeError as error:
@@ -67,7 +71,7 @@ def parse_json(data: bytes, where: str, *, unique_keys: bool = False) -> Any:
         raise InputError(f"{where}: not JSON: {error} at {_place(text, position)}") from None
     except _TwiceError as error:
         raise InputError(f"{where}: the key {printable(error)} is there twice") from None
-    except ValueError as error:  # an integer of thousands of digits (sys.set_int_max_str_digits)
+    except ValueError as error:  # a huge number; an integer of thousands of digits (sys.set_int_max_str_digits)
         raise InputError(f"{where}: not JSON that a model needs: {error}") from None
     if _deeper(found, MAX_JSON_DEPTH):
         raise InputError(f"{where}: not JSON that a model needs: nested too deep")
@@ -94,6 +98,13 @@ class _ConstantError(Exception):
 
 class _TwiceError(Exception):
     """A key for the second time, of which Python would keep the last."""
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {printable(text)} is beyond any float")
+    return value
 
 
 def _constant(name: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
-from llava_convert.core.tensors import MAX_TENSORS, StoredTensor
+from llava_convert.core.tensors import StoredTensor, require_few
 from llava_convert.core.text import listed, printable
 from llava_convert.storage.files import os_reason, relative_name, require_inside, require_regular
 from llava_convert.storage.headers import Headers
@@ -177,8 +177,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{where}: not an index: has no object weight_map of tensor names and files")
-    if len(weight_map) > MAX_TENSORS:
-        raise InputError(f"{where}: weight_map has {len(weight_map):,} tensors, more than any model")
+    require_few(where, len(weight_map))
     plain: dict[str, str] = {}
     for tensor, file in weight_map.items():
         if not isinstance(file, str):
@@ -214,6 +213,7 @@ def _open_index(root: Path, name: str, index: dict[str, Any], warnings: tuple[st
     for shard, path in paths.items():
         held, said = _read_file(path, headers)
         notes += said
+        require_few(where, len(shard_of) + len(held))
         for tensor in held:
             if tensor in shard_of:
                 raise InputError(

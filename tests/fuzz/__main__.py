@@ -1,11 +1,13 @@
-"""`make fuzz`: each target for a while under atheris (libFuzzer for Python), each in a process of its own.
+"""`make fuzz`: each reader for a while under atheris (libFuzzer for Python), then conversions of each kind of file.
 
     python -m tests.fuzz [--seconds 20] [TARGET ...]     fuzz; exit 1 when there are findings, whose inputs are kept
     python -m tests.fuzz --replay FILE TARGET            one input again, with its traceback; needs no atheris
+    python -m tests.fuzz [--seconds 20] [KIND ...]       conversions alone (`conversions`): two kinds at a time
+    python -m tests.fuzz --case NUMBER KIND              one conversion again, with its traceback
 
 A finding does not end a run: the input is kept once for each place that it was raised at. What libFuzzer itself kills a
 run for (its time or memory is up) it keeps as `timeout-*` and `oom-*`. Inputs that reached new code stay too, for the
-next run to start from. All of it lies in `.venv/fuzz/TARGET`.
+next run to start from. All of it lies in `.venv/fuzz/TARGET`. A conversion is known by its kind and number.
 """
 
 from __future__ import annotations
@@ -31,18 +33,27 @@ def main() -> int:
     parser.add_argument("target", nargs="*")
     parser.add_argument("--seconds", type=int, default=20, help="for each target")
     parser.add_argument("--replay", type=Path, metavar="FILE")
+    parser.add_argument("--case", type=int, metavar="NUMBER")
+    parser.add_argument("--first", type=int, default=0, metavar="NUMBER", help="of the first conversion of each kind")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
         return _fuzz(asked.target[0], asked.seconds)
+    from tests.fuzz.conversions import KINDS
+    from tests.fuzz.rounds import again, rounds
     from tests.fuzz.targets import TARGETS
 
-    unknown = set(asked.target) - set(TARGETS)
-    if unknown or (asked.replay and len(asked.target) != 1):
-        parser.error(f"targets are {', '.join(TARGETS)}")
+    unknown = set(asked.target) - set(TARGETS) - set(KINDS)
+    if unknown or ((asked.replay or asked.case is not None) and len(asked.target) != 1):
+        parser.error(f"targets are {', '.join(TARGETS)}; kinds are {', '.join(KINDS)}")
     if asked.replay:
         return _replay(asked.target[0], asked.replay)
-    return max([_campaign(name, asked.seconds) for name in asked.target or TARGETS])
+    if asked.case is not None:
+        return again(asked.target[0], asked.case)
+    targets = [name for name in asked.target or TARGETS if name in TARGETS]
+    kinds = [name for name in asked.target or KINDS if name in KINDS and name not in targets]
+    found = [_campaign(name, asked.seconds) for name in targets]
+    return max([*found, int(rounds(kinds, asked.seconds, asked.first))])
 
 
 def _campaign(name: str, seconds: int) -> int:

@@ -220,7 +220,7 @@ _JSON = (
     b"9" * 20,
     b"NaN",
 )
-_PICKLE = (
+PICKLE_WORDS = (
     b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch._utils\n_rebuild_tensor_v3\n", b"ctorch\nFloatStorage\n",
     b"ctorch._tensor\n_rebuild_from_type_v2\n", b"ctorch.storage\nUntypedStorage\n", b"ctorch\nSize\n", b"\x80\x02",
     b"ccollections\nOrderedDict\n)R", b"cbuiltins\ngetattr\n", b"cbuiltins\nset\n", b"X\x07\0\0\0storage", b"(lp0\n",
@@ -232,8 +232,16 @@ _GGUF = (
     b"\x09\0\0\0\x08\0\0\0\1\0\0\0\0\0\0\0", b"\x09\0\0\0\0\0\0\0", b"\1\0\0\0\0\0\0\0a",
     b"\0\0\0\1\0\0\0\0",
 )  # fmt: skip
-_ZIP = (b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07", b"\x01\0\x10\0", b"\xff\xff\xff\xff")
-_PYTHON = (
+ZIP_WORDS = (
+    b"PK\x01\x02",
+    b"PK\x03\x04",
+    b"PK\x05\x06",
+    b"PK\x06\x06",
+    b"PK\x06\x07",
+    b"\x01\0\x10\0",
+    b"\xff\xff\xff\xff",
+)
+PYTHON_WORDS = (
     b"model = ", b"dict(", b"[x for x in ", b"range(9)", b"lambda: 0", b"f'{x!r:>9}'", b"**", b" << ", b"_base_ = ",
     b"'a' * 99999", b"del ", b"model['llm']", b"a, *b = ", b"if x:\n    ", b"for x in [1, 2]:\n    ", b"while x:\n    ",
     b"def f(x):\n    ", b"class A:\n    ", b"try:\n    ", b"with read_base():\n    from .base import *\n", b".append(",
@@ -246,11 +254,11 @@ TARGETS: dict[str, Target] = {
     "safetensors": Target(_safetensors, seeds.safetensors_seeds, (*_JSON, b'"dtype"', b'"shape"', b'"data_offsets"')),
     "gguf": Target(_gguf, seeds.gguf_seeds, _GGUF),
     "weights": Target(_weights, seeds.index_seeds, (*_JSON, b'"weight_map"', b".safetensors", b"../", b".bin", b"/")),
-    "torch_zip": Target(_torch_zip, seeds.torch_zip_seeds, _PICKLE + _ZIP),
-    "torch_legacy": Target(_torch_legacy, seeds.legacy_seeds, _PICKLE),
-    "unpickle": Target(_unpickle, seeds.unpickle_seeds, _PICKLE, 1 << 16),
-    "zero": Target(_zero, seeds.zero_seeds, (*_PICKLE, b"param_shapes", b"fp32_flat_groups", b"partition_count")),
-    "xtuner_config": Target(_xtuner_config, seeds.config_seeds, _PYTHON),
+    "torch_zip": Target(_torch_zip, seeds.torch_zip_seeds, PICKLE_WORDS + ZIP_WORDS),
+    "torch_legacy": Target(_torch_legacy, seeds.legacy_seeds, PICKLE_WORDS),
+    "unpickle": Target(_unpickle, seeds.unpickle_seeds, PICKLE_WORDS, 1 << 16),
+    "zero": Target(_zero, seeds.zero_seeds, (*PICKLE_WORDS, b"param_shapes", b"fp32_flat_groups", b"partition_count")),
+    "xtuner_config": Target(_xtuner_config, seeds.config_seeds, PYTHON_WORDS),
     "sentencepiece": Target(_sentencepiece, seeds.sentencepiece_seeds),
     "tokenizer": Target(
         _tokenizer, seeds.tokenizer_seeds, (*_JSON, b'"content"', b'"added_tokens"', b'"vocab"', b'"id"')

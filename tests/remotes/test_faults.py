@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import llava_convert
 from tests.faults.corpus import Ran, shell, tree
 from tests.hubs.huggingface import HuggingFace
-from tests.hubs.loopback import Drop, Fault, Request, Status, Truncate, closed_port
+from tests.hubs.loopback import Answer, Drop, Fault, Request, Status, Truncate, closed_port
 from tests.remotes.conftest import Command, Hub, weights_in
 
 HUBS = ["hf", "ms"]
@@ -200,3 +201,60 @@ print(found == b"x" * 101)
 def test_no_more_is_read_than_was_asked_for(hf: HuggingFace) -> None:
     ran = shell(code=ENDLESS, environment=hf.env, timeout=30)
     assert ran.stdout == "True\n", ran.stderr
+
+
+BODIES = {
+    "null": b"null",
+    "list": b"[]",
+    "object": b"{}",
+    "number": b"5",
+    "text": b'"x"',
+    "nested": b'{"Data": null, "siblings": [null], "data": [[]]}',
+    "page": b"<!doctype html><title>Log in</title>",
+    "escape": b'{"error": "\\u001b[31m", "Message": "\x1b[31m"}',
+}
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("job", ["convert", "cached", "upload"])
+@pytest.mark.parametrize("hub", HUBS, indirect=True)
+def test_one_answer_that_makes_no_sense(
+    command: Command,
+    hub: Hub,
+    job: str,
+    body: str,
+    layouts: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each answer of the hub's API in turn, the others as they should be: exit 8 in a sentence, or it is not needed."""
+    name = "huggingface" if isinstance(hub, HuggingFace) else "modelscope"
+    arguments: list[str | Path] = {
+        "convert": ["convert", address(hub), "--to", "hf", "-o", "out"],
+        "cached": ["convert", address(hub), "--to", "hf", "-o", "out", "--cache"],
+        "upload": ["upload", layouts["gguf"], "org/new", "--hub", name, "--verify", "off"],
+    }[job]
+    usual = hub.answer
+    number, asked = 0, 1
+    while number < asked:
+        asked = 0
+
+        def answer(request: Request, number: int = number) -> Answer:
+            nonlocal asked
+            found = usual(request)
+            if "json" not in found.headers.get("Content-Type", "") or request.path.endswith(".json"):
+                return found
+            asked += 1
+            return Answer(200, BODIES[body], found.headers) if asked == number + 1 else found
+
+        monkeypatch.setattr(hub, "answer", answer)
+        shutil.rmtree(hub.home / ("hub" if name == "huggingface" else "cache"), ignore_errors=True)
+        hub.repos.pop("org/new", None)
+        ran = command(*arguments)
+        assert ran.code in (0, 8), (number, ran.stderr)
+        assert ran.code == 0 or (len(ran.errors) == 1 and "  → " in ran.stderr), (number, ran.stderr)
+        assert "Traceback" not in ran.stderr and "\x1b" not in str(ran), (number, ran.stderr)
+        assert ran.code == 0 or tree(tmp_path) == {}
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        number += 1
+    assert number > 0, "the hub was asked"

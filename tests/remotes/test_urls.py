@@ -441,6 +441,23 @@ def test_a_web_server_that_fails(layouts: dict[str, Path], tmp_path: Path) -> No
         assert ran.code == 2 and "can be read but not written" in ran.stderr, ran.stderr
 
 
+@pytest.mark.parametrize(
+    "body", [b"<!doctype html><title>Log in</title>", b"null", b"{}", b"", b"\x1b[31m" * 9000], ids=list("pnoec")
+)
+@pytest.mark.parametrize("name", ["", "tiny-f16.gguf", "model.safetensors"])
+def test_a_web_server_that_answers_something_else(
+    layouts: dict[str, Path], name: str, body: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page to log in at, or nothing, in place of a folder or a file: a sentence, and none of what it sent."""
+    with Web(layouts["gguf"]) as web:
+        monkeypatch.setattr(web, "answer", lambda request: Answer(200, body, {"Content-Type": "text/html"}))
+        for talk in ([], ["--verbose"]):
+            ran = shell("inspect", f"{web.url}/{name}?signature=secret", *talk, code=HURRIED, environment=web.env)
+            assert ran.code == 8, ran.stderr
+            assert len(ran.errors) == 1 and "  → " in ran.stderr, ran.stderr
+            assert "\x1b" not in str(ran) and "signature" not in str(ran), ran.stderr
+
+
 def test_what_was_sent_is_proven_before_it_is_kept(s3: Store, layouts: dict[str, Path], tmp_path: Path) -> None:
     """A shard that somebody wrote again since, in the same size, is sent again."""
     arguments = ["convert", layouts["official"], "--to", "hf", "-o", "s3://models/out", "--max-shard-size", "150kB"]

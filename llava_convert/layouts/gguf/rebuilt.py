@@ -15,7 +15,7 @@ import numpy as np
 
 from llava_convert.assets.tokenizer.llava_tokens import IMAGE_TOKEN
 from llava_convert.core.errors import InputError, UnsupportedError
-from llava_convert.core.text import to_json
+from llava_convert.core.text import printable, to_json
 from llava_convert.layouts.gguf.pre_tokenizers import pre_tokenizers
 from llava_convert.layouts.gguf.token_flags import takes_space
 from llava_convert.layouts.gguf.vocabulary import (
@@ -196,14 +196,23 @@ def _byte_level(found: _Vocabulary) -> dict[str, Any]:
             hint="take the tokenizer of the original model by --llm",
         )
     pre = known[name]
+    vocab = _vocab(found)
     merges = found.list_of("tokenizer.ggml.merges", str, None)
+    for merge in merges:  # the tokenizers library refuses others
+        first, _, second = merge.partition(" ")
+        if not (first in vocab and second in vocab and first + second in vocab):
+            raise InputError(
+                f"the GGUF's tokenizer.ggml.merges has {printable(merge[:80])}: a part of it, or what it makes, "
+                "is not in the vocabulary",
+                hint="take the tokenizer of the original model by --llm",
+            )
     return _json(
         found,
         normalizer={"type": pre.normalizer} if pre.normalizer else None,
         pre_tokenizer=pre.component(),
         post_processor=_post_processor(found, [_BYTES]),
         decoder={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        model={"ignore_merges": pre.ignore_merges, "vocab": _vocab(found), "merges": merges},
+        model={"ignore_merges": pre.ignore_merges, "vocab": vocab, "merges": merges},
     )
 
 

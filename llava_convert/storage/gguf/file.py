@@ -16,7 +16,7 @@ from pathlib import Path
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.ggml_types import GIVEN_UP, NUMBERS, TYPES, whole_blocks
-from llava_convert.core.tensors import MAX_TENSORS, QUANTS, Extent, StoredTensor, nbytes_of
+from llava_convert.core.tensors import MAX_TENSORS, QUANTS, Extent, StoredTensor, nbytes_of, require_few
 from llava_convert.core.text import listed, printable
 from llava_convert.storage.files import open_regular, read_fully, reject_stand_in, require_inside, size_of
 from llava_convert.storage.gguf.values import Cursor, Typed, encode_string, encode_value
@@ -125,7 +125,10 @@ def open_gguf(path: Path) -> Gguf:
             f"{printable(path)}: {len(missing)} of its {count} parts are missing: {listed(missing)}",
             hint="download them into the same folder",
         )
-    parts = [first if p == path else read_gguf(require_inside(p.parent, p.name)) for p in paths]
+    parts: list[GgufFile] = []
+    for one in paths:
+        parts.append(first if one == path else read_gguf(require_inside(one.parent, one.name)))
+        require_few(printable(one), sum(len(part.tensors) for part in parts))
     for number, part in enumerate(parts):
         if (_count(part.metadata, "split.no"), _count(part.metadata, "split.count")) != (number, count):
             raise InputError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from llava_convert.core.errors import HubError
 from llava_convert.core.retry import TransientError, retry_after
+from llava_convert.storage.hubs.answers import bounded
 from llava_convert.storage.hubs.log import Log, overheard
 from llava_convert.storage.hubs.secrets import scrubbed
 
@@ -152,6 +153,7 @@ _TABLE: tuple[Row, ...] = (
     ),
     Row(lambda cause: cause.status is not None, "{hub} refused ({status}): {detail}", "check the name"),
     Row(_named("HFValidationError"), "{detail}", "check the name"),
+    Row(_named("AnswerError"), "{detail}", _PORTAL),
     Row(_no_json, _SENSELESS, _PORTAL),
     Row(_writing(_network), _BROKEN, RERUN, transient=True),
     Row(_network, _BROKEN, _LATER, transient=True),
@@ -173,7 +175,8 @@ def asking(asked: Asked) -> Iterator[None]:
     """
     with overheard(Log(every_thread=asked.writing)) as log:
         try:
-            yield
+            with bounded():
+                yield
         except client_errors() as problem:
             cause = _cause(problem, log.errors, asked.writing)
             row = next(row for row in _TABLE if row.fits(cause))

@@ -41,6 +41,7 @@ TRIES = 1  # it repeats each request of an upload for minutes
 LOGIN = "run `modelscope login`, or set MODELSCOPE_API_TOKEN"
 
 _MODEL = "model"
+_PIECE = 256 << 10
 _LISTINGS = 2  # the client itself repeats most of what fails there, but for an answer that breaks off
 
 # MODELSCOPE_DOMAIN is called deprecated since 0.5, and is what `modelscope` itself still reads.
@@ -81,11 +82,13 @@ def open(address: Address) -> Remote:
                 headers={"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"},
             )
             with response:
-                if int(response.headers.get("Content-Length", 0)) > end - start:
-                    raise HubError(f"{where}/{name}: the server gives the whole file where a part was asked for")
-                data = bytes(response.content)
+                data = bytearray()
+                for piece in response.iter_content(_PIECE):  # no further, whatever length the headers state
+                    data += piece
+                    if len(data) > end - start:
+                        raise HubError(f"{where}/{name}: the server gives the whole file where a part was asked for")
         answers.clear()
-        return data
+        return bytes(data)
 
     files = listing()
 

@@ -13,10 +13,13 @@ from fsspec.registry import known_implementations
 from llava_convert.core.errors import HubError, UsageError
 from llava_convert.core.retry import FIRST_TRIES, patiently
 from llava_convert.storage.hubs import errors
+from llava_convert.storage.hubs.answers import MOST, require_plain, too_long
 from llava_convert.storage.hubs.secrets import shown
 from llava_convert.storage.remote.files import WEIGHTS, Remote
 
+_PORTAL = "check the address, and the network, where a proxy or a login page may answer instead"
 _INSTEAD = "download it, and name the local file"
+_WEB = ("http", "https")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "https": "https", "http": "https"}
 
 
@@ -24,7 +27,8 @@ def file_system(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the path there. Raises UsageError where a package is missing or none knows."""
     protocol = url.partition("://")[0]
     try:
-        fs, path = fsspec.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
+        web = _bounded_answers() if protocol in _WEB else {}
+        fs, path = fsspec.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False, **web)
     except ImportError as problem:
         extra = _EXTRAS.get(protocol)
         hint = f"pip install 'llava-convert[{extra}]'" if extra else known_implementations[protocol].get("err", "")
@@ -34,6 +38,29 @@ def file_system(url: str) -> tuple[Any, str]:
     return fs, str(path)
 
 
+def _bounded_answers() -> dict[str, Any]:
+    """Settings of fsspec's web client by which an answer is neither unpacked nor longer than MOST bytes.
+
+    The files of a model are read in parts, which are shorter.
+    """
+    import aiohttp
+
+    class Bounded(aiohttp.ClientResponse):
+        async def read(self) -> bytes:
+            if self._body is None:
+                require_plain(self.headers.get("Content-Encoding"))
+                body = bytearray()
+                async for piece in self.content.iter_any():
+                    body += piece
+                    if len(body) > MOST:
+                        raise too_long()
+                self._body = bytes(body)
+            return await super().read()
+
+    plain = {"headers": {"Accept-Encoding": "identity"}, "auto_decompress": False, "response_class": Bounded}
+    return {"client_kwargs": plain}
+
+
 def open(url: str) -> tuple[Remote, str]:
     """The folder at a URL, or the one that the file there lies in; and the file's name, or nothing.
 
@@ -41,15 +68,17 @@ def open(url: str) -> tuple[Remote, str]:
     """
     fs, path = file_system(url)
     where = shown(url)
-    web = url.partition("://")[0] in ("http", "https")
+    web = url.partition("://")[0] in _WEB
 
     def listing() -> tuple[str, dict[str, dict[str, Any]]]:
         with asking(where):
             return _on_the_web(fs, path) if web else _in_a_store(fs, path)
 
     file, found = patiently(where, listing, tries=FIRST_TRIES)
-    if not found:
-        raise HubError(f"{where}: it is empty")
+    if not any(found):
+        raise HubError(f"{where}: the server lists no file there", hint=_PORTAL)
+    if web and (pages := [name for name, one in found.items() if _is_page(name, one)]):
+        raise HubError(f"{where}: the server answers with a web page in place of {pages[0]}", hint=_PORTAL)
     sizes = {name: one["size"] for name, one in found.items() if name and one.get("size") is not None}
     if untold := [name for name in found if name.lower().endswith((*WEIGHTS, ".json")) and name not in sizes]:
         raise HubError(f"{where}: the server does not say the size of {untold[0]}", hint=_INSTEAD)
@@ -74,6 +103,11 @@ def _on_the_web(fs: Any, url: str) -> tuple[str, dict[str, dict[str, Any]]]:
     if PurePosixPath(name).suffix.lower() in (*WEIGHTS, ".json"):
         return name, {name: dict(fs.info(url), name=url)}
     return "", {full[len(url) :].lstrip("/"): dict(fs.info(full), name=full) for full in fs.find(url)}
+
+
+def _is_page(name: str, one: dict[str, Any]) -> bool:
+    """Whether a server says of a file of a model that it is HTML."""
+    return name.lower().endswith((*WEIGHTS, ".json")) and one.get("mimetype") == "text/html"
 
 
 def _in_a_store(fs: Any, path: str) -> tuple[str, dict[str, dict[str, Any]]]:

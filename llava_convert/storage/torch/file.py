@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
-from llava_convert.core.tensors import StoredTensor
+from llava_convert.core.tensors import StoredTensor, require_few
 from llava_convert.core.text import printable
 from llava_convert.storage.files import open_regular, os_reason, size_of
 from llava_convert.storage.pickle.machine import Inert
@@ -99,6 +99,7 @@ def state_dict(file: TorchFile) -> StateDict:
             raise UnsupportedError(f"{file.path}: tensor {printable(key)} is of a kind that is not read: {value.kind}")
         if isinstance(value, StoredTensor):
             tensors[key] = value
+    require_few(printable(file.path), len(tensors))
     if not tensors:
         raise InputError(
             f"{file.path}: holds no tensor where a state dict is expected; found {_describe(level)}",

@@ -19,6 +19,7 @@ from llava_convert.core.errors import InputError
 from llava_convert.core.ggml_types import TYPES
 from llava_convert.core.tensors import DTYPE_BITS, QUANTS, nbytes_of
 from llava_convert.storage.gguf.file import Header, Typed, encode_gguf, open_gguf, read_gguf
+from tests.fuzz.seeds import gguf_part
 
 Tensors = Sequence[tuple[str, str, tuple[int, ...]]]
 
@@ -375,3 +376,12 @@ def test_the_same_tensor_in_two_parts(split: Path) -> None:
     third.write_bytes(second.read_bytes().replace(keyed + b"\x01\0", keyed + b"\x02\0"))
     with pytest.raises(InputError, match=r"m-00003-of-00003\.gguf: tensor one is in m-00002-of-00003\.gguf too"):
         open_gguf(split)
+
+
+def test_more_tensors_in_all_parts_than_any_model_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (0, 1):
+        (tmp_path / f"x-0000{number + 1}-of-00002.gguf").write_bytes(gguf_part(number))
+    assert len(open_gguf(tmp_path / "x-00001-of-00002.gguf").tensors) == 2
+    monkeypatch.setattr("llava_convert.core.tensors.MAX_TENSORS", 1)
+    with pytest.raises(InputError, match="2 tensors, more than 1"):
+        open_gguf(tmp_path / "x-00001-of-00002.gguf")

@@ -14,6 +14,7 @@ import torch
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.storage.fingerprints import Snapshot, identity
+from llava_convert.storage.json_files import parse_json
 from llava_convert.storage.safetensors import read_header
 from llava_convert.storage.weights import Weights, open_weights
 
@@ -244,3 +245,33 @@ def test_fault_72_header_written_without_a_trace(tmp_path: Path) -> None:
     snapshot.recheck_states()
     with pytest.raises(InputError, match="its header changed"):
         snapshot.recheck()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "index", "shards"])
+def test_more_tensors_than_any_model_has(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one file, and of all of a model's together: each shard alone may hold few."""
+    monkeypatch.setattr("llava_convert.core.tensors.MAX_TENSORS", 3)
+    names = [f"t{n}" for n in range(4)]
+    held = {name: torch.zeros(1) for name in names}
+    if kind == "safetensors":
+        safetensors.torch.save_file(held, tmp_path / "model.safetensors")
+    elif kind == "bin":
+        torch.save(held, tmp_path / "pytorch_model.bin")
+    else:
+        files = {name: f"s{n % 2 if kind == 'shards' else 0}.safetensors" for n, name in enumerate(names[:3])}
+        for file in set(files.values()):
+            safetensors.torch.save_file(
+                {**{n: held[n] for n in names[:3] if files[n] == file}, file: torch.zeros(1)}, tmp_path / file
+            )
+        index = files if kind == "shards" else dict.fromkeys(names, "s0.safetensors")
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(InputError, match=r"[45] tensors, more than 3"):
+        open_weights(tmp_path, stems=("model", "pytorch_model"))
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1E+999", "9" * 400 + ".0"])
+def test_a_number_beyond_any_float(number: str) -> None:
+    """Python reads an infinity there, and would write `Infinity`, which is no JSON."""
+    with pytest.raises(InputError, match=r"config\.json: not JSON that a model needs: the number -?[19]"):
+        parse_json(f'{{"x": [{number}]}}'.encode(), "config.json")
+    assert parse_json(b'{"x": 1e308, "y": 1e-400}', "config.json") == {"x": 1e308, "y": 0.0}
