@@ -20,8 +20,10 @@ MAX_JSON_VALUES = 5_000_000
 # What is read is gone by with functions that call themselves. A tokenizer.json has 12 levels.
 MAX_JSON_DEPTH = 64
 
-# A number that may be beyond any float: Python makes an infinity of it, which is no JSON when it is written again.
-_HUGE = re.compile(rb"[eE]\+?[0-9]{3}|[0-9]{300}")
+# What a number beyond any float has, digits read as 0: Python makes an infinity of it, which is no JSON when it is
+# written again. Translating and finding takes a tenth of what a regular expression does.
+_HUGE = (b"e000", b"e+000", b"0" * 300)
+_SHAPES = bytes.maketrans(b"123456789E", b"000000000e")
 _STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity|NaN', re.DOTALL)
 
 
@@ -59,7 +61,7 @@ def parse_json(data: bytes, where: str, *, unique_keys: bool = False) -> Any:
         found = json.loads(
             text,
             parse_constant=_constant,
-            parse_float=_finite if _HUGE.search(data) else None,
+            parse_float=_finite if _may_be_huge(data) else None,
             object_pairs_hook=_unique if unique_keys else None,
         )
     except json.JSONDecodeError as error:
@@ -98,6 +100,11 @@ class _ConstantError(Exception):
 
 class _TwiceError(Exception):
     """A key for the second time, of which Python would keep the last."""
+
+
+def _may_be_huge(data: bytes) -> bool:
+    shapes = data.translate(_SHAPES)
+    return any(shape in shapes for shape in _HUGE)
 
 
 def _finite(text: str) -> float:
