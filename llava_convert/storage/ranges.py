@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from llava_convert.core.errors import InputError
+from llava_convert.core.errors import InputError, unreadable
 from llava_convert.storage.remote.files import FIRST, RemoteFile
 from llava_convert.storage.remote.mounts import remote_of
 
@@ -58,7 +58,7 @@ def read_into(fd: int, offset: int, buffer: WriteableBuffer, *, where: object = 
         try:
             got = _read(fd, view[done:], offset + done)
         except OSError as exc:
-            raise InputError(f"{where or 'the input'} cannot be read: {exc.strerror or exc}") from exc
+            raise unreadable(where or "the input", exc) from exc
         if got == 0:
             raise InputError(
                 f"{where or 'the input'} was truncated while reading: expected {len(view)} bytes at offset {offset}, "
@@ -228,8 +228,7 @@ def _open_regular(path: Path) -> int:
     try:
         fd = os.open(path, flags)
     except OSError as exc:
-        hint = "raise the limit on open files: ulimit -n 65536" if exc.errno == errno.EMFILE else None
-        raise InputError(f"{path} cannot be opened: {exc.strerror or exc}", hint=hint) from exc
+        raise unreadable(path, exc, "cannot be opened") from exc
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise InputError(f"{path} is not a regular file")
