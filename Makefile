@@ -11,7 +11,7 @@ ARGS ?=
 SECONDS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test manifest docs lint format bench bench-8b peers test-peers test-lowest test-python fuzz clean
+.PHONY: help install demo test manifest docs lint format bench bench-8b peers test-peers test-lowest test-python faults fuzz clean
 
 help:  ## list these verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ test-lowest: $(STAMP)  ## convert with the lowest versions that pyproject.toml a
 
 test-python: $(STAMP)  ## convert under another Python: make test-python PYTHON=python3.13
 	$(PY) tests/lowest.py --python $(PYTHON)
+
+faults: $(STAMP)  ## fail every system call of a job, kill it at 500 moments, change its source while it reads (an hour)
+	$(PY) -m pytest -m sweep $(ARGS)
 
 # atheris has wheels for Linux alone, so it is none of the dev dependencies.
 fuzz: $(STAMP)  ## fuzz each reader and whole conversions for SECONDS=20 each, with atheris, which this installs

@@ -55,8 +55,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Reporter what a run without the peers' environments has left out."""
-    left = [item for item in terminalreporter.stats.get("deselected", ()) if item.get_closest_marker("peers")]
+    """Reports what a default run has left out."""
+    deselected = terminalreporter.stats.get("deselected", ())
+    if sweeps := [item for item in deselected if item.get_closest_marker("sweep")]:
+        terminalreporter.write_line(
+            f"left out: {len(sweeps)} tests that fail every system call, of which a sample was tried; "
+            "`make faults` runs them (an hour)"
+        )
+    left = [item for item in deselected if item.get_closest_marker("peers")]
     if left:
         terminalreporter.write_line(
             f"left out: {len(left)} tests against the real xtuner, DeepSpeed, LLaVA, llama.cpp and older transformers; "

@@ -46,7 +46,7 @@ from llava_convert.model.reshape import family_named, reshaped
 from llava_convert.model.target import KEEP, Target, parse_size
 from llava_convert.ops import kernels
 from llava_convert.ops.base import CastLoss
-from llava_convert.storage.fingerprints import Snapshot
+from llava_convert.storage.fingerprints import Snapshot, State
 from llava_convert.storage.output.staging import Staging
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.remote.mounts import address_of
@@ -108,7 +108,7 @@ def _convert(ready: Prepared, options: Options, say: Reporter, session: Session)
     if options.resume and options.digest:
         say.note("--digest reads every tensor, so that --resume keeps nothing")
     reads = sorted({extent.path for t in ready.plan.tensors for s in stored_of(t) for extent in s.extents})
-    snapshot = Snapshot.take(reads)
+    snapshot = _snapshot(ready, reads)
     warnings = list(ready.warnings)
     made = documents(ready, options)
     planned = report(ready, options, made, session)
@@ -144,6 +144,17 @@ def _convert(ready: Prepared, options: Options, say: Reporter, session: Session)
         stage.commit()
     _tell_unchecked(session, say)
     return replace(planned, done=True, flushed=outcome.flushed, warnings=tuple(warnings), fetched=session.fetched)
+
+
+def _snapshot(ready: Prepared, reads: list[Path]) -> Snapshot:
+    """What the files of the job were before the first of them was read, so that the output is of one state of them."""
+    checkpoint = ready.checkpoint
+    parts = [part.files for part in checkpoint.parts.values() if part.files is not None]
+    beside = [checkpoint.beside, *parts, *(base.files for base in ready.model.bases.values())]
+    before: dict[Path, State] = {}
+    for files in beside:
+        before = {**files.before, **before}
+    return Snapshot.take(reads, before, [path for files in beside for path in files.was_read()])
 
 
 def _tell_unchecked(session: Session, say: Reporter) -> None:
@@ -210,7 +221,16 @@ def _staging(ready: Prepared, options: Options, needed: int, stamp: str, say: Re
         ready.checkpoint.root if ready.checkpoint.path.is_dir() else ready.checkpoint.path,
         *(base.folder for base in ready.model.bases.values()),
     ]
-    return Staging(ready.out, stamp, force=options.force, resume=resume, needed_bytes=needed, reads=reads, say=say.note)
+    return Staging(
+        ready.out,
+        stamp,
+        force=options.force,
+        resume=resume,
+        needed_bytes=needed,
+        reads=reads,
+        say=say.note,
+        warn=say.warn,
+    )
 
 
 @dataclass(frozen=True)

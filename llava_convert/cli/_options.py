@@ -82,8 +82,9 @@ def shown(*choices: str) -> str:
 
 def _told(option: Option, *, hidden: bool) -> Any:
     flag = option.flag
+    # readable=False: whether a path can be read is told by what reads it, with its exit code.
     if flag.argument:
-        return typer.Argument(metavar=option.spelling, help=flag.help)
+        return typer.Argument(metavar=option.spelling, help=flag.help, readable=False)
     words = flag.choices or flag.offers
     return typer.Option(
         *filter(None, (flag.short, option.spelling)),
@@ -92,6 +93,7 @@ def _told(option: Option, *, hidden: bool) -> Any:
         help=flag.help,
         rich_help_panel=_panel(option),
         hidden=hidden,
+        readable=False,
     )
 
 

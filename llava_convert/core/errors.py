@@ -15,6 +15,14 @@ from llava_convert.core.text import escaped, printable
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _NO_THREAD = "can't start new thread"
+MISSING = "no such file"
+_READING_HINTS = {
+    errno.ENOENT: "see whether the path is right",
+    errno.EACCES: "let yourself read it (chmod, chown), or run as a user who may",
+    errno.EPERM: "let yourself read it (chmod, chown), or run as a user who may",
+    errno.EMFILE: "raise the limit on open files: ulimit -n 65536",
+    errno.EIO: "the disk, or the mount that it is on, fails: try again, or copy it from elsewhere",
+}
 
 
 class ConvertError(Exception):
@@ -43,9 +51,13 @@ class UsageError(ConvertError):
 
 
 class InputError(ConvertError):
-    """The input is corrupt, incomplete or missing (exit 3)."""
+    """The input is corrupt, incomplete or missing (exit 3).
+
+    `unread` is the path of a file that the system does not let us read, where it is of one.
+    """
 
     exit_code = 3
+    unread: str | None = None
 
 
 class UnsupportedError(ConvertError):
@@ -92,15 +104,35 @@ def system_errors() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as problem:
-        where = f"{printable(os.fsdecode(problem.filename))}: " if isinstance(problem.filename, str | bytes) else ""
-        kind = OutputError if problem.errno in _OF_THE_DISK else InputError
-        raise kind(f"{where}{problem.strerror or problem}", hint="see whether it is there and may be read") from problem
+        where = os.fsdecode(problem.filename) if isinstance(problem.filename, str | bytes) else "a file"
+        if problem.errno not in _OF_THE_DISK:
+            raise unreadable(where, problem) from problem
+        hint = "free some space, or choose another place"
+        raise OutputError(f"{printable(where)}: {problem.strerror or problem}", hint=hint) from problem
     except MemoryError as problem:
         raise OutputError("there is not enough memory", hint="--threads 1 needs the least") from problem
     except RuntimeError as problem:  # what threading raises has no class of its own
         if _NO_THREAD not in str(problem):
             raise
         raise OutputError("the system starts no further thread", hint="raise its limit of processes") from problem
+
+
+def os_reason(problem: OSError | ValueError) -> str:
+    """What the system said, without the path (which the message has already)."""
+    return (problem.strerror or str(problem)) if isinstance(problem, OSError) else str(problem)
+
+
+def unreadable(where: object, problem: OSError | ValueError, what: str = "cannot be read") -> InputError:
+    """The InputError for what the system refuses to read, with what helps. A ValueError is a path that cannot be.
+
+    `what` is what cannot be done; MISSING says all by itself.
+    """
+    code = problem.errno if isinstance(problem, OSError) else None
+    hint = _READING_HINTS.get(code or 0, "see whether it is there and may be read")
+    reason = "" if what.startswith(MISSING) else f": {os_reason(problem)}"
+    error = InputError(f"{printable(where)}: {what}{reason}", hint=hint)
+    error.unread = str(where)
+    return error
 
 
 class HubError(ConvertError):

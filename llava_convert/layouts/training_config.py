@@ -6,16 +6,20 @@ or from the text in a checkpoint's `meta.cfg`; both give equal values. Nothing i
 
 from __future__ import annotations
 
+import errno
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
+from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError, os_reason, unreadable
 from llava_convert.model.training import LoraSettings, Setting, TrainingConfig
 from llava_convert.storage.pyconfig.evaluate import MAX_TEXT, Call, Dotted, Unknown, evaluate
 from llava_convert.storage.pyconfig.values import CONFIG_HINT, PLAIN_HINT
 from llava_convert.storage.remote.mounts import remote_of
+
+# A config that may be missing is; anything else that the system says of it is an error.
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def load_training_config(path: Path) -> TrainingConfig:
@@ -56,10 +60,12 @@ def _text(path: Path, *, optional: bool = False) -> str | None:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})", hint=CONFIG_HINT) from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        if optional and not isinstance(error, PermissionError):
+        missing = not isinstance(error, OSError) or error.errno in _MISSING
+        if optional and missing:
             return None
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path}: cannot be read: {reason}", hint=CONFIG_HINT) from None
+        if missing:
+            raise InputError(f"{path}: cannot be read: {os_reason(error)}", hint=CONFIG_HINT) from None
+        raise unreadable(path, error) from error
 
 
 def training_config(values: Mapping[str, Any], *, filename: str) -> TrainingConfig:

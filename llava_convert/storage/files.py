@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from io import SEEK_END, RawIOBase
 from pathlib import Path, PurePosixPath
 
-from llava_convert.core.errors import InputError, UnsafeError
+from llava_convert.core.errors import MISSING, InputError, UnsafeError, unreadable
 from llava_convert.core.text import printable
 from llava_convert.storage.remote.files import RemoteStream
 from llava_convert.storage.remote.mounts import remote_of
@@ -17,11 +17,6 @@ _READ_BYTES = 256 << 10
 
 _LFS_STARTS = (b"version https://git-lfs.github.com/", b"version https://hawser.github.com/")
 _PAGE_STARTS = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
-
-
-def os_reason(error: OSError | ValueError) -> str:
-    """What the system said, without the path (which the message has already)."""
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
 def open_regular(path: Path) -> RawIOBase:
@@ -46,11 +41,11 @@ def open_regular(path: Path) -> RawIOBase:
         except BaseException:
             stream.close()
             raise
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         link = " (a link to a file that is not there)" if path.is_symlink() else ""
-        raise InputError(f"{printable(path)}: no such file{link}") from None
+        raise unreadable(path, error, MISSING + link) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise InputError(f"{printable(path)}: cannot be read: {os_reason(error)}") from error
+        raise unreadable(path, error) from error
     return stream
 
 
@@ -96,7 +91,7 @@ def read_fully(stream: RawIOBase, count: int, path: Path) -> bytes:
                 break
             parts += part
     except OSError as error:
-        raise InputError(f"{printable(path)}: cannot be read: {os_reason(error)}") from error
+        raise unreadable(path, error) from error
     return bytes(parts)
 
 

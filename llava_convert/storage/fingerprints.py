@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import RawIOBase
 from pathlib import Path
 
-from llava_convert.core.errors import InputError
+from llava_convert.core.errors import InputError, unreadable
 from llava_convert.core.text import printable
-from llava_convert.storage.files import open_regular, os_reason, read_fully, require_regular, size_of
-from llava_convert.storage.remote.mounts import remote_of
+from llava_convert.storage.files import open_regular, read_fully, require_regular, size_of
+from llava_convert.storage.remote.mounts import mounted, remote_of
 from llava_convert.storage.safetensors import MAX_HEADER_BYTES, SUFFIX
 
 # A torch zip ends with its directory, about 100 bytes for each tensor, the CRC of its data among them (APPNOTE.TXT
@@ -47,7 +49,7 @@ def contents(folder: Path, names: Iterable[str]) -> dict[str, dict[str, str | in
             try:
                 digest = hashlib.file_digest(stream, "sha256")
             except OSError as error:
-                raise InputError(f"{printable(path)}: cannot be read: {os_reason(error)}") from error
+                raise unreadable(path, error) from error
             return {"size": stream.tell(), "sha256": digest.hexdigest()}
 
     ordered = sorted(names)
@@ -56,7 +58,7 @@ def contents(folder: Path, names: Iterable[str]) -> dict[str, dict[str, str | in
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
+class State:
     """What changes with a file's content: its times and its number here, what its server says of it elsewhere."""
 
     size: int
@@ -67,22 +69,32 @@ class _State:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What `files` were when it was taken: take it when a source is opened, recheck it when all has been read."""
+    """What `files` were when it was taken: take it when a source is opened, recheck it when all has been read.
 
-    states: dict[Path, _State]
+    `small` are those that were read whole already, as they were before.
+    """
+
+    states: dict[Path, State]
     identity: list[dict[str, str | int]]
+    small: dict[Path, State] = field(default_factory=dict)
 
     @classmethod
-    def take(cls, files: Iterable[Path]) -> Snapshot:
-        """Raises InputError for a file that cannot be read, or that changes meanwhile."""
-        states = {path: _state(path) for path in files}
-        snapshot = cls(states, identity(states))
+    def take(
+        cls, files: Iterable[Path], before: Mapping[Path, State] | None = None, small: Iterable[Path] = ()
+    ) -> Snapshot:
+        """`before` is what some of the files were when the source was first looked at (`states_in`).
+
+        Raises InputError for a file that cannot be read, or that changed since then.
+        """
+        first = before or {}
+        states = {path: first[path] if path in first else _state(path) for path in files}
+        snapshot = cls(states, identity(states), {path: first[path] for path in small if path in first})
         snapshot.recheck_states()
         return snapshot
 
     def recheck_states(self) -> None:
         """Raises InputError naming the first file whose size, time of change or inode is another (fault row 72)."""
-        for path, before in self.states.items():
+        for path, before in {**self.states, **self.small}.items():
             now = _state(path)
             if now != before:
                 what = "its size changed" if now.size != before.size else "it was written or exchanged"
@@ -96,6 +108,20 @@ class Snapshot:
                 raise _changed(path, "its header changed")
 
 
+def states_in(folder: Path) -> dict[Path, State]:
+    """What the files of a folder are now; of one that lies elsewhere nothing, since its server keeps the versions."""
+    found: dict[Path, State] = {}
+    if mounted(folder) is not None:
+        return found
+    with contextlib.suppress(OSError):  # what cannot be looked at cannot be read, and is told then
+        for path in folder.iterdir():
+            with contextlib.suppress(OSError):
+                info = path.stat()
+                if stat.S_ISREG(info.st_mode):
+                    found[path] = State(info.st_size, info.st_mtime_ns, info.st_ino)
+    return found
+
+
 def _changed(path: Path, what: str) -> InputError:
     return InputError(
         f"{printable(path)}: changed while it was read: {what}",
@@ -103,12 +129,12 @@ def _changed(path: Path, what: str) -> InputError:
     )
 
 
-def _state(path: Path) -> _State:
+def _state(path: Path) -> State:
     remote = remote_of(path)
     if remote is not None:
-        return _State(remote.size, version=remote.version())
+        return State(remote.size, version=remote.version())
     info = require_regular(path)
-    return _State(info.st_size, info.st_mtime_ns, info.st_ino)
+    return State(info.st_size, info.st_mtime_ns, info.st_ino)
 
 
 def _header_digest(stream: RawIOBase, path: Path) -> str:

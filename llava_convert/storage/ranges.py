@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from llava_convert.core.errors import InputError
+from llava_convert.core.errors import InputError, unreadable
 from llava_convert.storage.remote.files import FIRST, RemoteFile
 from llava_convert.storage.remote.mounts import remote_of
 
@@ -58,7 +58,7 @@ def read_into(fd: int, offset: int, buffer: WriteableBuffer, *, where: object = 
         try:
             got = _read(fd, view[done:], offset + done)
         except OSError as exc:
-            raise InputError(f"{where or 'the input'} cannot be read: {exc.strerror or exc}") from exc
+            raise unreadable(where or "the input", exc) from exc
         if got == 0:
             raise InputError(
                 f"{where or 'the input'} was truncated while reading: expected {len(view)} bytes at offset {offset}, "
@@ -112,7 +112,7 @@ def copy_range(
     at = src_off
     refused = set() if refused is None else refused
     if shift % BLOCK == 0 and length > 0:
-        pair = (os.fstat(src_fd).st_dev, os.fstat(dst_fd).st_dev)
+        pair = (_looked_at(src_fd, where).st_dev, os.fstat(dst_fd).st_dev)
         first, last = -(-at // BLOCK) * BLOCK, end // BLOCK * BLOCK
         if last - first >= CLONE_LEAST and ("clone", *pair) not in refused:
             _through_buffer(src_fd, at, dst_fd, shift, first, progress, where)
@@ -228,15 +228,27 @@ def _open_regular(path: Path) -> int:
     try:
         fd = os.open(path, flags)
     except OSError as exc:
-        hint = "raise the limit on open files: ulimit -n 65536" if exc.errno == errno.EMFILE else None
-        raise InputError(f"{path} cannot be opened: {exc.strerror or exc}", hint=hint) from exc
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise unreadable(path, exc, "cannot be opened") from exc
+    try:
+        regular = stat.S_ISREG(_looked_at(fd, path).st_mode)
+    except InputError:
+        os.close(fd)
+        raise
+    if not regular:
         os.close(fd)
         raise InputError(f"{path} is not a regular file")
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     return fd
+
+
+def _looked_at(fd: int, where: object) -> os.stat_result:
+    """What the system knows of an open source. Raises InputError: an OSError would be taken for one of the target."""
+    try:
+        return os.fstat(fd)
+    except OSError as exc:
+        raise unreadable(where or "the input", exc) from exc
 
 
 def read_back(fd: int, offset: int, length: int) -> bytearray:

@@ -13,8 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llava_convert.core.errors import InputError
-from llava_convert.storage.files import os_reason, read_file, require_inside
+from llava_convert.core.errors import InputError, unreadable
+from llava_convert.storage.files import read_file, require_inside
+from llava_convert.storage.fingerprints import State, states_in
 from llava_convert.storage.json_files import MAX_JSON_BYTES, json_bytes, parse_json
 
 # What lies beside weights: configs, vocabularies, templates, cards, and a training's config.
@@ -28,13 +29,15 @@ T = TypeVar("T")
 class Sidecars:
     """Files by name. `where` is the folder or file that they are of, for messages; `list_names` and `load` find them.
 
-    Each file is read once and kept as long as this is: outputs hold most of them as they are.
+    Each file is read once and kept as long as this is: outputs hold most of them as they are. `before` is what the
+    files of the folder, those of weights too, were before anything was read.
     """
 
     where: Path
     list_names: Callable[[], frozenset[str]]
     load: Callable[[str], bytes]
     in_folder: bool = False
+    before: Mapping[Path, State] = field(default_factory=dict, repr=False)
     _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def names(self) -> frozenset[str]:
@@ -69,6 +72,10 @@ class Sidecars:
             raise InputError(f"{self.place(name)}: expected a JSON object, found {type(found).__name__}")
         return found
 
+    def was_read(self) -> list[Path]:
+        """The files that were read."""
+        return [self.where / key for key in self._kept if isinstance(key, str)]
+
     def place(self, name: str) -> Path:
         """What messages call a file."""
         return self.where / name
@@ -87,7 +94,7 @@ def folder_sidecars(folder: Path) -> Sidecars:
         path = require_inside(folder, name)
         return json_bytes(path) if name.endswith(".json") else read_file(path, MAX_JSON_BYTES)
 
-    return Sidecars(folder, names, load, in_folder=True)
+    return Sidecars(folder, names, load, in_folder=True, before=states_in(folder))
 
 
 def refuse_links_out(folder: Path) -> None:
@@ -109,7 +116,7 @@ def _links(folder: Path) -> list[str]:
                 links = (entry.name for entry in entries if entry.name.endswith(_SUFFIXES) and entry.is_symlink())
                 found += [f"{name}/{link}" if name else link for link in links]
     except OSError as error:
-        raise InputError(f"{folder}: cannot be listed: {os_reason(error)}") from error
+        raise unreadable(folder, error, "cannot be listed") from error
     return found
 
 

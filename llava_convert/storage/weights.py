@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
+from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError, unreadable
 from llava_convert.core.tensors import StoredTensor, require_few
 from llava_convert.core.text import listed, printable
-from llava_convert.storage.files import os_reason, relative_name, require_inside, require_regular
+from llava_convert.storage.files import relative_name, require_inside, require_regular
 from llava_convert.storage.headers import Headers
 from llava_convert.storage.json_files import read_json
 from llava_convert.storage.safetensors import SUFFIX as SAFETENSORS_SUFFIX
@@ -59,7 +59,7 @@ def open_weights(
     try:
         is_folder = path.is_dir()
     except OSError as error:
-        raise InputError(f"{printable(path)}: cannot be read: {os_reason(error)}") from error
+        raise unreadable(path, error) from error
     if is_folder:
         return _open_folder(path, stems, headers or Headers())
     suffix = path.suffix.lower()
@@ -97,7 +97,7 @@ def _open_folder(root: Path, stems: Sequence[str], headers: Headers) -> Weights:
     try:
         names = {entry.name for entry in root.iterdir()}
     except OSError as error:
-        raise InputError(f"{printable(root)}: cannot be listed: {os_reason(error)}") from error
+        raise unreadable(root, error, "cannot be listed") from error
     suffixes = (SAFETENSORS_SUFFIX, TORCH_SUFFIXES[0])
     found = {suffix: _candidates(names, stems, suffix) for suffix in suffixes}
     for suffix in suffixes:

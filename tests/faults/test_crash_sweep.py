@@ -1,72 +1,73 @@
 """A conversion killed anywhere leaves the output whole or absent, and the next run makes it whole: row 68.
 
-The child counts the calls which change the disk and ends itself at one of them: hooks of the test, none in the package.
+The shim ends the process at one of its system calls: between two of them nothing on the disk changes, so that a call
+chosen at random is a moment chosen at random, and the same one in each run of the tests.
 """
 
 from __future__ import annotations
 
+import random
 import shutil
 import signal
-from functools import cache
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.faults.corpus import TINY, Corpus, Ran, accepted, assert_clean, run, shell, tree
+from tests.faults.corpus import TINY, Corpus, accepted, assert_clean, run, tree
+from tests.faults.system_calls import shimmed
+from tests.hubs.runner import Ran, Runner
 
 pytestmark = pytest.mark.slow
 
-CHILD = """
-import os, sys
-at, number, seen = int(sys.argv.pop(1)), int(sys.argv.pop(1)), 0
-
-def hooked(real):
-    def call(*args, **options):
-        global seen
-        seen += 1
-        if seen == at:
-            os.kill(os.getpid(), number)
-        return real(*args, **options)
-    return call
-
-for name in ("pwrite", "copy_file_range", "ftruncate", "fsync", "replace", "rename", "mkdir", "unlink"):
-    setattr(os, name, hooked(getattr(os, name)))
-from llava_convert.cli import main
-try:
-    main()
-finally:
-    if not at:
-        print(seen, file=sys.stderr)
-"""
 POINTS = 10
+SEED = 68
+KILLS, ALL_KILLS = 12, 250  # with --force, and as many without
+# The calls which change the disk.
+CHANGING = ",create,write,copy,truncate,sync,rename,mkdir,unlink,rmdir,"
+
+End = Callable[..., Ran]
+Whole = tuple[int, dict[str, str]]
 
 
 def conversion(corpus: Corpus, out: Path, *more: str) -> tuple[str | Path, ...]:
-    """Several shards, most of them copied; no torch, which takes longer to import than all of this to run."""
+    """Several shards, most of them copied."""
     vit = ("--visual-encoder", TINY / "vit")
     limit = ("--max-shard-size", "100KB", "--threads", "1")
     return ("official", corpus.layouts["official"], "--to", "hf", "-o", out, *vit, *limit, *more)
 
 
-def ended(corpus: Corpus, out: Path, at: int, number: int, *more: str) -> Ran:
-    """A run in a process of its own which gets signal `number` at call `at`."""
-    return shell(str(at), str(int(number)), *conversion(corpus, out, *more), code=CHILD)
-
-
-@cache
-def calls(corpus_folder: Path, out: Path) -> int:
-    """How many calls a run makes that nothing disturbs; it leaves its output at `out`."""
-    corpus = Corpus(corpus_folder, {"official": corpus_folder / "official"})
-    ran = ended(corpus, out, 0, 0)
-    assert ran.code == 0, ran.stderr
-    return int(ran.stderr.splitlines()[-1])
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    with shimmed() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
-def whole(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, str]]:
+def ended(runner: Runner, corpus: Corpus) -> End:
+    """Runs it in a process which gets signal `number` at call `at` of those that change the folder of OUT."""
+
+    def end(out: Path, at: int, number: int, *more: str, after: bool = False, log: Path | None = None) -> Ran:
+        fault = {"FAULT_PATHS": str(out.parent), "FAULT_OPS": CHANGING, "FAULT_AT": str(at)}
+        fault["FAULT_SIGNAL"] = str(int(number) + 1000 * after)
+        fault |= {"FAULT_LOG": str(log)} if log is not None else {}
+        return runner(*conversion(corpus, out, *more), **fault)
+
+    return end
+
+
+def calls(ended: End, out: Path, log: Path, *more: str) -> list[str]:
+    """The calls of a run that nothing disturbs; it leaves its output at `out`."""
+    ran = ended(out, 0, 0, *more, log=log)
+    assert ran.code == 0, ran.stderr
+    return log.read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def whole(ended: End, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, str]]:
     """The number of calls of an undisturbed run, and what it makes."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    total = calls(corpus.folder, out)
+    total = len(calls(ended, out, out.parent.with_name("log")))
     found = tree(out)
     assert len([name for name in found if name.endswith(".safetensors")]) >= 4 and total > 40
     return total, found
@@ -79,12 +80,12 @@ def point(total: int, number: int) -> int:
 
 
 @pytest.mark.parametrize("number", range(POINTS))
-def test_fault_68_killed(corpus: Corpus, tmp_path: Path, whole: tuple[int, dict[str, str]], number: int) -> None:
+def test_fault_68_killed(ended: End, corpus: Corpus, tmp_path: Path, whole: Whole, number: int) -> None:
     """Absent or whole; a rerun, with and without --resume, makes what an undisturbed run makes."""
     total, wanted = whole
     folder = tmp_path / "killed"
     folder.mkdir()
-    ran = ended(corpus, folder / "out", point(total, number), signal.SIGKILL)
+    ran = ended(folder / "out", point(total, number), signal.SIGKILL)
     assert ran.code == -signal.SIGKILL, ran.stderr
     if (folder / "out").exists():
         assert tree(folder / "out") == wanted
@@ -96,12 +97,10 @@ def test_fault_68_killed(corpus: Corpus, tmp_path: Path, whole: tuple[int, dict[
         assert tree(again) == {"out": "folder"} | {f"out/{name}": kind for name, kind in wanted.items()}
 
 
-def test_fault_68_resume_keeps_what_was_finished(
-    corpus: Corpus, tmp_path: Path, whole: tuple[int, dict[str, str]]
-) -> None:
+def test_fault_68_resume_keeps_what_was_finished(ended: End, corpus: Corpus, tmp_path: Path, whole: Whole) -> None:
     total, wanted = whole
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
-    assert ended(corpus, out, total // 3, signal.SIGKILL).code == -signal.SIGKILL
+    assert ended(out, total // 3, signal.SIGKILL).code == -signal.SIGKILL
     assert not out.exists()
     finished = {file.name: file.stat() for file in partial.glob("*.safetensors")}
     assert 0 < len(finished) < len([name for name in wanted if name.endswith(".safetensors")])
@@ -124,10 +123,10 @@ def test_fault_68_resume_keeps_what_was_finished(
     ids=["without --resume", "another plan", "digests"],
 )
 def test_fault_68_a_leftover_that_is_not_resumed_is_discarded_with_a_line(
-    corpus: Corpus, tmp_path: Path, whole: tuple[int, dict[str, str]], more: tuple[str, ...], said: str
+    ended: End, corpus: Corpus, tmp_path: Path, whole: Whole, more: tuple[str, ...], said: str
 ) -> None:
     out = tmp_path / "out"
-    assert ended(corpus, out, whole[0] // 3, signal.SIGKILL).code == -signal.SIGKILL
+    assert ended(out, whole[0] // 3, signal.SIGKILL).code == -signal.SIGKILL
     ran = accepted(*conversion(corpus, out, *more))
     assert "discarding" in ran.stderr and said in ran.stderr
     fresh = tmp_path / "fresh" / "out"
@@ -138,7 +137,7 @@ def test_fault_68_a_leftover_that_is_not_resumed_is_discarded_with_a_line(
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 6])
 def test_fault_68_killed_over_an_old_output(
-    corpus: Corpus, tmp_path: Path, whole: tuple[int, dict[str, str]], number: int
+    ended: End, corpus: Corpus, tmp_path: Path, whole: Whole, number: int
 ) -> None:
     """With --force OUT is the old one or the new one at every moment, never a mixture."""
     total, wanted = whole
@@ -146,7 +145,7 @@ def test_fault_68_killed_over_an_old_output(
     accepted("official", corpus.layouts["official"], "--to", "hf", "--part", "llm", "-o", out)
     old = tree(out)
     assert old != wanted
-    ran = ended(corpus, out, point(total, number), signal.SIGKILL, "--force")
+    ran = ended(out, point(total, number), signal.SIGKILL, "--force")
     assert ran.code in (-signal.SIGKILL, 0), ran.stderr
     assert tree(out) in (old, wanted)
     accepted(*conversion(corpus, out, "--force"))
@@ -156,7 +155,7 @@ def test_fault_68_killed_over_an_old_output(
 @pytest.mark.parametrize("share", [0.05, 0.4, 0.9])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_fault_68_interrupted(
-    corpus: Corpus, tmp_path: Path, whole: tuple[int, dict[str, str]], number: int, share: float
+    ended: End, corpus: Corpus, tmp_path: Path, whole: Whole, number: int, share: float
 ) -> None:
     """Exit 130, nothing left, the old output as it was."""
     out = tmp_path / "out"
@@ -166,8 +165,87 @@ def test_fault_68_interrupted(
         (out / "precious").write_bytes(b"x")
         more = ("--force",)
     before = tree(tmp_path)
-    ran = ended(corpus, out, max(3, int(whole[0] * share)), number, *more)
+    ran = ended(out, max(3, int(whole[0] * share)), number, *more)
     assert ran.code == 130, ran.stderr
     assert ran.stderr.splitlines()[-1] == "error: interrupted; nothing was left behind"
     assert "Traceback" not in ran.stderr and ran.stdout == ""
     assert tree(tmp_path) == before
+
+
+def killed_at_random(
+    ended: End, corpus: Corpus, folder: Path, wanted: dict[str, str], count: int, *, force: bool
+) -> list[str]:
+    """SIGKILL at this many calls, then the same again, every second time with --resume; returns what was wrong."""
+    chance = random.Random(SEED + force)
+    more = ("--force",) if force else ()
+    found, moments = [], 0
+    for turn in range(count):
+        here = folder / str(turn)
+        here.mkdir()
+        if force:
+            (here / "out").mkdir()
+            (here / "out" / "precious").write_bytes(b"old")
+        old = tree(here / "out")
+        if not moments:
+            measured = Path(shutil.copytree(here, folder / "measured"))
+            moments = len(calls(ended, measured / "out", folder / "log", *more))
+        at = chance.randint(1, moments)
+        ran = ended(here / "out", at, signal.SIGKILL, *more)
+        there = tree(here / "out") if (here / "out").exists() else {}
+        resumed = ("--resume",) if turn % 2 else ()
+        again = run(*conversion(corpus, here / "out", "--force", *resumed))
+        right = ran.code == -signal.SIGKILL and there in (old, wanted) and again.code == 0
+        if not right or tree(here) != {"out": "folder"} | {f"out/{name}": kind for name, kind in wanted.items()}:
+            found.append(
+                f"at {at} of {moments}: exit {ran.code}, then {again.code}: {sorted(tree(here))}{again.stderr}"
+            )
+        shutil.rmtree(here)
+    return found
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_fault_68_killed_at_random(ended: End, corpus: Corpus, tmp_path: Path, whole: Whole, force: bool) -> None:
+    assert killed_at_random(ended, corpus, tmp_path, whole[1], KILLS, force=force) == []
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("force", [True, False])
+def test_fault_68_killed_at_500_random_calls(
+    ended: End, corpus: Corpus, tmp_path: Path, whole: Whole, force: bool
+) -> None:
+    assert killed_at_random(ended, corpus, tmp_path, whole[1], ALL_KILLS, force=force) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("force", [True, False])
+def test_fault_68_a_signal_around_the_moment_when_out_is_put_in_place(
+    ended: End, tmp_path: Path, whole: Whole, number: signal.Signals, force: bool
+) -> None:
+    """Before and after each call from the last syncs on: what is told of OUT is true; it is the old or the new."""
+    more = ("--force",) if force else ()
+    out = tmp_path / "in" / "out"
+
+    def restore() -> dict[str, str]:
+        shutil.rmtree(out.parent, ignore_errors=True)
+        out.parent.mkdir()
+        if force:
+            out.mkdir()
+            (out / "precious").write_bytes(b"old")
+        return tree(out)
+
+    old = restore()
+    made = calls(ended, out, tmp_path / "log", *more)
+    moment = next(n for n, line in enumerate(made, 1) if line == f"rename 0 {out}")
+    assert moment < len(made) - 2
+    for at in range(moment - 2, min(moment + 5, len(made)) + 1):
+        for after in (False, True):
+            restore()
+            ran = ended(out, at, number, *more, after=after)
+            there = tree(out) if out.exists() else {}
+            assert there in (old, whole[1]), (at, after, ran.stderr)
+            assert ran.code in (0, 130), (at, after, ran.stderr)
+            if there == old:
+                assert ran.code == 130 and "nothing was left behind" in ran.stderr, (at, after, ran.stderr)
+            elif ran.code == 130:
+                assert f"{out} is complete" in ran.stderr, (at, after, ran.stderr)
+            assert [p.name for p in out.parent.iterdir()] == (["out"] if there else []), (at, after, ran.stderr)

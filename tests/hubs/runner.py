@@ -74,18 +74,23 @@ def _serve(place: Path) -> None:
 
     patient = time.sleep
     time.sleep = lambda seconds: patient(min(seconds, 0.001))
-    # All that an upload imports, so that a fork has it.
+    # All that a command imports, so that a fork has it.
+    import pkgutil
+    from importlib import import_module
+
     import huggingface_hub
     import modelscope_hub
+    import tokenizers
+    import xxhash
     import yaml  # noqa: F401
 
-    import llava_convert.api
-    import llava_convert.app.publish.release
-    import llava_convert.cli
-    import llava_convert.storage.hubs.huggingface
-    import llava_convert.storage.hubs.modelscope  # noqa: F401
+    import llava_convert
 
     assert huggingface_hub.HfApi and modelscope_hub.HubApi  # their submodules are imported by name only
+    assert tokenizers.Tokenizer and xxhash.xxh3_128
+    for module in pkgutil.walk_packages(llava_convert.__path__, "llava_convert."):
+        if module.name.rpartition(".")[2] != "__main__" and "projector_code" not in module.name:
+            import_module(module.name)
     for line in sys.stdin:
         wish = json.loads(line)
         child = os.fork()

@@ -65,6 +65,7 @@ def _publish(name: str, parcel: Parcel, say: Reporter) -> Published:
         chosen.LOGIN,
         to.revision or chosen.BRANCH,
         writing=True,
+        sends=parcel.folder,
     )
     url = _ask(asked, lambda: chosen.place(to))
     revision = to.revision or chosen.BRANCH

@@ -6,14 +6,17 @@ an error is judged by its HTTP status and by the names of its classes: one order
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
-from llava_convert.core.errors import HubError
+from llava_convert.core.errors import HubError, unreadable
 from llava_convert.core.retry import TransientError, retry_after
 from llava_convert.storage.hubs.answers import bounded
 from llava_convert.storage.hubs.log import Log, overheard
@@ -25,13 +28,14 @@ _LATER = "run the same command again later"
 
 @dataclass(frozen=True)
 class Asked:
-    """A question to a hub or a store, in the words of a sentence about its failure."""
+    """A question to a hub or a store, in the words of a sentence about its failure; `sends` is the folder sent."""
 
     where: str
     hub: str
     login: str
     revision: str = ""
     writing: bool = False
+    sends: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,8 @@ _TABLE: tuple[Row, ...] = (
 def asking(asked: Asked) -> Iterator[None]:
     """Turn what a client raises into HubError, or into TransientError where trying again may help.
 
+    A file of the folder that is sent which the system does not let it read is no fault of the hub: InputError.
+
     The clients' log is kept off the terminal. With what was raised underneath it becomes a note of the error, which
     --verbose prints: a chained exception would be printed as it is, with whatever the server repeated.
     """
@@ -178,6 +184,7 @@ def asking(asked: Asked) -> Iterator[None]:
             with bounded():
                 yield
         except client_errors() as problem:
+            _raise_unreadable(asked.sends, _chain(problem, *reversed(log.errors)))
             cause = _cause(problem, log.errors, asked.writing)
             row = next(row for row in _TABLE if row.fits(cause))
             words = vars(asked) | {"status": cause.status, "detail": cause.detail}
@@ -191,6 +198,18 @@ def asking(asked: Asked) -> Iterator[None]:
                 error = HubError(f"{asked.where}: {reason}", hint=hint)
             error.add_note(scrubbed("".join([*traceback.format_exception(problem), *log.lines])))
             raise error from None
+
+
+def _raise_unreadable(folder: Path | None, chain: list[BaseException]) -> None:
+    """Raises InputError where an error began at a file in `folder`. Sockets have no EIO: that is a disk's."""
+    for error in chain if folder is not None else ():
+        if not isinstance(error, OSError):
+            continue
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
+        if name is not None and folder is not None and Path(name).absolute().is_relative_to(folder.absolute()):
+            raise unreadable(name, error) from None
+        if name is None and error.errno == errno.EIO:
+            raise unreadable(folder, error) from None
 
 
 # By module, the bases of what a client raises beside Python's own errors. A module that is not loaded raises nothing.

@@ -23,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from llava_convert.core.errors import InputError
 from llava_convert.storage.files import relative_name
 from llava_convert.storage.output.own_files import create_own, is_own, open_own
 from llava_convert.storage.ranges import read_into
@@ -54,7 +55,7 @@ class FinishedFiles:
     def take_over(self) -> dict[str, int] | None:
         """Name and size of each file that a killed run of the same plan finished; None if the record is of another.
 
-        Nothing is changed. No link is followed. Raises InputError for a file that cannot be read.
+        Nothing is changed. No link is followed. Raises OSError for a record that cannot be read.
         """
         recorded = self._read()
         if recorded is None:
@@ -87,13 +88,14 @@ class FinishedFiles:
             self._hashing.result()
 
     def close(self) -> None:
-        """Write no further line; the record itself stays."""
+        """Write no further line; the record itself stays. What is lost of it here is made anew by a resumed run."""
         self._closing.set()
         if self._hasher is not None:
             self._hasher.shutdown()
             self._hasher = None
         if self._fd >= 0:
-            os.close(self._fd)
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
             self._fd = -1
 
     def _hash(self, name: str, size: int) -> None:
@@ -103,12 +105,15 @@ class FinishedFiles:
             self._write(name, size, f"{algorithm}:{digest}")
 
     def _holds(self, name: str, size: object, digest: object) -> bool:
-        """Whether a file is as its line says; not where the algorithm is not installed here."""
+        """Whether a file is as its line says; not where it cannot be read, or the algorithm is not installed here."""
         algorithm, _, value = str(digest).partition(":")
-        if algorithm not in _algorithms() or (self._folder / name).stat().st_size != size:
+        try:
+            if algorithm not in _algorithms() or (self._folder / name).stat().st_size != size:
+                return False
+            assert isinstance(size, int)
+            return self._digest(name, size, algorithm) == value
+        except (OSError, InputError):
             return False
-        assert isinstance(size, int)
-        return self._digest(name, size, algorithm) == value
 
     def _digest(self, name: str, size: int, algorithm: str) -> str | None:
         """The digest of a file of this size, None where the record is closed meanwhile."""

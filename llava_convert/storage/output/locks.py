@@ -26,24 +26,27 @@ class Lock:
     """
 
     def __init__(self, path: Path, out: Path, say: Callable[[str], None]) -> None:
-        self.path = path
+        self.path, self._say = path, say
+        self.aside = False
         while True:
             self.fd = open_own(path)
             try:
-                if not _lock(self.fd):
-                    holder = os.read(self.fd, 64).split(b"\n")[0].decode("ascii", "replace")
-                    message = f"{out} is in use by process {holder or 'unknown'}"
-                    raise OutputError(message, hint="wait for it, or end it")
+                locked = _lock(self.fd)
             except OSError as exc:  # some network file systems have no locks
                 say(f"{path.parent} does not support locks ({exc.strerror}): do not start two conversions into {out}")
+                locked = True
+            try:
+                text = os.read(self.fd, 64)
+                mine = locked and self._is_at_its_name()
             except BaseException:
-                os.close(self.fd)
+                self.release(keep=not locked or not self._is_empty())  # a mark of another run is not lost
                 raise
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self.fd), path.lstat()):
-                    break
+            if mine:
+                break
             os.close(self.fd)
-        text = os.read(self.fd, 64)
+            if not locked:
+                holder = text.split(b"\n")[0].decode("ascii", "replace") or "unknown"
+                raise OutputError(f"{out} is in use by process {holder}", hint="wait for it, or end it")
         if not _OURS.fullmatch(text):
             os.close(self.fd)
             raise OutputError(
@@ -64,16 +67,33 @@ class Lock:
             os.fsync(self.fd)
 
     def release(self, *, keep: bool = False) -> None:
-        if keep:
-            os.close(self.fd)
-        elif sys.platform == "win32":
-            os.close(self.fd)  # an open file cannot be removed there, and one that another process opened neither
-            with contextlib.suppress(OSError):
-                self.path.unlink()
-        else:
-            with contextlib.suppress(OSError):
-                self.path.unlink()
-            os.close(self.fd)
+        """Let go of the lock, and remove its file unless `keep`; says so where that fails. Raises nothing."""
+        with contextlib.suppress(OSError):  # closed it is, whatever the system says
+            if sys.platform == "win32":  # an open file cannot be removed there
+                os.close(self.fd)
+        if not keep:
+            try:
+                if sys.platform == "win32" or self._is_at_its_name():
+                    self.path.unlink()
+            except FileNotFoundError:
+                pass
+            except OSError as exc:
+                self._say(f"{self.path} could not be removed: {exc.strerror or exc}; the next run does")
+        with contextlib.suppress(OSError):
+            if sys.platform != "win32":
+                os.close(self.fd)
+
+    def _is_empty(self) -> bool:
+        with contextlib.suppress(OSError):
+            return os.fstat(self.fd).st_size == 0
+        return False
+
+    def _is_at_its_name(self) -> bool:
+        """Whether the name still leads to the file that was locked; its holder may have removed it meanwhile."""
+        try:
+            return os.path.samestat(os.fstat(self.fd), self.path.lstat())
+        except FileNotFoundError:
+            return False
 
 
 def _lock(fd: int) -> bool:

@@ -16,6 +16,9 @@ _RESERVED |= {device + digit for device in ("COM", "LPT") for digit in "01234567
 NO_ROOM = "free some space or choose another place with -o"
 _HINTS = {
     "ENOSPC": NO_ROOM,
+    "EIO": "the disk, or the mount that it is on, fails: choose another place with -o",
+    "ENOENT": "something removed it meanwhile: run it again, or choose another place with -o",
+    "EMFILE": "raise the limit on open files: ulimit -n 65536",
     "EDQUOT": "your quota is used up: free some space or choose another place with -o",
     "EFBIG": "the file system or `ulimit -f` allows no file of that size: lower --max-shard-size or raise the limit",
     "EROFS": "the file system is read-only: choose another place with -o",
@@ -31,7 +34,8 @@ _HINTS = {
 def as_output_error(exc: OSError, path: Path) -> OutputError:
     """The OutputError for a system call that failed while writing `path`."""
     reason = exc.strerror or str(exc)
-    return OutputError(f"{path} cannot be written: {reason}", hint=_HINTS.get(errno.errorcode.get(exc.errno or 0, "")))
+    hint = _HINTS.get(errno.errorcode.get(exc.errno or 0, ""), "choose another place with -o")
+    return OutputError(f"{path} cannot be written: {reason}", hint=hint)
 
 
 def check_name(name: str) -> None:

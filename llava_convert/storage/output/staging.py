@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Literal, Protocol
 
-from llava_convert.core.errors import Interrupted, OutputError
+from llava_convert.core.errors import InputError, Interrupted, OutputError
 from llava_convert.storage.fingerprints import contents
 from llava_convert.storage.output.finished import RECORD, FinishedFiles
 from llava_convert.storage.output.locks import Lock
@@ -57,6 +57,7 @@ class Staging:
     `commit` puts it in OUT's place; leaving the block without it removes every trace. A signal to end that comes too
     late for that is raised at the block's end, and says that OUT is complete (Interrupted). `plan_hash` says what is
     being built, so that `resume` can keep what a killed run of the same plan had finished. `reads` are the sources.
+    `warn` hears of what stays behind and of what may be lost, `say` of the rest.
     A `kind="file"` output is the one staged file which carries OUT's name. Missing parents of OUT are created, and
     removed again on failure.
 
@@ -74,13 +75,14 @@ class Staging:
         needed_bytes: int,
         reads: Iterable[Path] = (),
         say: Callable[[str], None],
+        warn: Callable[[str], None] | None = None,
         kind: Literal["folder", "file"] = "folder",
     ) -> None:
         self.out = place(out)
         self.path = self.out.with_name(f".{self.out.name}.partial")
         self._aside = self.out.with_name(f".{self.out.name}.old")
         self._force, self._resume, self._kind = force, resume, kind
-        self._needed, self._reads, self._say = needed_bytes, tuple(reads), say
+        self._needed, self._reads, self._say, self._warn = needed_bytes, tuple(reads), say, warn or say
         self._mutex = threading.Lock()
         self._finished: dict[str, int] = {}
         self._names: dict[str, str] = {}  # as a case-insensitive file system sees them -> as given
@@ -99,7 +101,7 @@ class Staging:
                 folder.mkdir()
                 self._made.append(folder)
             with uninterrupted():  # a lock taken but not yet ours to release would stay
-                self._lock = Lock(self.path.with_name(self.path.name + ".lock"), self.out, self._say)
+                self._lock = Lock(self.path.with_name(self.path.name + ".lock"), self.out, self._warn)
             self._recover(self._lock)
             self._refuse_existing()  # again, now that nobody else can make it
             self._take_leftover()
@@ -129,6 +131,14 @@ class Staging:
             stopped = late
         if stopped is not None:
             raise self._interrupted() from stopped
+        name = self._name_of(exc)
+        if isinstance(exc, OSError) and name is not None:
+            raise as_output_error(exc, self.out / name) from exc
+        if isinstance(exc, InputError) and name is not None:
+            hint = "something else changes what is built there, or the disk fails: choose another place with -o"
+            raise OutputError(
+                f"{self.out / name} cannot be read again while it is built: {exc.message}", hint=hint
+            ) from exc
 
     def finished(self, name: str) -> bool:
         """Whether `name` is whole and durable: written by this run, or kept from a killed one of the same plan."""
@@ -188,6 +198,9 @@ class Staging:
         if self._open:
             raise RuntimeError("commit with unfinished files")
         with self._writing(""):
+            for name, size in self._finished.items():
+                if (self.path / name).stat().st_size != size:
+                    raise OutputError(f"{self.out / name} was changed while it was built", hint="run it again")
             with ThreadPoolExecutor(8) as pool:  # together they share the file system's journal commits
                 list(pool.map(_sync, self._loose))
             self._record.close()
@@ -259,11 +272,20 @@ class Staging:
         try:
             yield
         except OSError as exc:
-            path = None if exc.filename is None else Path(os.fsdecode(exc.filename))
-            ours = {None, self.out, self._aside, self.out.parent}
-            if path is not None and path not in ours and not path.is_relative_to(self.path):
+            if exc.filename is not None and self._name_of(exc) is None:
                 raise
             raise as_output_error(exc, self.out / name) from exc
+
+    def _name_of(self, problem: BaseException | None) -> str | None:
+        """Which file of the output a problem is about, by its name there; None where it is of another."""
+        path = problem.unread if isinstance(problem, InputError) else getattr(problem, "filename", None)
+        if path is None:
+            return None
+        path = Path(os.fsdecode(path))
+        if path.is_relative_to(self.path):
+            name = path.relative_to(self.path).as_posix().removesuffix(UNFINISHED)
+            return "" if name == "." else name
+        return "" if path in (self.out, self._aside, self.out.parent) else None
 
     def _put_in_place(self, new: Path) -> None:
         assert self._lock is not None
@@ -287,27 +309,39 @@ class Staging:
             self._lost = False
         try:
             _sync(self.out.parent)
-        except OSError:
-            if exchanged and replaces:
-                _rename(new, self.out, exchange=True)
-            else:
-                self.out.rename(new)
-                if replaces:
-                    self._aside.rename(self.out)
-            raise
+        except OSError as exc:
+            if self._taken_back(new, exchanged, replaces):
+                raise
+            self._warn(f"{self.out} is complete, but may not survive a power loss: {exc.strerror or exc}")
         self._committed = True
         if replaces and not exchanged:
             self._remove_or_say(self._aside)
 
+    def _taken_back(self, new: Path, exchanged: bool, replaces: bool) -> bool:
+        """Whether OUT is as it was before `_put_in_place`; what is there is whole in either case."""
+        try:
+            if exchanged and replaces:
+                _rename(new, self.out, exchange=True)
+            else:
+                self.out.rename(new)
+        except OSError:
+            return False
+        if replaces and not exchanged:
+            self._lost = True
+            self._aside.rename(self.out)
+            self._lost = False
+        return True
+
     def _clean(self) -> None:
         while self._open:
-            os.close(self._open.pop())
+            with contextlib.suppress(OSError):
+                os.close(self._open.pop())
         self._record.close()
         if self._owned:  # after an exchange the old output is here
             self._remove_or_say(self.path)
             self._owned = False
         if self._lost:
-            self._say(f"the old {self.out} is at {self._aside}; the next run moves it back")
+            self._warn(f"the old {self.out} is at {self._aside}; the next run moves it back")
         if self._lock is not None:
             self._lock.release(keep=self._lost)
             self._lock = None
@@ -319,14 +353,19 @@ class Staging:
         try:
             _remove(path)
         except OSError as exc:
-            self._say(f"{path} could not be removed: {exc.strerror or exc}")
+            self._warn(f"{path} could not be removed: {exc.strerror or exc}; remove it yourself")
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+    """Remove a file, a link, or a folder with all of it. What fails is tried once more, last, and then raised."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path, ignore_errors=True)
         path.unlink(missing_ok=True)
+    if os.path.lexists(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, TypeVar
 
-from llava_convert.core.errors import ConvertError, HubError, UnsafeError
+from llava_convert.core.errors import ConvertError, HubError, UnsafeError, os_reason
 from llava_convert.core.text import escaped, printable
-from llava_convert.storage.files import os_reason, relative_name
+from llava_convert.storage.files import relative_name
 from llava_convert.storage.remote.files import Remote, Traffic
 from llava_convert.storage.remote.mounts import Mount
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.errors import InputError, UnsupportedError, unreadable
 from llava_convert.core.tensors import StoredTensor, require_few
 from llava_convert.core.text import printable
-from llava_convert.storage.files import open_regular, os_reason, size_of
+from llava_convert.storage.files import open_regular, size_of
 from llava_convert.storage.pickle.machine import Inert
 from llava_convert.storage.torch.legacy import read_legacy
 from llava_convert.storage.torch.tensors import OddTensor
@@ -64,7 +64,7 @@ def read_torch(path: Path) -> TorchFile:
                 _refuse_other_formats(path, head)
                 loaded = read_legacy(path, stream, size)
         except OSError as error:
-            raise InputError(f"{path}: cannot be read: {os_reason(error)}") from None
+            raise unreadable(path, error) from error
     return TorchFile(path, loaded.root, loaded.stubs, "little")
 
 

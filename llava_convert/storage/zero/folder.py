@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
+from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError, unreadable
 from llava_convert.core.text import listed, printable
-from llava_convert.storage.files import open_regular, os_reason, read_fully, relative_name, require_inside
+from llava_convert.storage.files import open_regular, read_fully, relative_name, require_inside
 from llava_convert.storage.zero.states import MEND, ModelState, OptimState, two_saves
 
 LATEST = "latest"
@@ -133,7 +133,7 @@ def _names(folder: Path) -> list[str]:
     try:
         return sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
-        raise InputError(f"{printable(folder)}: cannot be listed: {os_reason(error)}") from error
+        raise unreadable(folder, error, "cannot be listed") from error
 
 
 def _by_rank(root: Path, series: dict[str, dict[int, str]], what: str) -> tuple[Path, ...]:
