@@ -435,7 +435,7 @@ def config_py(to: Folder) -> Path:
 
 @thing("A README")
 def readme(to: Folder) -> Path:
-    return to.bytes("notes/README.md", b"# A model\n")
+    return to.bytes("run/README.md", b"# A model\n")
 
 
 def build(root: Path) -> dict[str, Path]:
