@@ -25,7 +25,7 @@ _JOBS = (ConvertJob, InspectJob, PlanJob, ReleaseJob, UploadJob, VerifyJob)
 # Messages name options by their flags, since most are read in a terminal. Here they become keywords, all in one place.
 _in_keywords = in_keywords(option for job in _JOBS for option in options_of(job).values())
 # What of a result is text for people.
-_TOLD = frozenset({"notes", "warnings", "settings", "defects", "targets", "parts", "detail"})
+_TOLD = frozenset({"use", "notes", "warnings", "settings", "defects", "targets", "parts", "detail"})
 
 
 class _InKeywords:

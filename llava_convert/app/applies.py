@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from llava_convert.app.extras import ASKED
 from llava_convert.app.options import Options
+from llava_convert.core.arrays import FP8
 from llava_convert.core.errors import UsageError
 from llava_convert.core.flags import options_of
 from llava_convert.core.tensors import QUANTS
 from llava_convert.layouts.info import LAYOUTS, reading, writing
 from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, VISION, Checkpoint
-from llava_convert.model.options import ALL, part_named
+from llava_convert.model.options import ALL, DROP, part_named
 from llava_convert.model.recipe import Model
+from llava_convert.model.tables.added import LAYOUT, added_tables
 
 
 def refuse_for_target(options: Options) -> None:
@@ -27,13 +30,27 @@ def refuse_for_target(options: Options) -> None:
 
 def refuse_for_source(options: Options, checkpoint: Checkpoint, model: Model) -> None:
     """Raise UsageError for an option that nothing of this source uses."""
-    if options.dequantize and not any(tensor.dtype in QUANTS for tensor in checkpoint.tensors().values()):
+    if options.dequantize and not any(tensor.dtype in (*QUANTS, *FP8) for tensor in checkpoint.tensors().values()):
         raise UsageError(
             f"--dequantize does not apply: nothing in {checkpoint.path.name} is quantised",
-            hint="leave it out: it is for quantised GGUF files",
+            hint="leave it out: it is for quantised GGUF files and models in FP8",
         )
     if options.bases.lora_alpha and not any(part.adapter or part.merge for part in checkpoint.parts.values()):
         raise UsageError(f"--lora-alpha does not apply: {checkpoint.path.name} has no LoRA", hint="leave it out")
+    if options.extra == DROP and not any(drop.reason == ASKED for drop in checkpoint.dropped):
+        raise UsageError(f"--extra drop does not apply: tables have all of {checkpoint.path.name}", hint="leave it out")
+    if options.vocab is not None and not model.vocabulary:
+        raise UsageError(
+            f"--vocab {options.vocab} does not apply: rows and vocabulary of {checkpoint.path.name} agree",
+            hint="leave it out",
+        )
+    for added in added_tables(LAYOUT):
+        if (named := added.raw[LAYOUT]) not in (checkpoint.layout, options.to):
+            raise UsageError(
+                f"--table {added.path} does not apply: it is of the {named} layout, and {checkpoint.path.name} is "
+                f"{checkpoint.layout}",
+                hint="leave it out",
+            )
     for name, option in options_of(Options).items():
         where = reading(name)
         if where and checkpoint.layout not in where and getattr(options, name):

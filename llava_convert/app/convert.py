@@ -16,12 +16,15 @@ from llava_convert.app.applies import refuse_for_source, refuse_for_target
 from llava_convert.app.card import card
 from llava_convert.app.card.facts import Facts
 from llava_convert.app.documents import Documents
+from llava_convert.app.extras import without_extra
 from llava_convert.app.facts import fitted, refuse_lost, unknown_notes
 from llava_convert.app.judge import judge
 from llava_convert.app.next_step import next_step
 from llava_convert.app.options import Options, SourceOptions
+from llava_convert.app.session import job_session
 from llava_convert.app.stage_one import with_stage_one
 from llava_convert.app.verify import Verdict, compare_checkpoints
+from llava_convert.assets.bundle import Artefacts
 from llava_convert.core.errors import MismatchError, UnsupportedError, UsageError
 from llava_convert.core.flags import AUTO, as_path, options_of
 from llava_convert.core.progress import Reporter, Silence
@@ -40,10 +43,12 @@ from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS, VISION, Checkpoint
 from llava_convert.model.configs import family
 from llava_convert.model.facts import spelled
-from llava_convert.model.options import ALL, FULL, OFF, OutputOptions, TargetOptions, part_named
+from llava_convert.model.options import ALL, DROP, FULL, OFF, OutputOptions, TargetOptions, part_named
+from llava_convert.model.quantized import dequantized, refuse_packed
 from llava_convert.model.recipe import Model
 from llava_convert.model.reshape import family_named, reshaped
 from llava_convert.model.target import KEEP, Target, parse_size
+from llava_convert.model.vocabulary import with_rows_for
 from llava_convert.ops import kernels
 from llava_convert.ops.base import CastLoss
 from llava_convert.storage.fingerprints import Snapshot, State
@@ -77,13 +82,13 @@ def convert(source: str | Path, options: Options, say: Reporter | None = None) -
 
     OUT appears whole or not at all. Raises ConvertError, whose `exit_code` says which kind.
     """
-    with Session() as session:
+    with job_session(options) as session:
         return _convert(_prepared(source, options, session), options, say or Silence(), session)
 
 
 def plan(source: str | Path, options: Options) -> Report:
     """What `convert` would do; reads headers, writes nothing. Raises what `convert` raises."""
-    with Session() as session:
+    with job_session(options) as session:
         ready = _prepared(source, options, session)
         return report(ready, options, documents(ready, options), session)
 
@@ -267,7 +272,11 @@ def assembled(
         ids=_asked_ids(options),
         lora_alpha=options.bases.lora_alpha,
     )
+    checkpoint = without_extra(checkpoint, part, options.extra)
     need = layout(options.to).needs(checkpoint, part)
+    if options.dequantize:
+        checkpoint = dequantized(checkpoint)
+    refuse_packed(checkpoint, need.weights)
     model = assemble(
         checkpoint,
         options.bases,
@@ -275,9 +284,12 @@ def assembled(
         weights=need.weights,
         configs=need.configs,
         optional_configs=need.optional_configs,
+        vocab=options.vocab,
     )
     if checkpoint.layout != options.to and not need.keep_added:
         model = without_added(model)
+    if options.vocab is not None and (tokenizer := Artefacts(model, target_options).tokenizer) is not None:
+        model = with_rows_for(model, tokenizer.size, options.vocab)
     refuse_ignored(model, options.adapters)
     refuse_lost(model, options.to, part, options.allowed_keys)
     model = fitted(model, options.to)
@@ -431,7 +443,8 @@ def _part(word: str) -> str:
 
 def is_already(checkpoint: Checkpoint, options: Options) -> bool:
     """Whether a checkpoint is already what is asked for; one that is an adapter or a projector alone is not."""
-    if checkpoint.layout != options.to:
+    changed = options.dequantize or options.extra == DROP or options.vocab is not None
+    if checkpoint.layout != options.to or not checkpoint.native or changed:
         return False
     partial = not LAYOUTS[options.to].leaves_out_frozen and checkpoint.parts[LLM].state != "full"
     return options.target == TargetOptions() and not partial
@@ -479,7 +492,7 @@ def verify(
 ) -> Verdict:
     """Compare OUT with SOURCE, tensor by tensor; the caller decides what a difference means."""
     say = say or Silence()
-    with Session() as session:
+    with job_session(options) as session:
         return _verify(source, out, options or SourceOptions(), say, _part(part), session)
 
 
@@ -492,6 +505,7 @@ def _verify(
     # In another layout quantised weights have become floats.
     opened = found.open(OpenOptions(as_path(options.config), found.layout != other.layout)), found.why
     checkpoint, _, told = _open(opened, options, session)
+    checkpoint = without_extra(checkpoint, part if part != ALL else checkpoint.default_part, options.extra)
     for text in map(session.called, told):
         say.warn(text)
     total = out.stat().st_size if out.is_file() else sum(p.stat().st_size for p in out.rglob("*"))
@@ -502,6 +516,7 @@ def _verify(
         session,
         bases=options.bases,
         options=target,
+        vocab=options.vocab,
         progress=say.start("comparing", total),
     )
     _tell_unchecked(session, say)

@@ -8,13 +8,19 @@ from typing import Any
 
 from llava_convert.app.adapters import ignored_note
 from llava_convert.app.convert import assembled, open_source, prepare
+from llava_convert.app.next_step import to_try
 from llava_convert.app.options import Options, SourceOptions
+from llava_convert.app.session import job_session
 from llava_convert.core.errors import ConvertError
 from llava_convert.core.tensors import TORCH_NAMES
 from llava_convert.engine.record import dropped_texts
 from llava_convert.layouts.defaults import refuse_quantised
-from llava_convert.layouts.info import TARGETS
-from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS, Checkpoint
+from llava_convert.layouts.info import LAYOUTS, TARGETS
+from llava_convert.layouts.kinds import Known, Told, known
+from llava_convert.layouts.registry import look
+from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, PARTS, Checkpoint
+from llava_convert.model.options import ALL
+from llava_convert.model.quantized import packed
 from llava_convert.storage.remote.files import Traffic
 from llava_convert.storage.remote.mounts import mounted
 from llava_convert.storage.remote.session import Session
@@ -34,22 +40,31 @@ class PartFound:
 
 @dataclass(frozen=True, repr=False)
 class Inspection:
-    """What `inspect` found. `targets` maps each layout to None, or to why it cannot be made as things are."""
+    """What `inspect` found. `targets` maps each layout to None, or to why it cannot be made as things are.
+
+    `kind` is what the thing is, `use` what it can be used for, `next` the command to type next. `layout` is None for
+    what is no checkpoint that this tool converts.
+    """
 
     path: Path | str
-    layout: str
+    layout: str | None
     why: str
     parts: tuple[PartFound, ...]
     settings: dict[str, Any]
     targets: dict[str, str | None]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    kind: str
+    use: str
+    next: str
     details: tuple[str, ...] = field(default=())
     fetched: Traffic = field(default_factory=Traffic)
 
     def __repr__(self) -> str:
         """One line for a notebook; the fields and `as_json()` say everything."""
         can = ", ".join(target for target, why_not in self.targets.items() if why_not is None) or "nothing as it is"
+        if self.layout is None:
+            return f"Inspection({self.path}: {self.kind})"
         return f"Inspection({self.path}: {self.layout}, {len(self.parts)} parts, can become {can})"
 
     def as_json(self) -> dict[str, Any]:
@@ -57,6 +72,9 @@ class Inspection:
             "source": str(self.path),
             "layout": self.layout,
             "why": self.why,
+            "kind": self.kind,
+            "use": self.use,
+            "next": self.next,
             "parts": {
                 p.name: {
                     "state": p.state,
@@ -78,18 +96,22 @@ class Inspection:
 
 def inspect(source: str | Path, options: SourceOptions | None = None) -> Inspection:
     """Look at a checkpoint without reading a weight. Raises what opening raises."""
-    with Session() as session:
+    with job_session(options) as session:
         return _inspect(source, options or SourceOptions(), session)
 
 
 def _inspect(source: str | Path, options: SourceOptions, session: Session) -> Inspection:
-    checkpoint, why = open_source(source, options, session)
+    try:
+        checkpoint, why = open_source(source, options, session)
+    except Told as problem:
+        return _other(problem, session)
     targets = {
         to: _problem(source, (checkpoint, why), Options.of(options, to), session)
         for to in TARGETS
-        if to != checkpoint.layout
+        if to != checkpoint.layout or not checkpoint.native
     }
     stubs = (f"pickled names left inert: {', '.join(checkpoint.stubs)}",) if checkpoint.stubs else ()
+    told = _told(checkpoint, session)
     return Inspection(
         path=session.address_of(checkpoint.path),
         layout=checkpoint.layout,
@@ -99,9 +121,40 @@ def _inspect(source: str | Path, options: SourceOptions, session: Session) -> In
         targets=targets,
         notes=tuple(map(session.called, (*checkpoint.notes, *_beside(checkpoint), *dropped_texts(checkpoint)))),
         warnings=tuple(map(session.called, checkpoint.warnings)),
+        kind=told.what if told else LAYOUTS[checkpoint.layout].description,
+        use=told.use if told else f"{_called(checkpoint)}, to be converted to what it can become",
+        next=session.called(told.next) if told else to_try(str(source), targets, options),
         details=stubs,
         fetched=session.fetched,
     )
+
+
+def _other(problem: Told, session: Session) -> Inspection:
+    """What is no checkpoint: what it is instead."""
+    return Inspection(
+        path=session.address_of(problem.path),
+        layout=None,
+        why="",
+        parts=(),
+        settings={},
+        targets={},
+        notes=(),
+        warnings=(),
+        kind=problem.known.what,
+        use=problem.known.use,
+        next=session.called(problem.known.next),
+        fetched=session.fetched,
+    )
+
+
+def _called(checkpoint: Checkpoint) -> str:
+    part = checkpoint.default_part
+    return "a LLaVA" if part == ALL else f"a {PART_NAMES[part]} alone"
+
+
+def _told(checkpoint: Checkpoint, session: Session) -> Known | None:
+    """What a part of a LLaVA is good for; None for a whole one, and where no row of the table knows the part."""
+    return known(look(checkpoint.path)) if checkpoint.default_part != ALL else None
 
 
 def _beside(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -112,11 +165,11 @@ def _beside(checkpoint: Checkpoint) -> tuple[str, ...]:
 def _part(checkpoint: Checkpoint, name: str) -> PartFound:
     part = checkpoint.parts[name]
     tensors = {**part.weights, **(part.adapter.tensors if part.adapter else {})}
-    detail = ""
+    detail = f"{checkpoint.quantization}; " if checkpoint.quantization is not None and packed(part) else ""
     if part.adapter is not None:
         ranks = sorted({module.rank for module in part.adapter.modules.values()})
         alpha = part.adapter.settings.lora_alpha if part.adapter.settings else "unknown"
-        detail = f"LoRA r={'/'.join(map(str, ranks))} alpha={alpha} on {len(part.adapter.modules)} modules; "
+        detail += f"LoRA r={'/'.join(map(str, ranks))} alpha={alpha} on {len(part.adapter.modules)} modules; "
     if part.state != "full" and name != "projector":
         detail += f"base model {part.base}" if part.base else f"base model not named: --{PART_WORDS[name]}"
     return PartFound(

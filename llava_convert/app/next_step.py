@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from llava_convert.app.card.facts import Facts
 from llava_convert.app.card.quickstarts import filled
 from llava_convert.app.card.words import Words
-from llava_convert.app.options import SourceOptions
+from llava_convert.app.options import Options, SourceOptions
+from llava_convert.core.flags import options_of
+from llava_convert.layouts.info import LAYOUTS
 from llava_convert.model.checkpoint import LLM, PART_WORDS, VISION
+from llava_convert.model.options import DROP
+
+_OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]+)(?: (\w+))?")
 
 
 def next_step(facts: Facts, source: str, options: SourceOptions, *, here: bool) -> str:
@@ -17,11 +23,11 @@ def next_step(facts: Facts, source: str, options: SourceOptions, *, here: bool) 
     text = facts.card.next
     if text is not None and here and not facts.adapter:
         return filled(text, Words(facts))
-    return shlex.join(["llava-convert", "verify", source, facts.name, *_flags(options)])
+    return shlex.join(["llava-convert", "verify", source, facts.name, *flags_of(options)])
 
 
-def _flags(options: SourceOptions) -> Iterator[str]:
-    """The options without which the source could not be read again as it was."""
+def flags_of(options: SourceOptions) -> Iterator[str]:
+    """The options without which the source could not be read again as it was, as words of a command."""
     bases = options.bases
     given = {
         "--config": options.config,
@@ -29,10 +35,45 @@ def _flags(options: SourceOptions) -> Iterator[str]:
         f"--{PART_WORDS[LLM]}": bases.llm,
         f"--{PART_WORDS[VISION]}": bases.visual_encoder,
         "--lora-alpha": _alpha(bases.lora_alpha),
+        "--vocab": options.vocab,
+        "--extra": options.extra if options.extra == DROP else None,
     }
     for flag, value in given.items():
         if value is not None:
             yield from (flag, str(value))
+    for table in options.tables:
+        yield from ("--table", str(table))
+
+
+def to_try(source: str, targets: Mapping[str, str | None], options: SourceOptions) -> str:
+    """The conversion of a source to type next: to the layout that most programs load of those that can be made.
+
+    `targets` says of each layout why it cannot be made, None where it can. Where none can, the command has the option
+    that the first reason names; without one it looks at another model.
+    """
+    order = sorted(targets, key=lambda to: -len(LAYOUTS[to].loaders))
+    words = ["llava-convert", "convert", source, *flags_of(options), "--to"]
+    for to in order:
+        if targets[to] is None:
+            return shlex.join([*words, to])
+    for to in order:
+        if (lacking := _option_in(targets[to] or "", words)) is not None:
+            return shlex.join([*words, to]) + f" {lacking}"
+    return "llava-convert inspect MODEL"
+
+
+def _option_in(text: str, given: Iterable[str]) -> str | None:
+    """The first option of a conversion that a text names, with its value, or what stands for one; None for none."""
+    known = {option.spelling: option.flag for option in options_of(Options).values()}
+    for match in _OPTION.finditer(text):
+        flag = known.get(match[1])
+        if flag is None or match[1] in given:
+            continue
+        if flag.metavar is None and not flag.choices:
+            return match[1]
+        value = match[2] if match[2] in flag.choices or match[2] == "none" else (flag.metavar or "VALUE").split("|")[0]
+        return f"{match[1]} {value}"
+    return None
 
 
 def _alpha(given: Mapping[str, float]) -> str | None:

@@ -12,7 +12,7 @@ from llava_convert.core.errors import UsageError
 from llava_convert.core.flags import CHECKS, OUTPUT, PUBLISH, SOURCE, Flag, Flagged, as_names
 from llava_convert.core.text import printable
 from llava_convert.layouts.info import LAYOUTS, TARGETS, layout_named
-from llava_convert.model.options import FULL, OFF, QUICK, OutputOptions, PartOption, TargetOptions
+from llava_convert.model.options import DROP, FULL, OFF, QUICK, OutputOptions, PartOption, TargetOptions
 from llava_convert.storage.hubs import HUBS, HUGGINGFACE, Destination
 
 if TYPE_CHECKING:
@@ -81,6 +81,31 @@ class SourceOptions(Flagged):
             repeated=True,
         ),
     ] = None
+    extra: Annotated[
+        str,
+        Flag(
+            "Tensors beside the parts that no table has: an error (the default), or drop: leave them out.",
+            SOURCE,
+            choices=("error", DROP),
+        ),
+    ] = "error"
+    vocab: Annotated[
+        str | None,
+        Flag(
+            "Where rows and vocabulary differ: as many rows as the weights have, or as config and tokens ask for.",
+            SOURCE,
+            choices=("rows", "tokens"),
+        ),
+    ] = None
+    table: Annotated[
+        PathLike | Sequence[PathLike] | None,
+        Flag(
+            "Table of your own: rows of a layout, a family, or more names of one (may be given several times).",
+            SOURCE,
+            metavar="FILE.toml",
+            repeated=True,
+        ),
+    ] = None
     cache: Annotated[
         bool,
         Flag("Download what a hub holds to its client's cache, instead of reading it in place.", SOURCE),
@@ -97,6 +122,11 @@ class SourceOptions(Flagged):
     def adapters(self) -> tuple[str, ...]:
         """The folders of adapters to merge, in order; `none` leaves out those that lie beside the model."""
         return as_names(self.adapter)
+
+    @property
+    def tables(self) -> tuple[Path, ...]:
+        """The user's own tables."""
+        return tuple(map(Path, as_names(self.table)))
 
     @property
     def bases(self) -> Bases:

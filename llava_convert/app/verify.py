@@ -21,6 +21,7 @@ from llava_convert.model.configs import family
 from llava_convert.model.facts import spelled
 from llava_convert.model.judgement import FactDifference, Judgement
 from llava_convert.model.options import ALL, TargetOptions, part_named
+from llava_convert.model.quantized import dequantized, refuse_packed
 from llava_convert.model.recipe import Bases, Model
 from llava_convert.model.record import read_options
 from llava_convert.model.reshape import relation, reshaped
@@ -161,6 +162,7 @@ def compare_checkpoints(
     *,
     bases: Bases,
     options: TargetOptions,
+    vocab: str | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Verdict:
     """Whether OUT, of any layout and from any converter, holds the weights of the source, tensor by tensor.
@@ -174,6 +176,8 @@ def compare_checkpoints(
     part = options.part if options.part != ALL else _part_of(every, source)
     options = replace(options, part=part)
     need = target.needs(source, part)
+    source = dequantized(source)
+    refuse_packed(source, need.weights)
     model = assemble(
         source,
         bases,
@@ -181,6 +185,7 @@ def compare_checkpoints(
         weights=need.weights,
         configs=need.configs,
         optional_configs=need.optional_configs,
+        vocab=vocab,
     )
     embedding = model.embedding if LLM in model.configs else ""
     kept = need.keep_added and _rows(every, embedding) == _rows([source], embedding)
@@ -200,6 +205,7 @@ def compare_checkpoints(
         _compare_one(found, mine, theirs, label, model=model, made_up=made_up, progress=progress)
         found.judge(judge(model, made, theirs, held & _parts_of(theirs)), label)
         found.defects += [f"{label}{text}" for text in theirs.defects]
+        found.extra += [label + name for name in (theirs.extra.names if theirs.extra is not None else ())]
     lacking = [n for n in wanted if not any(_holds_part_of(theirs, n) for theirs in every)] if len(every) > 1 else []
     return Verdict(
         source=str(source.path),

@@ -21,7 +21,11 @@ def add_to(app: typer.Typer) -> None:
 def _inspect(job: InspectJob, output: Output) -> None:
     found = job.run(output)
     output.result(found.as_json())
-    output.line(f"{found.path}: {found.layout} ({found.why})")
+    if found.layout is None:
+        output.line(f"{found.path}: {found.kind}")
+    else:
+        output.line(f"{found.path}: {found.layout} ({found.why})")
+    output.line(f"  {'use':<15} {found.use}")
     for part in found.parts:
         size = human_bytes(part.bytes) if part.tensors else ""
         dtypes = ", ".join(part.dtypes)
@@ -31,7 +35,8 @@ def _inspect(job: InspectJob, output: Output) -> None:
     if output.verbose:
         for line in found.details:
             output.line(f"  {line}")
-    output.line("can become:")
+    if found.targets:
+        output.line("can become:")
     for target, problem in found.targets.items():
         output.line(f"  {target:<9} " + ("yes" if problem is None else f"no: {problem}"))
     output.fetched(found.fetched)
@@ -39,3 +44,4 @@ def _inspect(job: InspectJob, output: Output) -> None:
         output.note(text)
     for text in found.warnings:
         output.warn(text)
+    output.note(f"next: {found.next}")

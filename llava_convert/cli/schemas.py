@@ -114,8 +114,11 @@ class Inspect(Document):
     """What `inspect` found."""
 
     source: Annotated[str, "what was looked at"]
-    layout: Annotated[str, "its layout"]
+    layout: Annotated[str | None, "its layout; null for what is no checkpoint that can be converted"]
     why: Annotated[str, "how it was recognised"]
+    kind: Annotated[str, "what it is, in words"]
+    use: Annotated[str, "what it can be used for"]
+    next: Annotated[str, "the command to type next; words in capitals are to be filled in"]
     parts: Annotated[Mapping[str, Part], "by part: llm, visual-encoder, projector"]
     settings: Annotated[Mapping[str, Any], "facts of the model that its files state"]
     targets: Annotated[Mapping[str, Reachable], "by layout, what it can become"]

@@ -27,6 +27,9 @@ NUMPY_TYPES: dict[str, np.dtype[Any]] = {
 
 FLOATS = frozenset(NUMPY_TYPES)
 
+# Floats of 8 bits, held as their codes: no arithmetic is done on them but that which makes wider ones of them.
+FP8 = ("F8_E4M3", "F8_E5M2")
+
 
 def raw(values: Array) -> memoryview:
     """A contiguous array's bytes, without a copy."""
@@ -37,6 +40,8 @@ def as_array(raw: bytes | bytearray | memoryview, dtype: str, columns: int) -> A
     """Raw bytes as a block of rows."""
     if dtype in QUANTS:
         return cast(Array, np.frombuffer(raw, np.uint8).reshape(-1, nbytes_of(dtype, columns)))
+    if dtype in FP8:
+        return cast(Array, np.frombuffer(raw, np.uint8).reshape(-1, columns))
     if dtype not in NUMPY_TYPES:
         raise UnsupportedError(f"no arithmetic is done on {dtype}")
     return cast(Array, np.frombuffer(raw, NUMPY_TYPES[dtype]).reshape(-1, columns))

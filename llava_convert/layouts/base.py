@@ -45,7 +45,7 @@ class Found:
     """A path looked at once, for all layouts to judge: its config.json, and the names in it.
 
     What a layout reads to judge is kept in `beside`, the small files of its folder, and `headers`: it is there when the
-    path is opened.
+    path is opened. `file` is the one file of weights in the folder that counts, where the user named it.
     """
 
     path: Path
@@ -53,6 +53,12 @@ class Found:
     names: frozenset[str]
     beside: Sidecars
     headers: Headers = field(default_factory=Headers)
+    file: Path | None = None
+
+    @property
+    def weights(self) -> Path:
+        """Where the weights are: the file that was named, else the path."""
+        return self.file or self.path
 
 
 class Layout(Protocol):

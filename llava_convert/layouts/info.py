@@ -147,7 +147,7 @@ LAYOUTS = {
         LayoutInfo(
             name="official",
             loaders=("llava",),
-            reads=frozenset({"lora_alpha"}),
+            reads=frozenset({"lora_alpha", "dequantize"}),
             help="Official LLaVA (haotian-liu).",
             description="the layout of the original LLaVA code",
             target=TargetInfo(
@@ -165,6 +165,7 @@ LAYOUTS = {
         LayoutInfo(
             name="hf",
             loaders=("transformers", "vllm"),
+            reads=frozenset({"dequantize"}),
             help="transformers' LlavaForConditionalGeneration.",
             description="the transformers layout",
             target=TargetInfo(

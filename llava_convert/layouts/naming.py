@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llava_convert.core.arrays import FP8
 from llava_convert.core.errors import InputError, UnsupportedError
-from llava_convert.core.tensors import StoredTensor
+from llava_convert.core.tensors import FROM_TORCH_NAMES, StoredTensor
 from llava_convert.model.adapter import Adapter, parse_adapter
-from llava_convert.model.checkpoint import IMAGE_NEWLINE, LLM, PARTS, VISION, Dropped, Part
+from llava_convert.model.checkpoint import IMAGE_NEWLINE, LLM, PARTS, VISION, Dropped, Extra, Part
 from llava_convert.model.recipe import Model, Recipe
 from llava_convert.model.tables.families import architectures
 from llava_convert.model.tables.names import LayoutTable, lookup_errors
@@ -28,6 +29,7 @@ class Sorted:
     image_newline: StoredTensor | None
     dropped: tuple[Dropped, ...]
     dialects: tuple[str, ...] = field(default=())
+    extra: Extra | None = None
 
     def part(self, name: str, settings: LoraSettings | None, where: str) -> tuple[Part, tuple[Dropped, ...]]:
         """The part as far as the tensors say, its adapter parsed."""
@@ -43,9 +45,9 @@ class Sorted:
 
 
 def sort_tensors(tensors: Mapping[str, StoredTensor], table: LayoutTable, where: Path) -> Sorted:
-    """Give every tensor its canonical name and part.
+    """Give every tensor its canonical name and part. Those that no row takes are `extra`.
 
-    Raises UnsupportedError (exit 4) for names that no row takes, InputError when two mean the same tensor.
+    Raises UnsupportedError (exit 4) where no row takes any, InputError when two mean the same tensor.
     """
     weights: dict[str, dict[str, StoredTensor]] = {part: {} for part in PARTS}
     adapters: dict[str, dict[str, StoredTensor]] = {part: {} for part in PARTS}
@@ -78,11 +80,10 @@ def sort_tensors(tensors: Mapping[str, StoredTensor], table: LayoutTable, where:
             adapters[part][canonical] = tensor
         else:
             weights[part][canonical] = tensor
-    if unknown:
-        raise UnsupportedError(
-            f"{where}: {lookup_errors(unknown, table)}", hint="`llava-convert inspect` says what it is"
-        )
-    return Sorted(weights, adapters, newline, tuple(dropped), tuple(sorted(dialects)))
+    extra = Extra(tuple(unknown), lookup_errors(unknown, table)) if unknown else None
+    if extra is not None and not meant:
+        raise UnsupportedError(f"{where}: {extra.problem}", hint="--table FILE.toml adds names to those of a layout")
+    return Sorted(weights, adapters, newline, tuple(dropped), tuple(sorted(dialects)), extra)
 
 
 def _buffer(part: str, canonical: str) -> str | None:
@@ -130,9 +131,15 @@ def adapter_outputs(adapter: Adapter, part: str, dtype: str) -> tuple[Output, ..
 
 
 def llm_dtype(model: Model) -> str:
-    """The dtype of most of the language model's bytes; of all bytes when it has none here."""
+    """The dtype of most of the language model's bytes; of all bytes when it has none here.
+
+    Of FP8 the one that its config says, which the model had before; else bfloat16, whose range holds any.
+    """
     sizes: dict[str, int] = {}
     recipes = model.part(LLM) or model.part(VISION) or model.recipes
     for tensor in (member.tensor for recipe in recipes.values() for member in recipe.members):
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
-    return max(sizes, key=lambda dtype: (sizes[dtype], dtype)) if sizes else "F16"
+    found = max(sizes, key=lambda dtype: (sizes[dtype], dtype)) if sizes else "F16"
+    if found in FP8:
+        return FROM_TORCH_NAMES.get(str(model.configs.get(LLM, {}).get("torch_dtype")), "BF16")
+    return found

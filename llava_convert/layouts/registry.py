@@ -5,26 +5,36 @@ A layout is one module here and one table in `mappings/layouts`; the engine asks
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path, PureWindowsPath
 from typing import cast
 
 from llava_convert.core.errors import ConvertError, InputError, UnsupportedError
 from llava_convert.core.text import printable
+from llava_convert.layouts import kinds
 from llava_convert.layouts.base import Found, Layout, OpenOptions
 from llava_convert.layouts.info import LAYOUTS
 from llava_convert.model.checkpoint import Checkpoint
+from llava_convert.model.quantized import with_quantization
 from llava_convert.model.tables.names import layout_table
+from llava_convert.model.tables.quantization import files as quantization_files
 from llava_convert.storage.files import open_regular, read_fully, require_inside
 from llava_convert.storage.safetensors import SUFFIX, read_header
 from llava_convert.storage.sidecars import folder_sidecars, refuse_links_out
+from llava_convert.storage.weights import NoWeightsError
 
 SOURCES = tuple(LAYOUTS)
 OpenEach = Callable[[Found, OpenOptions], list[Checkpoint]]
 _LOOKED_AT = 50  # files of a folder that is no checkpoint
+# What mmengine calls the checkpoints of a training (`CheckpointHook`), by steps or by epochs.
+_SAVE = re.compile(r"(?:iter|epoch)_(\d{1,12})\.pth")
+# One of several shards; the index beside it says what belongs together.
+_SHARD = re.compile(r"-\d+-of-\d+\.[a-z]+$")
 
 
 def layout(name: str) -> Layout:
@@ -90,9 +100,21 @@ class Recognised:
     why: str
 
     def open(self, options: OpenOptions | None = None) -> Checkpoint:
-        """Raises what the layout's `open` raises, and UnsafeError for a link that leaves the folder."""
+        """Raises what the layout's `open` raises, and UnsafeError for a link that leaves the folder.
+
+        IncompleteError says what lies there instead of weights.
+        """
         self._refuse_links_out()
-        return layout(self.layout).open(self.found, options or OpenOptions())
+        try:
+            opened = layout(self.layout).open(self.found, options or OpenOptions())
+        except NoWeightsError:
+            if (told := kinds.known(self.found)) is not None:
+                raise kinds.IncompleteError(self.found.path, told) from None
+            raise
+        files = self.found.beside
+        beside = {name: files.read_json(name) for name in quantization_files() if files.has(name)}
+        objects = {name: said for name, said in beside.items() if isinstance(said, dict)}
+        return with_quantization(opened, self.found.config, objects)
 
     def open_each(self) -> list[Checkpoint]:
         """Every model there: one, but for a layout that keeps several types of one model side by side."""
@@ -110,10 +132,52 @@ class Recognised:
 def recognise(path: Path, name: str | None = None) -> Recognised:
     """The source that a path means, of layout `name` or of the one that it is found to be.
 
-    Raises UnsupportedError (exit 4) when it is of no known layout, of several, or of another than `name`.
+    A training's folder means its newest checkpoint, a file of weights with the config of its model beside it that
+    model. Raises UnsupportedError (exit 4) when the path is of no known layout, of several, or of another than `name`;
+    NotAModelError where a row of `mappings/kinds.toml` knows what it is instead.
     """
-    found = look(locate(path))
-    return Recognised(found, *_choose(found, name))
+    found, how = look(locate(path)), ""
+    claims = _claims(found)
+    if not claims and (meant := _newest_save(found) or _model_around(found)) is not None:
+        found, how = meant
+        claims = _claims(found)
+    layout, why = _choose(found, claims, name)
+    return Recognised(found, layout, f"{why}; {how}" if how else why)
+
+
+def _claims(found: Found) -> dict[str, str]:
+    """The layouts that a path can be of, each with the reason; as a whole model, else as a part.
+
+    Raises what the layouts' readers raise, or NotAModelError where a row knows a thing that they cannot read.
+    """
+    try:
+        return _whole(found) or _part(found)
+    except (InputError, UnsupportedError):
+        if (told := kinds.known(found)) is not None:
+            raise kinds.NotAModelError(found.path, told) from None
+        raise
+
+
+def _newest_save(found: Found) -> tuple[Found, str] | None:
+    """The checkpoint of the most steps in a training's folder, and how it was found."""
+    saves = {int(match[1]): name for name in found.names if (match := _SAVE.fullmatch(name)) is not None}
+    if not saves:
+        return None
+    name = saves[max(saves)]
+    return look(require_inside(found.path, name)), f"{name} is the newest of {len(saves)} checkpoints in {found.path}"
+
+
+def _model_around(found: Found) -> tuple[Found, str] | None:
+    """The model of which a file holds the weights, with its config and small files beside it; and how it was found."""
+    told = kinds.known(found) if found.path.is_file() else None
+    if told is None or not told.weights:
+        return None
+    around = look(found.path.parent)
+    if not _claims(around):
+        return None
+    if _SHARD.search(found.path.name) is None:
+        around = replace(around, file=found.path)
+    return around, f"{found.path.name} is a file of it"
 
 
 def open_checkpoint(path: Path, name: str | None = None, options: OpenOptions | None = None) -> tuple[Checkpoint, str]:
@@ -122,9 +186,9 @@ def open_checkpoint(path: Path, name: str | None = None, options: OpenOptions | 
     return source.open(options), source.why
 
 
-def _choose(found: Found, name: str | None) -> tuple[str, str]:
+def _choose(found: Found, claims: dict[str, str], name: str | None) -> tuple[str, str]:
     """The layout to open a path as, and why. Raises UnsupportedError (exit 4)."""
-    path, claims = found.path, _whole(found) or _part(found)
+    path = found.path
     if name is not None and name not in claims and claims:
         other, why = next(iter(claims.items()))
         raise UnsupportedError(
@@ -137,36 +201,27 @@ def _choose(found: Found, name: str | None) -> tuple[str, str]:
             hint=f"say which: `llava-convert {'|'.join(claims)}`",
         )
     if not claims:
-        if any((folder / ".metadata").is_file() for folder in (path, path / "pytorch_model_fsdp_0")):
-            raise UnsupportedError(
-                f"{path} is a distributed checkpoint of torch (FSDP or DCP), which cannot be read yet",
-                hint="merge it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pth, "
-                "or accelerate merge-weights; then convert what that writes",
-            )
         raise _unknown(found)
     chosen = name or next(iter(claims))
     return chosen, claims[chosen]
 
 
 def _unknown(found: Found) -> UnsupportedError:
-    """What to say of a path that no layout claims: what it is instead, and what beside or within it is one.
+    """What to say of a path that no layout claims: what it is instead, or what within it is one.
 
     Raises InputError for a file of weights that is cut or broken.
     """
     path = found.path
-    said = f"{path} is no LLaVA that this tool knows"
-    if path.is_file():
-        if path.suffix.lower() == SUFFIX:
-            read_header(path)
-        around = _claimed([path.parent])
-        hint = f"it is a file of the model in {path.parent}: give that folder" if around else None
-        return UnsupportedError(said, hint=hint)
-    if found.config is not None:
-        said += f": its config.json is that of a {printable(found.config.get('model_type'))}"
-    elif not found.names:
-        said += ": the folder is empty"
-    within = _claimed(sorted((path / name for name in found.names if not name.startswith(".")), key=_age)[:_LOOKED_AT])
-    return UnsupportedError(said, hint=f"it holds {within.name}: give {within}" if within is not None else None)
+    if path.is_file() and path.suffix.lower() == SUFFIX:
+        read_header(path)
+    if kinds.known(found) is None:
+        entries = sorted((path / name for name in found.names if not name.startswith(".")), key=_age)
+        within = _claimed(entries[:_LOOKED_AT])
+        if within is not None:
+            use = f"{within.name} in it is one, which can be converted"
+            command = shlex.join(["llava-convert", "inspect", str(within)])
+            return kinds.NotAModelError(path, kinds.Known("folder", "a folder around a checkpoint", use, command))
+    return kinds.refusal(found)
 
 
 def _claimed(paths: Iterable[Path]) -> Path | None:

@@ -74,6 +74,11 @@ def training_config(values: Mapping[str, Any], *, filename: str) -> TrainingConf
         raise InputError(f"{filename}: the config has no `model`", hint=CONFIG_HINT)
     model = _Section(values["model"], "model", filename)
     model_type = model.dotted("type")
+    if model_type is not None and model_type.rpartition(".")[2] == "SupervisedFinetune":
+        raise UnsupportedError(
+            f"{filename}: it is of a language model alone ({model_type}): no projector, no pictures",
+            hint="`xtuner convert pth_to_hf` makes a folder of it, which is a base for a LLaVA (--llm)",
+        )
     if model_type is None or model_type.rpartition(".")[2] != "LLaVAModel":
         raise UnsupportedError(
             f"{filename}: the model is {model_type or 'of no type'}; only xtuner's LLaVAModel can be converted",

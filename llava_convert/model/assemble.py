@@ -39,6 +39,7 @@ from llava_convert.model.recipe import Bases, Model, Recipe, joined_recipe
 from llava_convert.model.tables.families import Expected, architecture_for
 from llava_convert.model.tables.names import grouped
 from llava_convert.model.towers import tower_config
+from llava_convert.model.vocabulary import settle_rows
 from llava_convert.ops.rows import TakeRows
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.remote.session import Session
@@ -53,10 +54,12 @@ def assemble(
     weights: Iterable[str],
     configs: Iterable[str],
     optional_configs: Iterable[str] = (),
+    vocab: str | None = None,
 ) -> Model:
     """The model that a target needs: the `weights` of some parts, the `configs` of some.
 
-    `session` reaches the bases. Parts in `optional_configs` get their config when their base can be had. Raises
+    `session` reaches the bases. Parts in `optional_configs` get their config when their base can be had.
+    `vocab` says what counts where rows and vocabulary differ. Raises
     InputError (exit 3) for what is missing or does not fit, UnsupportedError (exit 4) for unknown tensors.
     """
     wanted = tuple(weights)
@@ -77,6 +80,7 @@ def assemble(
     recipes: dict[str, Recipe] = {}
     dropped: list[Dropped] = []
     tied = False
+    vocabulary = ""
     merged = 0
     for part in (LLM, VISION, PROJECTOR):
         if part not in wanted:
@@ -98,6 +102,8 @@ def assemble(
         if any(recipe.origin == "base" for recipe in part_recipes.values()):
             check_base(checkpoint, part, bases[part], expected, found_configs[part], warnings)
             dropped += bases[part].dropped
+        if part == LLM and (vocabulary := settle_rows(part_recipes, found_configs[LLM], vocab)):
+            expected = _expected(checkpoint, part, found_configs)
         check_shapes(part, expected, part_recipes)
         merged += _merge(checkpoint, part, part_recipes, asked.lora_alpha.get(PART_WORDS[part]))
         if part == LLM and part_tied:
@@ -123,7 +129,9 @@ def assemble(
                 f"rank_pattern and alpha_pattern match {grouped(unsure)} by different keys: peft 0.12, which xtuner "
                 "trains with, then keeps the common alpha, and so does this conversion; later versions of peft do not"
             )
-    return Model(checkpoint, recipes, found_configs, bases, tied, tuple(notes), tuple(warnings), tuple(dropped))
+    notes += [vocabulary] if vocabulary else []
+    told = tuple(notes), tuple(warnings), tuple(dropped)
+    return Model(checkpoint, recipes, found_configs, bases, tied, *told, vocabulary=vocabulary)
 
 
 def without_added(model: Model) -> Model:

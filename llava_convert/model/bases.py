@@ -18,6 +18,7 @@ from llava_convert.core.tensors import StoredTensor
 from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, Dropped
 from llava_convert.model.configs import named_config, old_flavour
 from llava_convert.model.tables.names import layout_table, lookup_errors
+from llava_convert.model.tables.quantization import quantization
 from llava_convert.model.tables.types import read_config
 from llava_convert.storage.remote.origin import cached_id
 from llava_convert.storage.remote.session import Session
@@ -37,6 +38,7 @@ class Base:
     asked: str
     from_hub: bool
     files: Sidecars
+    file: Path | None = None  # the one file of weights that counts, where the user named it
 
     @property
     def id(self) -> str | None:
@@ -55,17 +57,16 @@ class Base:
                 nested["model_type"] = kind
             config = {**nested, "torch_dtype": nested.get("torch_dtype") or config.get("torch_dtype")}
             config.setdefault("_name_or_path", raw.get("_name_or_path"))
-        if quantized := raw.get("quantization_config"):
-            method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
+        if (how := quantization(raw, {}, ())) is not None:
             raise UnsupportedError(
-                f"the base {PART_NAMES[self.part]} {self.folder.name} is stored quantised ({method})",
-                hint=f"give the full-precision model by --{PART_WORDS[self.part]}",
+                f"the {PART_NAMES[self.part]} {self.folder.name} is stored quantised ({how})",
+                hint=f"give the full-precision model, as a base by --{PART_WORDS[self.part]}",
             )
         return named_config(config, self.part, where=str(self.folder / "config.json"))
 
     @cached_property
     def weights(self) -> Weights:
-        return open_weights(self.folder)
+        return open_weights(self.file or self.folder)
 
     @cached_property
     def _mapped(self) -> tuple[dict[str, StoredTensor], tuple[Dropped, ...]]:

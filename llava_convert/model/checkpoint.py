@@ -16,6 +16,7 @@ from llava_convert.core.tensors import StoredTensor
 from llava_convert.model.adapter import Adapter
 from llava_convert.model.facts import ASPECT, LAYER, STRATEGY
 from llava_convert.model.tables.facts import facts
+from llava_convert.model.tables.quantization import Quantization
 from llava_convert.model.training import TrainingConfig
 from llava_convert.ops.base import Op
 from llava_convert.storage.sidecars import Sidecars
@@ -146,6 +147,14 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class Extra:
+    """Tensors beside the parts that no table has; `problem` says so in a sentence."""
+
+    names: tuple[str, ...]
+    problem: str
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A source that was opened by its headers.
 
@@ -156,8 +165,11 @@ class Checkpoint:
     files that are no JSON, as it stands.
 
     `every_feature` are the types of towers of which the source's code hands on all features of the last layer but one,
-    whatever its config says. `publish_dtype` is the dtype to publish what a trainer left (torch's name; AS_STORED: that
+    whatever its config says. `quantization` is how another program packed weights, None where none are packed.
+    `publish_dtype` is the dtype to publish what a trainer left (torch's name; AS_STORED: that
     of the language model, if it has 16 bits), None for what keeps its own.
+    `quantization` is how another program packed weights, None where none are packed; `extra` are tensors of no part.
+    `native` is false for a fork's names, which the layout's own readers do not know.
     """
 
     layout: str
@@ -182,6 +194,9 @@ class Checkpoint:
     stated: Mapping[str, Any] = field(default_factory=dict)
     every_feature: tuple[str, ...] = ()
     publish_dtype: str | None = None
+    quantization: Quantization | None = None
+    extra: Extra | None = None
+    native: bool = True
 
     def with_tower(self, config: Mapping[str, Any]) -> Checkpoint:
         """The checkpoint once the config of its tower is known."""

@@ -9,6 +9,7 @@ from typing import Annotated
 from llava_convert.core.flags import AUTO, OUTPUT, Flag, Flagged
 
 ALL = "all"
+DROP = "drop"  # what becomes of tensors that no table has
 QUICK, FULL, OFF = "quick", "full", "off"  # how much of an output is verified
 
 # What people call the dtypes: torch's names, those of its shorthands, and those of trainers' flags.

@@ -153,7 +153,8 @@ class Model:
 
     `recipes` holds the merged weights of each wanted part in module order; `configs` and `bases` are by part. `tied`
     says that the language model's head shares the embedding's weights. `added` is what an earlier conversion recorded
-    as added to the vocabulary, while it has been taken off again.
+    as added to the vocabulary, while it has been taken off again. `vocabulary` says how rows and tokens that differed
+    were made to agree.
     """
 
     checkpoint: Checkpoint
@@ -165,6 +166,7 @@ class Model:
     warnings: tuple[str, ...]
     dropped: tuple[Dropped, ...]
     added: Mapping[str, Any] | None = None
+    vocabulary: str = ""
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from llava_convert.core.tensors import QUANTS
 from llava_convert.ops.base import Op
 from llava_convert.ops.cast import Cast
+from llava_convert.ops.fp8 import DequantizeFp8
 from llava_convert.ops.join import Join, Part
 from llava_convert.ops.lora import MergeLora
 from llava_convert.ops.quantize import Dequantize, Quantize
@@ -25,6 +26,7 @@ OPS: tuple[type[Any], ...] = (
     Part,
     Quantize,
     Dequantize,
+    DequantizeFp8,
     Constant,
 )
 """Every op there is, for `llava-convert layouts`. A byte-for-byte copy is the absence of ops."""

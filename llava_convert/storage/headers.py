@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from llava_convert.storage.gguf.file import Gguf
     from llava_convert.storage.torch.file import TorchFile
 
-START = 256  # bytes, which tell what a file is
+START = 512  # bytes, which tell what a file is: a tar archive says so at its 257th
 
 T = TypeVar("T")
 

@@ -25,6 +25,9 @@ INDEX_SUFFIX = ".index.json"
 # The largest index of a real model (DeepSeek-V3, 92,000 tensors) has 9 MB.
 MAX_INDEX_BYTES = 64 << 20
 
+# transformers' names, and accelerate's for the whole state of FSDP (utils/constants.py `FSDP_MODEL_NAME`).
+STEMS = ("model", "pytorch_model", "pytorch_model_fsdp")
+
 _SHARD_NAME = re.compile(r"-(\d+)-of-(\d+)\.[a-z]+$")
 
 
@@ -43,9 +46,11 @@ class Weights:
     warnings: tuple[str, ...]
 
 
-def open_weights(
-    path: Path, *, stems: Sequence[str] = ("model", "pytorch_model"), headers: Headers | None = None
-) -> Weights:
+class NoWeightsError(InputError):
+    """A folder without weights under a name that they have."""
+
+
+def open_weights(path: Path, *, stems: Sequence[str] = STEMS, headers: Headers | None = None) -> Weights:
     """The weights at `path`: a folder, a `.safetensors` file, a torch file (`.bin`, `.pth`, `.pt`), or an index.
 
     In a folder they are `<stem>.safetensors` or `<stem>.bin`, or shards with an index; for an adapter pass
@@ -110,7 +115,7 @@ def _open_folder(root: Path, stems: Sequence[str], headers: Headers) -> Weights:
             warnings.append(f"{printable(root)} has safetensors and torch files: {listed(others)} ignored")
         return _open_found(root, found[suffix], tuple(warnings), headers)
     adapter = any(name.startswith("adapter_model.") for name in names) and "adapter_model" not in stems
-    raise InputError(
+    raise NoWeightsError(
         f"{printable(root)}: no weights: looked for {listed(_candidates(None, stems, *suffixes))}",
         hint="this is an adapter; it needs its base model" if adapter else "name the folder that holds the weights",
     )

@@ -21,6 +21,7 @@ from llava_convert.app.jobs import ReleaseJob
 from llava_convert.app.options import Options
 from llava_convert.app.publish.contents import names, proven
 from llava_convert.app.publish.publish import check, publish
+from llava_convert.app.session import job_session
 from llava_convert.app.stage_one import stage_one
 from llava_convert.core.errors import ConvertError, HubError, MismatchError, OutputError, UsageError
 from llava_convert.core.progress import Reporter, Silence
@@ -123,7 +124,7 @@ def plan(release: ReleaseJob) -> list[ReleaseItem]:
 
     Raises UsageError for an unknown layout or name, and what hinders a layout, with the command that leaves it out.
     """
-    with Session() as session:
+    with job_session(release) as session:
         return _plan(release, session)
 
 
@@ -217,7 +218,7 @@ def _is_there(ready: Prepared, made: Documents) -> bool:
 
 def run_release(release: ReleaseJob, say: Reporter | None = None) -> list[ReleaseItem]:
     """Convert and publish every layout. Raises what converting and publishing raise; a rerun continues."""
-    with Session() as session:  # of a remote source, for all its conversions
+    with job_session(release) as session:  # of a remote source, for all its conversions
         return _run(release, _plan(release, session), say or Silence())
 
 

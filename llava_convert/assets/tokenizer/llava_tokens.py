@@ -90,7 +90,8 @@ def require_rows(tokenizer: Tokenizer, rows: int) -> None:
     if rows < tokenizer.size:
         raise InputError(
             f"{tokenizer.where}: the tokenizer has {tokenizer.size} tokens, but the embedding only {rows} rows",
-            hint="give the base model that the checkpoint was trained from with --llm",
+            hint="--vocab tokens adds a row for each that lacks one (the mean of the others); or give the base model "
+            "that the checkpoint was trained from by --llm",
         )
 
 

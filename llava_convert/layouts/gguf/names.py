@@ -23,6 +23,8 @@ from llava_convert.layouts.gguf import limits, rope, vision
 from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION
 from llava_convert.model.recipe import Recipe
 from llava_convert.model.renaming import Renamed, Symbol, groups_of, moves, part_of, piece, renamed
+from llava_convert.model.tables.added import ARCHITECTURE as FAMILIES
+from llava_convert.model.tables.added import AddedTable, added_tables
 from llava_convert.model.tables.families import architecture_for, architectures
 from llava_convert.model.tables.names import CANONICAL, DISK, LayoutTable, make_layout_table
 from llava_convert.model.tables.patterns import TableError
@@ -130,9 +132,13 @@ class GgufTable:
         return lambda name: architecture_for(self.part, kind).symbol(name, config)
 
 
-@cache
 def tables() -> tuple[GgufTable, ...]:
     """Every table of `mappings/gguf`, and those that families carry in their own. Raises TableError."""
+    return _tables(added_tables(FAMILIES))
+
+
+@cache
+def _tables(added: tuple[AddedTable, ...]) -> tuple[GgufTable, ...]:
     paths = sorted((data_dir("mappings") / "gguf").glob("*.toml"))
     found = [parse_gguf_table(path.read_text(encoding="utf-8"), path) for path in paths]
     for family in architectures().values():

@@ -68,7 +68,8 @@ def tokenizer_metadata(
     """
     if tokenizer.size > rows:
         raise InputError(
-            f"{tokenizer.where}: the tokenizer has {tokenizer.size} tokens, but the embedding only {rows} rows"
+            f"{tokenizer.where}: the tokenizer has {tokenizer.size} tokens, but the embedding only {rows} rows",
+            hint="--vocab tokens adds a row for each that lacks one (the mean of the others)",
         )
     tokens = _Tokens.empty(rows)
     if tokenizer.byte_level or not (tokenizer.fast or _has_pieces(tokenizer)):

@@ -43,20 +43,21 @@ def detect_part(found: Found) -> str | None:
 def open_part(found: Found, part: str) -> Checkpoint:
     """Open one part. Raises what reading a base model raises; UnsupportedError for tensors of no known name."""
     path = found.path
-    parts = {name: Part() for name in PARTS}
+    parts, extra = {name: Part() for name in PARTS}, None
     if part == PROJECTOR:
         weights = open_weights(path, headers=found.headers)
         sorted_ = sort_tensors(weights.tensors, layout_table(NAME), path)
-        parts[part] = Part(sorted_.weights[part])
+        parts[part], extra = Part(sorted_.weights[part]), sorted_.extra
         files, dropped, warnings = weights.files, sorted_.dropped, weights.warnings
     else:
-        base = Base(part, path, path.name, from_hub=False, files=found.beside)
+        base = Base(part, path, path.name, from_hub=False, files=found.beside, file=found.file)
         parts[part] = Part(base.tensors, None, None, base.config, base.files)
         files, dropped, warnings = base.weights.files, base.dropped, base.weights.warnings
     if not parts[part].weights:
         raise UnsupportedError(f"{path}: it holds no tensor of a {PART_NAMES[part]}")
     return Checkpoint(
         layout=NAME,
+        extra=extra,
         path=path,
         root=path,
         files=files,

@@ -12,6 +12,7 @@ from typing import Any
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.layouts.base import Found, OpenOptions
 from llava_convert.layouts.hf.alone import NAME, open_part, part_of
+from llava_convert.layouts.hf.forks import as_llava, forks
 from llava_convert.layouts.naming import sort_tensors
 from llava_convert.model.checkpoint import LLM, PARTS, PROJECTOR, VISION, Checkpoint, Part, Settings
 from llava_convert.model.configs import old_flavour
@@ -23,6 +24,7 @@ from llava_convert.model.tables.names import layout_table
 from llava_convert.model.tables.types import read_config
 from llava_convert.storage.weights import open_weights
 
+NAMED = "llava"  # the model type of LlavaForConditionalGeneration
 _HALVES = ("text_config", "vision_config")
 # What transformers' own LlavaConfig falls back on when a config says nothing of the tower.
 _CLIP_L_336: dict[str, Any] = {
@@ -43,21 +45,23 @@ def detect(found: Found) -> str | None:
         "text_config" not in config and "LlavaForConditionalGeneration" not in str(config.get("architectures"))
     ):
         return None
-    kind = str(config.get("model_type"))
-    return f"its config.json is that of a transformers {kind}" if kind.startswith("llava") else None
+    kind = config.get("model_type")
+    return f"its config.json is that of a {_called(kind)}" if kind == NAMED or kind in forks() else None
+
+
+def _called(kind: Any) -> str:
+    return f"transformers {NAMED}" if kind == NAMED else f"{kind}, a {NAMED} by other names"
 
 
 def open(found: Found, options: OpenOptions) -> Checkpoint:
-    """Open a folder. Raises UnsupportedError for LLaVA-NeXT and its kin, and for names of no dialect."""
+    """Open a folder. Raises UnsupportedError for names of no dialect."""
     path, beside = found.path, found.beside
     raw = read_config(beside, CONFIG) if beside.has(CONFIG) else {}
     part = part_of(found)
     if part is not None:
         return open_part(found, part)
-    if raw.get("model_type") != "llava":
-        raise UnsupportedError(f"{path}: {raw.get('model_type')} is not supported, only llava")
-    config = old_flavour(raw)
-    weights = open_weights(path, headers=found.headers)
+    config = old_flavour(as_llava(raw, NAMED))
+    weights = open_weights(found.weights, headers=found.headers)
     text, vision = _text_config(config), _vision_config(config)
     # A family that is not known is refused where its tensors are needed, so that `inspect` can tell of the rest.
     known = known_architecture(LLM, text["model_type"])
@@ -69,9 +73,12 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
         raise UnsupportedError(f"{path}: vision_feature_layer {layer!r}: only one layer can be carried over")
     record = read_record(found.beside)
     recorded = Settings.recorded(record).facts
-    said = {ASPECT: recorded[ASPECT], **read_facts(NAME, config, str(path / CONFIG))}
+    cut = config.pop("image_aspect_ratio", None) if raw.get("model_type") in forks() else None
+    said = {ASPECT: cut or recorded[ASPECT], **read_facts(NAME, config, str(path / CONFIG))}
     return Checkpoint(
         layout=NAME,
+        extra=sorted_.extra,
+        native=raw.get("model_type") not in forks(),
         path=path,
         root=path,
         files=weights.files,

@@ -34,6 +34,7 @@ _OWN_KEYS = ("mm_", "image_")
 # LLaVA-NEXT's code hands on every patch of these, and never looks at mm_vision_select_feature (siglip_encoder.py). The
 # llava package itself cannot load them.
 EVERY_PATCH = ("siglip_vision_model",)
+_TRAINED = ("unfreeze_mm_vision_tower", "unfreeze_vision_tower", "tune_vit_layer", "tune_entire_model")
 _NEITHER = ("mm_vision_tower", "mm_hidden_size", "mm_projector_type")
 
 
@@ -79,6 +80,7 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
     parts[VISION] = Part(parts[VISION].weights, parts[VISION].adapter, own.get("mm_vision_tower"))
     return Checkpoint(
         layout=NAME,
+        extra=sorted_.extra,
         path=path,
         root=beside.where,
         files=files,
@@ -108,7 +110,7 @@ def _weights(found: Found) -> tuple[dict[str, StoredTensor], tuple[Path, ...], t
     elif PROJECTOR_FILE in names and not any(n.startswith(("model", "pytorch_model")) for n in names):
         sets = [open_weights(require_inside(path, PROJECTOR_FILE), headers=headers)]
     else:
-        sets = [open_weights(path, headers=headers)]
+        sets = [open_weights(found.weights, headers=headers)]
     tensors: dict[str, StoredTensor] = {}
     for one in sets:
         tensors.update(one.tensors)
@@ -161,7 +163,11 @@ def _text_type(config: Mapping[str, Any], path: Path) -> str:
     found = by_class or by_kind or (set() if named.startswith("Llava") else generic)
     if not found:
         what = f" ({printable(named)})" if named else ""
-        raise UnsupportedError(f"official LLaVA with model_type {printable(kind)!r}{what} is not known")
+        raise UnsupportedError(
+            f"official LLaVA with model_type {printable(kind)!r}{what} is not known",
+            hint='--table FILE.toml says of which family it is: `architecture = "llama"` and '
+            f'`forks = ["{printable(kind)}"]`',
+        )
     return min(found)
 
 
@@ -184,8 +190,8 @@ def class_of(kind: str) -> str:
 
 
 def _tower_warning(own: Mapping[str, Any], tower: Part) -> tuple[str, ...]:
-    # LLaVA-NeXT names the parts that it trained instead.
-    trained = own.get("unfreeze_mm_vision_tower") or "mm_vision_tower" in str(own.get("mm_tunable_parts"))
+    # LLaVA-NeXT names the parts that it trained instead; Bunny and ShareGPT4V have flags of their own.
+    trained = any(own.get(flag) for flag in _TRAINED) or "mm_vision_tower" in str(own.get("mm_tunable_parts"))
     if tower.state != "full" or trained:
         return ()
     return (

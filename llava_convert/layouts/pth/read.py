@@ -90,6 +90,7 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
             notes.append("training loaded the LLM quantised; weights go with the full-precision base")
     return Checkpoint(
         layout=NAME,
+        extra=sorted_.extra,
         path=path,
         root=path.parent,
         files=read.files,

@@ -93,6 +93,7 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
     said |= read_facts(NAME, projector, str(path / PROJECTOR_CONFIG), file=PROJECTOR_CONFIG)
     return Checkpoint(
         layout=NAME,
+        extra=sorted_.extra,
         path=path,
         root=path,
         files=tuple(files),

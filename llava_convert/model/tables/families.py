@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.resources import data_dir
+from llava_convert.model.tables.added import ARCHITECTURE, AddedTable, added_tables
 from llava_convert.model.tables.patterns import Pattern, TableError
 
 Config = Mapping[str, Any]
@@ -204,14 +205,42 @@ def _line_of(name: str, lines: list[str]) -> int:
     return next((number for number, content in enumerate(lines, 1) if quoted in content), 0)
 
 
-@cache
 def architectures() -> dict[str, Architecture]:
-    """Every table of `mappings/architectures`, by its own name."""
+    """Every table of `mappings/architectures`, by its own name, and those that the user added to this job."""
+    return _architectures(added_tables(ARCHITECTURE))
+
+
+@cache
+def _architectures(added: tuple[AddedTable, ...]) -> dict[str, Architecture]:
     tables = {}
     for path in sorted((data_dir("mappings") / "architectures").glob("*.toml")):
         table = parse_architecture(path.read_text(encoding="utf-8"), path)
         tables[table.name] = table
+    for one in added:
+        try:
+            _add(tables, one)
+        except TableError as problem:
+            raise InputError(f"{one.path}: {problem}", hint="ours are in mappings/architectures") from None
     return tables
+
+
+def _add(tables: dict[str, Architecture], added: AddedTable) -> None:
+    """Put a user's table among ours. Raises TableError for a model type that another family has."""
+    raw = added.raw
+    known = tables.get(raw["architecture"])
+    if "tensor" in raw:
+        if known is not None:
+            raise TableError(f"{added.path.name}: there is a family {known.name}; give it another name")
+        table = parse_architecture(added.text, added.path)
+    elif known is None:
+        raise TableError(f"{added.path.name}: no family is called {raw['architecture']}: {', '.join(tables)} are")
+    else:
+        table = replace(known, forks=(*known.forks, *raw["forks"]))
+    for other in tables.values():
+        twice = set(table.model_types) & set(other.model_types) if other.name != table.name else set()
+        if other.part == table.part and twice:
+            raise TableError(f"{added.path.name}: {min(twice)} is a model type of {other.name}")
+    tables[table.name] = table
 
 
 def known_architecture(part: str, model_type: Any) -> Architecture | None:
@@ -227,5 +256,5 @@ def architecture_for(part: str, model_type: str) -> Architecture:
     known = sorted(t for a in architectures().values() if a.part == part for t in a.model_types)
     raise UnsupportedError(
         f"model_type {model_type!r} is not a known {part.replace('_', ' ')} family",
-        hint=f"known: {', '.join(known)}; a new family is one table in mappings/architectures",
+        hint=f"known: {', '.join(known)}; a new family is one table, which --table FILE.toml adds",
     )

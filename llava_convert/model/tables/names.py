@@ -21,8 +21,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from llava_convert.core.errors import InputError
 from llava_convert.core.resources import data_dir
 from llava_convert.core.text import printable
+from llava_convert.model.tables.added import ARCHITECTURE, LAYOUT, AddedTable, added_tables
 from llava_convert.model.tables.families import Architecture, architectures
 from llava_convert.model.tables.patterns import Pattern, TableError
 
@@ -221,15 +223,33 @@ def _refuse_overlaps(where: str, patterns: list[Pattern]) -> None:
                 raise TableError(f"{where}: {other.text} and {one.text} can match the same name")
 
 
-@cache
 def layout_table(name: str, family: str | None = None) -> LayoutTable:
     """The table of `mappings/layouts/<name>.toml`, for all families of language models or for the one of that name.
 
-    A layout that calls the head otherwise than its family does is read by the table of that family alone.
+    A layout that calls the head otherwise than its family does is read by the table of that family alone. Rows that the
+    user added to this job follow ours. Raises InputError where these contradict ours.
     """
+    added = tuple(table for table in added_tables(LAYOUT) if table.raw[LAYOUT] == name)
+    return _layout_table(name, family, added, added_tables(ARCHITECTURE))
+
+
+@cache
+def _layout_table(
+    name: str, family: str | None, added: tuple[AddedTable, ...], families_added: tuple[AddedTable, ...]
+) -> LayoutTable:
     path = data_dir("mappings") / "layouts" / f"{name}.toml"
     families = [a for a in architectures().values() if a.embedding and family in (None, a.name)]
-    table = parse_layout_table(path.read_text(encoding="utf-8"), path, families)
+    text = path.read_text(encoding="utf-8")
+    table = parse_layout_table(text, path, families)
+    if added:
+        raw = tomllib.loads(text)
+        for one in added:
+            raw = {**raw, **{key: [*raw.get(key, ()), *one.raw.get(key, ())] for key in ("row", "drop")}}
+        try:
+            table = make_layout_table(raw, text, path, families)
+        except TableError as problem:
+            where = ", ".join(str(one.path) for one in added)
+            raise InputError(f"{where}: {problem}", hint="mend the table; ours are in mappings/layouts") from None
     if any(row.fused or row.heads for row in table.rows):
         raise TableError(f"{path.name}: parts and heads are for the tables of a family, whose sizes are known")
     return table

@@ -12,7 +12,10 @@ import llava_convert
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.layouts.info import TARGETS
 
-JSON_KEYS = {"source", "layout", "why", "parts", "settings", "targets", "notes", "warnings", "details", "bytes_fetched"}
+JSON_KEYS = {
+    "source", "layout", "why", "kind", "use", "next", "parts", "settings", "targets", "notes", "warnings", "details",
+    "bytes_fetched",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +78,11 @@ def test_a_work_dir(tiny: Path, tmp_path: Path) -> None:
 def test_what_is_no_llava(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UnsupportedError, match=r"config\.json is that of a bert"):
-        llava_convert.inspect(tmp_path / "bert")
+    found = llava_convert.inspect(tmp_path / "bert")
+    assert (found.layout, found.kind, found.targets) == (None, "the config of a bert, without weights", {})
+    assert repr(found) == f"Inspection({tmp_path / 'bert'}: the config of a bert, without weights)"
+    with pytest.raises(UnsupportedError, match="is the config of a bert, without weights"):
+        llava_convert.convert(tmp_path / "bert", to="hf", out=tmp_path / "out")
     (tmp_path / "bert" / "config.json").unlink()
     (tmp_path / "bert").rmdir()
     with pytest.raises(UnsupportedError, match="the folder is empty"):

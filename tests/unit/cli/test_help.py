@@ -125,12 +125,12 @@ def test_json_of_the_others(tiny: Path, tmp_path: Path) -> None:
     assert set(known["sources"]) == set(LAYOUTS) and known["targets"] == list(TARGETS)
     assert known["ops"] == [
         "copy", "cast", "merge_lora", "pad_rows", "take_rows", "rope_permute", "join", "part", "quantize", "dequantize",
-        "constant",
+        "dequantize_fp8", "constant",
     ]  # fmt: skip
     clip = {"part": "vision_tower", "model_types": ["clip_vision_model"], "as": [], "called": {"gguf": "clip"}}
     assert known["families"]["clip"] == clip
     assert known["families"]["phi3"]["as"] == ["llama"] and known["families"]["siglip"]["called"] == {}
-    assert set(known["sources"]["hf"]) == {"classic", "new", "flat", "newflat", "doubled"}
+    assert set(known["sources"]["hf"]) == {"classic", "new", "flat", "newflat", "doubled", "tinyllava"}
 
 
 def test_people_get_lines(tiny: Path, tmp_path: Path) -> None:
@@ -185,7 +185,8 @@ def test_dry_run(tiny: Path, tmp_path: Path) -> None:
         (["pth", "{tiny}/iter_2.pth", "--to", "hf", "--lora-alpha", "nan"], 2, "--lora-alpha"),
         (["pth", "{tiny}/absent.pth", "--to", "hf"], 3, "does not exist"),
         (["hf", "{tiny}/iter_2.pth", "--to", "official"], 4, "is not of the hf layout but pth"),
-        (["inspect", "{tiny}/picture.png"], 4, "is no LLaVA that this tool knows"),
+        (["convert", "{tiny}/picture.png", "--to", "hf"], 4, "is a picture"),
+        (["inspect", "{tiny}/empty"], 3, "does not exist"),
     ],
 )
 def test_errors(tiny: Path, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
@@ -246,7 +247,7 @@ def test_a_command_shows_what_its_source_can_use() -> None:
     shown = {layout: run(layout, "--help").stdout for layout in LAYOUTS}
     for option in ("--config", "--pretrained-pth"):
         assert {layout for layout, text in shown.items() if option in text} == {"pth", "xtuner"}
-    assert {layout for layout, text in shown.items() if "--dequantize" in text} == {"gguf"}
+    assert {layout for layout, text in shown.items() if "--dequantize" in text} == {"official", "hf", "gguf"}
     assert {layout for layout, text in shown.items() if "--lora-alpha" in text} == {"pth", "xtuner", "official"}
     every = run("convert", "--help").stdout
     assert all(option in every for option in ("--config", "--dequantize", "--lora-alpha", "--outtype"))

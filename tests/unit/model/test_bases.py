@@ -160,7 +160,7 @@ def test_a_tower_saved_by_transformers_5(tmp_path: Path, tiny: Path) -> None:
 
 def test_a_quantised_base_is_refused(tmp_path: Path, tiny: Path) -> None:
     folder = edited(tiny / "llm", tmp_path / "llm", quantization_config={"quant_method": "awq"})
-    with pytest.raises(UnsupportedError, match=r"stored quantised \(awq\)") as caught:
+    with pytest.raises(UnsupportedError, match=r"stored quantised \(AWQ\)") as caught:
         _ = find_base(LLM, str(folder), Path("x"), Session(), explicit=True).config
     assert caught.value.hint is not None and "--llm" in caught.value.hint
 
