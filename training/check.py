@@ -1,177 +1,223 @@
-"""Whether the data of a recipe are where it looks for them, and how to get what is not.
+"""Whether the data of a recipe are what training takes, before it starts, and how to get what is missing.
 
-The sets are those of LLaVA, ShareGPT4V and InternVL's fine-tuning, in the file trees that the recipes expect.
+Rows, pictures and what is left out of them are found by the functions that training uses.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import ConvertError, InputError
 
-from .data import read_rows
+from .data import (
+    CUT,
+    Conversation,
+    Encoder,
+    Listings,
+    conversations,
+    left_out_words,
+    read_picture,
+    require_pictures,
+    require_samples,
+    template_of,
+)
 from .recipe import Recipe
+from .sources import advice, expected
 
-_HF = "https://huggingface.co/datasets"
-_SHARE = f"{_HF}/Lin-Chen/ShareGPT4V/resolve/main"
-_INTERNVL = "https://huggingface.co/OpenGVLab/InternVL/resolve/main"
-# Where each file or folder comes from, by the end of its path.
-SOURCES: dict[str, str] = {
-    "blip_laion_cc_sbu_558k.json": f"git lfs install && git clone {_HF}/liuhaotian/LLaVA-Pretrain --depth=1",
-    "LLaVA-Pretrain/images": f"git clone {_HF}/liuhaotian/LLaVA-Pretrain --depth=1 (git lfs); unzip images.zip",
-    "llava_v1_5_mix665k.json": f"git lfs install && git clone {_HF}/liuhaotian/LLaVA-Instruct-150K --depth=1",
-    "coco/train2017": "http://images.cocodataset.org/zips/train2017.zip",
-    "gqa/images": "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip",
-    "ocr_vqa/images": "download script: https://drive.google.com/drive/folders/1_GYPY5UkUy7HIcR0zq3ZCFgeZN7BAfm_ ; "
-    "then llava-convert data fix-ocrvqa FOLDER",
-    "textvqa/train_images": "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",
-    "vg/VG_100K": "https://cs.stanford.edu/people/rak248/VG_100K_2/images.zip",
-    "vg/VG_100K_2": "https://cs.stanford.edu/people/rak248/VG_100K_2/images2.zip",
-    "share-captioner_coco_lcs_sam_1246k_1107.json": f"wget {_SHARE}/share-captioner_coco_lcs_sam_1246k_1107.json",
-    "sharegpt4v_instruct_gpt4-vision_cap100k.json": f"wget {_SHARE}/sharegpt4v_instruct_gpt4-vision_cap100k.json",
-    "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json": (
-        f"wget {_SHARE}/sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json"
-    ),
-    "sam/images": "https://drive.google.com/file/d/1dKumdOKSXtV7lIXdrG7jsIK_z2vZv2gs",
-    "share_textvqa/images": "https://drive.google.com/file/d/1f4v_3e1OJtyYqam1CEp6RenCNTU5_mG2",
-    "web-celebrity/images": "https://drive.google.com/file/d/1-SB71C3j1mVg0kDDXwj2IWGEoBoRUD-J",
-    "web-landmark/images": "https://drive.google.com/file/d/1JpJkN7ZMA50xAhMx9O-rVb5yLhfGm3_o",
-    "wikiart/images": "https://drive.google.com/file/d/1FxB2Nw-vWUcTUSI_dBpPIykb-uGYoEqV",
-    ".jsonl": f"wget {_INTERNVL}/playground.zip && unzip playground.zip",
-    "ai2d": "https://drive.google.com/file/d/1dqqa3MnrxMXaU_K9JA6C83je32ibwdOY",
-    "chartqa": "https://huggingface.co/datasets/ahmed-masry/ChartQA/resolve/main/ChartQA%20Dataset.zip",
-    "docvqa": "https://datasets.cvc.uab.es/rrc/DocVQA/train.tar.gz and val.tar.gz",
-    "dvqa": "https://drive.google.com/file/d/1iKH2lTi1-QxtNUVRxTUWFvUvRHq6HAsZ",
-    "synthdog-en": f"{_INTERNVL}/synthdog-en-images.zip",
-    "geoqa+": f"{_INTERNVL}/geoqa%2B_images.zip",
-    "llava/llava_pretrain": "a link to LLaVA-Pretrain/images: ln -s ../../../../llava_data/LLaVA-Pretrain/images",
-}
-
-_LLAVA = ("coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K", "vg/VG_100K_2")
-_SHARED = ("coco/train2017", "llava/llava_pretrain/images", "sam/images")
-_PAINTED = ("share_textvqa/images", "web-celebrity/images", "web-landmark/images", "wikiart/images")
-# The folders of pictures that go with a file, below the set's `images`: what a file that is not here yet will ask for.
-FOLDERS: dict[str, tuple[str, ...]] = {
-    "blip_laion_cc_sbu_558k.json": ("",),
-    "llava_v1_5_mix665k.json": _LLAVA,
-    "share-captioner_coco_lcs_sam_1246k_1107.json": _SHARED,
-    "sharegpt4v_instruct_gpt4-vision_cap100k": (*_SHARED, *_PAINTED),
-    "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k": (*_SHARED, *_PAINTED, *_LLAVA[1:]),
-    "llava_instruct_150k_zh.jsonl": ("train2017",),
-    "dvqa_train_200k.jsonl": ("images",),
-    "chartqa_train_18k.jsonl": ("train", "val", "test"),
-    "ai2d_train_12k.jsonl": ("abc_images", "images"),
-    "docvqa_train_10k.jsonl": ("train", "val", "test"),
-    "geoqa+.jsonl": ("images",),
-    "synthdog_en.jsonl": ("images",),
-}
+_AT_ONCE = 64  # pictures that wait for a thread
+_SHOWN = 5  # of the pictures that cannot be read
 
 
 @dataclass(frozen=True)
 class SetCheck:
-    """What was found of one set: rows, rows about a picture, and pictures that are missing, by their folder.
+    """What was found of one set.
 
-    Where the file itself is missing, `absent` are the folders of pictures that it will ask for and that are not here
-    either.
+    `rows` are all of the file, `kept` those that are trained on, `pictures` those that kept rows see; `left_out` counts
+    the rest by reason. `missing` are pictures that do not exist, by folder; `broken` those that cannot be read, with
+    why, where they were opened. `problem` is what training would refuse the set for. Where the file itself is missing,
+    `absent` are the folders of pictures that it will ask for and that do not exist either.
     """
 
     name: str
     file: Path
-    rows: int
-    pictures: int
-    missing: dict[str, int]
+    root: Path
+    rows: int = 0
+    kept: int = 0
+    pictures: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    missing: dict[str, int] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+    opened: bool = False
+    counted_cuts: bool = False
     problem: str = ""
+    hint: str | None = None
     absent: tuple[str, ...] = ()
 
     @property
     def sound(self) -> bool:
-        return not self.problem and not self.missing
+        return not self.problem
 
     def lines(self) -> Iterator[str]:
+        if self.rows:
+            yield f"{self.name}: {self.rows:,} rows, {self.kept:,} to train on, {self._pictures()}"
+            yield from (f"  {line}" for line in left_out_words(self.left_out))
+            if not self.counted_cuts:
+                yield f"  not counted: {CUT}, since the tokenizer of model.llm is not on this machine"
         if self.problem:
             yield f"{self.name}: {self.problem}"
-            yield from _advice(str(self.file))
-            for folder in self.absent:
-                yield f"  {folder}: no such folder, or nothing in it"
-                yield from _advice(folder)
-            return
-        gone = sum(self.missing.values())
-        yield f"{self.name}: {self.rows:,} rows, {self.pictures:,} about a picture, " + (
-            f"{gone:,} pictures missing" if gone else "all pictures there"
-        )
+            if not self.file.exists():
+                yield from advice(str(self.file), self.root)
+            elif self.hint:
+                yield f"    {self.hint}"
         for folder, count in self.missing.items():
             yield f"  {folder}: {count:,} missing"
-            yield from _advice(folder)
+            yield from advice(folder, self.root)
+        for picture, why in list(self.broken.items())[:_SHOWN]:
+            yield f"  {picture}: {why}"
+        if len(self.broken) > _SHOWN:
+            yield f"  and {len(self.broken) - _SHOWN:,} more that cannot be read"
+        for folder in self.absent:
+            yield f"  {folder}: no such folder, or nothing in it"
+            yield from advice(folder, self.root)
+
+    def _pictures(self) -> str:
+        if gone := sum(self.missing.values()):
+            return f"{self.pictures:,} pictures, {gone:,} of them missing"
+        if not self.opened:
+            return f"{self.pictures:,} pictures, all there (--open reads them)"
+        unread = len(self.broken)
+        return f"{self.pictures:,} pictures, " + (f"{unread:,} of them cannot be read" if unread else "all can be read")
 
     def as_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "file": str(self.file),
             "rows": self.rows,
+            "kept": self.kept,
             "pictures": self.pictures,
+            "left_out": self.left_out,
             "missing": self.missing,
+            "broken": self.broken,
             "problem": self.problem,
             "absent": list(self.absent),
         }
 
 
-def _advice(path: str) -> Iterator[str]:
-    path = path.rstrip("/")
-    # The longest end that is known: `vg/VG_100K_2` before `vg/VG_100K`, a file before its suffix.
-    for end in sorted(SOURCES, key=len, reverse=True):
-        if path.endswith(end) or f"/{end}/" in f"{path}/":
-            yield f"    get it: {SOURCES[end]}"
-            return
+def check(recipe: Recipe, encoder: Encoder | None = None, *, open_pictures: bool = False) -> list[SetCheck]:
+    """Look at every row and every picture that a recipe names, those of its evaluation too.
 
-
-def check(recipe: Recipe) -> list[SetCheck]:
-    """Look at every file and every picture that a recipe names; opens no picture.
-
-    Folders are listed once each, since asking for a million files one by one takes long on network disks.
+    With an `encoder` rows that are cut before their answer are counted. With `open_pictures` every picture is decoded,
+    several at once.
     """
     root = Path(recipe.data.root)
-    listings: dict[Path, frozenset[str]] = {}
-    return [_check_set(one.name, root / one.file, root / one.images, listings) for one in recipe.data.sets]
-
-
-def _check_set(name: str, file: Path, images: Path, listings: dict[Path, frozenset[str]]) -> SetCheck:
-    rows = pictures = 0
-    missing: Counter[str] = Counter()
-    try:
-        for _, row in read_rows(file):
-            rows += 1
-            image = row.get("image")
-            if image is None:
-                continue
-            pictures += 1
-            folder, _, last = str(images / image).rpartition("/")
-            if last not in _listed(Path(folder), listings):
-                missing[folder] += 1
-    except ConvertError as problem:
-        gone = [str(place) for place in _expected(file, images) if not _listed(place, listings)]
-        return SetCheck(name, file, rows, pictures, {}, problem.message, tuple(gone))
-    return SetCheck(name, file, rows, pictures, dict(missing.most_common()))
-
-
-def _expected(file: Path, images: Path) -> list[Path]:
-    """The folders of pictures that a file that cannot be read would name, where the set is a known one."""
-    known = next((folders for name, folders in FOLDERS.items() if file.name.startswith(name)), ())
-    return [images / folder for folder in known]
-
-
-def _listed(folder: Path, listings: dict[Path, frozenset[str]]) -> frozenset[str]:
-    if folder not in listings:
+    template = template_of(recipe.data.prompt_template)
+    skip = recipe.data.on_bad_image == "skip"
+    listings = Listings()
+    found = []
+    for one in (*recipe.data.sets, *recipe.eval.sets):
+        file, images = root / one.file, root / one.images
+        left_out: Counter[str] = Counter()
+        names: dict[str, None] = {}
+        rows = kept = 0
         try:
-            listings[folder] = frozenset(os.listdir(folder))  # noqa: PTH208  # names alone: millions of them
-        except OSError:
-            listings[folder] = frozenset()
-    return listings[folder]
+            for conversation in conversations(file, template):
+                rows += 1
+                if encoder is not None and is_cut(conversation, encoder):
+                    left_out[CUT] += 1
+                    continue
+                left_out.update(conversation.left_out)
+                kept += bool(conversation.turns)
+                if conversation.sees and conversation.row.image:
+                    names[conversation.row.image] = None
+        except ConvertError as problem:
+            gone = [str(place) for place in expected(file, images) if not listings.files(str(place))]
+            hint = problem.hint
+            found.append(SetCheck(one.name, file, root, problem=problem.message, hint=hint, absent=tuple(gone)))
+            continue
+        missing = listings.missing(images, names)
+        present = (images / name for name in names if name not in missing)
+        broken = unreadable(present) if open_pictures else {}
+        trouble = _refused(file, images, kept, missing, broken, len(names), skip=skip)
+        found.append(
+            SetCheck(
+                one.name,
+                file,
+                root,
+                rows,
+                kept,
+                len(names),
+                dict(left_out),
+                dict(Counter(missing.values()).most_common()),
+                broken,
+                open_pictures,
+                encoder is not None,
+                trouble,
+            )
+        )
+    return found
+
+
+def _refused(
+    file: Path, images: Path, kept: int, missing: dict[str, str], broken: dict[str, str], named: int, *, skip: bool
+) -> str:
+    """What training would refuse a set for; empty where it takes it."""
+    try:
+        require_samples(kept, file)
+        require_pictures(file, images, missing, named, skip)
+    except InputError as problem:
+        return problem.message
+    if broken and not (skip and len(broken) + len(missing) < named):
+        return f"{len(broken):,} pictures cannot be read, for instance {next(iter(broken))}"
+    return ""
+
+
+def is_cut(conversation: Conversation, encoder: Encoder) -> bool:
+    """Whether `max_length` cuts a row before its answer. Only rows that are long enough for that are tokenised."""
+    if not conversation.turns:
+        return False
+    before = 0
+    for turn in conversation.turns:
+        before += len(turn.asked.encode())
+        if turn.answer or encoder.template.suffix or not encoder.template.suffix_is_eos:
+            break
+    # A token is half a byte of text at the least: no normaliser makes text twice as long.
+    if before < encoder.max_length // 2:
+        return False
+    ((_, learnt),) = encoder([conversation.turns])
+    return not any(learnt)
+
+
+def unreadable(pictures: Iterable[Path]) -> dict[str, str]:
+    """Decode pictures, several at once; those that cannot be read, with why."""
+    found: dict[str, str] = {}
+    waiting: deque[tuple[Path, Future[Any]]] = deque()
+
+    def look(picture: Path) -> None:
+        read_picture(picture).close()
+
+    def next_done() -> None:
+        picture, future = waiting.popleft()
+        problem = future.exception()
+        if isinstance(problem, OSError | ValueError):
+            found[str(picture)] = str(problem)
+        elif problem is not None:
+            raise problem
+
+    # Threads: Pillow's decoders let each other run.
+    with ThreadPoolExecutor() as pool:
+        for picture in pictures:
+            waiting.append((picture, pool.submit(look, picture)))
+            if len(waiting) == _AT_ONCE:
+                next_done()
+        while waiting:
+            next_done()
+    return found
 
 
 def fix_ocrvqa(folder: Path) -> tuple[int, int]:

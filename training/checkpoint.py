@@ -21,14 +21,16 @@ from typing import IO, Any, cast
 import numpy as np
 import torch
 
-from llava_convert.core.errors import InputError, OutputError
+from llava_convert.core.errors import InputError
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import read_whole
 from llava_convert.storage.torch.file import read_torch
 from llava_convert.storage.zero.checkpoint import read_zero
 
+from .disk import unwritten
 from .model import State, as_tensor
+from .recipe import recipe_names
 
 MMENGINE = "0.10.7"  # whose structure this is
 POINTER = "last_checkpoint"
@@ -138,7 +140,11 @@ def write_checkpoint(
     try:
         with partial.open("wb") as file:
             # Through a writer that is no file: torch then calls the zip's root `archive`, as mmengine's are called.
-            torch.save(content, cast(IO[bytes], _Writer(file)), pickle_protocol=2)
+            writer = _Writer(file)
+            try:
+                torch.save(content, cast(IO[bytes], writer), pickle_protocol=2)
+            except RuntimeError as problem:
+                raise writer.problem or problem from None
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -149,20 +155,19 @@ def write_checkpoint(
         partial.unlink(missing_ok=True)
 
 
-def unwritten(problem: OSError, path: Path) -> OutputError:
-    """The error of a checkpoint that could not be written."""
-    return OutputError(
-        f"{path} cannot be written: {problem.strerror or problem}",
-        hint="the checkpoints before it are whole: make room, then the same command with --resume",
-    )
-
-
 class _Writer(io.RawIOBase):
+    """Writes to a file, and keeps what went wrong: torch answers with an error that names a line of its own source."""
+
     def __init__(self, file: Any) -> None:
         self.file = file
+        self.problem: BaseException | None = None
 
     def write(self, data: Any) -> int:
-        return int(self.file.write(data))
+        try:
+            return int(self.file.write(data))
+        except BaseException as problem:  # a full disk, or a signal
+            self.problem = self.problem or problem
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -176,7 +181,7 @@ def point_at(path: Path) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; 0 or less keeps all."""
+    """Delete all but the newest `keep` checkpoints; -1 keeps all."""
     if keep > 0:
         for path in checkpoints(folder)[:-keep]:
             if path.is_dir():
@@ -191,6 +196,23 @@ def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a work_dir, oldest first: files, or DeepSpeed's folders."""
     found = [(int(m[1]), p) for p in folder.glob("iter_*.pth") if (m := _NAME.fullmatch(p.name))]
     return [path for _, path in sorted(found)]
+
+
+def stage_one(pretrained: str) -> Path:
+    """The checkpoint that `model.pretrained` names: of a work_dir the newest one.
+
+    Raises InputError where there is none, with the command that makes it where that is known.
+    """
+    path = Path(pretrained)
+    if path.is_dir() and (found := checkpoints(path)):
+        return found[-1]
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / "tokens").is_dir()):
+        return path
+    makes = f"first: llava-convert train {path.name}; " if path.name in recipe_names() else ""
+    raise InputError(
+        f"model.pretrained {pretrained}: {'holds no checkpoint' if path.exists() else 'there is no such checkpoint'}",
+        hint=f'{makes}or name another: --set model.pretrained=PATH, and "" for none',
+    )
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,18 @@
-"""Conversations as LLaVA's data sets hold them, made into token ids, labels and pictures.
+"""Conversations made into token ids, labels and pictures, as LLaVA is trained on them.
 
-A row is `{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n…"}, {"from": "gpt", …}]}`, in a
-json list or one a line (jsonl). What is made of it follows xtuner 0.1.23 (llava_map_fn, and `encode_fn` of
+What is made of a row (rows.py) follows xtuner 0.1.23 (llava_map_fn, template_map_fn, and `encode_fn` of
 dataset/utils.py) token for token. Ids lie in one flat array, memory-mapped from a cache, so that a set of a million
-rows costs no memory and is tokenised once.
+rows costs no memory and is tokenised once. `data check` and training read conversations by the same functions.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,25 @@ from torch.utils.data import Dataset
 from llava_convert.assets.prompts import PromptTemplate, prompt_template
 from llava_convert.core.errors import InputError
 
-from .recipe import DATA_CHECK, DataRecipe, DataSet
+from .disk import unwritten
+from .recipe import DATA_CHECK, PLAIN_TEMPLATE, DataRecipe, DataSet
+from .rows import Row, not_the_file, read_rows, require_file
 
 IMAGE_TOKEN, IMAGE_INDEX, IGNORE_INDEX = "<image>", -200, -100
 # LLaVA's pretraining (llava/train/train.py, preprocess_plain): the picture, the caption and a line break; what the
 # human asks is left out.
-PLAIN = PromptTemplate(name="plain", user="{input}", suffix="\n", suffix_is_eos=True)
+PLAIN = PromptTemplate(name=PLAIN_TEMPLATE, user="{input}", suffix="\n", suffix_is_eos=True)
+_FORMAT = 2  # of the cache: another number is another cache
 _BATCH = 2000  # rows tokenised together
 _NO_BOS = ("QWenTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast")
+
+# What is left out of a set, and of rows of it; the words of every report.
+NO_ANSWER = "rows without an answer"
+CUT = "rows whose answer lies beyond max_length"
+EARLY_ANSWER = "answers before the first question"
+LATE_QUESTION = "questions without an answer"
+UNSEEN = "pictures that no <image> asks for"
+DROPPED = (NO_ANSWER, CUT)  # these are whole rows
 
 
 @dataclass(frozen=True)
@@ -42,67 +55,80 @@ class Turn:
     answer: str
 
 
-def require_file(path: Path) -> None:
-    """Raises InputError where a data file is not there."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such data file", hint=f"`{DATA_CHECK}` says what is missing")
+@dataclass(frozen=True)
+class Conversation:
+    """A row as it is trained on: its turns (none: there is nothing to learn), and what was left out of it.
+
+    `image` is what orders samples by modality, as in xtuner; `sees` is whether an `<image>` asks for it.
+    """
+
+    row: Row
+    turns: list[Turn]
+    sees: bool
+    left_out: tuple[str, ...]
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a json or jsonl file, each with its number from 1. Raises InputError naming the row that is none."""
-    require_file(path)
-    try:
-        if path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield number, _row(json.loads(line), path, number)
-        else:
-            found = json.loads(path.read_bytes())
-            if not isinstance(found, list):
-                raise InputError(f"{path}: not a list of conversations")
-            for number, row in enumerate(found, 1):
-                yield number, _row(row, path, number)
-    except ValueError as problem:
-        raise InputError(f"{path}: not JSON: {problem}") from None
+def template_of(name: str) -> PromptTemplate:
+    """xtuner's template of that name, or LLaVA's plain one."""
+    return PLAIN if name == PLAIN.name else prompt_template(name)
 
 
-def _row(row: Any, path: Path, number: int) -> dict[str, Any]:
-    turns = row.get("conversations") if isinstance(row, dict) else None
-    sound = isinstance(turns, list) and all(
-        isinstance(t, dict) and t.get("from") in ("human", "gpt", "system") and isinstance(t.get("value"), str)
-        for t in turns
-    )
-    image = row.get("image") if sound else None
-    if not sound or not (image is None or isinstance(image, str)):
-        raise InputError(f"{path}: row {number}: not a conversation of human and gpt about at most one picture")
-    return dict(row)
+def conversations(path: Path, template: PromptTemplate) -> Iterator[Conversation]:
+    """The rows of a file as turns.
+
+    Raises InputError naming the row that does not fit: more `<image>` than pictures, a system message that the template
+    has no place for.
+    """
+    for row in read_rows(path):
+        turns, left_out = turns_of(row, template, path)
+        marks = sum(turn.asked.count(IMAGE_TOKEN) for turn in turns)
+        pictures = int(row.image is not None)
+        if marks > pictures:
+            raise InputError(f"{row.at(path)}: {marks} {IMAGE_TOKEN} in its questions, {pictures} pictures")
+        if turns and pictures and not marks:
+            left_out = (*left_out, UNSEEN)
+        yield Conversation(row, turns, bool(marks), left_out)
 
 
-def turns_of(row: Mapping[str, Any], template: PromptTemplate) -> list[Turn]:
-    """Questions with their answers. `<image>` goes to the front of its message, on a line of its own.
+def turns_of(row: Row, template: PromptTemplate, path: Path) -> tuple[list[Turn], tuple[str, ...]]:
+    """Questions with their answers, and what was left out. `<image>` goes to the front of its message, on its line.
 
-    In the plain template a question is the picture alone. What a human says twice in a row is one question; answers
-    before the first question are left out.
+    In the plain template a question is the picture alone. What a human says twice in a row is one question. A system
+    message stands before the first question, as the template has it. Raises InputError where it cannot.
     """
     found: list[Turn] = []
-    asked = ""
-    seen = False
-    for message in row["conversations"]:
-        said = message["value"]
-        if message["from"] == "gpt":
-            if seen:
+    left_out: list[str] = []
+    system = asked = ""
+    open_question = False
+    for role, said in row.messages:
+        if role == "system":
+            if not said:
+                continue
+            if template.system is None or found or asked or system:
+                why = "has no place for one" if template.system is None else "has a place before the first question"
+                raise InputError(
+                    f"{row.at(path)}: a system message, and the prompt template {template.name} {why}",
+                    hint="take it out of the row, or choose another data.prompt_template",
+                )
+            system = template.system.replace("{system}", said)
+        elif role == "gpt":
+            if open_question or found:
                 user = template.user.replace("{round}", str(len(found) + 1)).replace("{input}", asked)
-                found.append(Turn(user + template.assistant, said))
-            asked = ""
-        elif message["from"] == "human":
-            seen = True
+                found.append(Turn(("" if found else system) + user + template.assistant, said))
+            else:
+                left_out.append(EARLY_ANSWER)
+            asked, open_question = "", False
+        else:
+            open_question = True
             if template is PLAIN:
                 said = IMAGE_TOKEN if IMAGE_TOKEN in said else ""
             elif IMAGE_TOKEN in said:
                 said = f"{IMAGE_TOKEN}\n{said.replace(IMAGE_TOKEN, '').strip()}".strip()
             asked += said
-    return found
+    learns = any(turn.answer or template.suffix or not template.suffix_is_eos for turn in found)
+    if not learns:
+        return [], (NO_ANSWER,)
+    return found, (*left_out, *((LATE_QUESTION,) if open_question else ()))
 
 
 @dataclass(frozen=True)
@@ -171,9 +197,8 @@ class Pictures:
     size: int
 
     def load(self, path: Path) -> torch.Tensor:
-        """Raises OSError or ValueError where the file is missing or no picture."""
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
+        """Raises OSError or ValueError where the file is missing or not a picture."""
+        picture = read_picture(path)
         if self.pad:
             picture = squared(picture, tuple(int(x * 255) for x in self.processor.image_mean))
         pixels: torch.Tensor = self.processor.preprocess(picture, return_tensors="pt")["pixel_values"][0]
@@ -182,6 +207,19 @@ class Pictures:
     def blank(self) -> torch.Tensor:
         """What a text-only sample sends through the tower, so that every process runs the same graph."""
         return torch.zeros(3, self.size, self.size)
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture as RGB, decoded to its last line. Raises OSError or ValueError where it cannot be."""
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except Image.DecompressionBombError as problem:
+        raise ValueError(str(problem)) from None
+    except (OSError, ValueError, SyntaxError) as problem:  # SyntaxError: what Pillow says of a broken PNG
+        with path.open("rb") as file:
+            stands_in = not_the_file(file.read(512))
+        raise ValueError(stands_in[0] if stands_in else str(problem)) from None
 
 
 def squared(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
@@ -197,29 +235,56 @@ def squared(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
 class Conversations(Dataset[Any]):
     """All sets of a recipe, one after the other.
 
-    `lengths` are tokens of text and picture markers, negative without a picture, for the sampler. Raises InputError for
-    files and rows that are wrong, for a folder of pictures where none of those asked for is, and where nothing is left.
+    `lengths` are tokens of text and picture markers, negative without a picture, for the sampler; `left_out` is what
+    the rows hold and nothing is learnt from, by set and reason. Raises InputError for files and rows that are wrong,
+    for pictures that do not exist, and for a set of which nothing is left.
     """
 
     def __init__(
-        self, recipe: DataRecipe, tokenizer: Any, pictures: Pictures, *, image_tokens: int, cache: Path | None = None
+        self,
+        recipe: DataRecipe,
+        tokenizer: Any,
+        pictures: Pictures,
+        *,
+        image_tokens: int,
+        cache: Path | None = None,
+        sets: Sequence[DataSet] = (),
     ) -> None:
-        template = PLAIN if recipe.prompt_template == PLAIN.name else prompt_template(recipe.prompt_template)
-        self.encoder = Encoder(tokenizer, template, recipe.max_length - image_tokens)
+        self.encoder = Encoder(tokenizer, template_of(recipe.prompt_template), recipe.max_length - image_tokens)
         self.pictures, self.skip = pictures, recipe.on_bad_image == "skip"
         self.root = Path(recipe.root)
-        self.sets: list[_Encoded] = []
-        for one in recipe.sets:
-            found = _encoded(self.root / one.file, self.encoder, cache)
-            _check_pictures(one, self.root, found)
-            self.sets += [found] * one.repeats
-        folders = [self.root / one.images for one in recipe.sets for _ in range(one.repeats)]
-        self.index = [
-            (s, i, folder) for s, folder in zip(self.sets, folders, strict=True) for i in range(len(s.images))
-        ]
-        if not self.index:
-            raise InputError(f"{', '.join(one.file for one in recipe.sets)}: no conversation with an answer to learn")
-        self.lengths = [s.length(i) for s, i, _ in self.index]
+        self.left_out: dict[str, dict[str, int]] = {}
+        self.index: list[tuple[_Encoded, int, Path]] = []
+        listings = Listings()
+        for one in sets or recipe.sets:
+            file, folder = self.root / one.file, self.root / one.images
+            found = _encoded(file, self.encoder, cache)
+            require_samples(len(found.rows), file)
+            require_pictures(file, folder, listings.missing(folder, found.named()), len(found.named()), self.skip)
+            found.keep()
+            self.left_out[one.name] = found.left_out
+            self.index += [(found, i, folder) for i in range(len(found.images))] * one.repeats
+
+    @property
+    def lengths(self) -> list[int]:
+        return [s.length(i) for s, i, _ in self.index]
+
+    def hold_out(self, count: int) -> Conversations:
+        """Take `count` samples, spread evenly, out of these; returns them as a set of their own.
+
+        Raises InputError where no more than one would be left of two.
+        """
+        if len(self.index) < 2 * count:
+            raise InputError(
+                f"{len(self.index)} conversations are too few to hold {count} of them out",
+                hint="--set eval.rows=… takes fewer; [[eval.set]] names data of its own",
+            )
+        step = len(self.index) // count
+        held: Conversations = object.__new__(Conversations)
+        held.__dict__.update(self.__dict__)
+        held.index = self.index[::step][:count]
+        self.index = [one for i, one in enumerate(self.index) if i % step or i // step >= count]
+        return held
 
     def __len__(self) -> int:
         return len(self.index)
@@ -231,21 +296,79 @@ class Conversations(Dataset[Any]):
             ids, learnt = encoded.sample(i)
             image = encoded.images[i]
             sample = {"ids": torch.from_numpy(ids), "labels": torch.from_numpy(np.where(learnt, ids, IGNORE_INDEX))}
-            if image is None:
+            if not image:
                 return {**sample, "pixel_values": self.pictures.blank()}
             try:
                 return {**sample, "pixel_values": self.pictures.load(folder / image)}
-            except (OSError, ValueError, Image.DecompressionBombError) as problem:
+            except (OSError, ValueError) as problem:
                 said = f"{encoded.path}: row {encoded.rows[i]}: picture {folder / image}: {problem}"
                 if not self.skip:
                     return InputError(said, hint='data.on_bad_image="skip" takes the next row instead')
-                print(f"skipped: {said}", flush=True)
+                print(f"skipped: {said}", file=sys.stderr, flush=True)
         return InputError("none of the pictures can be read")
+
+
+def left_out_words(left_out: Mapping[str, int]) -> list[str]:
+    """A line for each reason, rows before parts of rows."""
+    order = sorted(left_out, key=lambda reason: (reason not in DROPPED, reason))
+    return [f"left out: {left_out[reason]:,} {reason}" for reason in order if left_out[reason]]
+
+
+def require_samples(count: int, file: Path) -> None:
+    """Raises InputError for a set that nothing can be learnt from."""
+    if not count:
+        raise InputError(f"{file}: no conversation with an answer to learn", hint=f"`{DATA_CHECK}` counts what it has")
+
+
+def require_pictures(file: Path, folder: Path, missing: Mapping[str, str], named: int, skip: bool) -> None:
+    """Raises InputError where pictures are missing; where rows may be skipped, only where all are.
+
+    `missing` has the name of each picture that does not exist in `folder`, once.
+    """
+    if not missing or (skip and len(missing) < named):
+        return
+    which = "none of its pictures is" if len(missing) == named else f"{len(missing):,} of its pictures are not"
+    raise InputError(
+        f"{file}: {which} in {folder}, for instance {next(iter(missing))}",
+        hint=f"set data.root, and data.set.images relative to it; `{DATA_CHECK}` lists them and says how to get them",
+    )
+
+
+class Listings:
+    """Which files exist, asked a folder at a time: asking for a million files one by one takes long on network disks.
+
+    A link counts as what it leads to.
+    """
+
+    def __init__(self) -> None:
+        self.folders: dict[str, frozenset[str]] = {}
+
+    def missing(self, folder: Path, names: Iterable[str]) -> dict[str, str]:
+        """Of the pictures named in a folder those that do not exist, each with the folder that it should be in."""
+        found = {}
+        for name in dict.fromkeys(names):
+            where, _, last = str(folder / name).rpartition("/")
+            if last not in self.files(where or "/"):
+                found[name] = where
+        return found
+
+    def files(self, folder: str) -> frozenset[str]:
+        """Names of the files in a folder; none where it does not exist."""
+        if folder not in self.folders:
+            try:
+                with os.scandir(folder) as entries:
+                    self.folders[folder] = frozenset(e.name for e in entries if e.is_file())
+            except (OSError, ValueError):  # ValueError: a name that no file can have
+                self.folders[folder] = frozenset()
+        return self.folders[folder]
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """One file: sample i is `ids[offsets[i]:offsets[i + 1]]`, of row `rows[i]`, about `images[i]`."""
+    """One file: sample i is `ids[offsets[i]:offsets[i + 1]]`, of row `rows[i]`, about `images[i]`.
+
+    An image is None for text; the empty name is one that the sample does not see. `folder` is where the cache keeps it.
+    """
 
     path: Path
     ids: NDArray[np.int32]
@@ -253,6 +376,8 @@ class _Encoded:
     offsets: NDArray[np.int64]
     rows: list[int]
     images: list[str | None]
+    left_out: dict[str, int]
+    folder: Path | None = None
 
     def sample(self, i: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         span = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
@@ -262,23 +387,32 @@ class _Encoded:
         length = int(self.offsets[i + 1] - self.offsets[i])
         return length if self.images[i] is not None else -length
 
+    def named(self) -> list[str]:
+        """The pictures that samples see, each once."""
+        return list(dict.fromkeys(image for image in self.images if image))
+
+    def keep(self) -> None:
+        """Write it to the cache, unless it is there. Raises OutputError on a full disk."""
+        if self.folder is None or (self.folder / "rows.json").is_file():
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("ids", "learnt", "offsets"):
+                np.save(self.folder / f"{name}.npy", getattr(self, name))
+            text = json.dumps([self.rows, self.images, self.left_out])
+            (self.folder / "rows.json").write_text(text, encoding="utf-8")  # last: it is the mark
+        except OSError as problem:  # NumPy's has no number, and its own words
+            raise unwritten(problem, self.folder) from None
+
 
 def _encoded(path: Path, encoder: Encoder, cache: Path | None) -> _Encoded:
     """A file's samples, from the cache where it has been read before with the same tokenizer and template."""
     folder = None if cache is None else cache / _digest(path, encoder)
     if folder is None or not (folder / "rows.json").is_file():
-        made = _encode(path, encoder)
-        if folder is None:
-            return made
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("ids", "learnt", "offsets"):
-            np.save(folder / f"{name}.npy", getattr(made, name))
-        (folder / "rows.json").write_text(
-            json.dumps([made.rows, made.images]), encoding="utf-8"
-        )  # last: it is the mark
+        return _encode(path, encoder, folder)
     ids, learnt, offsets = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "learnt", "offsets"))
-    rows, images = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
-    return _Encoded(path, ids, learnt, offsets, rows, images)
+    rows, images, left_out = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+    return _Encoded(path, ids, learnt, offsets, rows, images, left_out, folder)
 
 
 def _digest(path: Path, encoder: Encoder) -> str:
@@ -287,6 +421,7 @@ def _digest(path: Path, encoder: Encoder) -> str:
     # A probe tells tokenizers apart better than their names do.
     probe = encoder([[Turn(f"{IMAGE_TOKEN}\nWhat is it? 是什么", "Two cats, 2024.")]])
     state = [
+        _FORMAT,
         str(path.resolve()),
         stat.st_size,
         stat.st_mtime_ns,
@@ -298,46 +433,37 @@ def _digest(path: Path, encoder: Encoder) -> str:
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:24]
 
 
-def _encode(path: Path, encoder: Encoder) -> _Encoded:
+def _encode(path: Path, encoder: Encoder, folder: Path | None) -> _Encoded:
     ids: list[NDArray[np.int32]] = []
     learnt: list[NDArray[np.bool_]] = []
     rows: list[int] = []
     images: list[str | None] = []
-    batch: list[tuple[int, str | None, list[Turn]]] = []
+    left_out: Counter[str] = Counter()
+    batch: list[Conversation] = []
 
     def flush() -> None:
-        for (number, image, _), (tokens, learn) in zip(batch, encoder([turns for *_, turns in batch]), strict=True):
+        for one, (tokens, learn) in zip(batch, encoder([one.turns for one in batch]), strict=True):
             if any(learn):
                 ids.append(np.array(tokens, np.int32))
                 learnt.append(np.array(learn))
-                rows.append(number)
-                images.append(image)
+                rows.append(one.row.number)
+                images.append(one.row.image if one.sees else None if one.row.image is None else "")
+            else:
+                left_out[CUT] += 1
+                left_out.subtract(one.left_out)
         batch.clear()
 
-    for number, row in read_rows(path):
-        turns = turns_of(row, encoder.template)
-        marks = sum(turn.asked.count(IMAGE_TOKEN) for turn in turns)
-        pictures = int(row.get("image") is not None)
-        if marks > pictures:
-            raise InputError(f"{path}: row {number}: {marks} <image> in the text, {pictures} pictures")
-        batch.append((number, row.get("image"), turns))
+    for one in conversations(path, encoder.template):
+        left_out.update(one.left_out)
+        if one.turns:
+            batch.append(one)
         if len(batch) == _BATCH:
             flush()
     flush()
     offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
     flat = np.concatenate(ids) if ids else np.zeros(0, np.int32)
-    return _Encoded(path, flat, np.concatenate(learnt) if ids else np.zeros(0, bool), offsets, rows, images)
-
-
-def _check_pictures(one: DataSet, root: Path, found: _Encoded) -> None:
-    """Whether the folder is the right one: of a few pictures spread over the file, not all may be missing."""
-    named = [image for image in found.images if image is not None]
-    probe = named[:: max(1, len(named) // 8)][:8]
-    if probe and not any((root / one.images / image).is_file() for image in probe):
-        raise InputError(
-            f"{found.path}: none of its pictures is in {root / one.images}, for instance {probe[0]}",
-            hint=f"set data.root, and data.set.images relative to it; `{DATA_CHECK}` shows the tree",
-        )
+    taught = np.concatenate(learnt) if ids else np.zeros(0, bool)
+    return _Encoded(path, flat, taught, offsets, rows, images, dict(+left_out), folder)
 
 
 def collate(samples: Sequence[Any]) -> dict[str, torch.Tensor] | InputError:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import timedelta
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,22 @@ from accelerate.utils import DistributedType, patch_environment
 from llava_convert.core.errors import InputError, UsageError
 from llava_convert.storage.zero.checkpoint import read_zero
 
-from .checkpoint import Progress, pickled_as_mmengines, point_at, unwritten
+from .checkpoint import Progress, pickled_as_mmengines, point_at
+from .disk import unwritten, writing
 from .recipe import Recipe
 
-STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+STAGES = {"zero1": 1, "zero2": 2, "zero2_offload": 2, "zero3": 3, "zero3_offload": 3}
+# xtuner calls its configs so.
+WORDS = (*STAGES, *(f"deepspeed_{stage}" for stage in STAGES))
 
 
 def deepspeed_plugin(recipe: Recipe, stage: str) -> Any:
-    """accelerate's plugin for `zero1`, `zero2` or `zero3`. Raises UsageError for other words and without DeepSpeed."""
-    if stage not in STAGES:
-        raise UsageError(f"--deepspeed {stage}: it is one of {', '.join(STAGES)}")
+    """accelerate's plugin for one of WORDS; `offload` keeps the optimiser, of ZeRO-3 the weights too, with the CPU.
+
+    Raises UsageError for other words and without DeepSpeed.
+    """
+    if stage not in WORDS:
+        raise UsageError(f"--deepspeed {stage}: it is one of {', '.join(WORDS)}")
     if find_spec("deepspeed") is None:
         raise UsageError(
             "--deepspeed needs DeepSpeed, which is not installed", hint="pip install 'llava-convert[deepspeed]'"
@@ -37,12 +42,17 @@ def deepspeed_plugin(recipe: Recipe, stage: str) -> Any:
     from accelerate import DeepSpeedPlugin
 
     settings = recipe.train
+    stage = stage.removeprefix("deepspeed_")
+    zero: dict[str, Any] = {"stage": STAGES[stage], "overlap_comm": torch.cuda.is_available()}
+    if stage.endswith("_offload"):
+        cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero |= {"offload_optimizer": cpu} | ({"offload_param": cpu} if STAGES[stage] == 3 else {})
     return DeepSpeedPlugin(
         hf_ds_config={
             "train_micro_batch_size_per_gpu": settings.batch_size,
             "gradient_accumulation_steps": settings.accumulate,
             "gradient_clipping": settings.max_norm,
-            "zero_optimization": {"stage": STAGES[stage], "overlap_comm": torch.cuda.is_available()},
+            "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": settings.dtype == "bf16"},
@@ -63,7 +73,7 @@ def write_folder(engine: Any, path: Path, schedulers: list[dict[str, Any]], prog
         if main:
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         torch.distributed.barrier()
-        with _writing():
+        with writing():
             engine.save_checkpoint(
                 str(path.parent), tag=partial.name, client_state=client, save_latest=False,
                 exclude_frozen_parameters=True,
@@ -76,17 +86,6 @@ def write_folder(engine: Any, path: Path, schedulers: list[dict[str, Any]], prog
     except OSError as problem:
         shutil.rmtree(partial, ignore_errors=True)
         raise unwritten(problem, path) from None
-
-
-@contextmanager
-def _writing() -> Iterator[None]:
-    """torch's own writer of files tells of a full disk by a RuntimeError that names its source file, without errno."""
-    try:
-        yield
-    except RuntimeError as problem:
-        if "inline_container" not in str(problem) and "PytorchStreamWriter" not in str(problem):
-            raise
-        raise OSError(errno.ENOSPC, "the disk is full, or allows no file of that size") from problem
 
 
 def load_folder(engine: Any, path: Path, stage: int) -> None:
@@ -148,9 +147,16 @@ def gathered(
     if not accelerator.is_main_process:
         return {}, {}
     numbers = {name: i for i, (name, _) in enumerate(model.named_parameters())}
-    group = {k: v for k, v in moments["param_groups"][0].items() if k != "params"}
     found = {numbers[name]: values for name, values in moments["state"].items()}
-    return state, {"state": found, "param_groups": [{**group, "params": list(numbers.values())}]}
+    shares = _shares(list(numbers.values()), optimizer)
+    groups = [{**group, "params": share} for group, share in zip(moments["param_groups"], shares, strict=True)]
+    return state, {"state": found, "param_groups": groups}
+
+
+def _shares(every: list[Any], optimizer: Any) -> list[list[Any]]:
+    """What is given for all parameters in the module's order, cut into the optimiser's groups."""
+    ends = list(accumulate(len(group["params"]) for group in optimizer.param_groups))
+    return [every[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def spread(wrapped: Any, model: torch.nn.Module, optimizer: Any, moments: Mapping[int, Any]) -> None:
@@ -158,10 +164,13 @@ def spread(wrapped: Any, model: torch.nn.Module, optimizer: Any, moments: Mappin
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
     names = [name for name, _ in model.named_parameters()]
-    group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    shares = _shares(names, optimizer)
     state: dict[str, Any] = {
         "state": {names[i]: dict(one) for i, one in moments.items()},
-        "param_groups": [{**group, "params": names}],
+        "param_groups": [
+            {**{k: v for k, v in group.items() if k != "params"}, "params": share}
+            for group, share in zip(optimizer.param_groups, shares, strict=True)
+        ],
     }
     set_optimizer_state_dict(
         wrapped, optimizer.optimizer, state, options=StateDictOptions(full_state_dict=True, strict=False)

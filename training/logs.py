@@ -1,4 +1,4 @@
-"""What a run says of itself: JSON lines, lines for people, TensorBoard where it is installed, the loss as a picture."""
+"""What a run says of itself: JSON lines, lines for people, the loss as a picture, and accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import unwritten
+from .disk import unwritten
 
 FILE, CURVE = "log.jsonl", "loss.png"
 SCALARS = ("lr", "grad_norm", "loss", "time")
@@ -30,11 +29,6 @@ class Log:
         self.rows = [row for row in _rows(path) if row["iter"] <= start] if start else []
         self.file = path.open("w", encoding="utf-8")
         self.file.writelines(json.dumps(row) + "\n" for row in self.rows)
-        self.board: Any = None
-        if find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def add(self, iteration: int, values: Mapping[str, float | None]) -> None:
         """Log an iteration, counted from 1."""
@@ -47,9 +41,6 @@ class Log:
             self.file.flush()
         except OSError as problem:
             raise unwritten(problem, self.folder / FILE) from None
-        if self.board is not None:
-            for name in ("loss", "lr"):
-                self.board.add_scalar(f"train/{name}", values[name], iteration)
         if iteration % self.every == 0 or iteration in (self.start + 1, self.iterations):
             left = timedelta(seconds=round(eta))
             print(
@@ -69,8 +60,6 @@ class Log:
     def close(self) -> None:
         with suppress(OSError):  # a full disk was told of by then
             self.file.close()
-        if self.board is not None:
-            self.board.close()
         if not self.rows:
             return
         with suppress(OSError):

@@ -7,7 +7,7 @@ the projector; of a part under LoRA the adapter alone; of a frozen part nothing.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -120,18 +120,19 @@ class Llava(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor,
-        labels: torch.Tensor,
+        labels: torch.Tensor | None,
         attention_mask: torch.Tensor,
         pixel_values: torch.Tensor,
     ) -> torch.Tensor:
         """The mean loss over the answers' tokens of a batch; the picture takes the place of its marker.
 
         ids, labels and mask are (samples, tokens), pictures (samples, 3, size, size): one a sample, seen or not.
+        Without labels: the logits of what comes next, (samples, vocabulary).
         """
         embed = self.llm.get_input_embeddings()
         rows, targets = [], []
         for ids, wanted, mask, picture in zip(
-            input_ids, labels, attention_mask, self.features(pixel_values), strict=True
+            input_ids, input_ids if labels is None else labels, attention_mask, self.features(pixel_values), strict=True
         ):
             ids, wanted = ids[mask], wanted[mask]
             words = embed(ids.clamp(min=0))
@@ -149,8 +150,10 @@ class Llava(nn.Module):
             inputs_embeds=pad(rows, batch_first=True),
             attention_mask=real,
             position_ids=torch.where(real, places, 0),
-            labels=pad(targets, batch_first=True, padding_value=IGNORE_INDEX),
+            labels=None if labels is None else pad(targets, batch_first=True, padding_value=IGNORE_INDEX),
         )
+        if labels is None:
+            return cast(torch.Tensor, found.logits[torch.arange(len(rows)), lengths - 1])
         return cast(torch.Tensor, found.loss)
 
     def trained_state(self, state: Mapping[str, torch.Tensor] | None = None) -> State:
@@ -173,6 +176,18 @@ class Llava(nn.Module):
                     found[name] = tensor
         return found
 
+    def require_fit(self, found: Mapping[str, Sequence[int]], where: str) -> None:
+        """Raises InputError where a trained tensor, by name and shape, has no place here."""
+        mine = dict(self.named_parameters(remove_duplicate=False))
+        # ZeRO-3 leaves of a parameter no more than its share, and what its shape was.
+        shapes = {name: getattr(one, "ds_shape", one.shape) for name, one in mine.items() if name in found}
+        wrong = [name for name, shape in found.items() if tuple(shapes.get(name, ())) != tuple(shape)]
+        if wrong:
+            raise InputError(
+                f"{where}: {len(wrong)} tensors do not fit this model, for instance {wrong[0]}",
+                hint="is it a checkpoint of these base models, with the same parts under LoRA?",
+            )
+
     def load_trained(self, state: Mapping[str, torch.Tensor], where: str, *, complete: bool = False) -> None:
         """Put trained tensors in their places, by xtuner's names.
 
@@ -180,17 +195,8 @@ class Llava(nn.Module):
         What is there of a part under LoRA without the adapter's infix does not fit and is refused too, where xtuner
         passes over it in silence.
         """
+        self.require_fit({name: tensor.shape for name, tensor in state.items()}, where)
         mine = dict(self.named_parameters(remove_duplicate=False))
-        strange = [name for name in state if name not in mine]
-        # ZeRO-3 leaves of a parameter no more than its share, and what its shape was.
-        shapes = {name: getattr(mine[name], "ds_shape", mine[name].shape) for name in state if name in mine}
-        wrong = [name for name, shape in shapes.items() if shape != state[name].shape]
-        if strange or wrong:
-            name = (strange or wrong)[0]
-            raise InputError(
-                f"{where}: {len(strange) + len(wrong)} tensors do not fit this model, for instance {name}",
-                hint="is it a checkpoint of these base models, with the same parts under LoRA?",
-            )
         missing = [name for name in self.trained_state() if complete and name not in state]
         if missing:
             raise InputError(
@@ -215,12 +221,15 @@ def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
 @contextmanager
 def loading(name: str) -> Iterator[None]:
     """Whatever transformers raises for a base model that it cannot load becomes an InputError."""
+    hint = "model.llm and model.visual_encoder are folders, or ids of the hub: --set model.llm=FOLDER"
+    if Path(name).is_absolute() and not Path(name).is_dir():  # which transformers takes for an id of the hub
+        raise InputError(f"{name}: there is no such folder", hint=hint)
     try:
         yield
     except (OSError, ValueError) as problem:
         raise InputError(
             f"{name}: cannot be loaded: {str(problem).splitlines()[0]}",
-            hint="model.llm and model.visual_encoder are folders, or ids of the hub: --set model.llm=FOLDER",
+            hint=hint,
         ) from problem
 
 
@@ -239,6 +248,13 @@ def _language_model(recipe: ModelRecipe, *, empty: bool) -> Any:
         with loading(recipe.llm):
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe.llm))
     options: dict[str, Any] = {"dtype": DTYPES[recipe.llm_dtype]}
+    if recipe.attention:
+        if recipe.attention == "flash_attention_2" and find_spec("flash_attn") is None:
+            raise UsageError(
+                "model.attention flash_attention_2 needs flash-attn, which is not installed",
+                hint="pip install flash-attn --no-build-isolation, or --set model.attention=sdpa",
+            )
+        options["attn_implementation"] = recipe.attention
     if recipe.quantization:
         if find_spec("bitsandbytes") is None:
             raise UsageError(
@@ -292,6 +308,12 @@ def _is_trained(name: str, lora: Lora | None, *, frozen: bool) -> bool:
 
 def read_trained(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a stage-1 checkpoint of any layout, by xtuner's names, nothing of it executed."""
+    with FilePool() as pool:
+        return {name: as_tensor(read_whole(pool, one), one.dtype) for name, one in stored_trained(path).items()}
+
+
+def stored_trained(path: Path) -> dict[str, StoredTensor]:
+    """The same by their headers."""
     checkpoint, _ = open_checkpoint(path, None, OpenOptions())
     stored: dict[str, StoredTensor] = {}
     if checkpoint.layout == "pth":
@@ -305,8 +327,7 @@ def read_trained(path: Path) -> dict[str, torch.Tensor]:
                 # In a model peft names the adapter too, in its files not.
                 name = name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
                 stored[f"{prefix}.base_model.model.{name.partition('.')[2]}"] = tensor
-    with FilePool() as pool:
-        return {name: as_tensor(read_whole(pool, one), one.dtype) for name, one in stored.items()}
+    return stored
 
 
 def as_tensor(values: Any, dtype: str) -> torch.Tensor:

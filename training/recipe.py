@@ -7,6 +7,7 @@ one after the other: each stage overrides what stands above it, and starts from 
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 import tomllib
 import types
@@ -14,16 +15,23 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from llava_convert.assets.prompts import prompt_templates
 from llava_convert.core.errors import ConvertError, InputError, UsageError
 from llava_convert.core.resources import data_dir
 
+from .hints import nearest_key, nearest_recipe
+
 DTYPES = ("fp32", "bf16", "fp16")
+PARTS = ("llm", "visual_encoder", "projector")  # in the module's order
 DATA_CHECK = "llava-convert data check RECIPE"  # what tells of missing data; `hints_name` puts the recipe in
 ON_BAD_IMAGE = ("fail", "skip")
+SAMPLERS = ("length_grouped", "shuffle")
+ATTENTION = ("", "eager", "sdpa", "flash_attention_2", "flex_attention")
+TRACKERS = ("tensorboard", "wandb", "trackio")
+PLAIN_TEMPLATE = "plain"  # of LLaVA's first stage; xtuner has no such one
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,11 @@ class Lora:
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """The parts, and what is trained of each. `pretrained` is a stage 1: `.pth`, xtuner folder, `mm_projector.bin`."""
+    """The parts, and what is trained of each.
+
+    `pretrained` is a stage 1: its work_dir (the newest checkpoint there), `.pth`, xtuner folder or `mm_projector.bin`.
+    `attention` is transformers' `attn_implementation` of the language model; empty: what transformers chooses.
+    """
 
     llm: str
     visual_encoder: str
@@ -53,6 +65,7 @@ class ModelRecipe:
     quantization: str = ""
     pretrained: str = ""
     gradient_checkpointing: bool = True
+    attention: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,37 +80,71 @@ class DataSet:
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """What is trained on. `max_length` counts text and picture tokens together; the picture's share is taken off."""
+    """What is trained on. `max_length` counts text and picture tokens together; the picture's share is taken off.
+
+    `sampler`: batches of one modality and of like lengths, or a plain shuffle. Without `pad_image_to_square` a picture
+    is resized and its middle is cut out.
+    """
 
     sets: tuple[DataSet, ...]
     root: str = "."
     prompt_template: str = "llama3_chat"
     max_length: int = 2048
     pad_image_to_square: bool = True
+    sampler: str = "length_grouped"
     on_bad_image: str = "fail"
     workers: int = 4
 
 
 @dataclass(frozen=True)
 class TrainRecipe:
-    """The optimiser and its schedule. An iteration is one micro-batch, as xtuner counts; `accumulate` make a step."""
+    """The optimiser and its schedule. An iteration is one micro-batch, as xtuner counts; `accumulate` make a step.
+
+    `lr_…` is the rate of one part, where it is not `lr`. `mmengine_warmup`: a warm-up of one iteration leaves the rate
+    at `warmup_start` for the whole run, as mmengine has it; without, such a warm-up is none. `keep`: -1 keeps all.
+    """
 
     batch_size: int = 1
     accumulate: int = 1
     epochs: float = 1
     max_iters: int | None = None
     lr: float = 1e-3
+    lr_llm: float | None = None
+    lr_visual_encoder: float | None = None
+    lr_projector: float | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_norm: float = 1.0
     warmup_ratio: float = 0.03
     warmup_start: float = 1e-5
+    mmengine_warmup: bool = False
     save_steps: int = 500
     keep: int = 2
     seed: int = 1024
     dtype: str = "bf16"
     log_every: int = 10
+    trackers: tuple[str, ...] = ()
+
+    def rate_of(self, part: str) -> float:
+        """The peak of the learning rate of `llm`, `visual_encoder` or `projector`."""
+        own: float | None = getattr(self, f"lr_{part}")
+        return self.lr if own is None else own
+
+
+@dataclass(frozen=True)
+class EvalRecipe:
+    """The loss on conversations that are not trained on, and sample answers, `every` so many iterations; 0: none.
+
+    They are those of `sets` ([[eval.set]]), or else `rows` of the training data, which are then held out of it. The
+    first `answers` questions of them are answered, in `max_tokens` at most.
+    """
+
+    every: int = 0
+    sets: tuple[DataSet, ...] = ()
+    rows: int = 64
+    answers: int = 4
+    max_tokens: int = 48
 
 
 @dataclass(frozen=True)
@@ -116,25 +163,60 @@ class Recipe:
     model: ModelRecipe
     data: DataRecipe
     train: TrainRecipe = field(default_factory=TrainRecipe)
+    eval: EvalRecipe = field(default_factory=EvalRecipe)
     build: BuildRecipe | None = None
     stage: str = ""
 
     def __post_init__(self) -> None:
+        model, data, train = self.model, self.data, self.train
+        rates = (train.lr, *map(train.rate_of, PARTS))
+        loras = [lora for lora in (model.llm_lora, model.visual_encoder_lora) if lora is not None]
+        templates = (*prompt_templates(), PLAIN_TEMPLATE)
         wrong = {
-            "model.llm_dtype": (self.model.llm_dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
-            "model.quantization": (self.model.quantization in ("", "nf4"), '"" or "nf4"'),
-            "model.projector_depth": (self.model.projector_depth > 0, "at least 1"),
-            "data.on_bad_image": (self.data.on_bad_image in ON_BAD_IMAGE, f"one of {', '.join(ON_BAD_IMAGE)}"),
-            "data.set": (len(self.data.sets) > 0, "at least one table [[data.set]]"),
-            "train.dtype": (self.train.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
-            "train.batch_size": (self.train.batch_size > 0, "at least 1"),
-            "train.accumulate": (self.train.accumulate > 0, "at least 1"),
-            "train.save_steps": (self.train.save_steps > 0, "at least 1"),
-            "train.lr": (self.train.lr > 0, "above 0"),
+            "model.llm_dtype": (model.llm_dtype in DTYPES, _one_of(DTYPES)),
+            "model.quantization": (model.quantization in ("", "nf4"), '"" or "nf4"'),
+            "model.projector_depth": (model.projector_depth > 0, "at least 1"),
+            "model.attention": (model.attention in ATTENTION, _one_of(ATTENTION[1:])),
+            "the r of a LoRA": (all(lora.r > 0 for lora in loras), "at least 1"),
+            "the dropout of a LoRA": (all(0 <= lora.dropout < 1 for lora in loras), "from 0 to below 1"),
+            "data.prompt_template": (
+                data.prompt_template in templates,
+                f"{_one_of(templates)}; nearest: {nearest_key([data.prompt_template], templates)}",
+            ),
+            "data.max_length": (data.max_length > 0, "at least 1"),
+            "data.sampler": (data.sampler in SAMPLERS, _one_of(SAMPLERS)),
+            "data.on_bad_image": (data.on_bad_image in ON_BAD_IMAGE, _one_of(ON_BAD_IMAGE)),
+            "data.workers": (data.workers >= 0, "at least 0"),
+            "data.set": (len(data.sets) > 0, "at least one table [[data.set]]"),
+            "data.set.repeats": (all(one.repeats > 0 for one in data.sets), "at least 1"),
+            "train.dtype": (train.dtype in DTYPES, _one_of(DTYPES)),
+            "train.batch_size": (train.batch_size > 0, "at least 1"),
+            "train.accumulate": (train.accumulate > 0, "at least 1"),
+            "train.epochs": (0 < train.epochs < math.inf, "above 0"),
+            "train.max_iters": (train.max_iters is None or train.max_iters > 0, "at least 1"),
+            "train.lr": (all(0 < rate < math.inf for rate in rates), "above 0"),
+            "train.betas": (all(0 <= beta < 1 for beta in train.betas), "from 0 to below 1"),
+            "train.eps": (train.eps > 0, "above 0"),
+            "train.weight_decay": (0 <= train.weight_decay < math.inf, "at least 0"),
+            "train.max_norm": (train.max_norm > 0, "above 0"),
+            "train.warmup_ratio": (0 <= train.warmup_ratio < 1, "from 0 to below 1"),
+            "train.warmup_start": (0 < train.warmup_start <= 1, "above 0, and 1 at most"),
+            "train.save_steps": (train.save_steps > 0, "at least 1"),
+            "train.keep": (train.keep > 0 or train.keep == -1, "at least 1, or -1 to keep all"),
+            "train.log_every": (train.log_every > 0, "at least 1"),
+            "train.trackers": (set(train.trackers) <= set(TRACKERS), f"of {', '.join(TRACKERS)}"),
+            "eval.every": (self.eval.every >= 0, "at least 0"),
+            "eval.rows": (self.eval.rows > 0, "at least 1"),
+            "eval.answers": (self.eval.answers >= 0, "at least 0"),
+            "eval.max_tokens": (self.eval.max_tokens > 0, "at least 1"),
         }
         for key, (right, expected) in wrong.items():
             if not right:
                 raise UsageError(f"recipe {self.name}: {key} must be {expected}")
+
+
+def _one_of(words: Iterable[str]) -> str:
+    return f"one of {', '.join(words)}"
 
 
 def recipe_names() -> list[str]:
@@ -165,10 +247,11 @@ def load_recipe(source: str, overrides: Iterable[str] = ()) -> tuple[Recipe, ...
     if path.suffix != ".toml":
         path = data_dir("training") / "recipes" / f"{source}.toml"
     if not path.is_file():
-        close = get_close_matches(source, recipe_names(), n=1, cutoff=0.0)
+        if source.endswith(".toml"):
+            raise InputError(f"{source}: no such file", hint="`llava-convert train --list` shows what there is")
         raise InputError(
             f"there is no recipe {source}",
-            hint=f"nearest: {close[0]}; all: {', '.join(recipe_names())}" if close else None,
+            hint=f"nearest: {nearest_recipe(source, recipe_names())}; `llava-convert train --list` shows all",
         )
     try:
         top = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -190,9 +273,14 @@ def load_recipe(source: str, overrides: Iterable[str] = ()) -> tuple[Recipe, ...
                 if keys[0] != stage.get("name"):
                     continue
                 keys = keys[1:]
-            _put(table, _full(keys), value)
-        if isinstance(table.get("data"), dict) and "set" in table["data"]:
-            table["data"]["sets"] = table["data"].pop("set")
+            keys = _full(keys)
+            if keys[0] not in {f.name for f in dataclasses.fields(Recipe)}:
+                near = nearest_key(keys, [*_keys(), *(f"{name}.{key}" for name in names if name for key in _keys())])
+                raise UsageError(f"--set {'.'.join(keys)}: a recipe has no such key", hint=f"nearest: {near}")
+            _put(table, keys, value)
+        for part in ("data", "eval"):
+            if isinstance(table.get(part), dict) and "set" in table[part]:
+                table[part]["sets"] = table[part].pop("set")
         found.append(typing.cast(Recipe, _build(Recipe, table, f"recipe {table['name']}", "")))
     return tuple(found)
 
@@ -211,11 +299,18 @@ def _override(text: str) -> tuple[list[str], Any]:
 def _full(keys: list[str]) -> list[str]:
     """`lr` → `train.lr`, where only one table has that key."""
     if len(keys) == 1 and keys[0] != "name":
-        tables = {"model": ModelRecipe, "data": DataRecipe, "train": TrainRecipe}
-        homes = [t for t, cls in tables.items() if keys[0] in {f.name for f in dataclasses.fields(cls)}]
+        homes = [t for t, cls in _TABLES.items() if keys[0] in {f.name for f in dataclasses.fields(cls)}]
         if len(homes) == 1:
             return [homes[0], keys[0]]
     return keys
+
+
+_TABLES: dict[str, Any] = {"model": ModelRecipe, "data": DataRecipe, "train": TrainRecipe, "eval": EvalRecipe}
+
+
+def _keys() -> list[str]:
+    """Every key that can be set, with its table."""
+    return [f"{table}.{f.name}" for table, cls in _TABLES.items() for f in dataclasses.fields(cls)]
 
 
 def _put(table: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -243,8 +338,8 @@ def _build(cls: Any, table: Any, where: str, at: str) -> Any:
     known = {f.name: f for f in dataclasses.fields(cls)}
     for key in table:
         if key not in known:
-            close = get_close_matches(key, known, n=1, cutoff=0.0)
-            raise UsageError(f"{where}: there is no {at}{key}", hint=f"nearest: {at}{close[0]}" if close else None)
+            near = nearest_key([*at.split(".")[:-1], key], [*(f"{at}{name}" for name in known), *_keys()])
+            raise UsageError(f"{where}: there is no {at}{key}", hint=f"nearest: {near}")
     missing = [
         name
         for name, f in known.items()
@@ -287,6 +382,7 @@ def as_toml(recipe: Recipe) -> str:
         ("model", recipe.model),
         ("data", recipe.data),
         ("train", recipe.train),
+        ("eval", recipe.eval),
         ("build", recipe.build),
     ):
         if part is None:

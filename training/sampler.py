@@ -1,49 +1,97 @@
-"""The order of the data: batches of samples of one modality and of like lengths, so that little is padding.
+"""The order of the data, epoch by epoch: a plain shuffle, or batches of one modality and of like lengths.
 
-The order is xtuner's (LengthGroupedSampler of 0.1.23, after transformers' and LLaVA's), for the same seed and number of
-processes; so a run of the one can be taken up by the other.
+Both are xtuner 0.1.23's (mmengine's DefaultSampler; its own LengthGroupedSampler, after transformers' and LLaVA's), for
+the same seed and number of processes; so a run of the one can be taken up by the other.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.utils.data import Sampler
 
 
-class LengthGrouped(Sampler[int]):
-    """Endless indices for one process, epoch after epoch, from the `start`th of the run on.
+class Order(Protocol):
+    """The samples of one process in each epoch."""
 
-    `lengths` are in tokens, negative for samples without a picture (LLaVA's "modality lengths"). `group` is how many
-    samples one process takes for one step of the optimiser.
-    """
-
-    def __init__(
-        self, lengths: Sequence[int], group: int, *, seed: int, rank: int = 0, world: int = 1, start: int = 0
-    ) -> None:
-        self.start = start
-        self.lengths, self.group, self.seed = lengths, group, seed
-        self.rank, self.world = rank, world
-        # Every process gets whole groups, the last filled up from the start of the order.
-        self.samples = math.ceil(len(lengths) / world / group) * group
-
-    def __len__(self) -> int:
-        """Samples of one epoch, for one process."""
-        return self.samples
+    @property
+    def samples(self) -> int:
+        """How many one process takes in an epoch."""
+        ...
 
     def epoch(self, number: int) -> list[int]:
-        """The indices of this process in an epoch."""
-        order = grouped_order(self.lengths, self.group * self.world, seed=self.seed + number)
-        total = self.samples * self.world
-        order = (order * (total // len(order) + 1))[:total]
-        return order[self.rank :: self.world]
+        """Their indices, in order; the first epoch is 0."""
+        ...
 
-    def __iter__(self) -> Iterator[int]:
-        number, skip = divmod(self.start, self.samples)
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Every sample once, at random; the last processes take some of the first ones again to have as many."""
+
+    count: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def samples(self) -> int:
+        return math.ceil(self.count / self.world)
+
+    def epoch(self, number: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed + number)
+        order = torch.randperm(self.count, generator=generator).tolist()
+        return _share(order, self.samples, self.rank, self.world)
+
+
+@dataclass(frozen=True)
+class LengthGrouped:
+    """Batches of like lengths, so that little is padding.
+
+    `lengths` are in tokens, negative for samples without a picture (LLaVA's "modality lengths"). `group` is how many
+    samples one process takes for one step of the optimiser: every process gets whole groups, the last filled up from
+    the start of the order.
+    """
+
+    lengths: Sequence[int]
+    group: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def samples(self) -> int:
+        return math.ceil(len(self.lengths) / self.world / self.group) * self.group
+
+    def epoch(self, number: int) -> list[int]:
+        order = grouped_order(self.lengths, self.group * self.world, seed=self.seed + number)
+        return _share(order, self.samples, self.rank, self.world)
+
+
+def _share(order: list[int], samples: int, rank: int, world: int) -> list[int]:
+    total = samples * world
+    return (order * (total // len(order) + 1))[:total][rank::world]
+
+
+class Batches(Sampler[list[int]]):
+    """Endless batches, epoch after epoch, from the `start`th of the run on. The last one of an epoch may be smaller."""
+
+    def __init__(self, order: Order, size: int, *, start: int = 0) -> None:
+        self.order, self.size, self.start = order, size, start
+
+    def __len__(self) -> int:
+        """Batches of one epoch."""
+        return math.ceil(self.order.samples / self.size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        number, skip = divmod(self.start, len(self))
         while True:
-            yield from self.epoch(number)[skip:]
+            epoch = self.order.epoch(number)
+            for at in range(skip * self.size, len(epoch), self.size):
+                yield epoch[at : at + self.size]
             number, skip = number + 1, 0
 
 

@@ -11,26 +11,30 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, ProjectConfiguration
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from llava_convert.core.errors import ConvertError, InputError, UsageError
 
 from . import distributed
-from .checkpoint import Progress, Resumable, checkpoints, prune, read_checkpoint, write_checkpoint
-from .data import Conversations, Pictures, collate
+from .checkpoint import Progress, Resumable, checkpoints, prune, read_checkpoint, stage_one, write_checkpoint
+from .data import Conversations, Pictures, collate, left_out_words
+from .evaluate import Evaluation, forget_later
 from .logs import Log
 from .model import Llava, loading, vision_config
-from .recipe import Recipe
-from .sampler import LengthGrouped
+from .recipe import PARTS, Recipe, TrainRecipe
+from .sampler import Batches, LengthGrouped, Order, Shuffled
 from .schedule import Schedule
 from .xtuner_config import as_xtuner_config
 
@@ -42,12 +46,15 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
     settings that this machine cannot do.
     """
     settings = recipe.train
+    if recipe.model.pretrained:
+        first = str(stage_one(recipe.model.pretrained))
+        recipe = replace(recipe, model=replace(recipe.model, pretrained=first))
     recipe = _found_from(work_dir, recipe)
     vision = vision_config(recipe.model.visual_encoder)
     image_tokens = (vision.image_size // vision.patch_size) ** 2
     # Refuses what xtuner's format cannot say, before anything is loaded.
-    config = as_xtuner_config(recipe, image_tokens=image_tokens)
-    accelerator = _accelerator(recipe, deepspeed)
+    as_xtuner_config(recipe, image_tokens=image_tokens)
+    accelerator = _accelerator(recipe, work_dir, deepspeed)
     main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
     found = checkpoints(work_dir) if resume else []
     last = found[-1] if found else None
@@ -64,23 +71,40 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
     with loading(recipe.model.visual_encoder):
         processor = AutoImageProcessor.from_pretrained(recipe.model.visual_encoder)
     pictures = Pictures(processor, recipe.data.pad_image_to_square, vision.image_size)
+    read = partial(
+        Conversations, recipe.data, tokenizer, pictures, image_tokens=image_tokens, cache=work_dir / "tokens"
+    )
+    evaluation = None
     with accelerator.main_process_first():  # the first one fills the cache of token ids
-        data = Conversations(recipe.data, tokenizer, pictures, image_tokens=image_tokens, cache=work_dir / "tokens")
+        data = read()
+        if recipe.eval.every:
+            held_out = read(sets=recipe.eval.sets) if recipe.eval.sets else data.hold_out(recipe.eval.rows)
+            evaluation = Evaluation(recipe.eval, held_out, tokenizer, settings.batch_size)
+    for name, left_out in data.left_out.items() if main else ():
+        for line in left_out_words(left_out):
+            print(f"{name}: {line}", file=sys.stderr)
 
     # --- length of the run
     group = settings.batch_size * settings.accumulate
-    sampler = LengthGrouped(data.lengths, group, seed=seed, rank=rank, world=world)
-    epoch = len(sampler) // settings.batch_size  # iterations
+    order: Order = (
+        LengthGrouped(data.lengths, group, seed, rank, world)
+        if recipe.data.sampler == "length_grouped"
+        else Shuffled(len(data), seed, rank, world)
+    )
+    batches = Batches(order, settings.batch_size, start=start)
+    epoch = len(batches)  # iterations
     iterations = settings.max_iters or int(settings.epochs * epoch)
-    iterations = -(-iterations // settings.accumulate) * settings.accumulate
+    # What does not fill a step at the end makes a smaller one, as in mmengine's OptimWrapper.
+    tail = iterations % settings.accumulate
     # Saved between two steps of the optimiser, a checkpoint would lose gradients.
     save_every = -(-settings.save_steps // settings.accumulate) * settings.accumulate
-    schedule = Schedule(settings.lr, iterations, int(settings.warmup_ratio * iterations), settings.warmup_start)
+    schedule = Schedule.of_recipe(settings, iterations)
+    config = as_xtuner_config(recipe, image_tokens=image_tokens, warm=schedule.warmup > 0)
 
     if main and schedule.warmup == 1:
         print(
             f"a warm-up of one iteration leaves the rate at {schedule.at(0):.1e}, as mmengine has it: "
-            "--set warmup_ratio=0, or more",
+            "--set mmengine_warmup=false, or a larger warmup_ratio",
             file=sys.stderr,
         )
     if main and taken_up and taken_up.processes and taken_up.config != config:
@@ -99,9 +123,15 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
         model.load_trained(taken_up.state, str(last), complete=True)
 
     # --- optimiser: of every parameter, in the module's order, so that its state has mmengine's numbers
-    optimizer = torch.optim.AdamW(model.parameters(), settings.lr, settings.betas, settings.eps, settings.weight_decay)
-    for one in optimizer.param_groups:
-        one["initial_lr"] = settings.lr
+    groups = _groups(model, settings)
+    schedules = [Schedule.of_recipe(settings, iterations, part=part) for part in groups]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": parameters, "lr": one.lr, "initial_lr": one.lr}
+            for parameters, one in zip(groups.values(), schedules, strict=True)
+        ],
+        settings.lr, settings.betas, settings.eps, settings.weight_decay,
+    )  # fmt: skip
     if taken_up and taken_up.optimizer and not fsdp:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": taken_up.optimizer})
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -111,16 +141,18 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
         distributed.load_folder(wrapped, last, zero)
 
     # --- loop
-    sampler.start = start * settings.batch_size
     loader = DataLoader(
-        data, settings.batch_size, sampler=sampler, collate_fn=collate, num_workers=recipe.data.workers,
+        data, batch_sampler=batches, collate_fn=collate, num_workers=recipe.data.workers,
         pin_memory=accelerator.device.type == "cuda",
     )  # fmt: skip
     if main:
         work_dir.mkdir(parents=True, exist_ok=True)
         (work_dir / f"{recipe.name}.py").write_text(config, encoding="utf-8")
+        forget_later(work_dir, start)
+    accelerator.init_trackers(recipe.name, init_kwargs={"tensorboard": {"purge_step": start + 1}})
     log = Log(work_dir, iterations, start, settings.log_every) if main else None
     wrapped.train()
+    accelerator.step = start % settings.accumulate
     clock = time.perf_counter()
     try:
         for iteration, batch in zip(range(start, iterations), loader, strict=False):
@@ -128,15 +160,18 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
                 raise batch
             # Dropout depends on where the run is, not on how often it was taken up again.
             torch.manual_seed(seed + 1_000_003 * (iteration + 1) + rank)
-            rate = schedule.at(iteration)
-            for one in optimizer.param_groups:
-                one["lr"] = rate
+            for one, planned in zip(optimizer.param_groups, schedules, strict=True):
+                one["lr"] = planned.at(iteration)
+            if tail and iteration == max(start, iterations - tail):
+                accelerator.gradient_accumulation_steps, accelerator.step = tail, iteration + tail - iterations
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             norm = None
             with accelerator.accumulate(wrapped):  # the optimiser moves with the last micro-batch of a step
                 loss = wrapped(**batch)
                 shown = float(accelerator.reduce(loss.detach(), "mean"))
                 _check_finite(shown, "loss", iteration, last)
+                if by_deepspeed:  # which divides by the steps that it was set up with
+                    loss = loss * settings.accumulate / accelerator.gradient_accumulation_steps
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.max_norm)
@@ -147,32 +182,57 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
             now = time.perf_counter()
             if log is not None:
                 norm = None if norm is None else float(norm)
+                rate = schedule.at(iteration)
                 log.add(iteration + 1, {"loss": shown, "lr": rate, "grad_norm": norm, "time": now - clock})
-            clock = now
+                accelerator.log({"train/loss": shown, "train/lr": rate}, step=iteration + 1)
+            if evaluation is not None and evaluation.due(iteration + 1, iterations):
+                judged, answers = evaluation.run(accelerator, wrapped)
+                if main:
+                    evaluation.write(work_dir, iteration + 1, judged, answers)
+                accelerator.log({"eval/loss": judged}, step=iteration + 1)
+            clock = time.perf_counter()
             if (iteration + 1) % save_every == 0 or iteration + 1 == iterations:
-                for one in optimizer.param_groups:
-                    one["lr"] = schedule.at(iteration + 1)  # as mmengine, whose schedulers have moved on by then
+                for one, planned in zip(optimizer.param_groups, schedules, strict=True):
+                    one["lr"] = planned.at(iteration + 1)  # as mmengine, whose schedulers have moved on by then
                 last = work_dir / f"iter_{iteration + 1}.pth"
                 progress = Progress(
                     iteration + 1, iterations, (iteration + 1) // epoch, settings.epochs, seed, config, recipe.name,
                     log.scalars() if log else {}, log.eta if log else 0.0, world,
                 )  # fmt: skip
-                schedulers = schedule.state(iteration + 1)
+                moved = schedule.state(iteration + 1, schedules)
                 if by_deepspeed:
-                    distributed.write_folder(wrapped, last, schedulers, progress)
+                    distributed.write_folder(wrapped, last, moved, progress)
                 else:
                     state, moments = distributed.gathered(accelerator, wrapped, model, optimizer)
                     if main:
-                        write_checkpoint(last, model.trained_state(state), moments, schedulers, progress)
+                        write_checkpoint(last, model.trained_state(state), moments, moved, progress)
                 accelerator.wait_for_everyone()
                 if main:
                     prune(work_dir, settings.keep)
     finally:
         if log is not None:
             log.close()
+        accelerator.end_training()
     if last is None:
         raise UsageError(f"recipe {recipe.name}: no iteration to train", hint="set train.epochs or train.max_iters")
     return last
+
+
+def _groups(model: Llava, settings: TrainRecipe) -> dict[str, list[torch.nn.Parameter]]:
+    """The optimiser's groups, by the part whose rate is theirs: one, where all parts have the same.
+
+    In the module's order, so that the optimiser's state has mmengine's numbers. A part that is not trained goes along
+    with the next one, since DeepSpeed takes no group that nothing is trained of.
+    """
+    if len({settings.rate_of(part) for part in PARTS}) == 1:
+        return {PARTS[-1]: list(model.parameters())}
+    found: dict[str, list[torch.nn.Parameter]] = {}
+    waiting: list[torch.nn.Parameter] = []
+    for part in PARTS:
+        waiting += getattr(model, part).parameters()
+        if any(parameter.requires_grad for parameter in waiting):
+            found[part], waiting = waiting, []
+    return found
 
 
 def _check_finite(value: float, what: str, iteration: int, last: Path | None) -> None:
@@ -208,8 +268,8 @@ def _taken_up(last: Path, world: int, *, by_deepspeed: bool) -> Resumable:
     return found
 
 
-def _accelerator(recipe: Recipe, deepspeed: str) -> Accelerator:
-    """The engine: precision, accumulation, and DeepSpeed where asked for."""
+def _accelerator(recipe: Recipe, work_dir: Path, deepspeed: str) -> Accelerator:
+    """The engine: precision, accumulation, trackers, and DeepSpeed where asked for."""
     settings = recipe.train
     options: dict[str, Any] = {}
     on_cpu = not torch.cuda.is_available()
@@ -230,5 +290,15 @@ def _accelerator(recipe: Recipe, deepspeed: str) -> Accelerator:
         cpu=on_cpu and "WORLD_SIZE" in os.environ and not deepspeed,
         mixed_precision=precision,
         gradient_accumulation_steps=settings.accumulate,
+        log_with=_trackers(settings.trackers) or None,
+        project_config=ProjectConfiguration(logging_dir=str(work_dir / "tensorboard")),
         **options,
     )
+
+
+def _trackers(asked: Sequence[str]) -> list[str]:
+    """accelerate's trackers: those asked for, and TensorBoard, which sends nothing elsewhere, where it is installed."""
+    missing = [name for name in asked if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"train.trackers: {missing[0]} is not installed", hint=f"pip install {missing[0]}")
+    return list(dict.fromkeys([*asked, *(["tensorboard"] if find_spec("tensorboard") else [])]))

@@ -10,11 +10,11 @@ from pathlib import PurePosixPath
 
 from llava_convert.core.errors import UnsupportedError
 
-from .recipe import Lora, Recipe
+from .recipe import PARTS, Lora, Recipe, TrainRecipe
 
 _HEAD = """\
 import torch
-from mmengine.hooks import CheckpointHook, DistSamplerSeedHook, IterTimerHook, LoggerHook, ParamSchedulerHook
+{imports}from mmengine.hooks import CheckpointHook, DistSamplerSeedHook, IterTimerHook, LoggerHook, ParamSchedulerHook
 from mmengine.optim import AmpOptimWrapper, CosineAnnealingLR, LinearLR, OptimWrapper
 from peft import LoraConfig
 from torch.optim import AdamW
@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from xtuner.dataset import ConcatDataset, LLaVADataset
 from xtuner.dataset.collate_fns import default_collate_fn
 from xtuner.dataset.map_fns import {map_fn}, template_map_fn_factory
-from xtuner.dataset.samplers import LengthGroupedSampler
 from xtuner.engine.hooks import DatasetInfoHook
 from xtuner.engine.runner import TrainLoop
 from xtuner.model import LLaVAModel
@@ -99,23 +98,20 @@ _DATASET = """
 """
 
 _TAIL = """
-train_dataset = dict(type=ConcatDataset, datasets=[{datasets}])
+train_dataset = {dataset}
 train_dataloader = dict(
     batch_size=batch_size,
     num_workers=dataloader_num_workers,
     pin_memory=True,
     dataset=train_dataset,
-    sampler=dict(
-        type=LengthGroupedSampler,
-        length_property='modality_length',
-        per_device_batch_size=batch_size * accumulative_counts),
+    sampler=dict({sampler}),
     collate_fn=dict(type=default_collate_fn))
 
 optim_wrapper = dict(
     type={wrapper},
     optimizer=dict(type=optim_type, lr=lr, betas=betas, eps={eps!r}, weight_decay=weight_decay),
     clip_grad=dict(max_norm=max_norm, error_if_nonfinite=False),
-    accumulative_counts=accumulative_counts{amp})
+    accumulative_counts=accumulative_counts{rates}{amp})
 param_scheduler = [
 {warm}    dict(
         type=CosineAnnealingLR,
@@ -148,13 +144,26 @@ _WARM = """\
         start_factor={start!r},
         {span}),
 """
+_IMPORTS = {
+    "shuffle": "from mmengine.dataset import DefaultSampler",
+    "length_grouped": "from xtuner.dataset.samplers import LengthGroupedSampler",
+}
+_SAMPLERS = {
+    "shuffle": "type=DefaultSampler, shuffle=True",
+    "length_grouped": """
+        type=LengthGroupedSampler,
+        length_property='modality_length',
+        per_device_batch_size=batch_size * accumulative_counts""",
+}
 # A part of the schedule, in epochs or, where the recipe counts them, in iterations.
 _EPOCHS = "by_epoch=True,\n        begin={},\n        end={},\n        convert_to_iter_based=True"
 _ITERATIONS = "by_epoch=False,\n        begin={},\n        end={}"
 
 
-def as_xtuner_config(recipe: Recipe, *, image_tokens: int = 0) -> str:
+def as_xtuner_config(recipe: Recipe, *, image_tokens: int = 0, warm: bool = True) -> str:
     """The config's text. `image_tokens` are taken off the recipe's `max_length`, as the originals' configs do.
+
+    Without `warm` the run is too short for its warm-up, which is then left out.
 
     LLaVA's plain template, which xtuner lacks, is written as vicuna with the pictures alone asked: nothing of a
     conversion depends on it. Raises UnsupportedError for LoRA settings that are no literals there.
@@ -166,6 +175,7 @@ def as_xtuner_config(recipe: Recipe, *, image_tokens: int = 0) -> str:
     dtypes = {"fp32": "torch_dtype=torch.float32,\n        ", "bf16": "torch_dtype=torch.bfloat16,\n        "}
     dtypes["fp16"] = "torch_dtype=torch.float16,\n        "
     text = _HEAD.format(
+        imports=f"{_IMPORTS[data.sampler]}\n",
         processor=tower.replace("VisionModel", "ImageProcessor").replace("Clip", "CLIP"),
         tower=tower,
         map_fn=map_fn,
@@ -190,7 +200,8 @@ def as_xtuner_config(recipe: Recipe, *, image_tokens: int = 0) -> str:
         freeze_vit=model.freeze_visual_encoder,
         select_layer=model.select_layer,
         depth=model.projector_depth,
-        llm_options=_QUANTISED if model.quantization else dtypes[model.llm_dtype],
+        llm_options=(_QUANTISED if model.quantization else dtypes[model.llm_dtype])
+        + (f"attn_implementation={model.attention!r},\n        " if model.attention else ""),
     )
     text += "    visual_encoder=dict(\n"
     text += f"        type={tower}.from_pretrained,\n        pretrained_model_name_or_path=visual_encoder_name_or_path)"
@@ -212,21 +223,30 @@ def as_xtuner_config(recipe: Recipe, *, image_tokens: int = 0) -> str:
     half = train.dtype != "fp32"
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(train.dtype)
     if train.max_iters:
-        iterations = -(-train.max_iters // train.accumulate) * train.accumulate
-        warm, end, part = str(int(train.warmup_ratio * iterations)), str(iterations), _ITERATIONS
+        until, end, part = str(int(train.warmup_ratio * train.max_iters)), str(train.max_iters), _ITERATIONS
     else:
-        warm, end, part = "warmup_ratio * max_epochs", "max_epochs", _EPOCHS
+        until, end, part = "warmup_ratio * max_epochs", "max_epochs", _EPOCHS
+    warm = warm and train.warmup_ratio > 0
     return text + _TAIL.format(
-        datasets=", ".join(names),
+        dataset=names[0] if len(names) == 1 else f"dict(type=ConcatDataset, datasets=[{', '.join(names)}])",
         wrapper="AmpOptimWrapper" if half else "OptimWrapper",
         eps=train.eps,
         amp=f",\n    loss_scale='dynamic',\n    dtype={dtype!r}" if half else "",
-        warm=_WARM.format(start=train.warmup_start, span=part.format(0, warm)) if train.warmup_ratio else "",
-        cosine=part.format(warm, end),
+        sampler=_SAMPLERS[data.sampler],
+        rates=_rates(train),
+        warm=_WARM.format(start=train.warmup_start, span=part.format(0, until)) if warm else "",
+        cosine=part.format(until if warm else 0, end),
         length=f"max_iters={end}" if train.max_iters else "max_epochs=max_epochs",
         log_every=train.log_every,
         seed=train.seed,
     )
+
+
+def _rates(train: TrainRecipe) -> str:
+    """Rates of single parts, as factors of the common one."""
+    own = {part: train.rate_of(part) / train.lr for part in PARTS if train.rate_of(part) != train.lr}
+    words = ", ".join(f"{part!r}: dict(lr_mult={factor!r})" for part, factor in own.items())
+    return f",\n    paramwise_cfg=dict(custom_keys={{{words}}})" if own else ""
 
 
 def _under_root(path: str) -> str:

@@ -27,6 +27,9 @@ def check(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, for instance data.root=/data."),
     ] = None,
+    open_pictures: Annotated[
+        bool, typer.Option("--open", help="Decode every picture, several at once: finds those that are broken.")
+    ] = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -42,14 +45,15 @@ def check(
             if stage.build is not None:
                 output.note(f"{stage.name}: makes its own data when it is trained")
             else:
-                found += training("check").check(stage)
+                encoder = training("outlook").local_encoder(stage)
+                found += training("check").check(stage, encoder, open_pictures=open_pictures)
         for one in found:
             for line in one.lines():
                 output.line(line)
         output.result({"sets": [one.as_json() for one in found]})
         bad = [one.name for one in found if not one.sound]
         if bad:
-            raise InputError(f"{len(bad)} of {len(found)} data sets are not complete: {', '.join(bad)}")
+            raise InputError(f"{len(bad)} of {len(found)} data sets cannot be trained on: {', '.join(bad)}")
 
     raise typer.Exit(run(action, output))
 

@@ -227,13 +227,26 @@ class Stage(TypedDict):
     """A stage of a training."""
 
     name: str
-    sets: NotRequired[Annotated[Mapping[str, int], "conversations by data set"]]
+    sets: NotRequired[Annotated[Mapping[str, int], "conversations that are trained on, by data set"]]
     pictures: NotRequired[int]
-    iterations: NotRequired[int]
-    steps: NotRequired[int]
-    parameters: NotRequired[Mapping[str, Counts]]
-    weights_bytes: NotRequired[int]
-    optimizer_bytes: NotRequired[int]
+    iterations: NotRequired[Annotated[int | None, "null where the data are not complete"]]
+    steps: NotRequired[int | None]
+    parameters: NotRequired[Annotated[Mapping[str, Counts] | None, "null where a base model is unknown here"]]
+    weights_bytes: NotRequired[int | None]
+    optimizer_bytes: NotRequired[int | None]
+    start: NotRequired[Annotated[str, "what the stage starts from"]]
+    missing: NotRequired[Annotated[list[str], "what has to be there before it can be trained"]]
+
+
+class Known(TypedDict):
+    """A recipe that comes with the package."""
+
+    name: str
+    stage: str
+    trains: str
+    model: str
+    data: str
+    memory: str
 
 
 class Train(Document):
@@ -242,6 +255,7 @@ class Train(Document):
     done: Annotated[bool, "false for a dry run"]
     out: Annotated[str | None, "the last checkpoint; null for a dry run"]
     stages: Annotated[list[Stage], "what a dry run counts stands beside the name"]
+    recipes: NotRequired[Annotated[list[Known], "with --list"]]
 
 
 class Set(TypedDict):
@@ -250,9 +264,12 @@ class Set(TypedDict):
     name: str
     file: str
     rows: int
-    pictures: int
+    kept: Annotated[int, "rows that are trained on"]
+    pictures: Annotated[int, "pictures that those rows see"]
+    left_out: Annotated[Mapping[str, int], "rows and parts of rows that nothing is learnt from, by reason"]
     missing: Annotated[Mapping[str, int], "how many pictures are missing, by folder"]
-    problem: Annotated[str, "empty where there is none"]
+    broken: Annotated[Mapping[str, str], "with --open: pictures that cannot be read, and why"]
+    problem: Annotated[str, "what training refuses the set for; empty where it takes it"]
     absent: Annotated[list[str], "some of the pictures that are missing"]
 
 

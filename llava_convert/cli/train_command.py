@@ -6,7 +6,7 @@ import gc
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ from llava_convert.cli._output import Output
 from llava_convert.core.flags import CHECKS, OUTPUT
 
 RECIPE_PANEL = "Recipe"
+STAGES = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -24,8 +25,8 @@ def add_to(app: typer.Typer) -> None:
 
 def train(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A .toml file, or the name of a recipe that comes with it.")
-    ],
+        str | None, typer.Argument(metavar="RECIPE", help="A .toml file, or the name of a recipe that comes with it.")
+    ] = None,
     changes: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,15 +52,29 @@ def train(
         str,
         typer.Option(
             "--deepspeed",
-            metavar=opt.shown("zero1", "zero2", "zero3"),
-            autocompletion=opt.offered("zero1", "zero2", "zero3"),
-            help="Train with DeepSpeed; checkpoints are folders then.",
+            metavar=opt.shown(*STAGES),
+            autocompletion=opt.offered(*STAGES),
+            help="Train with DeepSpeed; checkpoints are folders then. Also by xtuner's words: deepspeed_zero2.",
             rich_help_panel=RECIPE_PANEL,
         ),
     ] = "",
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed", metavar="N", help="Of new weights, order and dropout: train.seed.", rich_help_panel=RECIPE_PANEL
+        ),
+    ] = None,
+    list_recipes: Annotated[
+        bool,
+        typer.Option(
+            "--list", help="Print the recipes: stage, model, data, memory; train nothing.", rich_help_panel=CHECKS
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print recipe, data, memory and steps; train nothing.", rich_help_panel=CHECKS),
+        typer.Option(
+            "--dry-run", help="Print recipe, data, memory, steps and what is missing.", rich_help_panel=CHECKS
+        ),
     ] = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -73,19 +88,38 @@ def train(
         # a core, an iteration of a small model then takes up to sixty times as long.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         gc.enable()  # what training throws away holds whole tensors
+        from llava_convert.core.errors import UsageError
         from llava_convert.core.resources import training
 
-        with training("recipe").hints_name(recipe, changes or ()):
-            stages = training("recipe").load_recipe(recipe, changes or ())
+        if list_recipes:
+            found = training("listing").listing()
+            for one in found:
+                output.line(one["name"])
+                output.line(f"  stage {one['stage']}: {one['trains']}; {one['model']}; {one['memory']}")
+                output.line(f"  {one['data']}")
+            output.note("memory: of one process without DeepSpeed, without the activations")
+            output.result({"done": False, "out": None, "stages": [], "recipes": found})
+            return
+        if recipe is None:
+            raise UsageError(
+                "which RECIPE?", hint="`llava-convert train --list` shows those that come with the package"
+            )
+        words = [*(changes or ()), *([] if seed is None else [f"train.seed={seed}"])]
+        with training("recipe").hints_name(recipe, words):
+            stages = training("recipe").load_recipe(recipe, words)
             runs = training("runs")
+            runs.require_packages()
             if dry_run:
-                found = [runs.outlook(stage) for stage in stages]
-                for stage, seen in zip(stages, found, strict=True):
+                seen: list[Any] = []
+                for stage in stages:
+                    runs.build(stage)
+                    before = seen[-1].recipe.name if seen else ""
+                    seen.append(training("outlook").outlook(stage, before=before))
                     output.line(training("recipe").as_toml(stage))
-                    for text in seen.lines():
+                    for text in seen[-1].lines():
                         output.line(text)
                 output.note("nothing was trained (--dry-run)")
-                output.result({"done": False, "out": None, "stages": [seen.as_json() for seen in found]})
+                output.result({"done": False, "out": None, "stages": [one.as_json() for one in seen]})
                 return
             last = runs.run(stages, work_dir, resume=resume, deepspeed=deepspeed, say=output)
             output.line(f"{last}: trained")

@@ -3,8 +3,9 @@
 Run with the environment's Python: `.venvs/xtuner/bin/python tests/peers/run_xtuner.py RESULT < JOBS`. A job is
 `{"train": CONFIG, "work_dir": DIR, "resume": PTH, "options": {…}, "bf16": true}` or
 `{"convert": CONFIG, "checkpoint": PTH, "out": DIR, "format": NAME}`; each runs in a forked child, in order, through the
-main functions behind `xtuner train` and `xtuner convert pth_to_hf`. Nothing of xtuner is changed, but that its
-AmpOptimWrapper may do without an accelerator where `bf16` asks for an autocast on the CPU.
+main functions behind `xtuner train` and `xtuner convert pth_to_hf`; of a training it is told which samples were taken,
+by their rows' ids, in order. Nothing of xtuner is changed, but that its AmpOptimWrapper may do without an accelerator
+where `bf16` asks for an autocast on the CPU.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from mmengine.optim import AmpOptimWrapper
+from xtuner.dataset import LLaVADataset
 from xtuner.tools import train
 from xtuner.tools.model_converters import pth_to_hf
 from xtuner_cases import _in_child, _last_line
@@ -35,9 +37,19 @@ def _train(job: dict[str, Any]) -> None:
     sys.argv += ["--cfg-options", *options] if options else []
     if job.get("bf16"):
         sys.modules[AmpOptimWrapper.__module__].is_cuda_available = lambda: True
+    taken: list[str] = []
+    getitem = LLaVADataset.__getitem__
+
+    def noted(self: Any, index: int) -> Any:
+        sample = getitem(self, index)
+        taken.append(sample["id"])
+        return sample
+
+    LLaVADataset.__getitem__ = noted
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(job.get("bf16"))):
         train.main()
     work_dir = Path(job["work_dir"])
+    (work_dir / "samples.json").write_text(json.dumps(taken))
     (work_dir / "losses.json").write_text(json.dumps(_losses(work_dir)))
 
 
@@ -56,7 +68,8 @@ def main() -> None:
         done = _in_child(lambda work=work, job=job: work(job), log)
         outcome: dict[str, Any] = {"done": done, "error": "" if done else _last_line(log)}
         if done and "train" in job:
-            outcome["losses"] = json.loads((Path(job["work_dir"]) / "losses.json").read_text())
+            for what in ("losses", "samples"):
+                outcome[what] = json.loads((Path(job["work_dir"]) / f"{what}.json").read_text())
         found.append(outcome)
     Path(sys.argv[1]).write_text(json.dumps(found))
 

@@ -51,7 +51,15 @@ def recipe(tiny: Path, data: Path, kind: str, *, model: dict[str, Any] | None = 
     for part in ("llm_lora", "visual_encoder_lora"):
         if part in parts:
             parts[part] = recipes.Lora(**parts[part])
-    settings = {"batch_size": 2, "lr": 1e-3, "warmup_ratio": 0.25, "warmup_start": 0.5, "save_steps": 2, "keep": 0}
+    settings = {
+        "batch_size": 2,
+        "lr": 1e-3,
+        "warmup_ratio": 0.25,
+        "warmup_start": 0.5,
+        "mmengine_warmup": True,
+        "save_steps": 2,
+        "keep": -1,
+    }
     return recipes.Recipe(
         kind,
         recipes.ModelRecipe(str(tiny / "llm"), str(tiny / "vit"), **parts),

@@ -44,15 +44,16 @@ def train(
     peer: str = "",
     program: Path | None = None,
     fails: bool = False,
+    more: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run our trainer, by torchrun where there are several processes; `peer` is an environment of .venvs.
 
-    `program` is a script that stands in for `-m llava_convert`.
+    `program` is a script that stands in for `-m llava_convert`; `more` is for the environment.
     """
     python = str(PEERS / peer / "bin/python") if peer else sys.executable
     if not Path(python).is_file():
         pytest.skip(f"no environment {peer}: `make peers` builds it")
-    more = {"TORCH_EXTENSIONS_DIR": str(PEERS / peer / "extensions")} if peer else {}
+    more = {**(more or {}), **({"TORCH_EXTENSIONS_DIR": str(PEERS / peer / "extensions")} if peer else {})}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     ours = command(recipe, work_dir, *options, program=[str(program)] if program else OURS)
     words = [python, *(torchrun if processes > 1 else []), *ours]

@@ -25,7 +25,7 @@ def recipe(golden: Path, case: str, **train: Any) -> Any:
     whole = case == "d_full_fullvit"
     settings = {
         "batch_size": 2, "lr": 1e-3, "warmup_ratio": 0.25, "warmup_start": 0.5, "save_steps": 2, "dtype": "fp32",
-        "keep": 0,
+        "keep": -1, "mmengine_warmup": True,
     }  # fmt: skip
     return recipes.Recipe(
         case,

@@ -7,6 +7,7 @@ gradients, else equal weights. Sums are in another order here and there, in tran
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,65 @@ def test_from_equal_weights(tiny: Path, tmp_path: Path, kind: str, accumulate: i
     assert theirs["losses"] == pytest.approx(losses(tmp_path / "work"), rel=1e-6)
     assert furthest(last, tmp_path / "other" / last.name) < 2e-6
     assert furthest(last, start) > 1e-3
+
+
+STAGES = {
+    "pretrain": {"sampler": "shuffle", "pad_image_to_square": False},
+    "full_vitlora": {"sampler": "length_grouped", "pad_image_to_square": True},
+}
+
+
+@pytest.mark.parametrize("kind", list(STAGES))
+def test_a_stage_as_the_recipes_have_it(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """From equal weights, two epochs of 27 rows in batches of two: the same samples in the same order, and losses.
+
+    A first stage takes pictures resized and cropped in a plain shuffle, whose last batch is a half one; a second stage
+    takes them padded, grouped by length.
+    """
+    data = draw(tmp_path / "data", 22)
+    rows = json.loads((data / "train.json").read_text())
+    for number in range(5):
+        said = [{"from": "human", "value": "Two words. " * (number + 1)}, {"from": "gpt", "value": "red boat"}]
+        rows.append({"id": str(22 + number), "conversations": said})
+    (data / "train.json").write_text(json.dumps(rows))
+    start = run(recipe(tiny, data, kind, seed=5, max_iters=2), tmp_path / "start")
+    chosen = recipe(tiny, data, kind, model={"pretrained": str(start)}, seed=7, epochs=2.0, save_steps=28)
+    chosen = replace(chosen, data=replace(chosen.data, **STAGES[kind]))
+    taken: list[str] = []
+    dataset = training("data").Conversations
+    getitem = dataset.__getitem__
+
+    def noted(self: Any, at: int) -> Any:
+        encoded, i, _ = self.index[at]
+        taken.append(str(encoded.rows[i] - 1))
+        return getitem(self, at)
+
+    monkeypatch.setattr(dataset, "__getitem__", noted)
+    run(chosen, tmp_path / "work")
+    job = {"train": str(tmp_path / "work" / f"{kind}.py"), "work_dir": str(tmp_path / "other")}
+    (theirs,) = xtuner(tmp_path / "jobs", job)
+    assert len(taken) == (54 if kind == "pretrain" else 56)
+    assert theirs["samples"] == ["0", "0", *taken]  # its DatasetInfoHook shows the first one before it trains
+    assert len(theirs["losses"]) == 28
+    assert theirs["losses"] == pytest.approx(losses(tmp_path / "work"), rel=1e-6)
+
+
+def test_what_does_not_fill_a_step(tiny: Path, tmp_path: Path) -> None:
+    """Nine iterations, four accumulated: the last step is of one, whose gradient is not divided by four."""
+    data = draw(tmp_path / "data", 9)
+    start = run(recipe(tiny, data, "pretrain", seed=5, max_iters=2), tmp_path / "start")
+    rows = {"batch_size": 1, "accumulate": 4, "save_steps": 99}
+    chosen = recipe(tiny, data, "pretrain", model={"pretrained": str(start)}, seed=7, max_norm=1e9, **rows)
+    chosen = replace(chosen, data=replace(chosen.data, **STAGES["pretrain"]))
+    last = run(chosen, tmp_path / "work")
+    job = {"train": str(tmp_path / "work" / "pretrain.py"), "work_dir": str(tmp_path / "other")}
+    (theirs,) = xtuner(tmp_path / "jobs", job)
+    assert last.name == "iter_9.pth" and theirs["losses"] == pytest.approx(losses(tmp_path / "work"), rel=1e-6)
+    assert furthest(last, tmp_path / "other" / "iter_9.pth") < 2e-6
+    ours, other = (checkpoint.read_checkpoint(path).optimizer for path in (last, tmp_path / "other" / "iter_9.pth"))
+    assert ours.keys() == other.keys()
+    for number, moments in ours.items():  # which a gradient of another length would change
+        assert torch.allclose(moments["exp_avg"], other[number]["exp_avg"], rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["full_vitlora", "llmlora_vitlora"])

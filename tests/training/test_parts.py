@@ -22,7 +22,7 @@ from llava_convert.core.resources import training
 from llava_convert.layouts.training_config import parse_training_config
 from tests.training.drawn import draw, recipe
 
-data, recipes, sampler = training("data"), training("recipe"), training("sampler")
+data, recipes, rows_of, sampler = training("data"), training("recipe"), training("rows"), training("sampler")
 
 
 # --- recipes
@@ -52,6 +52,11 @@ def test_the_recipes_have_the_originals_numbers() -> None:
         ("train.lrr=1", "nearest: train.lr"), ("lr=fast", "must be a number"),
         ("train.betas=[0.9]", "must be a list of 2"),
         ("model.llm_lora.x=1", "model.llm_lora.x"),
+        ("learning_rate=1e-4", "nearest: train.lr"), ("finetun.train.lr=1", "nearest: finetune.train.lr"),
+        ("train.num_train_epochs=3", "nearest: train.epochs"), ("data.prompt_template=llama3", "nearest: llama3_chat"),
+        ("keep=0", "-1 to keep all"), ("warmup_ratio=2", "below 1"), ("lr=nan", "above 0"), ("epochs=0", "above 0"),
+        ("data.sampler=random", "length_grouped, shuffle"), ("model.attention=flash", "flash_attention_2"),
+        ("trackers=['mlflow']", "wandb"), ("eval.every=-1", "at least 0"), ("model.llm_lora.r=0", "at least 1"),
         ("train.dtype=fp8", "fp32, bf16, fp16"), ("lr", "it is key=value"), ("data.workers=1.5", "whole number"),
     ],
 )  # fmt: skip
@@ -67,6 +72,21 @@ def test_changes() -> None:
     assert (first.train.batch_size, second.train.batch_size) == (32, 3)
     with pytest.raises(InputError, match="no recipe tiny"):
         recipes.load_recipe("tiny")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("llava_lama3", "llava_llama3_8b_instruct_clip_vit_large_p14_336_e1_gpu8_pretrain"),
+        ("llava_v15_7b_finetune_lra", "llava_v15_7b_finetune_lora"),
+        ("phi3_finetune", "llava_phi3_mini_4k_instruct_full_clip_vit_large_p14_336_e1_gpu8_finetune"),
+        ("tiny", "tiny-shapes"),
+    ],
+)
+def test_near_recipes(typed: str, meant: str) -> None:
+    with pytest.raises(InputError) as caught:
+        recipes.load_recipe(typed)
+    assert f"nearest: {meant};" in str(caught.value.hint)
 
 
 def test_the_config_is_read_without_running_it(tmp_path: Path) -> None:
@@ -91,8 +111,7 @@ def test_the_config_says_what_is_trained() -> None:
     assert said["data_root"] == ["'./'"]
     assert said["data_path"] == ["'/abs/a.json'", "data_root + 'b.json'"]
     assert said["image_folder"] == ["data_root + 'images'", "'/abs'"]
-    # 101 iterations are rounded up to whole steps of four micro-batches.
-    assert "train_cfg = dict(type=TrainLoop, max_iters=104)" in text and said["end"] == ["3)", "104)]"]
+    assert "train_cfg = dict(type=TrainLoop, max_iters=101)" in text and said["end"] == ["3)", "101)]"]
     (whole,) = recipes.load_recipe(name)
     assert "train_cfg = dict(type=TrainLoop, max_epochs=max_epochs)" in training("xtuner_config").as_xtuner_config(
         whole
@@ -145,15 +164,21 @@ def row(*said: str, image: str | None = "a.png") -> dict[str, Any]:
     return {"conversations": turns} | ({"image": image} if image else {})
 
 
+def turns_of(value: dict[str, Any], template: Any) -> Any:
+    found, left_out = data.turns_of(rows_of._row(value, Path("d.json"), 1, 1), template, Path("d.json"))
+    assert left_out == ()
+    return found
+
+
 def test_the_picture_goes_to_the_front() -> None:
-    (turn,) = data.turns_of(row("What is it? <image>", "A cat."), prompt_template("vicuna"))
+    (turn,) = turns_of(row("What is it? <image>", "A cat."), prompt_template("vicuna"))
     assert turn.asked == "USER: <image>\nWhat is it? ASSISTANT:" and turn.answer == "A cat."
 
 
 def test_only_answers_are_learnt() -> None:
     words = Words()
     encoder = data.Encoder(words, prompt_template("vicuna"), 100)
-    turns = data.turns_of(row("<image>\nhi", "yes no", "more", "ok"), prompt_template("vicuna"))
+    turns = turns_of(row("<image>\nhi", "yes no", "more", "ok"), prompt_template("vicuna"))
     ((ids, learnt),) = encoder([turns])
     text = {i: w for w, i in words.words.items()} | {1: "<s>", 2: "</s>", data.IMAGE_INDEX: "<image>"}
     assert [text[i] for i in ids] == [
@@ -166,7 +191,7 @@ def test_only_answers_are_learnt() -> None:
 
 def test_plain_is_the_picture_and_the_caption() -> None:
     words = Words()
-    turns = data.turns_of(row("Render a caption. <image>", "a cat"), data.PLAIN)
+    turns = turns_of(row("Render a caption. <image>", "a cat"), data.PLAIN)
     ((ids, learnt),) = data.Encoder(words, data.PLAIN, 100)([turns])
     assert ids == [1, data.IMAGE_INDEX, *words.encode("a cat")] and learnt == [False, False, True, True]
 
@@ -186,9 +211,9 @@ def test_pictures_become_squares() -> None:
 def test_broken_files(tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(InputError, match=said):
-        list(data.read_rows(tmp_path / "a.json"))
+        list(rows_of.read_rows(tmp_path / "a.json"))
     with pytest.raises(InputError, match="no such data file"):
-        list(data.read_rows(tmp_path / "b.json"))
+        list(rows_of.read_rows(tmp_path / "b.json"))
 
 
 # --- the order
@@ -219,8 +244,20 @@ def test_batches_are_of_one_modality_and_processes_share_them() -> None:
     mixed = sum(len({lengths[i] > 0 for i in together[n : n + 8]}) > 1 for n in range(0, 400, 8))
     # What is left of either kind behind its last megabatch of 96 (75 and 37 samples) goes together at the end.
     assert mixed <= (75 + 37) // 8
-    later = iter(sampler.LengthGrouped(lengths, 4, seed=3, start=150, world=2))
-    assert [next(later) for _ in range(60)] == (epochs[0] + halves[0].epoch(1))[150:210]
+    later = iter(sampler.Batches(halves[0], 2, start=75))
+    assert [i for _ in range(30) for i in next(later)] == (epochs[0] + halves[0].epoch(1))[150:210]
+
+
+def test_a_plain_shuffle() -> None:
+    """Each epoch ends with what is left, in a smaller batch; processes share one order."""
+    order = sampler.Shuffled(9, seed=7)
+    assert order.epoch(1) == torch.randperm(9, generator=torch.Generator().manual_seed(8)).tolist()
+    batches = sampler.Batches(order, 2, start=4)
+    assert len(batches) == 5
+    found = iter(batches)
+    assert [next(found) for _ in range(3)] == [order.epoch(0)[8:], order.epoch(1)[:2], order.epoch(1)[2:4]]
+    halves = [sampler.Shuffled(9, seed=7, rank=rank, world=2).epoch(0) for rank in (0, 1)]
+    assert [i for pair in zip(*halves, strict=True) for i in pair] == [*order.epoch(0), order.epoch(0)[0]]
 
 
 def test_the_schedule() -> None:
@@ -254,14 +291,14 @@ GOOD = row("<image>\nWhat?", "A boat.")
     [
         ([], "no conversation with an answer"),
         ([row("<image>\nWhat?", "A boat.", image="no/such.png")], "none of its pictures"),
-        ([row("<image>\nWhat? ", "A", "<image>\nand?", "B")], "2 <image> in the text, 1 pictures"),
-        ([row("<image>\nWhat?", "A", image=None)], "1 <image> in the text, 0 pictures"),
+        ([row("<image>\nWhat? ", "A", "<image>\nand?", "B")], "row 1: 2 <image> in its questions, 1 pictures"),
+        ([row("<image>\nWhat?", "A", image=None)], "row 1: 1 <image> in its questions, 0 pictures"),
     ],
 )
 def test_data_that_cannot_be(tiny: Path, tmp_path: Path, rows: list[dict[str, Any]], said: str) -> None:
     with pytest.raises(InputError, match=said):
         training("train").train(tiny_recipe(tiny, tmp_path, rows), tmp_path / "w")
-    assert not list(tmp_path.glob("w/*.pth"))
+    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -302,7 +339,7 @@ def test_a_base_that_is_not_there(tiny: Path, tmp_path: Path, part: str) -> None
     (tmp_path / "r.toml").write_text(recipes.as_toml(chosen))
     words = ["train", str(tmp_path / "r.toml"), "--work-dir", str(tmp_path / "w")]
     found = CliRunner().invoke(app, [*words, "--set", f"model.{part}={tmp_path / 'gone'}"])
-    assert found.exit_code == 3 and f"{tmp_path / 'gone'}: cannot be loaded" in found.output.replace("\n", "")
+    assert found.exit_code == 3 and f"{tmp_path / 'gone'}: there is no such folder" in found.output.replace("\n", "")
 
 
 def test_the_printed_next_step_is_done(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,8 +439,14 @@ def test_a_base_in_four_bits_without_the_package(tiny: Path, tmp_path: Path, mon
 
 def test_a_warm_up_of_one_iteration_is_told(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = tiny_recipe(tiny, tmp_path, [GOOD])
-    training("train").train(replace(chosen, train=replace(chosen.train, warmup_ratio=0.4)), tmp_path / "w")
+    short = replace(chosen.train, warmup_ratio=0.4)
+    training("train").train(replace(chosen, train=replace(short, mmengine_warmup=True)), tmp_path / "w")
     assert "a warm-up of one iteration leaves the rate at 1.0e-08" in capsys.readouterr().err
+    training("train").train(replace(chosen, train=short), tmp_path / "plain")
+    assert "warm-up" not in capsys.readouterr().err
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "plain" / "log.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([1e-3, 7.5e-4, 2.5e-4])
+    assert "LinearLR," not in (tmp_path / "plain" / "t.py").read_text().partition("param_scheduler")[2]
 
 
 # --- the command
@@ -434,7 +477,7 @@ def test_data_check(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(recipes.as_toml(chosen))
     found = CliRunner().invoke(app, ["data", "check", str(tmp_path / "r.toml")])
     assert found.exit_code == 3
-    assert "2 rows, 2 about a picture, 1 pictures missing" in found.stdout
+    assert "2 rows, 2 to train on, 2 pictures, 1 of them missing" in found.stdout
     assert "get it: http://images.cocodataset.org/zips/train2017.zip" in found.stdout
     (tmp_path / "coco/train2017").mkdir(parents=True)
     (tmp_path / "coco/train2017/1.jpg").touch()
@@ -461,15 +504,15 @@ def test_data_check_of_a_recipe_that_makes_its_data() -> None:
 
 def test_every_known_set_and_folder_can_be_had() -> None:
     """For every file of a recipe that comes with the package, and every folder that it asks for, there is a source."""
-    check = training("check")
+    sources = training("sources")
     for name in recipes.recipe_names():
         for stage in recipes.load_recipe(name):
             for one in stage.data.sets if stage.build is None else ():
                 file = Path(stage.data.root) / one.file
-                places = check._expected(file, Path(stage.data.root) / one.images)
+                places = sources.expected(file, Path(stage.data.root) / one.images)
                 assert places, one.file
                 for place in (file, *places):
-                    assert list(check._advice(str(place))), place
+                    assert list(sources.advice(str(place), Path(stage.data.root))), place
 
 
 def test_fix_ocrvqa(tmp_path: Path) -> None:
