@@ -23,19 +23,23 @@ __all__ = [
     "HubError",
     "InputError",
     "Inspection",
+    "MMBenchResult",
     "MismatchError",
     "OutputError",
     "PartFound",
     "Published",
     "ReleaseItem",
+    "Reply",
     "Report",
     "Reporter",
     "UnsafeError",
     "UnsupportedError",
     "UsageError",
     "Verdict",
+    "chat",
     "convert",
     "inspect",
+    "mmbench",
     "plan",
     "release",
     "upload",
@@ -43,8 +47,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from llava_convert.api import convert, inspect, plan, release, upload, verify
+    from llava_convert.api import chat, convert, inspect, mmbench, plan, release, upload, verify
+    from llava_convert.app.ask.chat import Reply
     from llava_convert.app.inspect import Inspection, PartFound
+    from llava_convert.app.mmbench.run import MMBenchResult
     from llava_convert.app.publish.release import ReleaseItem
     from llava_convert.app.verify import Verdict
     from llava_convert.core.errors import (
@@ -62,9 +68,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Inspection": "app.inspect",
+    "MMBenchResult": "app.mmbench.run",
     "PartFound": "app.inspect",
     "Published": "engine.report",
     "ReleaseItem": "app.publish.release",
+    "Reply": "app.ask.chat",
     "Report": "engine.report",
     "Reporter": "core.progress",
     "Verdict": "app.verify",

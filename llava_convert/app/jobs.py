@@ -11,14 +11,24 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from llava_convert.app.options import BranchOptions, HubOptions, NamedBases, Options, PathLike, SourceOptions
+from llava_convert.app.options import (
+    AskOptions,
+    BranchOptions,
+    HubOptions,
+    NamedBases,
+    Options,
+    PathLike,
+    SourceOptions,
+)
 from llava_convert.core.errors import UsageError
-from llava_convert.core.flags import CHECKS, OUTPUT, PUBLISH, Flag, as_names
+from llava_convert.core.flags import CHECKS, OUTPUT, PUBLISH, RUN, Flag, as_names
 from llava_convert.core.progress import OnBytes, Reporter
 from llava_convert.model.options import FULL, OFF, PartOption, TypesOption
 
 if TYPE_CHECKING:
+    from llava_convert.app.ask.chat import Reply
     from llava_convert.app.inspect import Inspection
+    from llava_convert.app.mmbench.run import MMBenchResult
     from llava_convert.app.publish.release import ReleaseItem
     from llava_convert.app.verify import Verdict
     from llava_convert.engine.report import Published, Report
@@ -102,6 +112,57 @@ class VerifyJob(SourceOptions, PartOption):
         if self.check:
             verdict.refuse(strict=self.strict)
         return verdict
+
+
+@dataclass(frozen=True)
+class ChatJob(AskOptions):
+    """A conversation with a model."""
+
+    source: Annotated[PathLike, _SOURCE]
+    prompt: Annotated[str | None, Flag("What to ask. Without it a conversation begins.", argument=True)] = None
+    _: KW_ONLY
+    image: Annotated[
+        PathLike | Sequence[PathLike] | None,
+        Flag("A picture to ask about; may be given several times.", RUN, metavar="FILE|URL", repeated=True),
+    ] = None
+    system: Annotated[
+        str | None,
+        Flag("What the model is told before all else, if its template has room for it.", RUN, metavar="TEXT"),
+    ] = None
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        return as_names(self.image)
+
+    def run(self, say: Reporter) -> Reply:
+        from llava_convert.app.ask.chat import one_answer
+
+        if self.prompt is None:
+            raise UsageError("there is no PROMPT", hint="give the question after the source")
+        return one_answer(self, self.prompt, say)
+
+
+@dataclass(frozen=True)
+class MMBenchJob(AskOptions):
+    """The questions of MMBench or CCBench put to a model."""
+
+    source: Annotated[PathLike, _SOURCE]
+    _: KW_ONLY
+    data: Annotated[
+        PathLike, Flag("MMBench_DEV_EN.tsv, its TEST and CN siblings, or CCBench.tsv.", RUN, metavar="FILE.tsv")
+    ]
+    work_dir: Annotated[
+        PathLike | None,
+        Flag("Answers and scores. A run that was killed goes on there. Default: work_dirs/<FILE>.", RUN, metavar="DIR"),
+    ] = None
+    force: Annotated[bool, Flag("Begin again, whatever DIR holds.", CHECKS)] = False
+    max_new_tokens: Annotated[int, Flag("The most tokens of an answer.", RUN, metavar="N")] = 100
+    progress: Reporter | OnBytes | None = None
+
+    def run(self, say: Reporter) -> MMBenchResult:
+        from llava_convert.app.mmbench.run import run_mmbench
+
+        return run_mmbench(self, say)
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,34 @@ class Verify(Document):
     warnings: list[str]
 
 
+class Chat(Document):
+    """What a model answered to one question."""
+
+    source: Annotated[str, "what was asked"]
+    layout: Annotated[str, "its layout"]
+    runtime: Annotated[Literal["transformers", "llama.cpp"], "what computed"]
+    prompt: str
+    images: Annotated[list[str], "the pictures, as they were given"]
+    answer: str
+    tokens: Annotated[int, "how many the answer took"]
+    stopped: Annotated[bool, "false where the answer reached `--max-new-tokens`"]
+
+
+class EvalMmbench(Document):
+    """What `eval mmbench` found."""
+
+    source: Annotated[str, "the model"]
+    layout: Annotated[str, "its layout"]
+    runtime: Annotated[Literal["transformers", "llama.cpp"], "what computed"]
+    data: Annotated[str, "the file of questions"]
+    out: Annotated[str, "the folder of answers and scores"]
+    questions: Annotated[int, "rows of the file, circular copies among them"]
+    resumed: Annotated[int, "how many of them an earlier run had answered"]
+    scores: Annotated[
+        Mapping[str, float] | None, "share of right questions by ability, Average first; null for a TEST file"
+    ]
+
+
 class Upload(Document):
     """What `upload` did."""
 
@@ -271,6 +299,8 @@ DOCUMENTS: Mapping[str, Any] = {
     "convert": Convert,
     "inspect": Inspect,
     "verify": Verify,
+    "chat": Chat,
+    "eval-mmbench": EvalMmbench,
     "upload": Upload,
     "release": Release,
     "layouts": Layouts,
