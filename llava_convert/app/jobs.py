@@ -7,7 +7,7 @@ before a job runs, since `--help` reads these classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,9 +21,9 @@ from llava_convert.app.options import (
     SourceOptions,
 )
 from llava_convert.core.errors import UsageError
-from llava_convert.core.flags import CHECKS, OUTPUT, PUBLISH, RUN, Flag, as_names
+from llava_convert.core.flags import AUTO, CHECKS, OUTPUT, PUBLISH, RUN, Flag, as_names
 from llava_convert.core.progress import OnBytes, Reporter
-from llava_convert.model.options import FULL, OFF, PartOption, TypesOption
+from llava_convert.model.options import ALL, FULL, OFF, PartOption, TypesOption
 
 if TYPE_CHECKING:
     from llava_convert.app.ask.chat import Reply
@@ -102,13 +102,32 @@ class VerifyJob(SourceOptions, PartOption):
     out: Annotated[PathLike, Flag("A checkpoint of any layout, from any converter.", argument=True)]
     _: KW_ONLY
     strict: Annotated[bool, Flag("Unrecorded vocabulary rows are a difference.", CHECKS)] = False
+    logits: Annotated[
+        bool, Flag("Show both models the same pictures and prompts, and compare all that comes of them.", CHECKS)
+    ] = False
+    layers: Annotated[bool, Flag("With --logits: the difference after each layer.", CHECKS)] = False
+    device: Annotated[
+        str | None, Flag("For --logits. Default: a GPU, where there is one.", CHECKS, choices=(AUTO, "cpu", "cuda"))
+    ] = None
     check: bool = False
     progress: Reporter | OnBytes | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for flag, given in (("--layers", self.layers), ("--device", self.device)):
+            if given and not self.logits:
+                raise UsageError(f"{flag} does not apply", hint="it is for --logits")
+        if self.logits and self.part != ALL:
+            raise UsageError("--logits does not apply to a part", hint="leave --part out: a model answers as a whole")
 
     def run(self, say: Reporter) -> Verdict:
         from llava_convert.app.convert import verify
 
         verdict = verify(self.source, self.out, self, say, part=self.part)
+        if self.logits:
+            from llava_convert.app.logits.run import compare_answers
+
+            verdict = replace(verdict, logits=compare_answers(self.source, self.out, self, say, device=self.device))
         if self.check:
             verdict.refuse(strict=self.strict)
         return verdict

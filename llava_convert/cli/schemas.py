@@ -140,6 +140,36 @@ class Sides(TypedDict):
     out: Any
 
 
+class Site(TypedDict):
+    """How far two models are apart at one place of the computation."""
+
+    name: Annotated[str, "prompt, pixels, a layer, features, projector or logits"]
+    largest: Annotated[float | None, "the largest difference; null where the shapes differ"]
+    relative: Annotated[float | None, "as a share of the largest value there"]
+
+
+class Said(TypedDict):
+    """What two models said to the same."""
+
+    probe: Annotated[str, "which picture"]
+    source: Annotated[str, "the source's greedy answer"]
+    out: Annotated[str, "the output's"]
+    kl: Annotated[float, "mean divergence of the logits, in nats"]
+    top1: Annotated[float, "share of positions with the same first choice"]
+    parts_at: Annotated[int | None, "the first token that differs; null where none does"]
+
+
+class Logits(TypedDict):
+    """What `--logits` found."""
+
+    same: Annotated[bool, "whether rounding explains every difference"]
+    dtype: Annotated[str, "the dtype that explains it"]
+    bound: Annotated[float, "how much that is, as a share of the largest value"]
+    parts_at: Annotated[str | None, "the first site beyond it; null where there is none"]
+    sites: list[Site]
+    answers: list[Said]
+
+
 class Verify(Document):
     """What `verify` found. Where the models differ, the command ends with 7."""
 
@@ -161,6 +191,7 @@ class Verify(Document):
     defects: Annotated[list[str], "what readers of the output choke on"]
     synthetic: Annotated[list[str], "tensors that the source's layout never has"]
     quantised: Annotated[int, "how many of the equal tensors are the source's quantisation, recomputed"]
+    logits: Annotated[Logits | None, "with `--logits`: what both models made of the same pictures and prompts"]
     warnings: list[str]
 
 

@@ -1,7 +1,7 @@
 """Run `xtuner mmbench` itself: `run_xtuner_mmbench.py RESULT`, with a job on stdin.
 
 The job has `words`, its command line after `mmbench`. Its main function runs as it is, but for what asks for an
-accelerator. RESULT gets {"rows": the rows of mmbench_result.xlsx, "scores": mmbench_result.json or null}.
+accelerator, and for control characters in answers, at which openpyxl would end it: they are left out. RESULT gets {"rows": the rows of mmbench_result.xlsx, "scores": mmbench_result.json or null}.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas
 import torch
 import transformers
+from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE, Cell
 from xtuner.tools import mmbench
 
 
@@ -22,6 +23,8 @@ def main() -> None:
     job = json.load(sys.stdin)
     transformers.logging.set_verbosity_error()
     torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    check = Cell.check_string
+    Cell.check_string = lambda self, value: check(self, ILLEGAL_CHARACTERS_RE.sub("", value))
     sys.argv = ["mmbench", *job["words"]]
     with torch.inference_mode():
         mmbench.main()

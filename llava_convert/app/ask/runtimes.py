@@ -19,11 +19,15 @@ Stream = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said; `tokens` is how many it took, `stopped` is false where it reached the limit."""
+    """What a model said; `tokens` is how many it took, `stopped` is false where it reached the limit.
+
+    `ids` are the tokens, where the runtime tells them.
+    """
 
     text: str
     tokens: int
     stopped: bool
+    ids: tuple[int, ...] = ()
 
 
 class Runtime(Protocol):

@@ -107,7 +107,7 @@ class TransformersRuntime:
             )[0].tolist()
         text = self.words.decoded(ids)
         ended = bool(ids) and (ids[-1] in self.words.stop_ids or text.endswith(self.words.stop_words or ("\0",)))
-        return Answer(text, len(ids), ended)
+        return Answer(text, len(ids), ended, tuple(ids))
 
 
 def load(

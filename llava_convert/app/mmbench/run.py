@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from llava_convert.storage.fingerprints import identity
 if TYPE_CHECKING:
     from llava_convert.app.jobs import MMBenchJob
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # openpyxl's ILLEGAL_CHARACTERS_RE
 XLSX, SCORES, ARGS = "mmbench_result.xlsx", "mmbench_result.json", "args.json"
 
 
@@ -111,7 +113,9 @@ def _write(
 ) -> None:
     import pandas
 
-    table = pandas.DataFrame([row(question, answers[question.index]) for question in benchmark.questions])
+    # A worksheet takes no control characters, on which xtuner ends with an error; the lines of `Answers` have them.
+    rows = [row(question, _CONTROLS.sub("", answers[question.index])) for question in benchmark.questions]
+    table = pandas.DataFrame(rows)
     try:
         with pandas.ExcelWriter(folder / XLSX, engine="openpyxl") as writer:
             table.to_excel(writer, index=False)
