@@ -20,6 +20,7 @@ from llava_convert._version import __version__ as __version__
 
 __all__ = [
     "ConvertError",
+    "Diagnosis",
     "HubError",
     "InputError",
     "Inspection",
@@ -38,6 +39,7 @@ __all__ = [
     "Verdict",
     "chat",
     "convert",
+    "doctor",
     "inspect",
     "mmbench",
     "plan",
@@ -47,8 +49,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from llava_convert.api import chat, convert, inspect, mmbench, plan, release, upload, verify
+    from llava_convert.api import chat, convert, doctor, inspect, mmbench, plan, release, upload, verify
     from llava_convert.app.ask.chat import Reply
+    from llava_convert.app.doctor.run import Diagnosis
     from llava_convert.app.inspect import Inspection, PartFound
     from llava_convert.app.mmbench.run import MMBenchResult
     from llava_convert.app.publish.release import ReleaseItem
@@ -67,6 +70,7 @@ if TYPE_CHECKING:
     from llava_convert.engine.report import Published, Report
 
 _HOMES = {
+    "Diagnosis": "app.doctor.run",
     "Inspection": "app.inspect",
     "MMBenchResult": "app.mmbench.run",
     "PartFound": "app.inspect",

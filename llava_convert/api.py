@@ -9,10 +9,12 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar, get_type_hints
 
 from llava_convert.app.ask.chat import Reply
+from llava_convert.app.doctor.run import Diagnosis
 from llava_convert.app.inspect import Inspection
 from llava_convert.app.jobs import (
     ChatJob,
     ConvertJob,
+    DoctorJob,
     InspectJob,
     MMBenchJob,
     PlanJob,
@@ -32,7 +34,7 @@ P = ParamSpec("P")
 J = TypeVar("J")
 R = TypeVar("R")
 
-_JOBS = (ChatJob, ConvertJob, InspectJob, MMBenchJob, PlanJob, ReleaseJob, UploadJob, VerifyJob)
+_JOBS = (ChatJob, ConvertJob, DoctorJob, InspectJob, MMBenchJob, PlanJob, ReleaseJob, UploadJob, VerifyJob)
 # Messages name options by their flags, since most are read in a terminal. Here they become keywords, all in one place.
 _in_keywords = in_keywords(option for job in _JOBS for option in options_of(job).values())
 # What of a result is text for people.
@@ -147,6 +149,15 @@ def chat(job: ChatJob) -> Reply:
     """Ask a model of any layout one question, about pictures or none; its answer is greedy.
 
     Raises `ConvertError`.
+    """
+    return job.run(_InKeywords(reporter(None)))
+
+
+@_keywords(DoctorJob)
+def doctor(job: DoctorJob) -> Diagnosis:
+    """What a program would trip over in a folder; with `fix` the small files are repaired in place.
+
+    The result is true where nothing is left. Raises `ConvertError`.
     """
     return job.run(_InKeywords(reporter(None)))
 

@@ -21,12 +21,13 @@ from llava_convert.app.options import (
     SourceOptions,
 )
 from llava_convert.core.errors import UsageError
-from llava_convert.core.flags import AUTO, CHECKS, OUTPUT, PUBLISH, RUN, Flag, as_names
+from llava_convert.core.flags import AUTO, CHECKS, OUTPUT, PUBLISH, RUN, Flag, Flagged, as_names
 from llava_convert.core.progress import OnBytes, Reporter
 from llava_convert.model.options import ALL, FULL, OFF, PartOption, TypesOption
 
 if TYPE_CHECKING:
     from llava_convert.app.ask.chat import Reply
+    from llava_convert.app.doctor.run import Diagnosis
     from llava_convert.app.inspect import Inspection
     from llava_convert.app.mmbench.run import MMBenchResult
     from llava_convert.app.publish.release import ReleaseItem
@@ -182,6 +183,32 @@ class MMBenchJob(AskOptions):
         from llava_convert.app.mmbench.run import run_mmbench
 
         return run_mmbench(self, say)
+
+
+@dataclass(frozen=True)
+class DoctorJob(Flagged):
+    """What a program that loads a folder would trip over."""
+
+    folder: Annotated[PathLike, Flag("The folder that the program is to load.", metavar="DIR", argument=True)]
+    _: KW_ONLY
+    consumer: Annotated[
+        str,
+        Flag(
+            "The program: transformers, vllm, llama.cpp or ollama; transformers@4.46 for a version of it.",
+            CHECKS,
+            metavar="PROGRAM[@VERSION]",
+            spelling="--for",
+            offers=("transformers", "vllm", "llama.cpp", "ollama"),
+        ),
+    ]
+    fix: Annotated[bool, Flag("Repair the small files, all at once; the folder as it was stays beside it.", CHECKS)] = (
+        False
+    )
+
+    def run(self, say: Reporter) -> Diagnosis:
+        from llava_convert.app.doctor.run import diagnose
+
+        return diagnose(self, say)
 
 
 @dataclass(frozen=True)

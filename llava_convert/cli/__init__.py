@@ -14,6 +14,7 @@ from llava_convert.cli import (
     chat_command,
     convert_command,
     data_command,
+    doctor_command,
     eval_command,
     inspect_command,
     layouts_command,
@@ -35,6 +36,7 @@ app = typer.Typer(
 convert_command.add_to(app)
 inspect_command.add_to(app)
 verify_command.add_to(app)
+doctor_command.add_to(app)
 layouts_command.add_to(app)
 chat_command.add_to(app)
 eval_command.add_to(app)

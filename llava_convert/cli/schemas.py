@@ -195,6 +195,29 @@ class Verify(Document):
     warnings: list[str]
 
 
+class Trouble(TypedDict):
+    """One thing that a program trips over."""
+
+    rule: str
+    what: Annotated[str, "what is wrong, and where"]
+    source: Annotated[str, "where it is known from"]
+    fixable: Annotated[bool, "whether `--fix` repairs it"]
+    fixed: Annotated[bool, "whether it did"]
+    hint: Annotated[str, "what else helps; may be empty"]
+
+
+class Doctor(Document):
+    """What `doctor` found. Where something is left, the command ends with 7."""
+
+    source: Annotated[str, "the folder"]
+    layout: Annotated[str, "its layout"]
+    consumer: Annotated[str, "the program, as `--for` names it"]
+    sound: Annotated[bool, "whether nothing is left"]
+    troubles: list[Trouble]
+    changed: Annotated[list[str], "files that were repaired"]
+    backup: Annotated[str | None, "the folder as it was, where something was repaired"]
+
+
 class Chat(Document):
     """What a model answered to one question."""
 
@@ -330,6 +353,7 @@ DOCUMENTS: Mapping[str, Any] = {
     "convert": Convert,
     "inspect": Inspect,
     "verify": Verify,
+    "doctor": Doctor,
     "chat": Chat,
     "eval-mmbench": EvalMmbench,
     "upload": Upload,

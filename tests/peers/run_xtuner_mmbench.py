@@ -1,7 +1,8 @@
 """Run `xtuner mmbench` itself: `run_xtuner_mmbench.py RESULT`, with a job on stdin.
 
 The job has `words`, its command line after `mmbench`. Its main function runs as it is, but for what asks for an
-accelerator, and for control characters in answers, at which openpyxl would end it: they are left out. RESULT gets {"rows": the rows of mmbench_result.xlsx, "scores": mmbench_result.json or null}.
+accelerator, and for control characters in answers, at which openpyxl would end it: they are left out. RESULT gets
+{"rows": the rows of mmbench_result.xlsx, "scores": mmbench_result.json or null}.
 """
 
 from __future__ import annotations

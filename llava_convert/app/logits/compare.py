@@ -138,7 +138,7 @@ def _compare_one(probe: Probe, mine: TransformersRuntime, theirs: TransformersRu
 
     chunks, other = mine.words.chunks(probe.messages), theirs.words.chunks(probe.messages)
     flat = [torch.tensor([float(i) for chunk in ids for i in [*chunk, -1]]) for ids in (chunks, other)]
-    sites.add(PROMPT, *flat, 0)
+    sites.add(PROMPT, flat[0], flat[1], 0)
     # Each goes on with what it made itself: the first site that differs is then the place of the fault.
     seen: list[list[Any]] = [[], []]
     for picture in probe.pictures:

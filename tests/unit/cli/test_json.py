@@ -109,6 +109,17 @@ def test_models_that_differ(tiny: Path, tmp_path: Path) -> None:
     assert verdict["same"] is False and len(verdict["different"]) == 1 and verdict["facts"]
 
 
+def test_doctor(tiny: Path, tmp_path: Path) -> None:
+    run("pth", tiny / "iter_2.pth", "--to", "hf", "-o", tmp_path / "o")
+    assert checked("doctor", run("doctor", tmp_path / "o", "--for", "vllm"))["sound"] is True
+    (tmp_path / "o" / "processor_config.json").unlink()
+    found = checked("doctor", run("doctor", tmp_path / "o", "--for", "vllm", code=7))
+    assert [t["rule"] for t in found["troubles"]] == ["processor"] and found["backup"] is None
+    assert checked("doctor", run("doctor", tmp_path / "o", "--for", "vllm", "--fix"))["changed"] == [
+        "processor_config.json"
+    ]
+
+
 @pytest.mark.slow
 def test_asking(tiny: Path, tmp_path: Path) -> None:
     reply = checked("chat", run("chat", tiny / "iter_2.pth", "What?", "--image", tiny / "picture.png"))
