@@ -20,22 +20,28 @@ from llava_convert._version import __version__ as __version__
 
 __all__ = [
     "ConvertError",
+    "Diagnosis",
     "HubError",
     "InputError",
     "Inspection",
+    "MMBenchResult",
     "MismatchError",
     "OutputError",
     "PartFound",
     "Published",
     "ReleaseItem",
+    "Reply",
     "Report",
     "Reporter",
     "UnsafeError",
     "UnsupportedError",
     "UsageError",
     "Verdict",
+    "chat",
     "convert",
+    "doctor",
     "inspect",
+    "mmbench",
     "plan",
     "release",
     "upload",
@@ -43,8 +49,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from llava_convert.api import convert, inspect, plan, release, upload, verify
+    from llava_convert.api import chat, convert, doctor, inspect, mmbench, plan, release, upload, verify
+    from llava_convert.app.ask.chat import Reply
+    from llava_convert.app.doctor.run import Diagnosis
     from llava_convert.app.inspect import Inspection, PartFound
+    from llava_convert.app.mmbench.run import MMBenchResult
     from llava_convert.app.publish.release import ReleaseItem
     from llava_convert.app.verify import Verdict
     from llava_convert.core.errors import (
@@ -61,10 +70,13 @@ if TYPE_CHECKING:
     from llava_convert.engine.report import Published, Report
 
 _HOMES = {
+    "Diagnosis": "app.doctor.run",
     "Inspection": "app.inspect",
+    "MMBenchResult": "app.mmbench.run",
     "PartFound": "app.inspect",
     "Published": "engine.report",
     "ReleaseItem": "app.publish.release",
+    "Reply": "app.ask.chat",
     "Report": "engine.report",
     "Reporter": "core.progress",
     "Verdict": "app.verify",

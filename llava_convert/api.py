@@ -8,8 +8,21 @@ from dataclasses import fields, is_dataclass, replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, get_type_hints
 
+from llava_convert.app.ask.chat import Reply
+from llava_convert.app.doctor.run import Diagnosis
 from llava_convert.app.inspect import Inspection
-from llava_convert.app.jobs import ConvertJob, InspectJob, PlanJob, ReleaseJob, UploadJob, VerifyJob
+from llava_convert.app.jobs import (
+    ChatJob,
+    ConvertJob,
+    DoctorJob,
+    InspectJob,
+    MMBenchJob,
+    PlanJob,
+    ReleaseJob,
+    UploadJob,
+    VerifyJob,
+)
+from llava_convert.app.mmbench.run import MMBenchResult
 from llava_convert.app.publish.release import ReleaseItem
 from llava_convert.app.verify import Verdict
 from llava_convert.core.errors import ConvertError, system_errors
@@ -21,7 +34,7 @@ P = ParamSpec("P")
 J = TypeVar("J")
 R = TypeVar("R")
 
-_JOBS = (ConvertJob, InspectJob, PlanJob, ReleaseJob, UploadJob, VerifyJob)
+_JOBS = (ChatJob, ConvertJob, DoctorJob, InspectJob, MMBenchJob, PlanJob, ReleaseJob, UploadJob, VerifyJob)
 # Messages name options by their flags, since most are read in a terminal. Here they become keywords, all in one place.
 _in_keywords = in_keywords(option for job in _JOBS for option in options_of(job).values())
 # What of a result is text for people.
@@ -127,6 +140,33 @@ def verify(job: VerifyJob) -> Verdict:
 
     The verdict is true where it does. With `check` a difference raises `MismatchError`. `progress` as for `convert`.
     Raises `ConvertError`.
+    """
+    return job.run(_InKeywords(reporter(job.progress)))
+
+
+@_keywords(ChatJob)
+def chat(job: ChatJob) -> Reply:
+    """Ask a model of any layout one question, about pictures or none; its answer is greedy.
+
+    Raises `ConvertError`.
+    """
+    return job.run(_InKeywords(reporter(None)))
+
+
+@_keywords(DoctorJob)
+def doctor(job: DoctorJob) -> Diagnosis:
+    """What a program would trip over in a folder; with `fix` the small files are repaired in place.
+
+    The result is true where nothing is left. Raises `ConvertError`.
+    """
+    return job.run(_InKeywords(reporter(None)))
+
+
+@_keywords(MMBenchJob)
+def mmbench(job: MMBenchJob) -> MMBenchResult:
+    """Score a model of any layout on a TSV file of MMBench or CCBench, by xtuner's prompt and rule.
+
+    Answers, scores and what is submitted are left in `work_dir`. `progress` as for `convert`. Raises `ConvertError`.
     """
     return job.run(_InKeywords(reporter(job.progress)))
 

@@ -362,6 +362,14 @@ def open_source(
     return found.open(OpenOptions(as_path(options.config), dequantize)), found.why
 
 
+def open_whole(
+    source: str | Path, options: SourceOptions, session: Session, *, dequantize: bool = False
+) -> tuple[Checkpoint, list[str]]:
+    """The source with its adapters and its stage 1, and what there is to tell of the latter."""
+    checkpoint, _, told = _open(open_source(source, options, session, dequantize=dequantize), options, session)
+    return checkpoint, told
+
+
 def _open(
     opened: tuple[Checkpoint, str], options: SourceOptions, session: Session
 ) -> tuple[Checkpoint, str, list[str]]:

@@ -7,18 +7,29 @@ before a job runs, since `--help` reads these classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from llava_convert.app.options import BranchOptions, HubOptions, NamedBases, Options, PathLike, SourceOptions
+from llava_convert.app.options import (
+    AskOptions,
+    BranchOptions,
+    HubOptions,
+    NamedBases,
+    Options,
+    PathLike,
+    SourceOptions,
+)
 from llava_convert.core.errors import UsageError
-from llava_convert.core.flags import CHECKS, OUTPUT, PUBLISH, Flag, as_names
+from llava_convert.core.flags import AUTO, CHECKS, OUTPUT, PUBLISH, RUN, Flag, Flagged, as_names
 from llava_convert.core.progress import OnBytes, Reporter
-from llava_convert.model.options import FULL, OFF, PartOption, TypesOption
+from llava_convert.model.options import ALL, FULL, OFF, PartOption, TypesOption
 
 if TYPE_CHECKING:
+    from llava_convert.app.ask.chat import Reply
+    from llava_convert.app.doctor.run import Diagnosis
     from llava_convert.app.inspect import Inspection
+    from llava_convert.app.mmbench.run import MMBenchResult
     from llava_convert.app.publish.release import ReleaseItem
     from llava_convert.app.verify import Verdict
     from llava_convert.engine.report import Published, Report
@@ -92,16 +103,112 @@ class VerifyJob(SourceOptions, PartOption):
     out: Annotated[PathLike, Flag("A checkpoint of any layout, from any converter.", argument=True)]
     _: KW_ONLY
     strict: Annotated[bool, Flag("Unrecorded vocabulary rows are a difference.", CHECKS)] = False
+    logits: Annotated[
+        bool, Flag("Show both models the same pictures and prompts, and compare all that comes of them.", CHECKS)
+    ] = False
+    layers: Annotated[bool, Flag("With --logits: the difference after each layer.", CHECKS)] = False
+    device: Annotated[
+        str | None, Flag("For --logits. Default: a GPU, where there is one.", CHECKS, choices=(AUTO, "cpu", "cuda"))
+    ] = None
     check: bool = False
     progress: Reporter | OnBytes | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for flag, given in (("--layers", self.layers), ("--device", self.device)):
+            if given and not self.logits:
+                raise UsageError(f"{flag} does not apply", hint="it is for --logits")
+        if self.logits and self.part != ALL:
+            raise UsageError("--logits does not apply to a part", hint="leave --part out: a model answers as a whole")
 
     def run(self, say: Reporter) -> Verdict:
         from llava_convert.app.convert import verify
 
         verdict = verify(self.source, self.out, self, say, part=self.part)
+        if self.logits:
+            from llava_convert.app.logits.run import compare_answers
+
+            verdict = replace(verdict, logits=compare_answers(self.source, self.out, self, say, device=self.device))
         if self.check:
             verdict.refuse(strict=self.strict)
         return verdict
+
+
+@dataclass(frozen=True)
+class ChatJob(AskOptions):
+    """A conversation with a model."""
+
+    source: Annotated[PathLike, _SOURCE]
+    prompt: Annotated[str | None, Flag("What to ask. Without it a conversation begins.", argument=True)] = None
+    _: KW_ONLY
+    image: Annotated[
+        PathLike | Sequence[PathLike] | None,
+        Flag("A picture to ask about; may be given several times.", RUN, metavar="FILE|URL", repeated=True),
+    ] = None
+    system: Annotated[
+        str | None,
+        Flag("What the model is told before all else, if its template has room for it.", RUN, metavar="TEXT"),
+    ] = None
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        return as_names(self.image)
+
+    def run(self, say: Reporter) -> Reply:
+        from llava_convert.app.ask.chat import one_answer
+
+        if self.prompt is None:
+            raise UsageError("there is no PROMPT", hint="give the question after the source")
+        return one_answer(self, self.prompt, say)
+
+
+@dataclass(frozen=True)
+class MMBenchJob(AskOptions):
+    """The questions of MMBench or CCBench put to a model."""
+
+    source: Annotated[PathLike, _SOURCE]
+    _: KW_ONLY
+    data: Annotated[
+        PathLike, Flag("MMBench_DEV_EN.tsv, its TEST and CN siblings, or CCBench.tsv.", RUN, metavar="FILE.tsv")
+    ]
+    work_dir: Annotated[
+        PathLike | None,
+        Flag("Answers and scores. A run that was killed goes on there. Default: work_dirs/<FILE>.", RUN, metavar="DIR"),
+    ] = None
+    force: Annotated[bool, Flag("Begin again, whatever DIR holds.", CHECKS)] = False
+    max_new_tokens: Annotated[int, Flag("The most tokens of an answer.", RUN, metavar="N")] = 100
+    progress: Reporter | OnBytes | None = None
+
+    def run(self, say: Reporter) -> MMBenchResult:
+        from llava_convert.app.mmbench.run import run_mmbench
+
+        return run_mmbench(self, say)
+
+
+@dataclass(frozen=True)
+class DoctorJob(Flagged):
+    """What a program that loads a folder would trip over."""
+
+    folder: Annotated[PathLike, Flag("The folder that the program is to load.", metavar="DIR", argument=True)]
+    _: KW_ONLY
+    consumer: Annotated[
+        str,
+        Flag(
+            "The program: transformers, vllm, llama.cpp or ollama; transformers@4.46 for a version of it.",
+            CHECKS,
+            metavar="PROGRAM[@VERSION]",
+            spelling="--for",
+            offers=("transformers", "vllm", "llama.cpp", "ollama"),
+        ),
+    ]
+    fix: Annotated[bool, Flag("Repair the small files, all at once; the folder as it was stays beside it.", CHECKS)] = (
+        False
+    )
+
+    def run(self, say: Reporter) -> Diagnosis:
+        from llava_convert.app.doctor.run import diagnose
+
+        return diagnose(self, say)
 
 
 @dataclass(frozen=True)

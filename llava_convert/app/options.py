@@ -9,10 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from llava_convert.core.errors import UsageError
-from llava_convert.core.flags import CHECKS, OUTPUT, PUBLISH, SOURCE, Flag, Flagged, as_names
+from llava_convert.core.flags import AUTO, CHECKS, OUTPUT, PUBLISH, RUN, SOURCE, Flag, Flagged, as_names
 from llava_convert.core.text import printable
 from llava_convert.layouts.info import LAYOUTS, TARGETS, layout_named
-from llava_convert.model.options import DROP, FULL, OFF, QUICK, OutputOptions, PartOption, TargetOptions
+from llava_convert.model.options import (
+    DROP,
+    DTYPES,
+    FULL,
+    OFF,
+    OTHER_DTYPES,
+    QUICK,
+    OutputOptions,
+    PartOption,
+    TargetOptions,
+)
 from llava_convert.storage.hubs import HUBS, HUGGINGFACE, Destination
 
 if TYPE_CHECKING:
@@ -134,6 +144,45 @@ class SourceOptions(Flagged):
         from llava_convert.model.recipe import Bases
 
         return Bases(self.llm, self.visual_encoder, lora_alpha=_alphas(self.lora_alpha), cache=self.cache)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskOptions(SourceOptions):
+    """How to run a model."""
+
+    runtime: Annotated[
+        str | None,
+        Flag(
+            "What computes. Default: llama.cpp for GGUF, transformers for all else; it takes GGUF as well.",
+            RUN,
+            choices=(AUTO, "transformers", "llama.cpp"),
+        ),
+    ] = None
+    device: Annotated[str | None, Flag("Default: a GPU, where there is one.", RUN, choices=(AUTO, "cpu", "cuda"))] = (
+        None
+    )
+    dtype: Annotated[
+        str | None,
+        Flag(
+            "What it computes in. Default: float32 on a CPU; on a GPU the model's own, if of 16 bits, else float16.",
+            RUN,
+            choices=(AUTO, *DTYPES),
+            others=OTHER_DTYPES,
+        ),
+    ] = None
+    four_bit: Annotated[
+        bool, Flag("Hold the language model in 4 bits (NF4, bitsandbytes).", RUN, spelling="--4bit")
+    ] = False
+    prompt_template: Annotated[
+        str | None,
+        Flag("Prompt template, by xtuner's name for it. Default: the one trained with.", RUN, metavar="NAME"),
+    ] = None
+    max_new_tokens: Annotated[int, Flag("The most tokens of an answer.", RUN, metavar="N")] = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_new_tokens < 1:
+            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: an answer has one token at least")
 
 
 @dataclass(frozen=True, kw_only=True)

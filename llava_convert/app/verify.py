@@ -9,6 +9,7 @@ from typing import Any
 
 from llava_convert.app.facts import fitted
 from llava_convert.app.judge import judge
+from llava_convert.app.logits.compare import Logits
 from llava_convert.core.arrays import FLOATS
 from llava_convert.core.errors import MismatchError
 from llava_convert.core.tensors import QUANTS, StoredTensor
@@ -52,6 +53,7 @@ class Verdict:
     says, `unrecorded_rows` are only looked at for NaN. `facts` differ: what configs, tokenizer, processor and metadata
     say that decides how a model computes, is prompted or stops. `harmless` keys differ and decide nothing, each with
     the reason. `not_compared` is what OUT or SOURCE cannot tell. `defects` are what readers of OUT choke on.
+    `logits` is what both models made of the same pictures and prompts, where that was asked for.
     """
 
     source: str
@@ -71,10 +73,12 @@ class Verdict:
     synthetic: tuple[str, ...] = ()
     quantised: int = 0
     rounded: dict[str, Difference] = field(default_factory=dict)
+    logits: Logits | None = None
 
     @property
     def same(self) -> bool:
-        return not (self.different or self.missing or self.extra or self.facts or self.defects)
+        alike = not (self.different or self.missing or self.extra or self.facts or self.defects)
+        return alike and (self.logits is None or self.logits.same)
 
     def __bool__(self) -> bool:
         return self.same
@@ -102,7 +106,7 @@ class Verdict:
             said += f"; {rows} rows that were added are as the record says"
         elif unknown:
             said += f"; plus {unknown} unrecorded rows of the vocabulary, which are not compared"
-        return said
+        return said if self.logits is None else f"{said}; {self.logits.sentence()}"
 
     def refuse(self, *, strict: bool = False) -> None:
         """Raise MismatchError (exit 7) unless all is equal; `strict`: and every row of OUT's vocabulary is known."""
@@ -124,6 +128,8 @@ class Verdict:
         said += [f"{name} is {spelled(d.source)} in the source, {spelled(d.out)} in OUT" for name, d in self._shown()]
         if len(self.facts) > _SHOWN:
             said.append(f"and {len(self.facts) - _SHOWN} more facts differ (--json lists them)")
+        if self.logits is not None and not self.logits.same:
+            said.append(self.logits.sentence())
         if said:
             raise MismatchError(f"{self.out} is not {self.source}: " + "; ".join([*said, *self.defects]))
         raise MismatchError(f"{self.out} holds the weights of {self.source}, but: " + "; ".join(self.defects))
@@ -152,6 +158,7 @@ class Verdict:
             "defects": list(self.defects),
             "synthetic": list(self.synthetic),
             "quantised": self.quantised,
+            "logits": None if self.logits is None else self.logits.as_json(),
         }
 
 

@@ -11,8 +11,11 @@ from pathlib import Path
 import typer
 
 from llava_convert.cli import (
+    chat_command,
     convert_command,
     data_command,
+    doctor_command,
+    eval_command,
     inspect_command,
     layouts_command,
     release_command,
@@ -33,7 +36,10 @@ app = typer.Typer(
 convert_command.add_to(app)
 inspect_command.add_to(app)
 verify_command.add_to(app)
+doctor_command.add_to(app)
 layouts_command.add_to(app)
+chat_command.add_to(app)
+eval_command.add_to(app)
 upload_command.add_to(app)
 release_command.add_to(app)
 train_command.add_to(app)

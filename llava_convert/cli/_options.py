@@ -12,7 +12,7 @@ import typer
 
 from llava_convert.cli._errors import run
 from llava_convert.cli._output import Output
-from llava_convert.core.flags import PANELS, Option, options_of
+from llava_convert.core.flags import PANELS, RUN, Option, options_of
 from llava_convert.layouts.info import TARGETS, writing
 
 TALK_PANEL = "Talk"
@@ -99,7 +99,7 @@ def _told(option: Option, *, hidden: bool) -> Any:
 
 def _panel(option: Option) -> str | None:
     """An option that shapes the output of some targets alone stands in a panel of theirs."""
-    targets = writing(option.name)
+    targets = _targets(option)
     if targets and len(targets) < len(TARGETS):
         return f"Output: {', '.join(targets)}"
     return option.flag.panel
@@ -107,12 +107,17 @@ def _panel(option: Option) -> str | None:
 
 def _place(option: Option) -> tuple[bool, int, int]:
     """Where an option stands: arguments, then panel by panel; what is for some targets alone after the rest."""
-    panel, targets = option.flag.panel, writing(option.name)
+    panel, targets = option.flag.panel, _targets(option)
     return (
         not option.flag.argument,
         PANELS.index(panel) + 1 if panel in PANELS else 0,
         list(TARGETS).index(targets[0]) + 1 if 0 < len(targets) < len(TARGETS) else 0,
     )
+
+
+def _targets(option: Option) -> tuple[str, ...]:
+    """The targets whose output an option shapes; none where a job that writes no layout has one of that name."""
+    return () if option.flag.panel == RUN else writing(option.name)
 
 
 def _kind(option: Option) -> Any:

@@ -71,6 +71,11 @@ class Output:
         if not self.as_json and not self.quiet:
             _print(text)
 
+    def piece(self, text: str) -> None:
+        """A piece of a line of the result, for people, at once."""
+        if not self.as_json and not self.quiet and text:
+            _print(text, end="")
+
     @property
     def shows_progress(self) -> bool:
         return not self.quiet and not self.as_json and sys.stderr.isatty()
@@ -79,24 +84,25 @@ class Output:
         """A bar for `total` bytes with rate and time left; returns what advances it."""
         if not self.shows_progress:
             return lambda done: None
+        from rich.progress import DownloadColumn, TransferSpeedColumn
+
+        return self._bar(what, total, (DownloadColumn(), TransferSpeedColumn()))
+
+    def count(self, what: str, total: int) -> Callable[[int], None]:
+        """A bar for `total` things, with the time left."""
+        if not self.shows_progress:
+            return lambda done: None
+        from rich.progress import MofNCompleteColumn
+
+        self.stop()  # a bar of bytes has other columns
+        return self._bar(what, total, (MofNCompleteColumn(),))
+
+    def _bar(self, what: str, total: int, figures: tuple[Any, ...]) -> Callable[[int], None]:
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         if self._progress is None:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-            )
+            columns = (TextColumn("{task.description}"), BarColumn(), *figures, TimeRemainingColumn())
             self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
             self._progress.start()
         progress, task = self._progress, self._progress.add_task(what, total=total)
@@ -120,9 +126,9 @@ class Output:
                 print(text, file=sys.stderr)
 
 
-def _print(text: str) -> None:
+def _print(text: str, end: str = "\n") -> None:
     try:
-        print(text, flush=True)  # now, so that a closed pipe or a full disk is noticed while it can be told
+        print(text, end=end, flush=True)  # now, so that a closed pipe or a full disk is noticed while it can be told
     except BrokenPipeError:
         raise
     except OSError as problem:

@@ -143,6 +143,36 @@ class Sides(TypedDict):
     out: Any
 
 
+class Site(TypedDict):
+    """How far two models are apart at one place of the computation."""
+
+    name: Annotated[str, "prompt, pixels, a layer, features, projector or logits"]
+    largest: Annotated[float | None, "the largest difference; null where the shapes differ"]
+    relative: Annotated[float | None, "as a share of the largest value there"]
+
+
+class Said(TypedDict):
+    """What two models said to the same."""
+
+    probe: Annotated[str, "which picture"]
+    source: Annotated[str, "the source's greedy answer"]
+    out: Annotated[str, "the output's"]
+    kl: Annotated[float, "mean divergence of the logits, in nats"]
+    top1: Annotated[float, "share of positions with the same first choice"]
+    parts_at: Annotated[int | None, "the first token that differs; null where none does"]
+
+
+class Logits(TypedDict):
+    """What `--logits` found."""
+
+    same: Annotated[bool, "whether rounding explains every difference"]
+    dtype: Annotated[str, "the dtype that explains it"]
+    bound: Annotated[float, "how much that is, as a share of the largest value"]
+    parts_at: Annotated[str | None, "the first site beyond it; null where there is none"]
+    sites: list[Site]
+    answers: list[Said]
+
+
 class Verify(Document):
     """What `verify` found. Where the models differ, the command ends with 7."""
 
@@ -164,7 +194,59 @@ class Verify(Document):
     defects: Annotated[list[str], "what readers of the output choke on"]
     synthetic: Annotated[list[str], "tensors that the source's layout never has"]
     quantised: Annotated[int, "how many of the equal tensors are the source's quantisation, recomputed"]
+    logits: Annotated[Logits | None, "with `--logits`: what both models made of the same pictures and prompts"]
     warnings: list[str]
+
+
+class Trouble(TypedDict):
+    """One thing that a program trips over."""
+
+    rule: str
+    what: Annotated[str, "what is wrong, and where"]
+    source: Annotated[str, "where it is known from"]
+    fixable: Annotated[bool, "whether `--fix` repairs it"]
+    fixed: Annotated[bool, "whether it did"]
+    hint: Annotated[str, "what else helps; may be empty"]
+
+
+class Doctor(Document):
+    """What `doctor` found. Where something is left, the command ends with 7."""
+
+    source: Annotated[str, "the folder"]
+    layout: Annotated[str, "its layout"]
+    consumer: Annotated[str, "the program, as `--for` names it"]
+    sound: Annotated[bool, "whether nothing is left"]
+    troubles: list[Trouble]
+    changed: Annotated[list[str], "files that were repaired"]
+    backup: Annotated[str | None, "the folder as it was, where something was repaired"]
+
+
+class Chat(Document):
+    """What a model answered to one question."""
+
+    source: Annotated[str, "what was asked"]
+    layout: Annotated[str, "its layout"]
+    runtime: Annotated[Literal["transformers", "llama.cpp"], "what computed"]
+    prompt: str
+    images: Annotated[list[str], "the pictures, as they were given"]
+    answer: str
+    tokens: Annotated[int, "how many the answer took"]
+    stopped: Annotated[bool, "false where the answer reached `--max-new-tokens`"]
+
+
+class EvalMmbench(Document):
+    """What `eval mmbench` found."""
+
+    source: Annotated[str, "the model"]
+    layout: Annotated[str, "its layout"]
+    runtime: Annotated[Literal["transformers", "llama.cpp"], "what computed"]
+    data: Annotated[str, "the file of questions"]
+    out: Annotated[str, "the folder of answers and scores"]
+    questions: Annotated[int, "rows of the file, circular copies among them"]
+    resumed: Annotated[int, "how many of them an earlier run had answered"]
+    scores: Annotated[
+        Mapping[str, float] | None, "share of right questions by ability, Average first; null for a TEST file"
+    ]
 
 
 class Upload(Document):
@@ -291,6 +373,9 @@ DOCUMENTS: Mapping[str, Any] = {
     "convert": Convert,
     "inspect": Inspect,
     "verify": Verify,
+    "doctor": Doctor,
+    "chat": Chat,
+    "eval-mmbench": EvalMmbench,
     "upload": Upload,
     "release": Release,
     "layouts": Layouts,

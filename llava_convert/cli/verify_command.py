@@ -34,5 +34,13 @@ def _verify(job: VerifyJob, output: Output) -> None:
             output.line(f"  differs, and decides nothing: {name} ({reason})")
         for what in verdict.not_compared:
             output.line(f"  not compared: {what}")
+    if verdict.logits is not None:
+        for site in verdict.logits.sites if job.layers else ():
+            mark = "" if site.relative <= verdict.logits.bound else "  beyond rounding"
+            output.line(f"  {site.name:<28} {site.largest:9.3g}  {site.relative:8.2g} of the largest{mark}")
+        for one in verdict.logits.said if output.verbose else ():
+            output.line(
+                f"  {one.probe}: {one.source!r}, {one.out!r}, KL {one.kl:.2g}, first choices {one.top1:.1%} equal"
+            )
     verdict.refuse(strict=job.strict)
     output.line(verdict.sentence())

@@ -15,8 +15,8 @@ from llava_convert.core.errors import UsageError
 AUTO = "auto"  # the word for what None says: the default
 
 # Panels of `--help`, in the order in which they stand there. A panel for one target alone is named by its layouts.
-SOURCE, OUTPUT, PUBLISH, CHECKS = "Source", "Output", "Publish", "Checks and safety"
-PANELS = (SOURCE, OUTPUT, PUBLISH, CHECKS)
+SOURCE, OUTPUT, RUN, PUBLISH, CHECKS = "Source", "Output", "Run", "Publish", "Checks and safety"
+PANELS = (SOURCE, OUTPUT, RUN, PUBLISH, CHECKS)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,12 @@ class Reporter(Protocol):
 OnBytes = Callable[[int, int], object]
 
 
+def counted(say: Reporter, what: str, total: int) -> Callable[[int], None]:
+    """Progress that counts things and no bytes, where the reporter can show it; else what `start` makes of it."""
+    count: Callable[[str, int], Callable[[int], None]] = getattr(say, "count", say.start)
+    return count(what, total)
+
+
 class Silence:
     """A reporter that says nothing."""
 

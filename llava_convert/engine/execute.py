@@ -59,6 +59,18 @@ def execute(
     return outcome
 
 
+def in_memory(plan: Plan, pool: FilePool, *, threads: int = 0, progress: Progress) -> dict[str, bytearray]:
+    """The bytes of every tensor of a plan, by name, and nothing on disk.
+
+    Raises what `execute` raises of sources and casts.
+    """
+    outcome, sink = Outcome(), MemorySink({t.name: bytearray(t.nbytes) for t in plan.tensors}, progress)
+    with one_thread(), ThreadPoolExecutor(threads or thread_count(plan.tensors)) as workers:
+        run_all(workers, tasks_of(plan.tensors, whole=True), pool, sink, outcome)
+    outcome.refuse_overflow()
+    return sink.tensors
+
+
 def run_all(
     workers: ThreadPoolExecutor,
     tasks: Sequence[Task],

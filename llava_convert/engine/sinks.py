@@ -61,15 +61,17 @@ class FileSink:
 
 @dataclass(slots=True)
 class MemorySink:
-    """Keeps tensors in memory: for the one small file whose format cannot be streamed."""
+    """Keeps tensors in memory: for a model that is to run, and for the one file whose format cannot be streamed."""
 
     tensors: dict[str, bytearray]
+    progress: Progress = lambda done: None
 
     def copy(self, task: Copy) -> None:
         raise AssertionError("memory sinks take tensors, not runs")
 
     def put(self, tensor: PlannedTensor, start: int, data: Array) -> None:
         self.tensors[tensor.name][start : start + data.nbytes] = raw(data)
+        self.progress(data.nbytes)
 
     def written(self, tensor: PlannedTensor) -> Iterator[memoryview]:
         yield memoryview(self.tensors[tensor.name])

@@ -13,12 +13,12 @@ DROP = "drop"  # what becomes of tensors that no table has
 QUICK, FULL, OFF = "quick", "full", "off"  # how much of an output is verified
 
 # What people call the dtypes: torch's names, those of its shorthands, and those of trainers' flags.
-_DTYPES = {
+DTYPES = {
     "float16": ("fp16", "f16", "half"),
     "bfloat16": ("bf16",),
     "float32": ("fp32", "f32", "float", "full"),
 }
-_OTHER_DTYPES = {other: name for name, others in _DTYPES.items() for other in (*others, f"torch.{name}")}
+OTHER_DTYPES = {other: name for name, others in DTYPES.items() for other in (*others, f"torch.{name}")}
 # Those of `offers` are what TAB offers; `layouts/gguf/mixes.py` knows them all.
 _OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
 
@@ -93,8 +93,8 @@ class OutputOptions(TypesOption):
         Flag(
             "Default (auto): what training loaded its language model in, if of 16 bits; else the source's, or float16.",
             OUTPUT,
-            choices=(AUTO, *_DTYPES),
-            others=_OTHER_DTYPES,
+            choices=(AUTO, *DTYPES),
+            others=OTHER_DTYPES,
         ),
     ] = None
     image_processor: Annotated[

@@ -15,7 +15,7 @@ import pytest
 import typer
 
 import llava_convert
-from llava_convert.app.jobs import ConvertJob, ReleaseJob, UploadJob, VerifyJob
+from llava_convert.app.jobs import ChatJob, ConvertJob, DoctorJob, MMBenchJob, ReleaseJob, UploadJob, VerifyJob
 from llava_convert.cli import app
 from llava_convert.core.errors import ConvertError, InputError, OutputError, UnsupportedError, UsageError
 from llava_convert.core.flags import in_keywords, options_of
@@ -25,6 +25,9 @@ FUNCTIONS = {
     "plan": (llava_convert.plan, "convert"),
     "inspect": (llava_convert.inspect, "inspect"),
     "verify": (llava_convert.verify, "verify"),
+    "chat": (llava_convert.chat, "chat"),
+    "doctor": (llava_convert.doctor, "doctor"),
+    "mmbench": (llava_convert.mmbench, "eval mmbench"),
     "upload": (llava_convert.upload, "upload"),
     "release": (llava_convert.release, "release"),
 }
@@ -36,7 +39,10 @@ def test_names() -> None:
     errors = [name for name in llava_convert.__all__ if name.endswith("Error")]
     kinds = ["Convert", "Hub", "Input", "Mismatch", "Output", "Unsafe", "Unsupported", "Usage"]
     assert errors == [f"{kind}Error" for kind in kinds]
-    results = {"Inspection", "PartFound", "Published", "ReleaseItem", "Report", "Reporter", "Verdict"}
+    results = {
+        "Diagnosis", "Inspection", "MMBenchResult", "PartFound", "Published", "ReleaseItem", "Reply", "Report",
+        "Reporter", "Verdict",
+    }  # fmt: skip
     assert set(llava_convert.__all__) == {*errors, *results, *FUNCTIONS}
     assert dir(llava_convert) == sorted([*llava_convert.__all__, "__version__"])
     assert all(issubclass(getattr(llava_convert, name), ConvertError) for name in errors)
@@ -47,8 +53,9 @@ def test_names() -> None:
 
 
 def options(command: str) -> dict[str, Any]:
-    group = typer.main.get_command(app)
-    found: Any = group.commands[command]  # type: ignore[attr-defined]
+    found: Any = typer.main.get_command(app)
+    for word in command.split():
+        found = found.commands[word]
     return {p.name: p for p in found.params if p.name not in ("as_json", "quiet", "verbose", "help")}
 
 
@@ -198,7 +205,8 @@ def every_flag() -> list[tuple[str, str, bool]]:
 
 @pytest.mark.parametrize(("flag", "keyword", "switch"), every_flag())
 def test_each_flag_in_a_message_is_its_keyword(flag: str, keyword: str, switch: bool) -> None:
-    words = in_keywords(o for job in (ConvertJob, ReleaseJob, UploadJob, VerifyJob) for o in options_of(job).values())
+    jobs = (ChatJob, ConvertJob, DoctorJob, MMBenchJob, ReleaseJob, UploadJob, VerifyJob)
+    words = in_keywords(o for job in jobs for o in options_of(job).values())
     said = f"{keyword}=True" if switch else keyword
     assert words(f"give it by {flag}, or leave it out") == f"give it by {said}, or leave it out"
     assert words(f"({flag} gives it)") == f"({said} gives it)"

@@ -383,6 +383,26 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
+def exchange(new: Path, out: Path, old: Path) -> None:
+    """Put the folder `new` where `out` is, and what was there at `old`; in one step where the system has one.
+
+    Raises OSError, and leaves `out` as it was.
+    """
+    for path in sorted(new.rglob("*"), reverse=True):
+        if not path.is_symlink():
+            _sync(path)
+    if _rename(new, out, exchange=True):
+        new.rename(old)
+    else:
+        out.rename(old)
+        try:
+            new.rename(out)
+        except BaseException:
+            old.rename(out)
+            raise
+    _sync(out.parent)
+
+
 def _rename(new: Path, out: Path, *, exchange: bool) -> bool:
     """Exchange the two, or rename where nothing is at `out`, atomically; False where there is no such exchange."""
     if sys.platform == "linux":

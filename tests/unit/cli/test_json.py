@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import llava_convert
 from llava_convert.cli import app
+from tests.mmbench_files import questions, write_tsv
 from tests.unit.cli.test_help import COMMANDS
 
 SCHEMAS = Path(llava_convert.__file__).resolve().parents[1] / "docs" / "schemas"
@@ -106,6 +107,31 @@ def test_models_that_differ(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "o" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     verdict = checked("verify", run("verify", tiny / "iter_2.pth", tmp_path / "o", code=7))
     assert verdict["same"] is False and len(verdict["different"]) == 1 and verdict["facts"]
+
+
+def test_doctor(tiny: Path, tmp_path: Path) -> None:
+    run("pth", tiny / "iter_2.pth", "--to", "hf", "-o", tmp_path / "o")
+    assert checked("doctor", run("doctor", tmp_path / "o", "--for", "vllm"))["sound"] is True
+    (tmp_path / "o" / "processor_config.json").unlink()
+    found = checked("doctor", run("doctor", tmp_path / "o", "--for", "vllm", code=7))
+    assert [t["rule"] for t in found["troubles"]] == ["processor"] and found["backup"] is None
+    assert checked("doctor", run("doctor", tmp_path / "o", "--for", "vllm", "--fix"))["changed"] == [
+        "processor_config.json"
+    ]
+
+
+@pytest.mark.slow
+def test_asking(tiny: Path, tmp_path: Path) -> None:
+    reply = checked("chat", run("chat", tiny / "iter_2.pth", "What?", "--image", tiny / "picture.png"))
+    assert (reply["layout"], reply["runtime"], reply["prompt"]) == ("pth", "transformers", "What?")
+    data, words = write_tsv(tmp_path / "dev.tsv", questions()), ("--max-new-tokens", "4", "--work-dir", tmp_path / "w")
+    found = checked("eval-mmbench", run("eval", "mmbench", tiny / "iter_2.pth", "--data", data, *words))
+    assert (found["questions"], found["out"]) == (len(questions()), str(tmp_path / "w")) and set(found["scores"]) >= {
+        "Average",
+        "AR",
+    }
+    error = checked("error", run("chat", tiny / "iter_2.pth", code=2))
+    assert error["hint"] == "give the PROMPT after the source"
 
 
 def test_layouts() -> None:

@@ -1,0 +1,166 @@
+"""Examine a folder for a consumer; repair its small files, all at once, and keep the folder that was."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_convert.app.doctor.folder import Folder
+from llava_convert.app.doctor.rules import CONSUMERS, RULES, Rule
+from llava_convert.core.errors import InputError, MismatchError, OutputError, UsageError
+from llava_convert.core.progress import Reporter
+from llava_convert.layouts.base import OpenOptions
+from llava_convert.layouts.info import layout_named
+from llava_convert.layouts.registry import recognise
+from llava_convert.model.checkpoint import Checkpoint
+from llava_convert.storage.output.staging import exchange
+
+if TYPE_CHECKING:
+    from llava_convert.app.jobs import DoctorJob
+
+BACKUP = ".before-doctor"
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """One thing that a consumer trips over. `hint` is what else mends it, where `fixable` is false."""
+
+    rule: str
+    what: str
+    source: str
+    fixable: bool
+    fixed: bool
+    hint: str
+
+    def as_json(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found; true where nothing is left. `backup` is the folder as it was, where something was repaired."""
+
+    folder: str
+    layout: str
+    consumer: str
+    troubles: tuple[Trouble, ...]
+    changed: tuple[str, ...] = ()
+    backup: str | None = None
+
+    @property
+    def left(self) -> tuple[Trouble, ...]:
+        return tuple(trouble for trouble in self.troubles if not trouble.fixed)
+
+    def __bool__(self) -> bool:
+        return not self.left
+
+    def refuse(self) -> None:
+        """Raise MismatchError (exit 7) where something is left."""
+        if not self.left:
+            return
+        fixable = sum(trouble.fixable for trouble in self.left)
+        hint = f"--fix repairs {fixable} of them in place" if fixable else self.left[0].hint
+        raise MismatchError(
+            f"{self.folder}: {self.consumer} would trip over {len(self.left)} things", hint=hint or None
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "source": self.folder,
+            "layout": self.layout,
+            "consumer": self.consumer,
+            "sound": bool(self),
+            "troubles": [trouble.as_json() for trouble in self.troubles],
+            "changed": list(self.changed),
+            "backup": self.backup,
+        }
+
+
+def diagnose(job: DoctorJob, say: Reporter) -> Diagnosis:
+    """Raises UsageError for a consumer that is not known, InputError for what is no folder; what opening raises."""
+    consumer, version = _consumer(job.consumer)
+    path = Path(job.folder)
+    if not path.is_dir():
+        raise InputError(f"{path} is not a folder", hint="doctor looks at the folder that a program is to load")
+    found = recognise(path)
+    wanted = layout_named(consumer)
+    if found.layout != wanted.name:
+        hint = f"llava-convert convert {path} --to {wanted.name} -o OUT"
+        what = f"{consumer} does not load the {found.layout} layout"
+        return Diagnosis(
+            str(path), found.layout, job.consumer, (Trouble("layout", what, wanted.help, False, False, hint),)
+        )
+    folder = Folder(found.open(OpenOptions(dequantize=True)))
+    rules = [rule for rule in RULES if rule.concerns(consumer, version)]
+    troubles = _examined(folder, rules, fix=job.fix)
+    changed = {name: data for name, data in folder.changed.items() if not _as_it_was(folder, name, data)}
+    backup = _replace(path, folder.checkpoint, changed) if changed else None
+    if backup is not None:
+        say.note(f"the folder as it was is {backup}; its weights are the same files, not copies")
+    return Diagnosis(
+        str(path), found.layout, job.consumer, troubles, tuple(sorted(changed)), None if backup is None else str(backup)
+    )
+
+
+def _examined(folder: Folder, rules: list[Rule], *, fix: bool) -> tuple[Trouble, ...]:
+    """What each rule finds; with `fix` each is repaired before the next one looks, and looked at again."""
+    found = []
+    for rule in rules:
+        every = list(rule.check(folder))
+        fixed = False
+        if every and fix and rule.fix is not None:
+            rule.fix(folder)
+            fixed = not list(rule.check(folder))
+        found += [Trouble(rule.name, what, rule.source, rule.fix is not None, fixed, rule.hint) for what in every]
+    return tuple(found)
+
+
+def _consumer(word: str) -> tuple[str, tuple[int, ...] | None]:
+    """`transformers@4.46`: the program, and its version where one is named."""
+    name, _, version = word.strip().lower().partition("@")
+    if name not in CONSUMERS:
+        raise UsageError(f"--for {word}: it is one of {', '.join(CONSUMERS)}")
+    try:
+        return name, tuple(int(part) for part in version.split(".")[:2]) if version else None
+    except ValueError:
+        raise UsageError(f"--for {word}: {version} is no version", hint="write transformers@4.46") from None
+
+
+def _as_it_was(folder: Folder, name: str, data: bytes) -> bool:
+    return folder.beside.has(name) and folder.beside.read(name) == data
+
+
+def _replace(path: Path, checkpoint: Checkpoint, changed: Mapping[str, bytes]) -> Path:
+    """Put a folder with the changed files in the place of this one, in one step; returns where the old one is.
+
+    Weights, and all that stays, are links to the same files. Raises OutputError where a backup is there already, where
+    the folder lies elsewhere, or where the system refuses.
+    """
+    if path.resolve() != checkpoint.root.resolve() or path.is_symlink():
+        raise OutputError(f"{path} is a link, or not the model's folder", hint="give the folder itself")
+    path = path.resolve()
+    backup, new = path.with_name(path.name + BACKUP), path.with_name(f".{path.name}.doctor")
+    if os.path.lexists(backup):
+        raise OutputError(f"{backup} is there already", hint="move it away: it is the folder before an earlier repair")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(path, new, symlinks=True, copy_function=_linked)
+        for name, data in changed.items():
+            (new / name).unlink(missing_ok=True)
+            (new / name).write_bytes(data)
+        exchange(new, path, backup)
+    except OSError as problem:
+        shutil.rmtree(new, ignore_errors=True)
+        raise OutputError(f"{path} cannot be repaired: {problem.strerror or problem}") from problem
+    return backup
+
+
+def _linked(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)

@@ -1,0 +1,1 @@
+"""`verify --logits`: built-in pictures and prompts through two models, and where they part."""

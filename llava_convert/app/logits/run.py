@@ -1,0 +1,57 @@
+"""Load both sides of a comparison as they are, in float32, and show them the same."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+
+from llava_convert.app.ask.load import opened, whole
+from llava_convert.app.logits.compare import Logits, compare_models
+from llava_convert.app.options import AskOptions, SourceOptions
+from llava_convert.core.progress import Reporter
+from llava_convert.core.tensors import QUANTS, TORCH_NAMES
+from llava_convert.model.recipe import Model
+from llava_convert.storage.remote.session import Session
+
+_PRECISION = ("BF16", "F16", "F32")  # the fewest bits first; a merge, in float64, is as exact as float32 here
+QUANTISED = "a quantised type"
+
+
+def compare_answers(
+    source: str | Path, out: str | Path, options: SourceOptions, say: Reporter, *, device: str | None = None
+) -> Logits:
+    """What built-in pictures and prompts make of both models. Raises what loading raises."""
+    from llava_convert.app.ask.transformers_runtime import load
+
+    asked = {one.name: getattr(options, one.name) for one in fields(SourceOptions)}
+    # What helps to read a training checkpoint, and what is merged into it, is of the source alone.
+    bases = {name: asked[name] for name in ("llm", "visual_encoder", "cache")}
+    sides = ((source, AskOptions(**asked)), (out, AskOptions(**bases)))
+    models, runtimes = [], []
+    with ExitStack() as stack:
+        for path, ask in sides:
+            session = stack.enter_context(Session())
+            model, made = whole(opened(path, ask, say, session), ask, say, session)
+            models.append(model)
+            runtimes.append(load(model, made, say, device=device, dtype="float32", four_bit=False))
+        return compare_models(runtimes[0], runtimes[1], narrowest(*models))
+
+
+def narrowest(source: Model, out: Model) -> str:
+    """The dtype that a tensor of one side was rounded to and the same of the other was not, with the fewest bits.
+
+    float32 where none was: the two are computed in that.
+    """
+    found = "F32"
+    for name in source.recipes.keys() & out.recipes.keys():
+        dtypes = {
+            recipe.tensor.dtype if not recipe.ops else recipe.dtype
+            for recipe in (source.recipes[name], out.recipes[name])
+        }
+        stored = {source.recipes[name].tensor.dtype, out.recipes[name].tensor.dtype}
+        if stored & QUANTS.keys() and len(stored) > 1:
+            return QUANTISED
+        if len(dtypes) > 1:
+            found = min(found, *(d for d in dtypes if d in _PRECISION), key=_PRECISION.index)
+    return TORCH_NAMES[found]

@@ -1,0 +1,32 @@
+"""`llava-convert doctor DIR --for PROGRAM`: what it would trip over, and its repair."""
+
+from __future__ import annotations
+
+import typer
+
+from llava_convert.app.jobs import DoctorJob
+from llava_convert.cli._options import command
+from llava_convert.cli._output import Output
+
+
+def add_to(app: typer.Typer) -> None:
+    make = app.command(
+        "doctor",
+        help="Say what a program would trip over in a folder, and repair it.",
+        rich_help_panel="Look and check",
+    )
+    make(command("doctor", DoctorJob, _doctor))
+
+
+def _doctor(job: DoctorJob, output: Output) -> None:
+    found = job.run(output)
+    output.result(found.as_json())
+    for trouble in found.troubles:
+        state = "fixed" if trouble.fixed else "fixable" if trouble.fixable else "not fixable here"
+        output.line(f"{trouble.rule} ({state}): {trouble.what}")
+        if output.verbose or not (trouble.fixable or trouble.fixed):
+            output.line(f"  known from: {trouble.source}")
+        if trouble.hint and not trouble.fixed and not trouble.fixable:
+            output.line(f"  {trouble.hint.replace('DIR', found.folder)}")
+    found.refuse()
+    output.line(f"{found.folder}: nothing {'is left ' if found.troubles else ''}that {found.consumer} would trip over")
