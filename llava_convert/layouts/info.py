@@ -165,12 +165,12 @@ LAYOUTS = {
         LayoutInfo(
             name="hf",
             loaders=("transformers", "vllm"),
-            help="transformers' LlavaForConditionalGeneration.",
+            help="transformers' LLaVA, LLaVA-NeXT and LLaVA-OneVision.",
             description="the transformers layout",
             target=TargetInfo(
                 options=_WEIGHTS | {"image_processor"},
                 whole=Card(
-                    sentence="This is a LLaVA for transformers (`LlavaForConditionalGeneration`): a model that answers "
+                    sentence="This is a LLaVA for transformers (`<<llava_class>>`): a model that answers "
                     "questions about pictures.",
                     library="transformers",
                     quickstarts=("transformers", "vllm", "lmdeploy", "sglang"),

@@ -12,6 +12,7 @@ from llava_convert.app.card.traps import lmdeploy_template
 from llava_convert.assets.tokenizer.files import TEMPLATE
 from llava_convert.assets.tokenizer.llava_tokens import IMAGE_TOKEN
 from llava_convert.model.checkpoint import LLM, PART_NAMES, VISION
+from llava_convert.model.facts import CLASS_TOKEN
 
 _BASES = {LLM: "BASE_LANGUAGE_MODEL", VISION: "BASE_VISION_TOWER"}
 
@@ -207,6 +208,19 @@ class Words:
     @property
     def llava_class(self) -> str:
         return self._facts.llava_class
+
+    @property
+    def llava_fork(self) -> str:
+        """Where the code of this model is."""
+        if self._facts.model.facts.get(CLASS_TOKEN) is False:
+            return f"This model's, `{self.llava_class}` with SigLIP, are in https://github.com/LLaVA-VL/LLaVA-NeXT."
+        return f"This model's, `{self.llava_class}`, is in forks of it."
+
+    @property
+    def llava_sizes_py(self) -> str:
+        """What the code asks of a picture that it cuts into tiles."""
+        cuts = self._facts.model.checkpoint.settings.image_aspect_ratio.startswith("anyres")
+        return "    image_sizes=[picture.size],\n" if cuts else ""
 
     @property
     def official_type(self) -> str:

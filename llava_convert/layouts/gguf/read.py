@@ -42,7 +42,7 @@ from llava_convert.model.checkpoint import (
     Settings,
 )
 from llava_convert.model.configs import family, named_config
-from llava_convert.model.facts import LAYER, read_facts
+from llava_convert.model.facts import LAYER, STRATEGY, read_facts
 from llava_convert.model.options import ALL
 from llava_convert.model.record import read_record
 from llava_convert.model.tables.names import lookup_errors
@@ -186,7 +186,13 @@ def _open_mmproj(found: _Opened, path: Path, options: OpenOptions, recorded: Set
     found.parts[PROJECTOR] = Part(by_part[PROJECTOR], ops=ops)
     layer, note = mmproj.feature_layer(gguf.metadata, config, path)
     found.settings = Settings.of(
-        {**recorded.facts, **found.settings.said, LAYER: layer, **mmproj.next_facts(gguf.metadata)}
+        {
+            **recorded.facts,
+            **found.settings.said,
+            LAYER: layer,
+            STRATEGY: "default" if family(VISION, config).class_token else "full",
+            **mmproj.next_facts(gguf.metadata),
+        }
     )
     found.notes += [note] if note else []
     found.defects += defects.vision_defects(gguf.metadata, tower, config, tensors)
