@@ -19,7 +19,21 @@ _DTYPES = {
 }
 _OTHER_DTYPES = {other: name for name, others in _DTYPES.items() for other in (*others, f"torch.{name}")}
 # Those of `offers` are what TAB offers; `layouts/gguf/mixes.py` knows them all.
-_OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
+_OUTTYPES = (
+    "auto",
+    "f32",
+    "f16",
+    "bf16",
+    "q8_0",
+    "q6_k",
+    "q5_k_m",
+    "q4_k_m",
+    "q4_0",
+    "iq4_xs",
+    "iq4_nl",
+    "q3_k_m",
+    "q2_k",
+)
 
 
 def part_named(word: object) -> str | None:
