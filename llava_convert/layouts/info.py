@@ -191,7 +191,9 @@ LAYOUTS = {
             description="GGUF",
             has_shards=False,
             target=TargetInfo(
-                options=frozenset({"outtype", "mmproj_outtype", "pre", "max_shard_size", "prompt_template"}),
+                options=frozenset(
+                    {"outtype", "mmproj_outtype", "mmproj_for", "pre", "max_shard_size", "prompt_template"}
+                ),
                 whole=Card(
                     sentence="This is a LLaVA as GGUF, for llama.cpp and Ollama: a model that answers questions about "
                     "pictures. It takes two files, a language model and an mmproj, which holds its eyes.",

@@ -127,6 +127,14 @@ class OutputOptions(TypesOption):
             offers=("f32", "f16", "bf16", "q8_0"),
         ),
     ] = None
+    mmproj_for: Annotated[
+        str | None,
+        Flag(
+            "stock: positions where today's llama.cpp looks for them, which puts the class token last; for it alone.",
+            OUTPUT,
+            choices=("stock",),
+        ),
+    ] = None
     pre: Annotated[
         str | None,
         Flag("llama.cpp's name of the pre-tokenizer. Default: recognised by how it cuts text.", OUTPUT, metavar="NAME"),
