@@ -57,3 +57,12 @@ def test_the_numbers_are_the_originals(tmp_path: Path) -> None:
             "save_steps": train.save_steps,
             "keep": train.keep,
         }, name
+
+
+def test_every_config_has_a_recipe(tmp_path: Path) -> None:
+    """But one, whose data are RefCOCO's boxes: no set of conversations holds them."""
+    written = in_peer("xtuner", "write_recipes.py", {"names": []}, tmp_path)
+    assert len(written) == 33
+    lacking = {name for name in written if name not in NAMES}
+    assert lacking == {name for name, text in written.items() if text is None}
+    assert [name.rpartition("_")[2] for name in lacking] == ["refcoco"]
