@@ -17,7 +17,7 @@ from llava_convert.app.card import card
 from llava_convert.app.card.facts import Facts
 from llava_convert.app.documents import Documents
 from llava_convert.app.extras import without_extra
-from llava_convert.app.facts import fitted, refuse_lost, unknown_notes
+from llava_convert.app.facts import fitted, lost_warnings, refuse_lost, unknown_notes
 from llava_convert.app.judge import judge
 from llava_convert.app.next_step import next_step
 from llava_convert.app.options import Options, SourceOptions
@@ -47,6 +47,7 @@ from llava_convert.model.options import ALL, DROP, FULL, OFF, OutputOptions, Tar
 from llava_convert.model.quantized import dequantized, refuse_packed
 from llava_convert.model.recipe import Model
 from llava_convert.model.reshape import family_named, reshaped
+from llava_convert.model.tables.families import architectures
 from llava_convert.model.target import KEEP, Target, parse_size
 from llava_convert.model.vocabulary import with_rows_for
 from llava_convert.ops import kernels
@@ -295,6 +296,8 @@ def assembled(
     model = fitted(model, options.to)
     if options.target.as_family is not None:
         model = _as_family(model, options)
+    elif model.part(LLM) and (other := family(LLM, model.configs[LLM]).written_as.get(options.to)) is not None:
+        model = reshaped(model, architectures()[other])
     return Assembled(checkpoint, why, replace(model, warnings=(*told, *model.warnings)), target_options)
 
 
@@ -340,7 +343,7 @@ def prepare(
             *target.notes,
             *dropped_texts(checkpoint, model.dropped),
         ),
-        warnings=(*checkpoint.warnings, *model.warnings, *target.warnings),
+        warnings=(*checkpoint.warnings, *model.warnings, *lost_warnings(model, options.to), *target.warnings),
     )
 
 

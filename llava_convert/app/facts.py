@@ -10,7 +10,7 @@ from llava_convert.core.text import listed
 from llava_convert.layouts.info import TARGETS
 from llava_convert.model.checkpoint import IMAGE_NEWLINE, LLM, PART_NAMES, PROJECTOR, VISION, Dropped
 from llava_convert.model.configs import family
-from llava_convert.model.facts import NEWLINE, refuse_unknown_keys, refuse_unsayable, spelled
+from llava_convert.model.facts import NEWLINE, dialect_for, lost, refuse_unknown_keys, refuse_unsayable, spelled
 from llava_convert.model.options import ALL
 from llava_convert.model.recipe import Model
 from llava_convert.model.tables.facts import facts, unknown_keys
@@ -32,7 +32,7 @@ def fitted(model: Model, to: str) -> Model:
 
     Where it does, `refuse_lost` refuses the conversion.
     """
-    if IMAGE_NEWLINE not in model.recipes or facts()[NEWLINE].layouts[to].can_state(True):
+    if IMAGE_NEWLINE not in model.recipes or facts()[NEWLINE].layouts[dialect_for(to, model.facts)].can_state(True):
         return model
     recipes = {name: recipe for name, recipe in model.recipes.items() if name != IMAGE_NEWLINE}
     gone = Dropped(IMAGE_NEWLINE, "the source does not cut pictures into tiles, so that nothing reads it")
@@ -55,6 +55,11 @@ def refuse_lost(model: Model, to: str, part: str, allowed: Iterable[str] = ()) -
             }
             where = f"the config of the {PART_NAMES[name]}"
             refuse_unknown_keys(config, (name, "common"), where, known=known, allowed=allowed)
+
+
+def lost_warnings(model: Model, to: str) -> tuple[str, ...]:
+    """What readers of the target compute otherwise in a use that the conversion is not refused for."""
+    return tuple(lost(dialect_for(to, model.facts), model.facts))
 
 
 def _refuse_keys(found: Mapping[str, Any], tables: Iterable[str], where: str, allowed: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from llava_convert.layouts.registry import layout
 from llava_convert.model.adapter import Adapter
 from llava_convert.model.checkpoint import LLM, PART_NAMES, PROJECTOR, VISION, Checkpoint
 from llava_convert.model.configs import named_config
-from llava_convert.model.facts import BIAS, DEPTH, LAYER, NEWLINE, TEMPLATE, value_of
+from llava_convert.model.facts import BIAS, CLASS_TOKEN, DEPTH, LAYER, NEWLINE, TEMPLATE, dialect_for, value_of
 from llava_convert.model.judgement import Judgement, alike
 from llava_convert.model.projector import projector_config
 from llava_convert.model.recipe import Model
@@ -86,22 +86,31 @@ def _silent(theirs: Checkpoint) -> bool:
 
 
 def _compare_facts(found: Judgement, model: Model, theirs: Checkpoint, parts: set[str]) -> None:
+    blocks: tuple[int, int] | None = None
+    if VISION in model.configs:
+        tower = model.configs[VISION]
+        theirs, seen = theirs.with_tower({**tower, **(theirs.parts[VISION].config or {})})
+        blocks = int(tower["num_hidden_layers"]), int(seen["num_hidden_layers"])
     mine, other = dict(model.facts), dict(theirs.settings.facts)
     weights = theirs.parts[PROJECTOR].weights
     if weights and PROJECTOR in parts:
         sizes = projector_config(weights)
         other = {DEPTH: sizes["depth"], BIAS: sizes["bias"], **other}  # what its config says counts for its readers
     other[NEWLINE] = theirs.image_newline is not None
-    if VISION in model.configs:
-        blocks = int(model.configs[VISION]["num_hidden_layers"])
-        for said in (mine, other):  # one layer has one number, however it is counted
-            said[LAYER] = value_of(said, LAYER) % (blocks + 1)
+    if blocks is not None:
+        for said, count in zip((mine, other), blocks, strict=True):  # one layer has one number, however it is counted
+            said[LAYER] = value_of(said, LAYER) % (count + 1)
+    if CLASS_TOKEN in mine:
+        other[CLASS_TOKEN] = mine[CLASS_TOKEN]  # the tower's class says it, and the configs are compared
+    dialect = dialect_for(theirs.layout, other)
     for fact in facts().values():
         if not _about(fact.name, parts) or fact.name == TEMPLATE:
             continue
-        ours, word = fact.layouts.get(model.checkpoint.layout), fact.layouts.get(theirs.layout)
+        ours, word = fact.layouts.get(model.checkpoint.layout), fact.layouts.get(dialect)
         value = value_of(mine, fact.name)
-        if (word is not None and word.silent) or (ours is not None and ours.silent):
+        if (word is not None and (word.silent or (word.loses and fact.matters(mine)))) or (
+            ours is not None and ours.silent
+        ):
             found.not_compared.append(fact.what)
         elif word is not None and word.key is None:
             if fact.matters(mine) and value not in word.unsaid:

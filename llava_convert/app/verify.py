@@ -200,6 +200,8 @@ def compare_checkpoints(
         # Of a target that keeps added rows, OUT may still have been made of the model before they were added.
         model = without_added(model)
     model = _alike(fitted(model, every[0].layout), every)
+    told = getattr(target, "made_with", None)
+    options = replace(options, **(told(every[0]) if told is not None else {}))
     made = target.lower(model, _as_made(options, every[0].beside))
     outputs = [o for files in made.sets for o in files.outputs]
     wanted = {o.canonical: o for output in outputs for o in output.apart}

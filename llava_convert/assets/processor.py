@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llava_convert.assets.tokenizer.llava_tokens import IMAGE_TOKEN
+from llava_convert.assets.tokenizer.llava_tokens import IMAGE_TOKEN, VIDEO_TOKEN
 from llava_convert.core.errors import InputError, UnsupportedError, UsageError
 
 _CLIP_MEAN, _CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 _BICUBIC = 3
+_COLOURS = ("image_mean", "image_std", "rescale_factor", "do_convert_rgb")
+_OF_TILES = ("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")
 # Read by nobody, or about the folder that the file came from; 5.x's device and data_format are arguments of a call.
 _STALE = ("processor_class", "feature_extractor_type", "_valid_processor_keys", "data_format", "device", "auto_map")
 
@@ -29,8 +31,10 @@ def preprocessor_config(
         raise UsageError(f"unknown image processor {kind!r}", hint="--image-processor takes clip or llava")
     defaults = _defaults(vision_config)
     found = _flat(base) if base is not None else {}
+    if _slow(str(found.get("image_processor_type"))) in _OF_TILES:  # its sizes are those of tiles
+        found = {key: value for key, value in found.items() if key in _COLOURS}
     config = defaults | {key: value for key, value in found.items() if value is not None}
-    config["image_processor_type"] = str(config["image_processor_type"]).removesuffix("Fast")
+    config["image_processor_type"] = _slow(str(config["image_processor_type"]))
     if "Siglip" in config["image_processor_type"] and "crop_size" not in found:
         config.pop("crop_size", None)
     _check_size(config, int(vision_config["image_size"]))
@@ -44,21 +48,63 @@ def preprocessor_config(
     return dict(sorted(config.items()))
 
 
+def tile_processors(
+    own: Mapping[str, Any], vision_config: Mapping[str, Any], kind: str, pinpoints: list[list[int]]
+) -> dict[str, dict[str, Any]]:
+    """The files that say how LLaVA-NeXT or OneVision (`kind`) cut a picture into tiles, by name.
+
+    `own` is the tower's preprocessor_config, `pinpoints` are pairs of height and width. Every tile has the tower's size
+    already, so that neither class changes it. OneVision's video processor has a file of its own from 4.52 on.
+    """
+    side = int(vision_config["image_size"])
+    square = {"height": side, "width": side}
+    common = {key: own[key] for key in (*_COLOURS, "do_normalize", "do_rescale", "do_resize") if key in own}
+    common |= {"processor_class": processor_class(kind), "resample": own["resample"]}
+    tiles = {**common, "do_pad": True, "image_grid_pinpoints": pinpoints}
+    if kind == "llava_next":
+        more = {"crop_size": square, "do_center_crop": True, "image_processor_type": "LlavaNextImageProcessor"}
+        return {"preprocessor_config.json": dict(sorted({**tiles, **more, "size": {"shortest_edge": side}}.items()))}
+    tiles |= {"image_processor_type": "LlavaOnevisionImageProcessor", "size": square}
+    video = {**common, "video_processor_type": "LlavaOnevisionVideoProcessor", "size": square}
+    files = {"preprocessor_config.json": tiles, "video_preprocessor_config.json": video}
+    return {name: dict(sorted(content.items())) for name, content in files.items()}
+
+
+def processor_class(kind: str) -> str:
+    """The processor of a model type of transformers' LLaVAs."""
+    return {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}.get(kind, "LlavaOnevisionProcessor")
+
+
 def processor_config(
-    vision_config: Mapping[str, Any], strategy: str = "default", image_token: str = IMAGE_TOKEN
+    vision_config: Mapping[str, Any],
+    strategy: str = "default",
+    image_token: str = IMAGE_TOKEN,
+    *,
+    kind: str = "llava",
+    aspect: str = "",
 ) -> dict[str, Any]:
     """How many `image_token` a picture becomes: (image/patch)^2, one more for a class token, one less for "default".
 
     Without `num_additional_image_tokens` transformers 4.52 on make 575 tokens for CLIP-L/336's 576 features; without
-    `patch_size` they raise a TypeError (measured).
+    `patch_size` they raise a TypeError (measured). OneVision's processor is told the tower's features themselves, and
+    `aspect`, which says how many tiles' features a picture has at most.
     """
-    return {
+    more = 0 if _is_siglip(vision_config) else 1
+    config = {
         "image_token": image_token,
-        "num_additional_image_tokens": 0 if _is_siglip(vision_config) else 1,
-        "patch_size": vision_config["patch_size"],
-        "processor_class": "LlavaProcessor",
+        "processor_class": processor_class(kind),
         "vision_feature_select_strategy": strategy,
     }
+    if kind == "llava_onevision":
+        side = int(vision_config["image_size"]) // int(vision_config["patch_size"])
+        own: dict[str, Any] = {
+            "num_image_tokens": side * side + more,
+            "video_token": VIDEO_TOKEN,
+            "vision_aspect_ratio": aspect,
+        }
+    else:
+        own = {"num_additional_image_tokens": more, "patch_size": vision_config["patch_size"]}
+    return dict(sorted((config | own).items()))
 
 
 def _is_siglip(vision_config: Mapping[str, Any]) -> bool:
@@ -89,6 +135,11 @@ def _defaults(vision_config: Mapping[str, Any]) -> dict[str, Any]:
         "image_std": _CLIP_STD,
         "size": {"shortest_edge": side},
     }
+
+
+def _slow(name: str) -> str:
+    """The class that every release has; 5.x names the faster one and the one of PIL."""
+    return name.removesuffix("Fast").removesuffix("Pil")
 
 
 def _flat(base: Mapping[str, Any]) -> dict[str, Any]:

@@ -166,12 +166,12 @@ LAYOUTS = {
             name="hf",
             loaders=("transformers", "vllm"),
             reads=frozenset({"dequantize"}),
-            help="transformers' LlavaForConditionalGeneration.",
+            help="transformers' LLaVA, LLaVA-NeXT and LLaVA-OneVision.",
             description="the transformers layout",
             target=TargetInfo(
                 options=_WEIGHTS | {"image_processor"},
                 whole=Card(
-                    sentence="This is a LLaVA for transformers (`LlavaForConditionalGeneration`): a model that answers "
+                    sentence="This is a LLaVA for transformers (`<<llava_class>>`): a model that answers "
                     "questions about pictures.",
                     library="transformers",
                     quickstarts=("transformers", "vllm", "lmdeploy", "sglang"),
@@ -192,7 +192,9 @@ LAYOUTS = {
             description="GGUF",
             has_shards=False,
             target=TargetInfo(
-                options=frozenset({"outtype", "mmproj_outtype", "pre", "max_shard_size", "prompt_template"}),
+                options=frozenset(
+                    {"outtype", "mmproj_outtype", "mmproj_for", "pre", "max_shard_size", "prompt_template"}
+                ),
                 whole=Card(
                     sentence="This is a LLaVA as GGUF, for llama.cpp and Ollama: a model that answers questions about "
                     "pictures. It takes two files, a language model and an mmproj, which holds its eyes.",

@@ -75,7 +75,7 @@ def assemble(
             except InputError as problem:
                 warnings.append(f"{problem.message}: going on without its files")
     if VISION in found_configs:
-        checkpoint = checkpoint.with_tower(found_configs[VISION])
+        checkpoint, found_configs[VISION] = checkpoint.with_tower(found_configs[VISION])
         check_layer(checkpoint, found_configs[VISION])
     recipes: dict[str, Recipe] = {}
     dropped: list[Dropped] = []

@@ -14,8 +14,10 @@ from typing import Any
 from llava_convert.core.errors import InputError
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.model.adapter import Adapter
-from llava_convert.model.facts import ASPECT, LAYER, STRATEGY
+from llava_convert.model.configs import has_head, without_last_block
+from llava_convert.model.facts import ASPECT, LAYER, PINPOINTS, STRATEGY
 from llava_convert.model.tables.facts import facts
+from llava_convert.model.tables.pinpoints import in_pixels
 from llava_convert.model.tables.quantization import Quantization
 from llava_convert.model.training import TrainingConfig
 from llava_convert.ops.base import Op
@@ -165,9 +167,8 @@ class Checkpoint:
     files that are no JSON, as it stands.
 
     `every_feature` are the types of towers of which the source's code hands on all features of the last layer but one,
-    whatever its config says. `quantization` is how another program packed weights, None where none are packed.
-    `publish_dtype` is the dtype to publish what a trainer left (torch's name; AS_STORED: that
-    of the language model, if it has 16 bits), None for what keeps its own.
+    whatever its config says, and which it cuts behind that layer. `publish_dtype` is the dtype to publish what a
+    trainer left (torch's name; AS_STORED: that of the language model, if it has 16 bits), None for what keeps its own.
     `quantization` is how another program packed weights, None where none are packed; `extra` are tensors of no part.
     `native` is false for a fork's names, which the layout's own readers do not know.
     """
@@ -198,11 +199,25 @@ class Checkpoint:
     extra: Extra | None = None
     native: bool = True
 
-    def with_tower(self, config: Mapping[str, Any]) -> Checkpoint:
-        """The checkpoint once the config of its tower is known."""
-        if config.get("model_type") not in self.every_feature:
-            return self
-        return replace(self, settings=replace(self.settings, select_layer=-2, select_strategy="full"))
+    def with_tower(self, config: Mapping[str, Any]) -> tuple[Checkpoint, dict[str, Any]]:
+        """The checkpoint once the config of its tower is known, and the config of the tower that it uses.
+
+        Of the towers in `every_feature` the source's code cuts the last block and the head off before it trains or
+        loads: where the checkpoint still has that block, it is kept, and the layer before it is the one that is read.
+        """
+        settings, found = self.settings, dict(config)
+        pairs = settings.said.get(PINPOINTS)
+        if pairs is not None:
+            sizes = in_pixels(pairs, int(config["image_size"]))
+            settings = replace(settings, said={**settings.said, PINPOINTS: sizes})
+        if config.get("model_type") in self.every_feature:
+            last = f".layers.{int(config['num_hidden_layers']) - 1}."
+            has_last = any(last in name for name in self.parts[VISION].names)
+            layer = -2 if has_last and has_head(config) else -1
+            if not has_last and (has_head(config) or self.parts[VISION].names):
+                found = without_last_block(config)
+            settings = replace(settings, select_layer=layer, select_strategy="full")
+        return replace(self, settings=settings), found
 
     def with_part(self, name: str, part: Part) -> Checkpoint:
         return replace(self, parts={**self.parts, name: part})

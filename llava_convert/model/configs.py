@@ -125,6 +125,16 @@ def kinds_that_fit(part: str, config: Mapping[str, Any], names: Iterable[str]) -
     return found
 
 
+def has_head(config: Mapping[str, Any]) -> bool:
+    """Whether a tower has SigLIP's head; its config says where not."""
+    return bool(config.get("vision_use_head", True))
+
+
+def without_last_block(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a tower less its last block and head, as LLaVA-NeXT's code cuts a SigLIP (siglip_encoder.py)."""
+    return {**config, "num_hidden_layers": int(config["num_hidden_layers"]) - 1, "vision_use_head": False}
+
+
 def without_stale(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config less what its writer said of itself."""
     return {k: v for k, v in config.items() if k not in _STALE}

@@ -8,21 +8,26 @@ from typing import Any
 
 from llava_convert.core.errors import UnsupportedError
 from llava_convert.core.text import listed, printable
-from llava_convert.model.tables.facts import CONFIG, Fact, Word, facts, stated_in, unknown_keys
+from llava_convert.model.tables.facts import CONFIG, Fact, dialects, facts, stated_in, unknown_keys
 
 Facts = Mapping[str, Any]
 LAYER, STRATEGY, ASPECT = "vision.feature_layer", "vision.feature_strategy", "picture.aspect_ratio"
 ACTIVATION, BIAS, DEPTH = "projector.activation", "projector.bias", "projector.depth"
 TEMPLATE = "prompt.chat_template"
+CLASS_TOKEN = "vision.class_token"
 PINPOINTS, MERGE, NEWLINE = "picture.grid_pinpoints", "picture.patch_merge", "picture.newline"
 
 
 def read_facts(layout: str, config: Mapping[str, Any], where: str, *, file: str = CONFIG) -> dict[str, Any]:
     """The facts that a file of a layout states, by name, those that it leaves to its readers' defaults among them.
 
-    Raises UnsupportedError (exit 4) for a word that no reader of the layout knows.
+    `layout` may be one of its dialects. Raises UnsupportedError (exit 4) for a word that no reader of it knows.
     """
     found: dict[str, Any] = {}
+    for fact in facts().values() if file == CONFIG else ():
+        implied = fact.layouts[layout].means if layout in fact.layouts else None
+        if implied not in (None, fact.default):
+            found[fact.name] = implied
     for key, fact in stated_in(layout, file).items():
         word = fact.layouts[layout]
         said = config.get(key)
@@ -31,7 +36,7 @@ def read_facts(layout: str, config: Mapping[str, Any], where: str, *, file: str 
         except KeyError:
             raise UnsupportedError(
                 f"{where}: {key} is {printable(str(said))[:60]!r}, which no reader knows ({fact.what})",
-                hint=f"known: {listed(list(word.words))}",
+                hint=f"known: {listed(list(word.words))}" if word.words else None,
             ) from None
         if said is not None or value != fact.default:
             found[fact.name] = value
@@ -56,8 +61,29 @@ def words_of(layout: str, said: Facts, *, file: str = CONFIG) -> dict[str, Any]:
     return found
 
 
+def dialect_for(layout: str, said: Facts, *, about: Iterable[str] = ("",)) -> str:
+    """The dialect of a layout that can state all facts; else that which can state the most, in their order."""
+    wanted, order = tuple(about), list(facts())
+
+    def reach(dialect: str) -> int:
+        lacking = unsayable(dialect, said, about=wanted)
+        return order.index(lacking[0].name) if lacking else len(order)
+
+    return max(dialects(layout), key=reach)
+
+
+def lost(layout: str, said: Facts) -> list[str]:
+    """What a dialect computes otherwise in a use that it is not refused for."""
+    found = []
+    for fact in facts().values():
+        word = fact.layouts.get(layout)
+        if word is not None and word.loses and fact.matters(said) and not word.can_state(value_of(said, fact.name)):
+            found.append(f"{fact.what} is {spelled(value_of(said, fact.name))}: {word.loses}")
+    return found
+
+
 def unsayable(layout: str, said: Facts, *, about: Iterable[str] = ("",)) -> list[Fact]:
-    """The facts that matter and that a layout cannot state at their values, of names that begin with one of `about`."""
+    """The facts that matter and that a dialect cannot state at their values, of names beginning with one of `about`."""
     wanted = tuple(about)
     return [
         fact
@@ -66,6 +92,7 @@ def unsayable(layout: str, said: Facts, *, about: Iterable[str] = ("",)) -> list
         and fact.matters(said)
         and (word := fact.layouts.get(layout)) is not None
         and not word.can_state(value_of(said, fact.name))
+        and not word.loses
     ]
 
 
@@ -76,19 +103,24 @@ def refuse_unsayable(
 
     `source` is the layout whose key the message names.
     """
-    for fact in unsayable(layout, said, about=about):
+    dialect = dialect_for(layout, said, about=about)
+    for fact in unsayable(dialect, said, about=about):
         value = value_of(said, fact.name)
-        able = [name for name in layouts if _can(fact.layouts.get(name), value)]
-        why = fact.layouts[layout].why
+        able = [name for name in layouts if not unsayable(dialect_for(name, said, about=about), said, about=about)]
+        why = fact.layouts[dialect].why
         raise UnsupportedError(
-            f"{key_of(fact.name, source)} is {spelled(value)} ({fact.what}), which the {layout} layout cannot state"
-            + (f": {why}" if why else ""),
+            f"{key_of(fact.name, source)} is {spelled(value)} ({fact.what}){_where(fact, source, said)}, which the "
+            f"{layout} layout cannot state" + (f": {why}" if why else ""),
             hint=f"convert to {' or '.join(able)}" if able else "no layout of this tool can state it",
         )
 
 
-def _can(word: Word | None, value: Any) -> bool:
-    return word is None or word.can_state(value)
+def _where(fact: Fact, source: str, said: Facts) -> str:
+    """The fact without which this one would mean nothing."""
+    if fact.when is None:
+        return ""
+    name = fact.when[0]
+    return f", where {key_of(name, source)} is {spelled(value_of(said, name))} ({facts()[name].what})"
 
 
 def key_of(name: str, layout: str) -> str:

@@ -20,7 +20,21 @@ DTYPES = {
 }
 OTHER_DTYPES = {other: name for name, others in DTYPES.items() for other in (*others, f"torch.{name}")}
 # Those of `offers` are what TAB offers; `layouts/gguf/mixes.py` knows them all.
-_OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
+_OUTTYPES = (
+    "auto",
+    "f32",
+    "f16",
+    "bf16",
+    "q8_0",
+    "q6_k",
+    "q5_k_m",
+    "q4_k_m",
+    "q4_0",
+    "iq4_xs",
+    "iq4_nl",
+    "q3_k_m",
+    "q2_k",
+)
 
 
 def part_named(word: object) -> str | None:
@@ -112,6 +126,14 @@ class OutputOptions(TypesOption):
             OUTPUT,
             metavar="f16|q8_0|…[,…]",
             offers=("f32", "f16", "bf16", "q8_0"),
+        ),
+    ] = None
+    mmproj_for: Annotated[
+        str | None,
+        Flag(
+            "stock: positions where today's llama.cpp looks for them, which puts the class token last; for it alone.",
+            OUTPUT,
+            choices=("stock",),
         ),
     ] = None
     pre: Annotated[

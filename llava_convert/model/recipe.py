@@ -11,7 +11,7 @@ from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.model.bases import Base
 from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION, Checkpoint, Dropped
 from llava_convert.model.configs import family
-from llava_convert.model.facts import BIAS, DEPTH, NEWLINE
+from llava_convert.model.facts import BIAS, CLASS_TOKEN, DEPTH, NEWLINE
 from llava_convert.model.projector import projector_config
 from llava_convert.ops.base import Op
 from llava_convert.ops.cast import Cast
@@ -172,6 +172,8 @@ class Model:
     def facts(self) -> dict[str, Any]:
         """The facts of mappings/facts/llava.toml that the source states, by name, and what its tensors say."""
         found = {**self.checkpoint.settings.facts, NEWLINE: self.checkpoint.image_newline is not None}
+        if VISION in self.configs:
+            found[CLASS_TOKEN] = family(VISION, self.configs[VISION]).class_token
         projector = {name: recipe.tensor for name, recipe in self.part(PROJECTOR).items()}
         if projector:
             sizes = projector_config(projector)

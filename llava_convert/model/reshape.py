@@ -26,7 +26,8 @@ _PREFIX = f"{LLM}."
 class Relation:
     """How a family is written as another. `side` is that of the rows on which the first one's names stand.
 
-    `owner` is the family whose table says it; `filled` is what the other's config says where the first one's does not.
+    `owner` is the family whose table says it; `filled` is what the other's config says where the first one's does not;
+    `renamed` are the keys of the first one's that the other's has under other names.
     """
 
     rows: LayoutTable
@@ -34,6 +35,7 @@ class Relation:
     owner: Architecture
     keys: tuple[Mapping[str, Any], ...]
     filled: Mapping[str, str]
+    renamed: Mapping[str, str]
 
 
 def family_named(word: str) -> Architecture:
@@ -50,7 +52,10 @@ def relation(own: Architecture, other: Architecture) -> Relation | None:
         raw = owner.sections.get("as", {}).get(partner.name)
         if raw is not None:
             filled = raw.get("back", {}) if side == CANONICAL else {}
-            return Relation(_rows(raw, owner, partner), side, owner, tuple(raw.get("key", ())), filled)
+            keys = raw.get("renamed", {})
+            if side == CANONICAL:
+                keys = {theirs: mine for mine, theirs in keys.items()}
+            return Relation(_rows(raw, owner, partner), side, owner, tuple(raw.get("key", ())), filled, keys)
     return None
 
 
@@ -118,7 +123,7 @@ def _config(config: Config, own: Architecture, other: Architecture, how: Relatio
                 hint="leave --as out: the language model then stays what it is",
             )
     ruled = {rule["key"] for rule in how.keys}
-    made = {key: value for key, value in config.items() if key not in ruled}
+    made = {how.renamed.get(key, key): value for key, value in config.items() if key not in ruled}
     for key, source in how.filled.items():
         made.setdefault(key, None if source == "null" else config.get(source))
     return other.complete({**made, "model_type": other.model_types[0]})

@@ -10,7 +10,7 @@ from typing import Any
 from llava_convert.core.resources import data_dir
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.model.checkpoint import VISION
-from llava_convert.model.configs import family, named_config
+from llava_convert.model.configs import family, has_head, named_config, without_last_block
 
 
 @cache
@@ -28,13 +28,25 @@ def fits(config: Mapping[str, Any], weights: Mapping[str, StoredTensor]) -> bool
 
 
 def tower_config(weights: Mapping[str, StoredTensor], recorded: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The config of a whole tower from its shapes: the one an earlier conversion recorded, else a published one's."""
-    if recorded is not None and fits(recorded, weights):
-        return dict(recorded)
-    found = next((name for name, config in towers().items() if fits(config, weights)), None)
-    return None if found is None else {**towers()[found], "_name_or_path": found}
+    """The config of a whole tower from its shapes: the one an earlier conversion recorded, else a published one's.
+
+    A tower may have been cut, as LLaVA-NeXT's code does.
+    """
+    known = {} if recorded is None else {None: recorded}
+    for name, config in (known | dict(towers())).items():
+        forms = (config, without_last_block(config)) if "vision_use_head" in config else (config,)
+        form = next((form for form in forms if fits(form, weights)), None)
+        if form is not None:
+            return dict(form) if name is None else {**form, "_name_or_path": name}
+    return None
 
 
 def id_by_shape(config: Mapping[str, Any]) -> str | None:
-    """The published tower that a config describes, when every dimension is the same."""
-    return next((name for name, known in towers().items() if all(config.get(k) == known[k] for k in known)), None)
+    """The published tower that a config describes, when every dimension is the same, whole or cut."""
+    blocks = config.get("num_hidden_layers", 0)
+    whole = {**config, "num_hidden_layers": blocks + 1, "vision_use_head": True}
+    for name, known in towers().items():
+        forms = (config,) if has_head(config) else (config, whole)
+        if any(all(form.get(key) == known[key] for key in known) for form in forms):
+            return name
+    return None

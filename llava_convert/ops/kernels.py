@@ -26,7 +26,7 @@ EXTRA = "pip install 'llava-convert[llamacpp]'"
 
 # What can be made, by its number in files. The other types need an importance matrix, or no mix of llama-quantize asks
 # for them.
-_MADE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
+_MADE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 NUMBERS: dict[str, int] = {name: TYPE_NUMBERS[name] for name in _MADE}
 BY_NUMPY = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"})  # of gguf-py 0.10 and later
 READABLE = QUANTS.keys() - {"Q1_0", "Q8_1", "Q8_K"}  # by gguf-py 0.19; the last two are never stored

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_convert.model.tables.facts import Fact, KeyTable, Word, facts, key_table
+from llava_convert.model.tables.facts import Fact, KeyTable, Word, dialects, facts, key_table
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "facts.md"
 LAYOUTS = ("official", "hf", "xtuner", "gguf")
@@ -42,7 +42,9 @@ it compares tensors. This page is made of the tables in `mappings/facts` by `mak
 ## How the parts work together
 
 For each layout: the key that states the fact, or the values that need no word since the layout's readers compute them
-anyway. Any other value is exit 4. "Needs no word": the tensors or another key tell it, or nothing that reads the layout
+anyway. Any other value is exit 4. transformers has three classes of LLaVAs: a model is written as the first that can
+state all its facts, LLaVA, LLaVA-NeXT (`hf.llava_next`) or LLaVA-OneVision (`hf.llava_onevision`). An mmproj with a
+SigLIP tower is `gguf.siglip`. "Needs no word": the tensors or another key tell it, or nothing that reads the layout
 has a use for it.
 """
 KEYS = """\
@@ -64,7 +66,10 @@ def page() -> str:
 def _fact(fact: Fact) -> str:
     lines = [f"### {fact.name}", "", f"{_sentence(fact.what)} It {KIND[fact.kind]}.{_default(fact)}{_when(fact)}", ""]
     lines += ["| layout | how it is stated |", "|---|---|"]
-    lines += [f"| {layout} | {_word(fact, fact.layouts.get(layout))} |" for layout in LAYOUTS]
+    for layout in LAYOUTS:
+        usual = fact.layouts.get(layout)
+        own = [name for name in dialects(layout) if name == layout or fact.layouts.get(name) != usual]
+        lines += [f"| {name} | {_word(fact, fact.layouts.get(name))} |" for name in own]
     return "\n".join(lines) + "\n"
 
 
@@ -92,12 +97,18 @@ def _word(fact: Fact, word: Word | None) -> str:
         return "needs no word"
     if word.silent:
         return "its readers are told by other means"
+    if word.loses:
+        return f"{_unsaid(word)}; of another value users are told: {word.loses}"
     if word.key is None:
         return _unsaid(word)
     file = "" if word.file == "config.json" or word.type else f" in `{word.file}`"
     said = f"`{word.key}`{file}"
     if word.words and any(name != value for name, value in word.words.items()):
         said += ": " + ", ".join(f"`{name}` for {_value(value)}" for name, value in word.words.items())
+    if word.begins:
+        said += f", which begins with `{word.begins}`"
+    if word.form:
+        said += f", as pairs of {word.form}"
     if word.default != fact.default:
         said += f"; where it is absent: {_value(word.default)}"
     return said + (f". {_sentence(word.note)}" if word.note else "")

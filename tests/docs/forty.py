@@ -371,8 +371,8 @@ for _title, _type, _class in (
     ("A MiniCPM-V", "minicpmv", "MiniCPMV"),
     ("An Idefics", "idefics3", "Idefics3ForConditionalGeneration"),
     ("A PaliGemma", "paligemma", "PaliGemmaForConditionalGeneration"),
-    ("A LLaVA-NeXT of transformers", "llava_next", "LlavaNextForConditionalGeneration"),
-    ("A LLaVA-OneVision of transformers", "llava_onevision", "LlavaOnevisionForConditionalGeneration"),
+    ("A VipLLaVA of transformers", "vipllava", "VipLlavaForConditionalGeneration"),
+    ("A Video-LLaVA of transformers", "video_llava", "VideoLlavaForConditionalGeneration"),
     ("A LLaVA-NeXT-Video of transformers", "llava_next_video", "LlavaNextVideoForConditionalGeneration"),
 ):
     THINGS[_title] = lambda to, kind=_type, name=_class: to.model(kind, kind, name)  # type: ignore[misc]

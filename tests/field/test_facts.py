@@ -103,9 +103,11 @@ def test_image_newline_goes_where_it_is_read_and_is_dropped_by_name_where_nothin
         for gone in json.loads((tmp_path / "plain" / "conversion.json").read_text())["dropped"]
     )
     edit(source, image_aspect_ratio="anyres", mm_patch_merge_type="spatial_unpad", image_grid_pinpoints=[[56, 112]])
-    for to in ("hf", "xtuner", "gguf"):
+    for to in ("xtuner", "gguf"):
         with pytest.raises(UnsupportedError, match="image_aspect_ratio is anyres"):
             llava_convert.convert(source, to=to, out=tmp_path / "out", visual_encoder=models.tower)
+    llava_convert.convert(source, to="hf", out=tmp_path / "next", visual_encoder=models.tower)
+    assert json.loads((tmp_path / "next" / "config.json").read_text())["model_type"] == "llava_next"
     llava_convert.convert(source, to="official", out=tmp_path / "same", max_shard_size="5GB")
     assert llava_convert.verify(source, tmp_path / "same")
     verdict = llava_convert.verify(source, tmp_path / "plain", visual_encoder=models.tower)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.peers
 FLOATS = ("f32", "f16", "bf16", "q8_0")
 QUANTISED = (
     "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l",
-    "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k",
+    "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs",
 )  # fmt: skip
 CONVERTED = [
     ("tiny", "float16"), ("tiny", "bfloat16"), ("wide", "bfloat16"), ("tied", "float32"), ("scaled-rope", "bfloat16"),
@@ -35,7 +35,8 @@ CONVERTED = [
     ("biased", "bfloat16"), ("linear-rope", "float16"), ("yarn-rope", "float16"), ("yarn-attention", "float16"),
     ("llama-2", "float16"), ("vicuna", "float16"), ("smollm", "bfloat16"), ("mistral", "bfloat16"),
     ("mistral-window", "bfloat16"), ("qwen2", "bfloat16"), ("qwen2-tied", "float16"), ("qwen2-yarn", "bfloat16"),
-    ("phi-3", "bfloat16"), ("phi-3-shared", "float16"), ("phi-4", "bfloat16"),
+    ("phi-3", "bfloat16"), ("phi-3-shared", "float16"), ("phi-4", "bfloat16"), ("qwen3", "bfloat16"),
+    ("qwen3-tied", "float16"), ("vicuna-13b", "float16"),
 ]  # fmt: skip
 # Keys that may differ, each with the reason.
 NAMES = {
@@ -58,13 +59,14 @@ OURS: dict[str, set[str]] = {
     "sentencepiece": {UNKNOWN_ID},
     "llama-2": {UNKNOWN_ID},
     "vicuna": {UNKNOWN_ID},
+    "vicuna-13b": {UNKNOWN_ID},
     "mistral": {UNKNOWN_ID},
     "mistral-window": {UNKNOWN_ID, WINDOW},
     "yarn-attention": {ATTENTION},
     "phi-3": {EOT},
     "phi-3-shared": {EOT},
 }
-TIED = ("tied", "smollm", "qwen2-tied", "phi-4")
+TIED = ("tied", "smollm", "qwen2-tied", "qwen3-tied", "phi-4")
 
 
 def theirs(llama_cpp: LlamaCpp, folder: Path, name: str, outtype: str) -> Path:
@@ -142,6 +144,9 @@ def test_metadata_of_the_converter(converted: Converter, llama_cpp: LlamaCpp, na
         ("qwen2-tied", "float16"),
         ("phi-3", "bfloat16"),
         ("phi-4", "bfloat16"),
+        ("qwen3", "bfloat16"),
+        ("vicuna-13b", "float16"),
+        ("llama-3-70b", "bfloat16"),
     ],
 )
 def test_tensors_of_the_quantiser(converted: Converter, llama_cpp: LlamaCpp, name: str, dtype: str) -> None:

@@ -40,7 +40,7 @@ __all__ = ["picture"]  # a fixture
 FAMILIES = (
     "biased", "linear-rope", "yarn-rope", "yarn-attention", "sentencepiece", "llama-2", "llama-2-json", "vicuna",
     "smollm", "mistral", "mistral-window", "qwen2", "qwen2-tied", "qwen2-yarn", "phi-3", "phi-3-shared", "phi-3-long",
-    "phi-4",
+    "phi-4", "qwen3", "qwen3-tied", "vicuna-13b",
 )  # fmt: skip
 # Turns as these models write them, and tokens with what may stand around them.
 TURNS = (
@@ -317,7 +317,9 @@ def test_a_released_llava_llama_3(converted: Converter, llama_cpp: LlamaCpp) -> 
     assert about["ends"] == [128001, 128009] and about["complaints"] == []
 
 
-@pytest.mark.parametrize("name", ["biased", "yarn-rope", "vicuna", "smollm", "mistral", "qwen2-tied", "phi-3", "phi-4"])
+@pytest.mark.parametrize(
+    "name", ["biased", "yarn-rope", "vicuna", "smollm", "mistral", "qwen2-tied", "qwen3-tied", "phi-3", "phi-4"]
+)
 def test_their_files_come_back(converted: Converter, llama_cpp: LlamaCpp, name: str, tmp_path: Path) -> None:
     """A language model that their converter wrote, as those that are published are, for transformers again."""
     before = converted(name, "hf", dtype="bfloat16")
@@ -339,7 +341,9 @@ def test_their_files_come_back(converted: Converter, llama_cpp: LlamaCpp, name: 
     assert encoded(after, texts, tmp_path) == encoded(before, texts, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "smollm", "phi-3-long", "phi-4", "llama-2-json", "yarn-rope", "biased"])
+@pytest.mark.parametrize(
+    "name", ["qwen2", "smollm", "phi-3-long", "phi-4", "llama-2-json", "yarn-rope", "biased", "qwen3"]
+)
 def test_saved_by_transformers_5(converted: Converter, name: str, tmp_path: Path) -> None:
     """Its own names of tensors and rope parameters, and fewer tokenizer files, make the same language model."""
     folder = converted(name, "hf", dtype="bfloat16")

@@ -83,6 +83,8 @@ class Wide:
                 shapes[f"{at}.{name}.weight"] = (rows, columns)
                 if self._has_bias(name):
                     shapes[f"{at}.{name}.bias"] = (rows,)
+            if self.family == "qwen3":
+                shapes |= {f"{at}.self_attn.{x}_norm.weight": (self.head_dim or h // self.heads,) for x in "qk"}
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 shapes[f"{at}.{norm}.weight"] = (h,)
         shapes["model.norm.weight"] = (h,)
@@ -142,6 +144,12 @@ WIDES: dict[str, Wide] = {
     "qwen2": Wide("qwen2", layers=4, rows=704, tokenizer="qwen2"),
     "qwen2-tied": Wide("qwen2", layers=3, heads=4, kv_heads=2, rows=704, tied=True, tokenizer="qwen2"),
     "qwen2-yarn": Wide("qwen2", layers=3, rows=704, rope=YARN, tokenizer="qwen2"),
+    # Norms of the heads, whose size is their own.
+    "qwen3": Wide("qwen3", layers=4, heads=4, kv_heads=1, head_dim=32, rows=704, tokenizer="qwen2"),
+    "qwen3-tied": Wide("qwen3", layers=2, heads=4, kv_heads=2, head_dim=128, rows=704, tied=True, tokenizer="qwen2"),
+    # Depths and shares of heads that mixes know: of Vicuna-13B, and of Llama-3-70B.
+    "vicuna-13b": Wide(mlp=256, layers=40, kv_heads=8, rows=896, tokenizer="vicuna"),
+    "llama-3-70b": Wide(mlp=256, layers=80, heads=8, kv_heads=1),
     # Phi-3-mini, whose keys are not shared, and Phi-3-medium.
     "phi-3": Wide("phi3", kv_heads=8, rows=832, settings={"sliding_window": 255}, tokenizer="phi-3"),
     "phi-3-shared": Wide("phi3", layers=3, rows=832, settings={"sliding_window": None}, tokenizer="phi-3"),
@@ -169,6 +177,7 @@ CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
 }
 PUBLISHED = ("llama-3", "mistral")
 SPM_CONFIG = {

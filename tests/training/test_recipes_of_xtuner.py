@@ -85,3 +85,13 @@ def test_second_stages_start_from_the_first() -> None:
         else:
             first = Path(recipe.model.pretrained)
             assert first.parent == Path("work_dirs") and first.name in NAMES and first.name.endswith("pretrain")
+
+
+@pytest.mark.peers
+def test_every_config_has_a_recipe(tmp_path: Path) -> None:
+    """But one, whose data are RefCOCO's boxes: no set of conversations holds them."""
+    written = in_peer("xtuner", "write_recipes.py", {"names": []}, tmp_path)
+    assert len(written) == 33
+    lacking = {name for name in written if name not in NAMES}
+    assert lacking == {name for name, text in written.items() if text is None}
+    assert [name.rpartition("_")[2] for name in lacking] == ["refcoco"]

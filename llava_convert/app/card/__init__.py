@@ -9,7 +9,8 @@ from llava_convert.app.card.facts import Facts
 from llava_convert.app.card.front_matter import front_matter
 from llava_convert.app.card.history import history
 from llava_convert.app.card.origin import origin
-from llava_convert.app.card.quickstarts import quickstarts
+from llava_convert.app.card.quickstarts import filled, quickstarts
+from llava_convert.app.card.words import Words
 
 CARD = "README.md"
 
@@ -25,7 +26,7 @@ def card(facts: Facts, *, verified: str) -> str:
             (
                 front_matter(facts, found),
                 f"# {facts.title}",
-                facts.card.sentence,
+                filled(facts.card.sentence, Words(facts)),
                 *quickstarts(facts),
                 *history(facts, found, verified),
             )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from llava_convert.app.card.facts import Facts
 from llava_convert.app.card.words import Words
+from llava_convert.model.facts import CLASS_TOKEN
 
 _TEXTS = Path(__file__).parent / "texts"
 _WORD = re.compile(r"<<(\w+)>>")
@@ -20,8 +21,9 @@ _GAP = re.compile(r"\n{3,}")
 
 
 def _has_class(facts: Facts) -> bool:
-    """Whether the original code has a class for the language model: for Llama and Mistral (llava/model/__init__.py)."""
-    return facts.llava_class in ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")
+    """Whether the original code has classes for the parts: Llama and Mistral (llava/model/__init__.py), and CLIP."""
+    kinds = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")
+    return facts.llava_class in kinds and facts.model.facts.get(CLASS_TOKEN) is not False
 
 
 def _adapter(facts: Facts) -> bool:
@@ -34,7 +36,10 @@ def _no(condition: Callable[[Facts], bool]) -> Callable[[Facts], bool]:
 
 # Texts that do not fit every output of a layout that names them.
 CONDITIONS: Mapping[str, Callable[[Facts], bool]] = {
-    "sglang": lambda facts: facts.model.checkpoint.settings.select_strategy == "default",
+    "sglang": lambda facts: (
+        facts.model.checkpoint.settings.select_strategy == "default"
+        and facts.llava_class == "LlavaForConditionalGeneration"
+    ),
     "llava": _has_class,
     "lmdeploy_official": _has_class,
     "llava_forks": _no(_has_class),

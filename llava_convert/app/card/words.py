@@ -12,6 +12,7 @@ from llava_convert.app.card.traps import lmdeploy_template
 from llava_convert.assets.tokenizer.files import TEMPLATE
 from llava_convert.assets.tokenizer.llava_tokens import IMAGE_TOKEN
 from llava_convert.model.checkpoint import LLM, PART_NAMES, VISION
+from llava_convert.model.facts import CLASS_TOKEN
 
 _BASES = {LLM: "BASE_LANGUAGE_MODEL", VISION: "BASE_VISION_TOWER"}
 
@@ -209,6 +210,19 @@ class Words:
         return self._facts.llava_class
 
     @property
+    def llava_fork(self) -> str:
+        """Where the code of this model is."""
+        if self._facts.model.facts.get(CLASS_TOKEN) is False:
+            return f"This model's, `{self.llava_class}` with SigLIP, are in https://github.com/LLaVA-VL/LLaVA-NeXT."
+        return f"This model's, `{self.llava_class}`, is in forks of it."
+
+    @property
+    def llava_sizes_py(self) -> str:
+        """What the code asks of a picture that it cuts into tiles."""
+        cuts = self._facts.model.checkpoint.settings.image_aspect_ratio.startswith("anyres")
+        return "    image_sizes=[picture.size],\n" if cuts else ""
+
+    @property
     def official_type(self) -> str:
         return str(self._facts.config().get("model_type"))
 
@@ -225,6 +239,29 @@ class Words:
     @property
     def llm_sh(self) -> str:
         return self._facts.file(self._facts.llm_shards[0][0].name)
+
+    @property
+    def class_token(self) -> str:
+        """What llama.cpp does with a tower's class token; "" for a tower without one."""
+        if self._facts.model.facts.get(CLASS_TOKEN) is False:
+            return ""
+        if self._facts.options.mmproj_for == "stock":
+            return (
+                "**For the llama.cpp of today alone.** llama.cpp (October 2026; ggml-org/llama.cpp#25814) puts the "
+                "tower's class token behind the patches, although the model was trained with it in front. In this "
+                "mmproj (`--mmproj-for stock`) the positions are where that runtime looks for them, so that every "
+                "patch has its own; the first patch is still lost, and the class token's features go to the language "
+                "model. A runtime that is repaired gives wrong answers with it: use the standard mmproj there, which "
+                "a conversion without that option writes."
+            )
+        return (
+            "**A known defect of the runtime.** llama.cpp (October 2026; ggml-org/llama.cpp#25814) puts the tower's "
+            "class token behind the patches, although the model was trained with it in front: every patch gets its "
+            "neighbour's position, the first is lost, and the class token's features go to the language model. "
+            "Answers about pictures are therefore worse than those of the same model in transformers, by how much "
+            "depends on the model. No content of a file can mend that for runtimes with and without the defect; these "
+            "files hold the layout that is right for a repaired one, and every layer of the tower."
+        )
 
     @property
     def mmproj_sh(self) -> str:

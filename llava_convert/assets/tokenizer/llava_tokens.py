@@ -29,7 +29,8 @@ from llava_convert.assets.tokenizer.json_edit import edit_added_tokens
 from llava_convert.core.errors import InputError
 from llava_convert.core.text import to_json
 
-IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+IMAGE_TOKEN, VIDEO_TOKEN, PAD_TOKEN = "<image>", "<video>", "<pad>"
+PROCESSORS = ("LlavaProcessor", "LlavaNextProcessor", "LlavaOnevisionProcessor")  # which the layout's models have
 ROW_MULTIPLE = 64  # xtuner's pad_shape: rows are padded to it when a token gets a new one
 
 
@@ -52,25 +53,33 @@ class AddedToken:
 class TokenPlan:
     """The ids of LLaVA's tokens, those to add, and how many embedding rows the result has."""
 
-    image_id: int
-    pad_id: int
+    ids: Mapping[str, int]
     added: tuple[AddedToken, ...]
     rows_out: int
 
+    @property
+    def image_id(self) -> int:
+        return self.ids[IMAGE_TOKEN]
 
-def plan_llava_tokens(tokenizer: Tokenizer, rows: int) -> TokenPlan:
-    """The ids which xtuner's converter gives on an embedding of `rows` rows.
+    @property
+    def pad_id(self) -> int:
+        return self.ids[PAD_TOKEN]
 
-    It loads the tokenizer as LlamaTokenizerFast, which adds `<unk>` where no unk_token is stated (a stated null adds
-    none; measured in transformers 4.43.4), then adds `<image>` and `<pad>`. Rows grow to a multiple of 64 when an id
-    has none; the real one compares the pad id with the rows wrongly and can leave the last id without a row.
+
+def plan_llava_tokens(tokenizer: Tokenizer, rows: int, seen: tuple[str, ...] = (IMAGE_TOKEN,)) -> TokenPlan:
+    """The ids of the tokens for what is `seen`, and of `<pad>`, as xtuner's converter gives them.
+
+    `rows` are those of the embedding. The converter loads the tokenizer as LlamaTokenizerFast, which adds `<unk>` where
+    no unk_token is stated (a stated null adds none; measured in transformers 4.43.4), then adds `<image>` and `<pad>`.
+    Rows grow to a multiple of 64 when an id has none; the real one compares the pad id with the rows wrongly and can
+    leave the last id without a row.
     Raises InputError where there are fewer rows than tokens.
     """
     require_rows(tokenizer, rows)
     size = tokenizer.size
     ids = {entry["content"]: i for i, entry in tokenizer.added.items()}
     added: list[AddedToken] = []
-    wanted = [IMAGE_TOKEN, PAD_TOKEN]
+    wanted = [*seen, PAD_TOKEN]
     stated = {*tokenizer.config, *tokenizer.read_json(SPECIAL_MAP)}
     if "unk_token" not in stated and tokenizer.id_of(UNK_TOKEN) is None:
         wanted.insert(0, UNK_TOKEN)
@@ -82,7 +91,7 @@ def plan_llava_tokens(tokenizer: Tokenizer, rows: int) -> TokenPlan:
             size = max(size, ids[token] + 1)
             added.append(AddedToken(ids[token], token))
     rows_out = rows if size <= rows else -(-size // ROW_MULTIPLE) * ROW_MULTIPLE
-    return TokenPlan(ids[IMAGE_TOKEN], ids[PAD_TOKEN], tuple(added), rows_out)
+    return TokenPlan({token: ids[token] for token in (*seen, PAD_TOKEN)}, tuple(added), rows_out)
 
 
 def require_rows(tokenizer: Tokenizer, rows: int) -> None:
@@ -101,12 +110,13 @@ def with_tokens(
     *,
     chat_template: str | None = None,
     processor_template: str | None = None,
+    processor: str = "LlavaProcessor",
 ) -> dict[str, bytes]:
     """The files of the transformers layout, by name.
 
     `chat_template` is written for the tokenizer (4.x reads tokenizer_config.json, 5.x the .jinja file; by default the
     one that is there); `processor_template`, where it differs, as chat_template.json, which only processors
-    read, before the .jinja (transformers 4.46 to 5.23).
+    read, before the .jinja (transformers 4.46 to 5.23). `processor` is the class of the model's processor.
     """
     files = {name: tokenizer.read(name) for name in VOCABULARY_FILES if name in tokenizer.files}
     if "tokenizer.json" in files and plan.added:
@@ -124,7 +134,7 @@ def with_tokens(
     if any(t.content == UNK_TOKEN for t in plan.added):
         named["unk_token"] = UNK_TOKEN
     config |= named
-    config["processor_class"] = "LlavaProcessor"
+    config["processor_class"] = processor
     if (kind := _loadable_class(tokenizer)) is not None:
         config["tokenizer_class"] = kind
     template = chat_template or tokenizer.chat_template
@@ -217,7 +227,7 @@ def _stripped(found: dict[str, Any], gone: frozenset[tuple[int, str]]) -> dict[s
     for key, value in found.items():
         if key == "added_tokens_decoder":
             value = {i: entry for i, entry in (value or {}).items() if (int(i), entry["content"]) not in gone}
-        elif (isinstance(value, int) and (value, key) in gone) or (key, value) == ("processor_class", "LlavaProcessor"):
+        elif (isinstance(value, int) and (value, key) in gone) or (key == "processor_class" and value in PROCESSORS):
             continue  # an entry of added_tokens.json, or the processor's
         if key.endswith("_token") and content_of(value) in contents:
             continue

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from llava_convert.layouts.gguf.compare import compare_stated
 from llava_convert.layouts.gguf.names import dialects, family_name
-from llava_convert.layouts.gguf.read import NAME, detect, open, open_each
+from llava_convert.layouts.gguf.read import NAME, detect, made_with, open, open_each
 from llava_convert.layouts.gguf.write import lower, needs
 
-__all__ = ["NAME", "compare_stated", "detect", "dialects", "family_name", "lower", "needs", "open", "open_each"]
+__all__ = [
+    "NAME",
+    "compare_stated",
+    "detect",
+    "dialects",
+    "family_name",
+    "lower",
+    "made_with",
+    "needs",
+    "open",
+    "open_each",
+]

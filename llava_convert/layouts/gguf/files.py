@@ -23,7 +23,7 @@ VISION_ARCHITECTURE = "clip"
 
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 # What a file's name says beside the model's: its role and its type.
-_TYPES = r"mmproj|bf16|f16|f32|fp16|fp32|int4|int8|mxfp4|tq[12]_0|i?q[1-8](?:_(?:[ksmlx01]|xs|xxs|nl|xl))*"
+_TYPES = r"mmproj-stock|mmproj|bf16|f16|f32|fp16|fp32|int4|int8|mxfp4|tq[12]_0|i?q[1-8](?:_(?:[ksmlx01]|xs|xxs|nl|xl))*"
 _NOT_OF_THE_MODEL = re.compile(rf"(?:^|[-_.])(?:{_TYPES})(?=[-_.]|$)")
 # The first key, which both writers make the architecture: magic, version, two counts, then a string's length and text,
 # the value's type, and the value, a string again (ggml, docs/gguf.md).

@@ -49,18 +49,25 @@ def rotated_share(config: Config) -> float:
 def window(config: Config) -> int | None:
     """How far back a token looks, where that is less than the longest text: the runtime always looks back whole.
 
-    Qwen2 names a window and looks through it only with `use_sliding_window`.
+    Qwen2 and Qwen3 name a window and look through it only with `use_sliding_window`.
     """
     found = config.get("sliding_window")
-    used = config.get("model_type") != "qwen2" or config.get("use_sliding_window")
+    used = config.get("use_sliding_window", config.get("model_type") not in ("qwen2", "qwen3"))
     return found if used and isinstance(found, int) and found < config.get("max_position_embeddings", 0) else None
 
 
 def warnings(config: Config) -> list[str]:
     """What the runtime does otherwise in long texts."""
-    found = window(config)
-    if found is None:
-        return []
-    return [
-        f"llama.cpp knows no sliding window here: in texts of more than {found} tokens answers differ from the model's"
-    ]
+    said = []
+    if (found := window(config)) is not None:
+        said.append(
+            f"llama.cpp knows no sliding window here: in texts of more than {found} tokens answers differ from the "
+            "model's"
+        )
+    scaling = config.get("rope_scaling") or {}
+    if "dynamic" in (scaling.get("rope_type"), scaling.get("type")):
+        said.append(
+            f"llama.cpp does not compute the rope scaling 'dynamic': in texts of more than "
+            f"{config['max_position_embeddings']} tokens answers differ from the model's"
+        )
+    return said

@@ -28,12 +28,13 @@ OUTTYPES: Mapping[str, Outtype] = {
     "q2_k": Outtype(10, "Q2_K"), "q2_k_s": Outtype(21, "Q2_K"), "q3_k_s": Outtype(11, "Q3_K"),
     "q3_k_m": Outtype(12, "Q3_K"), "q3_k_l": Outtype(13, "Q3_K"), "q4_k_s": Outtype(14, "Q4_K"),
     "q4_k_m": Outtype(15, "Q4_K"), "q5_k_s": Outtype(16, "Q5_K"), "q5_k_m": Outtype(17, "Q5_K"),
-    "q6_k": Outtype(18, "Q6_K"),
+    "q6_k": Outtype(18, "Q6_K"), "iq4_nl": Outtype(25, "IQ4_NL"), "iq4_xs": Outtype(30, "IQ4_XS"),
 }  # fmt: skip
 ALIASES = {"int4": "q4_k_m", "int8": "q8_0", "q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
 # Blocks of 256 weights → the type for rows that are no multiple of 256.
-_FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
+_IQ4 = ("iq4_nl", "iq4_xs")
 # `category_is_attn_v`: what q, k and v are fused in is mixed as v is; a rule for qkv further down is never reached.
 _VALUES = ("attn_v", "attn_qkv")
 _SEVENTY_B = 80  # layers; llama.cpp takes a llama with so many for a 70B, whose v is shared by eight heads
@@ -110,6 +111,8 @@ def _attn_v(name: str, base: str, layer: int, layers: int, shared: int) -> str:
         return "Q5_K" if layer < 2 else "Q4_K"
     if name == "q3_k_l":
         return "Q5_K"
+    if name in _IQ4:
+        return "Q5_K" if shared >= 4 else base
     if name in ("q4_k_m", "q5_k_m") and _more_bits(layer, layers):
         return "Q6_K"
     return "Q5_K" if name == "q4_k_s" and layer < 4 else base
@@ -126,7 +129,7 @@ def _ffn_down(name: str, base: str, layer: int, layers: int) -> str:
         return "Q5_K"
     if name in ("q4_k_m", "q5_k_m") and _more_bits(layer, layers):
         return "Q6_K"
-    return "Q5_K" if name == "q4_k_s" and layer < layers // 8 else base
+    return "Q5_K" if name in ("q4_k_s", *_IQ4) and layer < layers // 8 else base
 
 
 def _more_bits(layer: int, layers: int) -> bool:

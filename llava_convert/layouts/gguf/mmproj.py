@@ -31,12 +31,12 @@ Metadata = Mapping[str, Typed]
 
 
 def require_llava(metadata: Metadata, where: Path) -> None:
-    """Raises UnsupportedError (exit 4) for an mmproj of another kind than CLIP with LLaVA's projector."""
+    """Raises UnsupportedError (exit 4) for an mmproj of another projector than LLaVA's."""
     kind = value(metadata, "clip.projector_type", value(metadata, "clip.vision.projector_type", "mlp"))
     if kind not in PROJECTORS:
         raise UnsupportedError(
             f"{printable(where)}: its projector is of type {printable(kind)}; LLaVA's is mlp",
-            hint="this tool converts LLaVAs: a CLIP tower and an MLP",
+            hint="this tool converts LLaVAs: a CLIP or SigLIP tower and an MLP",
         )
     if value(metadata, "clip.has_vision_encoder", True) is not True:
         raise UnsupportedError(f"{printable(where)}: it holds no vision tower (clip.has_vision_encoder is false)")

@@ -81,7 +81,7 @@ class Meaning:
 class GgufTable:
     """One architecture's names and keys. `families` are the model types it holds.
 
-    Reading gives the first, or the one that a key of `family_by` tells.
+    Reading gives the first, or the one that a key of `family_by` tells, or a tensor of `family_without` by its absence.
     """
 
     architecture: str
@@ -89,6 +89,7 @@ class GgufTable:
     names: LayoutTable
     keys: tuple[Key, ...]
     family_by: Mapping[str, str]
+    family_without: Mapping[str, str]
 
     @property
     def part(self) -> str:
@@ -176,6 +177,7 @@ def _gguf_table(raw: Mapping[str, Any], text: str, path: Path) -> GgufTable:
         make_layout_table({**raw, **stated}, text, path),
         tuple(Key(**{**key, "stated": tuple(key.get("stated", ()))}) for key in raw.get("key", ())),
         raw.get("family_by", {}),
+        raw.get("family_without", {}),
     )
 
 
@@ -186,7 +188,7 @@ def table_for_family(model_type: str) -> GgufTable:
             return table
     raise UnsupportedError(
         f"a {model_type} cannot be written as GGUF",
-        hint="llama.cpp's mlp projector reads CLIP towers only" if "siglip" in model_type else _known(),
+        hint=_known(),
     )
 
 
@@ -227,6 +229,7 @@ def metadata_of(table: GgufTable, config: Config) -> dict[str, Typed]:
         elif not key.optional:
             raise InputError(f"the config lacks {key.config}, which GGUF needs as {key.key}")
     if table.part == VISION:
+        vision.refuse(config)
         return found | vision.activation_keys(config)
     limits.refuse(table.architecture, [key.config for key in table.keys], config, family)
     return found | rope.scaling_keys(table.architecture, config)
@@ -237,7 +240,9 @@ def config_of(table: GgufTable, metadata: Metadata, tensors: Mapping[str, Stored
 
     UnsupportedError where the rope scaling cannot be told from its factors.
     """
-    told = next((family for key, family in table.family_by.items() if key in metadata), table.families[0])
+    said = [family for key, family in table.family_by.items() if key in metadata]
+    said += [family for name, family in table.family_without.items() if name not in tensors]
+    told = [*said, table.families[0]][0]
     family = architecture_for(table.part, told)
     config: dict[str, Any] = {"model_type": told}
     for key in table.keys:
@@ -259,7 +264,7 @@ def config_of(table: GgufTable, metadata: Metadata, tensors: Mapping[str, Stored
         if key.when:
             config[key.when] = True
     if table.part == VISION:
-        return config | vision.config_of_activation(metadata)
+        return config | vision.config_of_rest(metadata, family)
     words, out = ([*table.disk_names(role), ""][0] for role in (family.embedding, family.head))
     if words in tensors:
         config["vocab_size"] = tensors[words].shape[0]

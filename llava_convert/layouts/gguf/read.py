@@ -15,7 +15,7 @@ from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.core.text import printable
 from llava_convert.layouts.base import Found, OpenOptions
-from llava_convert.layouts.gguf import defects, mmproj
+from llava_convert.layouts.gguf import defects, mmproj, stock
 from llava_convert.layouts.gguf.files import (
     ARCHITECTURE,
     SUFFIX,
@@ -42,7 +42,7 @@ from llava_convert.model.checkpoint import (
     Settings,
 )
 from llava_convert.model.configs import family, named_config
-from llava_convert.model.facts import LAYER, read_facts
+from llava_convert.model.facts import LAYER, STRATEGY, read_facts
 from llava_convert.model.options import ALL
 from llava_convert.model.record import read_record
 from llava_convert.model.tables.names import lookup_errors
@@ -72,6 +72,12 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
     known and for tensors that these do not have; InputError for what is corrupt; what reading a header raises.
     """
     return _opened(found, find(found.path, found.headers), options)
+
+
+def made_with(theirs: Checkpoint) -> dict[str, str]:
+    """The options that a file itself tells, for a comparison with what a conversion would write."""
+    told = mmproj.value(theirs.stated.get(VISION, {}), stock.KEY)
+    return {"mmproj_for": str(told)} if told is not None else {}
 
 
 def open_each(found: Found, options: OpenOptions) -> list[Checkpoint]:
@@ -174,6 +180,10 @@ def _open_mmproj(found: _Opened, path: Path, options: OpenOptions, recorded: Set
     config = mmproj.completed(config)
     tensors = mmproj.with_legacy_names(gguf.tensors, int(config["hidden_size"]))
     weights, ops, _ = _named(found, tensors, [tower, projector], config, path, options)
+    joins: dict[str, Parts] = {}
+    if mmproj.value(gguf.metadata, stock.KEY) is not None:
+        stock.taken_apart(weights, joins)
+        found.facts["mmproj for"] = "the stock llama.cpp, which puts the class token last"
     found.newline = weights.pop(IMAGE_NEWLINE, None)
     by_part = {part: {n: t for n, t in weights.items() if n.startswith(f"{part}.")} for part in (VISION, PROJECTOR)}
     found.parts[VISION] = Part(
@@ -182,11 +192,18 @@ def _open_mmproj(found: _Opened, path: Path, options: OpenOptions, recorded: Set
         files=mmproj.processor_sidecars(gguf.metadata, config, path),
         ops=ops,
         synthetic=mmproj.synthetic(config),
+        joins=joins,
     )
     found.parts[PROJECTOR] = Part(by_part[PROJECTOR], ops=ops)
     layer, note = mmproj.feature_layer(gguf.metadata, config, path)
     found.settings = Settings.of(
-        {**recorded.facts, **found.settings.said, LAYER: layer, **mmproj.next_facts(gguf.metadata)}
+        {
+            **recorded.facts,
+            **found.settings.said,
+            LAYER: layer,
+            STRATEGY: "default" if family(VISION, config).class_token else "full",
+            **mmproj.next_facts(gguf.metadata),
+        }
     )
     found.notes += [note] if note else []
     found.defects += defects.vision_defects(gguf.metadata, tower, config, tensors)

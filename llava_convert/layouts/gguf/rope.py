@@ -30,6 +30,8 @@ PHI3_TENSORS = {"long_factor": "rope_factors_long.weight", "short_factor": "rope
 # Llama 3.1 and 3.3; Llama 3.2; and what fine-tunes made of them.
 _PUBLISHED = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192), (16.0, 1.0, 4.0, 8192), (16.0, 1.0, 1.0, 8192))
 PHI3 = "phi3"
+# It does nothing up to max_position_embeddings, and the runtime does nothing beyond: `limits.warnings` tells of it.
+DYNAMIC = "dynamic"
 _LONGROPE = "longrope"
 _YARN = {
     "extrapolation_factor": "yarn_ext_factor",
@@ -55,7 +57,7 @@ def scaling_keys(architecture: str, config: Config) -> dict[str, Typed]:
     scaling = config.get("rope_scaling") or {}
     kind = kind_of(scaling)
     prefix = f"{architecture}.rope.scaling"
-    if kind == "default" or (kind == "llama3" and architecture == "llama"):
+    if kind in ("default", DYNAMIC) or (kind == "llama3" and architecture == "llama"):
         return {}
     if architecture == PHI3:
         if kind == _LONGROPE:

@@ -1,4 +1,4 @@
-"""The vision tower's activation in an mmproj file, and what its keys say of it."""
+"""What an mmproj file says of its vision tower beside sizes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava_convert.core.errors import UnsupportedError
+from llava_convert.model.tables.families import Architecture
 from llava_convert.storage.gguf.file import Typed
 
 # clip.cpp: neither flag is x·sigmoid(1.702x); use_gelu is GELU by tanh, use_silu is SiLU. GELU by erf is written as the
@@ -28,10 +29,23 @@ def activation_keys(config: Mapping[str, Any]) -> dict[str, Typed]:
     return {f"clip.{flag}": Typed("bool", flag == _FLAGS[name]) for flag in ("use_gelu", "use_silu")}
 
 
-def config_of_activation(metadata: Mapping[str, Typed]) -> dict[str, Any]:
-    """`hidden_act`, and what every CLIP tower has."""
-    for flag, name in _READ.items():
-        typed = metadata.get(f"clip.{flag}")
-        if typed is not None and typed.value is True:
-            return {"hidden_act": name, "num_channels": 3}
-    return {"hidden_act": "quick_gelu", "num_channels": 3}
+def refuse(config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedError for a tower that clip.cpp takes for one of an older writer's."""
+    if config["hidden_size"] == config["intermediate_size"]:
+        raise UnsupportedError(
+            f"a tower whose mlp is as wide as itself ({config['hidden_size']}) cannot be written as GGUF: llama.cpp "
+            "then takes ffn_up and ffn_down for exchanged"
+        )
+
+
+def config_of_rest(metadata: Mapping[str, Typed], family: Architecture) -> dict[str, Any]:
+    """`hidden_act`, and what a tower of the family has in every mmproj: colours, and no head."""
+    flags = (name for flag, name in _READ.items() if (typed := metadata.get(f"clip.{flag}")) and typed.value is True)
+    activation = next(flags, "quick_gelu")
+    found: dict[str, Any] = {"hidden_act": activation, "num_channels": 3}
+    if "vision_use_head" in family.defaults:
+        found["vision_use_head"] = False
+    own = family.defaults["hidden_act"]
+    if own in _FLAGS and _FLAGS[own] == _FLAGS[activation]:
+        found["hidden_act"] = own  # of the names of one function that which the family's configs have
+    return found

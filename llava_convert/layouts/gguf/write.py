@@ -13,7 +13,7 @@ from llava_convert.assets.tokenizer.files import Tokenizer, open_tokenizer
 from llava_convert.core.errors import UnsupportedError, UsageError
 from llava_convert.core.tensors import QUANTS
 from llava_convert.layouts.base import Needs
-from llava_convert.layouts.gguf import limits, mixes, rope
+from llava_convert.layouts.gguf import limits, mixes, rope, stock
 from llava_convert.layouts.gguf.mixes import OUTTYPES
 from llava_convert.layouts.gguf.modelfile import modelfile
 from llava_convert.layouts.gguf.names import metadata_of, missing, table_for_family
@@ -71,7 +71,8 @@ def lower(model: Model, options: TargetOptions) -> Target:
     files: dict[str, bytes] = {}
     warnings: list[str] = []
     name = options.name or "model"
-    mmprojs = [f"{name}-mmproj-{kind}" for kind in mmproj_types] if options.part in (ALL, VISION) else []
+    stem = f"{name}-mmproj-{options.mmproj_for}" if options.mmproj_for else f"{name}-mmproj"
+    mmprojs = [f"{stem}-{kind}" for kind in mmproj_types] if options.part in (ALL, VISION) else []
     if options.part in (ALL, LLM):
         limit = _limit(options)
         language, metadata = _language_model(model, made, options)
@@ -199,7 +200,8 @@ def _mmproj(model: Model, made: Artefacts, options: TargetOptions) -> tuple[list
     recipes = model.part(PROJECTOR)
     sizes = projector_config({name: recipe.tensor for name, recipe in recipes.items()})
     settings = model.checkpoint.settings
-    found = [*projector.written(recipes, config), *table.written(model.part(VISION), config)]
+    tower = table.written(model.part(VISION), config)
+    found = [*projector.written(recipes, config), *(stock.rolled(tower, config) if options.mmproj_for else tower)]
     lacking = missing(table, config, [one.name for one in found])
     if lacking:
         raise UnsupportedError(f"the vision tower lacks {lacking[0]}, which llama.cpp needs")
@@ -216,6 +218,8 @@ def _mmproj(model: Model, made: Artefacts, options: TargetOptions) -> tuple[list
         "clip.vision.projection_dim": Typed("u32", int(sizes["text_hidden_size"])),
         "clip.vision.feature_layer": Typed("[i32]", (layer,)),
     }
+    if options.mmproj_for:
+        metadata[stock.KEY] = Typed("str", options.mmproj_for)
     for key in ("image_mean", "image_std"):
         metadata[f"clip.vision.{key}"] = Typed("[f32]", tuple(float(value) for value in picture[key]))
     return found, metadata

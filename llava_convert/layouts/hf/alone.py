@@ -16,6 +16,9 @@ from llava_convert.model.tables.names import layout_table
 from llava_convert.storage.weights import open_weights
 
 NAME = "hf"
+# The model types of transformers' LLaVAs, and the dialect of mappings/facts/llava.toml in which each states its facts.
+ONEVISION = "llava_onevision"
+DIALECTS = {"llava": NAME, "llava_next": "hf.llava_next", ONEVISION: "hf.llava_onevision"}
 _WHOLE_CLIP = ("clip", "siglip")  # a tower with the half that reads text
 _FILE = "model.safetensors"
 _PROJECTOR = "multi_modal_projector."

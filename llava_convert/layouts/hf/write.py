@@ -6,31 +6,39 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava_convert.assets.bundle import Artefacts
-from llava_convert.assets.processor import processor_config
+from llava_convert.assets.processor import processor_class, processor_config, tile_processors
 from llava_convert.assets.tokenizer.llava_tokens import (
+    IMAGE_TOKEN,
+    VIDEO_TOKEN,
     TokenPlan,
     plain_files,
     plan_llava_tokens,
     undo_record,
     with_tokens,
 )
+from llava_convert.core.errors import UsageError
 from llava_convert.core.tensors import TORCH_NAMES
 from llava_convert.core.text import to_json
 from llava_convert.layouts import single_part as single
 from llava_convert.layouts.base import Needs
 from llava_convert.layouts.defaults import output_dtype, shard_limit
-from llava_convert.layouts.hf.alone import NAME
+from llava_convert.layouts.hf.alone import DIALECTS, NAME, ONEVISION
 from llava_convert.layouts.naming import outputs
 from llava_convert.model.checkpoint import LLM, PARTS, PROJECTOR, VISION, Checkpoint
 from llava_convert.model.configs import family, ordered
-from llava_convert.model.facts import words_of
+from llava_convert.model.facts import dialect_for, words_of
 from llava_convert.model.options import ALL, TargetOptions
 from llava_convert.model.recipe import Model, Recipe
 from llava_convert.model.tables.names import layout_table
 from llava_convert.model.target import FileSet, Target
 from llava_convert.ops.rows import PadRows
 
-IMAGE_TOKEN = "<image>"
+# transformers' class of each model type.
+_CLASSES = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    ONEVISION: "LlavaOnevisionForConditionalGeneration",
+}
 
 
 def needs(checkpoint: Checkpoint, part: str) -> Needs:
@@ -50,7 +58,8 @@ def lower(model: Model, options: TargetOptions) -> Target:
         return Target(NAME, (FileSet(outputs(model.part(PROJECTOR), layout_table(NAME), dtype)),), {})
     made = Artefacts(model, options)
     family(LLM, model.configs[LLM])
-    tokens, files, record = _tokens(model, made)
+    kind = kind_of(model)
+    tokens, files, record = _tokens(model, made, kind)
     recipes = dict(model.recipes)
     for name in (model.embedding, model.head):
         if tokens.rows_out > recipes[name].shape[0]:
@@ -58,13 +67,9 @@ def lower(model: Model, options: TargetOptions) -> Target:
     rows = recipes[model.embedding].shape[0]
     skip = frozenset({model.head}) if model.tied else frozenset()
     tensors = outputs(recipes, layout_table(NAME), dtype, skip=skip)
-    files["config.json"] = to_json(_config(model, made, dtype, rows, tokens))
+    files["config.json"] = to_json(_config(model, made, dtype, rows, tokens, kind))
     files |= made.generation_file()
-    preprocessor = made.preprocessor_config(for_hf=True)
-    if preprocessor is not None:
-        files["preprocessor_config.json"] = to_json(preprocessor)
-    strategy = model.checkpoint.settings.select_strategy
-    files["processor_config.json"] = to_json(processor_config(model.configs[VISION], strategy, IMAGE_TOKEN))
+    files |= {name: to_json(content) for name, content in _processor(model, made, kind).items()}
     added = _added(model, recipes, tokens, record)
     return Target(
         NAME,
@@ -76,12 +81,46 @@ def lower(model: Model, options: TargetOptions) -> Target:
     )
 
 
-def _tokens(model: Model, made: Artefacts) -> tuple[TokenPlan, dict[str, bytes], dict[str, Any]]:
+def kind_of(model: Model) -> str:
+    """transformers' model type for a model: the first of its LLaVAs that computes it."""
+    dialect = dialect_for(NAME, model.facts)
+    return next(kind for kind, name in DIALECTS.items() if name == dialect)
+
+
+def _processor(model: Model, made: Artefacts, kind: str) -> dict[str, dict[str, Any]]:
+    """The files of the processor. Raises UsageError for --image-processor where the class leaves no choice."""
+    tower, settings = model.configs[VISION], model.checkpoint.settings
+    preprocessor = made.preprocessor_config(for_hf=True)
+    assert preprocessor is not None  # the tower is known
+    if kind == "llava":
+        files = {"preprocessor_config.json": preprocessor}
+    else:
+        if made.options.image_processor == "llava":
+            raise UsageError(
+                f"--image-processor llava does not apply: {_CLASSES[kind]} cuts pictures into tiles",
+                hint="leave it out",
+            )
+        pairs = words_of(DIALECTS[kind], model.facts)["image_grid_pinpoints"]
+        files = tile_processors(preprocessor, tower, kind, pairs)
+    files["processor_config.json"] = processor_config(
+        tower, settings.select_strategy, IMAGE_TOKEN, kind=kind, aspect=settings.image_aspect_ratio
+    )
+    return files
+
+
+def _tokens(model: Model, made: Artefacts, kind: str) -> tuple[TokenPlan, dict[str, bytes], dict[str, Any]]:
     """LLaVA's tokens, the tokenizer's files with them, and what undoes the change."""
     tokenizer = made.required_tokenizer()
-    plan = plan_llava_tokens(tokenizer, model.recipes[model.embedding].shape[0])
+    wanted = (IMAGE_TOKEN, VIDEO_TOKEN) if kind == ONEVISION else (IMAGE_TOKEN,)
+    plan = plan_llava_tokens(tokenizer, model.recipes[model.embedding].shape[0], wanted)
     templates = made.templates
-    files = with_tokens(tokenizer, plan, chat_template=templates.tokenizer, processor_template=templates.processor)
+    files = with_tokens(
+        tokenizer,
+        plan,
+        chat_template=templates.tokenizer,
+        processor_template=templates.processor,
+        processor=processor_class(kind),
+    )
     return plan, files, undo_record(plain_files(tokenizer, templates.tokenizer), plan, files)
 
 
@@ -96,7 +135,7 @@ def _added(model: Model, recipes: Mapping[str, Recipe], tokens: TokenPlan, recor
     }
 
 
-def _config(model: Model, made: Artefacts, dtype: str, rows: int, tokens: TokenPlan) -> dict[str, Any]:
+def _config(model: Model, made: Artefacts, dtype: str, rows: int, tokens: TokenPlan, kind: str) -> dict[str, Any]:
     text = made.text_config(TORCH_NAMES[dtype], rows=rows)
     vision = made.vision_config(TORCH_NAMES[dtype])
     text["architectures"] = [family(LLM, text).kind]
@@ -105,8 +144,8 @@ def _config(model: Model, made: Artefacts, dtype: str, rows: int, tokens: TokenP
     # The class token is one of the positions; "default" leaves the first feature out, whatever it is.
     positions = family(VISION, model.configs[VISION]).symbol("positions", model.configs[VISION])
     config: dict[str, Any] = {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": [_CLASSES[kind]],
+        "model_type": kind,
         "ignore_index": -100,
         "image_seq_length": positions - (settings.select_strategy == "default"),
         "image_token_index": tokens.image_id,
@@ -116,6 +155,9 @@ def _config(model: Model, made: Artefacts, dtype: str, rows: int, tokens: TokenP
         "vision_config": ordered(vision),
         "pad_token_id": tokens.pad_id,
         "vocab_size": rows,
-        **words_of(NAME, model.facts),
+        **words_of(DIALECTS[kind], model.facts),
     }
+    if kind == ONEVISION:
+        del config["image_seq_length"]
+        config["video_token_index"] = tokens.ids[VIDEO_TOKEN]
     return ordered(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from llava_convert.assets.bundle import Artefacts
@@ -14,7 +15,7 @@ from llava_convert.layouts.defaults import output_dtype, shard_limit
 from llava_convert.layouts.naming import outputs
 from llava_convert.layouts.official.read import EVERY_PATCH, NAME, class_of
 from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION, Checkpoint
-from llava_convert.model.configs import family, ordered
+from llava_convert.model.configs import family, has_head, ordered, without_last_block
 from llava_convert.model.facts import words_of
 from llava_convert.model.options import ALL, TargetOptions
 from llava_convert.model.projector import projector_config
@@ -44,6 +45,7 @@ def lower(model: Model, options: TargetOptions) -> Target:
         return _projector_alone(model, options)
     if options.part != ALL:
         return single.lower(model, options, NAME)
+    model = _cut(model)
     made = Artefacts(model, options)
     dtype = output_dtype(model, options)
     tensors = outputs(model.recipes, layout_table(NAME), dtype)
@@ -67,8 +69,12 @@ def _config(model: Model, made: Artefacts, dtype: str) -> dict[str, Any]:
     table = family(LLM, text)
     kind = table.official
     if not kind:
-        raise UnsupportedError(f"official LLaVA has no class for {text['model_type']}")
-    _refuse_other_features(model)
+        raise UnsupportedError(
+            f"official LLaVA has no class for {text['model_type']}",
+            hint="--as llama writes it as one that computes the same"
+            if "llama" in table.sections.get("as", {})
+            else None,
+        )
     projector = projector_config({name: recipe.tensor for name, recipe in model.part(PROJECTOR).items()})
     config = made.text_config(TORCH_NAMES[dtype])
     config |= {
@@ -85,24 +91,56 @@ def _config(model: Model, made: Artefacts, dtype: str) -> dict[str, Any]:
         "use_cache": True,
         **words_of(NAME, model.facts),
     }
+    if _is_cut(model):  # what its trainers write, and its readers do not look at
+        config |= {"mm_vision_select_feature": "patch", "mm_vision_select_layer": -2}
     return ordered(config)
+
+
+def _is_cut(model: Model) -> bool:
+    """Whether the tower is one of which LLaVA-NeXT's code cuts the last block and the head off."""
+    return VISION in model.configs and model.configs[VISION].get("model_type") in EVERY_PATCH
+
+
+def _cut(model: Model) -> Model:
+    """The model with its tower as LLaVA-NeXT's code leaves it: cut behind the layer that is read.
+
+    Raises UnsupportedError (exit 4) for features that this code does not take of such a tower.
+    """
+    if not _is_cut(model):
+        return model
+    _refuse_other_features(model)
+    tower = model.configs[VISION]
+    if model.checkpoint.settings.select_layer == -1:
+        return model
+    shorter = without_last_block(tower)
+    kept = family(VISION, shorter).tensors(shorter)
+    recipes = {n: r for n, r in model.recipes.items() if not n.startswith(f"{VISION}.") or n in kept}
+    settings = replace(model.checkpoint.settings, select_layer=-1)
+    return replace(
+        model,
+        recipes=recipes,
+        configs={**model.configs, VISION: shorter},
+        checkpoint=replace(model.checkpoint, settings=settings),
+    )
 
 
 def _refuse_other_features(model: Model) -> None:
     """Raise UnsupportedError (exit 4) for features that no code takes of such a tower in an official folder."""
-    kind = model.configs[VISION].get("model_type") if VISION in model.configs else None
+    kind = model.configs[VISION].get("model_type")
     settings = model.checkpoint.settings
-    if kind not in EVERY_PATCH or (settings.select_layer, settings.select_strategy) == (-2, "full"):
+    layer = -1 if not has_head(model.configs[VISION]) else -2
+    if (settings.select_layer, settings.select_strategy) == (layer, "full"):
         return
     raise UnsupportedError(
         f"the vision tower is a {kind} of which layer {settings.select_layer} was trained on "
         f"({settings.select_strategy!r} features); what reads official folders with such a tower, LLaVA-NeXT's code, "
-        "always takes every feature of layer -2",
+        "always takes every feature of the last layer but one",
         hint="convert to hf or xtuner, which can say it",
     )
 
 
 def _projector_alone(model: Model, options: TargetOptions) -> Target:
+    model = _cut(model)
     made = Artefacts(model, options)
     dtype = output_dtype(model, options)
     tensors = outputs(model.part(PROJECTOR), layout_table(NAME), dtype)

@@ -14,8 +14,13 @@ from functools import cache
 from typing import Any
 
 from llava_convert.core.resources import data_dir
+from llava_convert.model.tables import pinpoints
 from llava_convert.model.tables.patterns import TableError
 
+FORMS = {
+    "width, height": (pinpoints.read, pinpoints.kept),
+    "height, width": (pinpoints.swapped, pinpoints.swapped),
+}
 KINDS = ("computes", "prompts", "stops", "samples", "describes")
 CONFIG = "config.json"
 
@@ -28,6 +33,9 @@ class Word:
     another, or `always`. `words` are the layout's own names of values. Without a key only the values in `unsaid` can go
     there, for the reason `why`. `type` is that of an entry of metadata. `silent`: the layout says nothing of it, its
     readers are told. `note` is for the documentation.
+
+    `means` is the one value that every model of the layout has, said by its class. `begins` is how the values that can
+    be stated begin. `form` names how the layout writes the value. `loses`: another value is told of and not refused.
     """
 
     key: str | None = None
@@ -40,13 +48,23 @@ class Word:
     type: str = ""
     silent: bool = False
     note: str = ""
+    means: Any = None
+    begins: str = ""
+    form: str = ""
+    loses: str = ""
 
     def value(self, word: Any) -> Any:
         """The value of a layout's word. Raises KeyError for a word that it does not have."""
+        if self.form:
+            return FORMS[self.form][0](word)
+        if self.begins and not str(word).startswith(self.begins):
+            raise KeyError(word)
         return self.words[str(word)] if self.words else word
 
     def word(self, value: Any) -> Any:
         """The layout's word for a value. Raises KeyError where it has none."""
+        if self.form:
+            return FORMS[self.form][1](value)
         if not self.words:
             return value
         found = next((word for word, meant in self.words.items() if meant == value), None)
@@ -58,6 +76,8 @@ class Word:
         """Whether the layout can hold a model of which the fact is `value`."""
         if self.key is None:
             return self.silent or value in self.unsaid
+        if self.begins:
+            return str(value).startswith(self.begins)
         return not self.words or value in self.words.values()
 
 
@@ -121,9 +141,8 @@ def fact_tables() -> Mapping[str, Mapping[str, Any]]:
 @cache
 def facts() -> Mapping[str, Fact]:
     """The facts of `llava.toml`, by name. Raises TableError for a table that contradicts itself."""
-    raw = fact_tables()["llava"]
     found: dict[str, Fact] = {}
-    for entry in raw["fact"]:
+    for entry in fact_tables()["llava"]["fact"]:
         fact = _fact(entry)
         if fact.name in found or fact.kind not in KINDS:
             raise TableError(f"llava.toml: {fact.name} stands twice, or its kind {fact.kind!r} is none")
@@ -137,19 +156,28 @@ def facts() -> Mapping[str, Fact]:
 def _fact(entry: Mapping[str, Any]) -> Fact:
     plain = {"name", "kind", "what", "default", "when"}
     default = entry.get("default")
+    absent = (None,) if default is None else ()
     layouts = {
         name: Word(
             **{
                 "default": default,
                 **word,
-                "unsaid": tuple(word.get("unsaid", ())) + ((None,) if default is None else ()),
+                "unsaid": (*word.get("unsaid", (word["means"],) if "means" in word else ()), *absent),
             }
         )
         for name, word in entry.items()
         if name not in plain
     }
+    for layout, names in fact_tables()["llava"]["dialects"].items():
+        if layout in layouts:
+            layouts |= {name: layouts.get(name, layouts[layout]) for name in names}
     when = next(iter(entry["when"].items())) if "when" in entry else None
     return Fact(entry["name"], entry["kind"], entry["what"], default, when, layouts)
+
+
+def dialects(layout: str) -> tuple[str, ...]:
+    """By which names facts are stated in a layout: its own, and those of its other classes of models."""
+    return (layout, *fact_tables()["llava"]["dialects"].get(layout, ()))
 
 
 @cache

@@ -41,7 +41,9 @@ class Architecture:
 
     `kind` is transformers' class of it. `embedding` and `head` are canonical names, "" where the part has none.
     `official` is the model type by which LLaVA's own code knows the family, "" where it has no class for it; `forks`
-    are those by which other code derived from it does. `sections` are the table's `[gguf]` and `[as]`.
+    are those by which other code derived from it does. `class_token`: the first feature of a tower is none of its
+    patches. `written_as` are the families that it is written as in layouts that cannot hold its own. `sections` are the
+    table's `[gguf]` and `[as]`.
 
     `scaling` is the one rope scaling that the family's class takes, where it takes no other field: its `type`, the
     `former_types` that mean the same, and its `fields`.
@@ -56,6 +58,8 @@ class Architecture:
     head: str
     official: str
     forks: tuple[str, ...]
+    class_token: bool
+    written_as: Mapping[str, str]
     defaults: Mapping[str, Any]
     symbols: Mapping[str, tuple[str, ...]]
     repeat: Mapping[str, Mapping[str, Any]]
@@ -190,6 +194,8 @@ def parse_architecture(text: str, path: Path) -> Architecture:
         **{role: f"{raw['part']}.{name}" if name else "" for role, name in roles.items()},
         official=raw.get("official", ""),
         forks=tuple(raw.get("forks", ())),
+        class_token=raw.get("class_token", False),
+        written_as=raw.get("written_as", {}),
         defaults=raw.get("defaults", {}),
         symbols={k: tuple(v) for k, v in raw.get("symbols", {}).items()},
         repeat=raw.get("repeat", {}),

@@ -194,7 +194,7 @@ def test_an_unk_stated_as_null_adds_none(tmp_path: Path) -> None:
 def test_existing_tokens_are_reused_and_the_file_is_the_very_bytes(tmp_path: Path) -> None:
     once, plan = hf_folder(tmp_path / "once", byte_level(tmp_path / "base", 300), 300)
     again, second = hf_folder(tmp_path / "again", once, plan.rows_out)
-    assert second == TokenPlan(plan.image_id, plan.pad_id, (), plan.rows_out)
+    assert second == TokenPlan(plan.ids, (), plan.rows_out)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         assert (once / name).exists() == (again / name).exists()
         if (once / name).exists():

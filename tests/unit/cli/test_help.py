@@ -129,7 +129,7 @@ def test_json_of_the_others(tiny: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     clip = {"part": "vision_tower", "model_types": ["clip_vision_model"], "as": [], "called": {"gguf": "clip"}}
     assert known["families"]["clip"] == clip
-    assert known["families"]["phi3"]["as"] == ["llama"] and known["families"]["siglip"]["called"] == {}
+    assert known["families"]["phi3"]["as"] == ["llama"] and known["families"]["siglip"]["called"] == {"gguf": "clip"}
     assert set(known["sources"]["hf"]) == {"classic", "new", "flat", "newflat", "doubled", "tinyllava"}
 
 

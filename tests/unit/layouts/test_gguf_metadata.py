@@ -18,7 +18,7 @@ from llava_convert.assets.prompts import chat_template, prompt_templates
 from llava_convert.assets.tokenizer.files import Tokenizer, open_tokenizer
 from llava_convert.core.errors import InputError, UnsupportedError, UsageError
 from llava_convert.core.tensors import StoredTensor
-from llava_convert.layouts.gguf import mixes, rope
+from llava_convert.layouts.gguf import limits, mixes, rope
 from llava_convert.layouts.gguf.modelfile import go_template, modelfile
 from llava_convert.layouts.gguf.names import config_of, metadata_of, missing, table_for_arch, table_for_family
 from llava_convert.layouts.gguf.pre_tokenizers import pre_tokenizer_of, pre_tokenizers
@@ -96,13 +96,22 @@ def test_every_tensor_has_a_name_and_comes_back(kind: str) -> None:
 
 def test_unknown_ones() -> None:
     with pytest.raises(UnsupportedError, match="cannot be written as GGUF"):
-        table_for_family("siglip_vision_model")
+        table_for_family("dinov2")
     with pytest.raises(UnsupportedError, match="'gemma3'"):
         table_for_arch("gemma3")
-    with pytest.raises(UnsupportedError, match="'dynamic'"):
-        metadata_of(table_for_family("llama"), config("llama", rope_scaling={"type": "dynamic", "factor": 2.0}))
+    with pytest.raises(UnsupportedError, match="'longrope'"):
+        metadata_of(table_for_family("llama"), config("llama", rope_scaling={"type": "longrope", "factor": 2.0}))
     with pytest.raises(InputError, match=r"llama\.block_count"):
         config_of(table_for_arch("llama"), {}, {})
+
+
+def test_a_scaling_that_begins_behind_the_longest_text() -> None:
+    """The runtime computes nothing of it: no key says it, and a warning does."""
+    dynamic = config("llama", rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=777)
+    plain = config("llama", rope_scaling=None, max_position_embeddings=777)
+    assert metadata_of(table_for_family("llama"), dynamic) == metadata_of(table_for_family("llama"), plain)
+    assert ["777" in line and "dynamic" in line for line in limits.warnings(dynamic)] == [True]
+    assert limits.warnings(plain) == []
 
 
 def test_llama_3_1s_factors() -> None:
