@@ -182,7 +182,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{where}: not an index: has no object weight_map of tensor names and files")
-    require_few(where, len(weight_map))
+    require_few(f"{where} (weight_map)", len(weight_map))
     plain: dict[str, str] = {}
     for tensor, file in weight_map.items():
         if not isinstance(file, str):

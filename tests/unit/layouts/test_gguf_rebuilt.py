@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from llava_convert.core.errors import InputError
 from llava_convert.layouts.gguf.rebuilt import tokenizer_files
 from llava_convert.storage.gguf.file import Typed
 from llava_convert.storage.sentencepiece import read_model
@@ -47,17 +50,31 @@ def test_phi_3s_tokens_take_white_space_along() -> None:
 
 def test_a_bos_that_is_none() -> None:
     """Qwen2's config names the token that ends a text; its tokenizer has no BOS, nor an unknown token."""
-    tokens = ["a", "b", "<|endoftext|>", "<|im_end|>", "<image>"]
+    tokens = ["a", "b", "ab", "<|endoftext|>", "<|im_end|>", "<image>"]
     byte_level = {
         "tokenizer__ggml__model": Typed("str", "gpt2"),
         "tokenizer__ggml__pre": Typed("str", "qwen2"),
         "tokenizer__ggml__merges": Typed("[str]", ("a b",)),
-        "tokenizer__ggml__bos_token_id": Typed("u32", 2),
-        "tokenizer__ggml__eos_token_id": Typed("u32", 3),
+        "tokenizer__ggml__bos_token_id": Typed("u32", 3),
+        "tokenizer__ggml__eos_token_id": Typed("u32", 4),
     }
     for adds, expected in ((False, None), (True, "<|endoftext|>")):
-        made = files(tokens, [1, 1, 3, 3, 3], **byte_level, tokenizer__ggml__add_bos_token=Typed("bool", adds))
+        made = files(tokens, [1, 1, 1, 3, 3, 3], **byte_level, tokenizer__ggml__add_bos_token=Typed("bool", adds))
         config = json.loads(made["tokenizer_config.json"])
         assert (config.get("bos_token"), config["eos_token"]) == (expected, "<|im_end|>")
         assert config["unk_token"] is None
-        assert json.loads(made["generation_config.json"]) == {"bos_token_id": 2, "eos_token_id": [2, 3]}
+        assert json.loads(made["generation_config.json"]) == {"bos_token_id": 3, "eos_token_id": [3, 4]}
+
+
+@pytest.mark.parametrize("merge", ["a c", "c b", "b a", "ab", "a b a"])
+def test_a_merge_of_what_is_no_token(merge: str) -> None:
+    """The tokenizers library refuses the tokenizer.json of it ("Token `c` out of vocabulary")."""
+    byte_level = {
+        "tokenizer__ggml__model": Typed("str", "gpt2"),
+        "tokenizer__ggml__pre": Typed("str", "qwen2"),
+        "tokenizer__ggml__eos_token_id": Typed("u32", 0),
+    }
+    tokens = ["a", "b", "ab"]
+    files(tokens, [1, 1, 1], **byte_level, tokenizer__ggml__merges=Typed("[str]", ("a b",)))
+    with pytest.raises(InputError, match="is not in the vocabulary"):
+        files(tokens, [1, 1, 1], **byte_level, tokenizer__ggml__merges=Typed("[str]", ("a b", merge)))
