@@ -36,6 +36,7 @@ __all__ = [
     "Verdict",
     "convert",
     "inspect",
+    "merge",
     "plan",
     "release",
     "upload",
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from llava_convert.api import convert, inspect, plan, release, upload, verify
+    from llava_convert.api import convert, inspect, merge, plan, release, upload, verify
     from llava_convert.app.inspect import Inspection, PartFound
     from llava_convert.app.publish.release import ReleaseItem
     from llava_convert.app.verify import Verdict

@@ -9,7 +9,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar, get_type_hints
 
 from llava_convert.app.inspect import Inspection
-from llava_convert.app.jobs import ConvertJob, InspectJob, PlanJob, ReleaseJob, UploadJob, VerifyJob
+from llava_convert.app.jobs import ConvertJob, InspectJob, MergeJob, PlanJob, ReleaseJob, UploadJob, VerifyJob
 from llava_convert.app.publish.release import ReleaseItem
 from llava_convert.app.verify import Verdict
 from llava_convert.core.errors import ConvertError, system_errors
@@ -21,7 +21,7 @@ P = ParamSpec("P")
 J = TypeVar("J")
 R = TypeVar("R")
 
-_JOBS = (ConvertJob, InspectJob, PlanJob, ReleaseJob, UploadJob, VerifyJob)
+_JOBS = (ConvertJob, InspectJob, MergeJob, PlanJob, ReleaseJob, UploadJob, VerifyJob)
 # Messages name options by their flags, since most are read in a terminal. Here they become keywords, all in one place.
 _in_keywords = in_keywords(option for job in _JOBS for option in options_of(job).values())
 # What of a result is text for people.
@@ -101,6 +101,15 @@ def convert(job: ConvertJob) -> Report:
 
     `progress` is a Reporter, or a function that is called with the bytes done and the total of each stage. Raises
     `ConvertError`.
+    """
+    return job.run(_InKeywords(reporter(job.progress)))
+
+
+@_keywords(MergeJob)
+def merge(job: MergeJob) -> Report:
+    """Merge adapters into a model of any layout, and write it in another; `convert` of it with `adapter` does the same.
+
+    `progress` as for `convert`. Raises `ConvertError`.
     """
     return job.run(_InKeywords(reporter(job.progress)))
 

@@ -26,6 +26,8 @@ def _flags(options: SourceOptions) -> Iterator[str]:
     given = {
         "--config": options.config,
         "--pretrained-pth": options.pretrained_pth,
+        "--base": options.base,
+        "--projector": options.projector,
         f"--{PART_WORDS[LLM]}": bases.llm,
         f"--{PART_WORDS[VISION]}": bases.visual_encoder,
         "--lora-alpha": _alpha(bases.lora_alpha),
@@ -33,6 +35,8 @@ def _flags(options: SourceOptions) -> Iterator[str]:
     for flag, value in given.items():
         if value is not None:
             yield from (flag, str(value))
+    for adapter in options.adapters:
+        yield from ("--adapter", adapter)
 
 
 def _alpha(given: Mapping[str, float]) -> str | None:

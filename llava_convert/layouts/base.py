@@ -45,7 +45,7 @@ class Found:
     """A path looked at once, for all layouts to judge: its config.json, and the names in it.
 
     What a layout reads to judge is kept in `beside`, the small files of its folder, and `headers`: it is there when the
-    path is opened.
+    path is opened. `notes` are on how it was found.
     """
 
     path: Path
@@ -53,6 +53,7 @@ class Found:
     names: frozenset[str]
     beside: Sidecars
     headers: Headers = field(default_factory=Headers)
+    notes: tuple[str, ...] = ()
 
 
 class Layout(Protocol):

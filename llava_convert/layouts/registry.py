@@ -5,9 +5,9 @@ A layout is one module here and one table in `mappings/layouts`; the engine asks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path, PureWindowsPath
 from typing import cast
@@ -16,6 +16,7 @@ from llava_convert.core.errors import ConvertError, InputError, UnsupportedError
 from llava_convert.core.text import printable
 from llava_convert.layouts.base import Found, Layout, OpenOptions
 from llava_convert.layouts.info import LAYOUTS
+from llava_convert.layouts.trainer_run import followed
 from llava_convert.model.checkpoint import Checkpoint
 from llava_convert.model.tables.names import layout_table
 from llava_convert.storage.files import open_regular, read_fully, require_inside
@@ -83,16 +84,21 @@ def _part(found: Found) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Recognised:
-    """A source that was looked at and not yet opened: its layout, and why it was taken for that."""
+    """A source that was looked at and not yet opened: its layout, and why it was taken for that.
+
+    `alone`: it is one part of a LLaVA, as its own class keeps it.
+    """
 
     found: Found
     layout: str
     why: str
+    alone: bool = False
 
     def open(self, options: OpenOptions | None = None) -> Checkpoint:
         """Raises what the layout's `open` raises, and UnsafeError for a link that leaves the folder."""
         self._refuse_links_out()
-        return layout(self.layout).open(self.found, options or OpenOptions())
+        opened = layout(self.layout).open(self.found, options or OpenOptions())
+        return replace(opened, notes=(*self.found.notes, *opened.notes)) if self.found.notes else opened
 
     def open_each(self) -> list[Checkpoint]:
         """Every model there: one, but for a layout that keeps several types of one model side by side."""
@@ -113,7 +119,22 @@ def recognise(path: Path, name: str | None = None) -> Recognised:
     Raises UnsupportedError (exit 4) when it is of no known layout, of several, or of another than `name`.
     """
     found = look(locate(path))
-    return Recognised(found, *_choose(found, name))
+    claims, alone = _claims(found)
+    if not claims and (run := followed(found)) is not None:
+        found = replace(look(run.checkpoint), notes=(run.note,))
+        claims, alone = _claims(found)
+    return Recognised(found, *_choose(found, name, claims), alone)
+
+
+def as_adapter(path: Path) -> Recognised:
+    """The adapter that a path means: where one lies beside a whole model, not that model. Raises as `recognise`."""
+    found = look(locate(path))
+    claims = {
+        name: why for name in SOURCES if (ask := getattr(layout(name), "detect_beside", None)) and (why := ask(found))
+    }
+    if claims:
+        return Recognised(found, *next(iter(claims.items())))
+    return recognise(path)
 
 
 def open_checkpoint(path: Path, name: str | None = None, options: OpenOptions | None = None) -> tuple[Checkpoint, str]:
@@ -122,9 +143,15 @@ def open_checkpoint(path: Path, name: str | None = None, options: OpenOptions | 
     return source.open(options), source.why
 
 
-def _choose(found: Found, name: str | None) -> tuple[str, str]:
+def _claims(found: Found) -> tuple[dict[str, str], bool]:
+    """The layouts that a path could be of, with why; and whether it is one part alone."""
+    whole = _whole(found)
+    return (whole, False) if whole else (_part(found), True)
+
+
+def _choose(found: Found, name: str | None, claims: Mapping[str, str]) -> tuple[str, str]:
     """The layout to open a path as, and why. Raises UnsupportedError (exit 4)."""
-    path, claims = found.path, _whole(found) or _part(found)
+    path = found.path
     if name is not None and name not in claims and claims:
         other, why = next(iter(claims.items()))
         raise UnsupportedError(

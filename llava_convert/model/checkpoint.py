@@ -71,6 +71,11 @@ class Part:
         return (self.weights.keys() - parts) | self.joins.keys()
 
     @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """Every adapter of the part, in the order in which they are merged."""
+        return self.merge if self.adapter is None else (self.adapter, *self.merge)
+
+    @property
     def state(self) -> str:
         """What the checkpoint holds of the part: "full", "lora" or "absent"."""
         if self.adapter is not None:
@@ -146,6 +151,19 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """A checkpoint that another was laid over, or that was laid over it.
+
+    `role` is what a record calls it (base, adapter), `asked` how it was named; `files` are its weights, within `root`.
+    """
+
+    role: str
+    asked: str
+    root: Path
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A source that was opened by its headers.
 
@@ -158,6 +176,10 @@ class Checkpoint:
     `every_feature` are the types of towers of which the source's code hands on all features of the last layer but one,
     whatever its config says. `publish_dtype` is the dtype to publish what a trainer left (torch's name; AS_STORED: that
     of the language model, if it has 16 bits), None for what keeps its own.
+
+    `base` names the model that it was trained from, where that may be a whole LLaVA. It is `bare` where it has nothing
+    but adapters: the files beside them are then the base's. It is `settled` where it says how the parts work together.
+    `layers` are the others that it is made of by now (`model.layers`).
     """
 
     layout: str
@@ -182,6 +204,10 @@ class Checkpoint:
     stated: Mapping[str, Any] = field(default_factory=dict)
     every_feature: tuple[str, ...] = ()
     publish_dtype: str | None = None
+    base: str | None = None
+    bare: bool = False
+    settled: bool = True
+    layers: tuple[Layer, ...] = ()
 
     def with_tower(self, config: Mapping[str, Any]) -> Checkpoint:
         """The checkpoint once the config of its tower is known."""
@@ -197,8 +223,8 @@ class Checkpoint:
         found: dict[str, StoredTensor] = {}
         for part in self.parts.values():
             found.update(part.weights)
-            if part.adapter is not None:
-                found.update(part.adapter.tensors)
+            for adapter in part.adapters:
+                found.update(adapter.tensors)
         if self.image_newline is not None:
             found[IMAGE_NEWLINE] = self.image_newline
         return found

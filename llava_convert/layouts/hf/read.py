@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.layouts.adapter_folder import is_adapter
 from llava_convert.layouts.base import Found, OpenOptions
 from llava_convert.layouts.hf.alone import NAME, open_part, part_of
 from llava_convert.layouts.naming import sort_tensors
@@ -39,6 +40,8 @@ _CLIP_L_336: dict[str, Any] = {
 
 def detect(found: Found) -> str | None:
     config = found.config
+    if is_adapter(found.names) and not any(name.startswith(("model", "pytorch_model")) for name in found.names):
+        return None  # some trainers put the base's config beside an adapter
     if config is None or (
         "text_config" not in config and "LlavaForConditionalGeneration" not in str(config.get("architectures"))
     ):
