@@ -41,6 +41,7 @@ __all__ = [
     "convert",
     "doctor",
     "inspect",
+    "merge",
     "mmbench",
     "plan",
     "release",
@@ -49,7 +50,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from llava_convert.api import chat, convert, doctor, inspect, mmbench, plan, release, upload, verify
+    from llava_convert.api import chat, convert, doctor, inspect, merge, mmbench, plan, release, upload, verify
     from llava_convert.app.ask.chat import Reply
     from llava_convert.app.doctor.run import Diagnosis
     from llava_convert.app.inspect import Inspection, PartFound

@@ -16,6 +16,7 @@ from llava_convert.app.jobs import (
     ConvertJob,
     DoctorJob,
     InspectJob,
+    MergeJob,
     MMBenchJob,
     PlanJob,
     ReleaseJob,
@@ -34,7 +35,7 @@ P = ParamSpec("P")
 J = TypeVar("J")
 R = TypeVar("R")
 
-_JOBS = (ChatJob, ConvertJob, DoctorJob, InspectJob, MMBenchJob, PlanJob, ReleaseJob, UploadJob, VerifyJob)
+_JOBS = (ChatJob, ConvertJob, DoctorJob, InspectJob, MergeJob, MMBenchJob, PlanJob, ReleaseJob, UploadJob, VerifyJob)
 # Messages name options by their flags, since most are read in a terminal. Here they become keywords, all in one place.
 _in_keywords = in_keywords(option for job in _JOBS for option in options_of(job).values())
 # What of a result is text for people.
@@ -114,6 +115,15 @@ def convert(job: ConvertJob) -> Report:
 
     `progress` is a Reporter, or a function that is called with the bytes done and the total of each stage. Raises
     `ConvertError`.
+    """
+    return job.run(_InKeywords(reporter(job.progress)))
+
+
+@_keywords(MergeJob)
+def merge(job: MergeJob) -> Report:
+    """Merge adapters into a model of any layout, and write it in another; `convert` of it with `adapter` does the same.
+
+    `progress` as for `convert`. Raises `ConvertError`.
     """
     return job.run(_InKeywords(reporter(job.progress)))
 

@@ -1,4 +1,7 @@
-"""PEFT adapters that lie beside a whole model: merged where they are asked for, and never left out in silence."""
+"""What a source is laid over, and what is laid over it: its base, and adapters of whichever trainer.
+
+An adapter beside a whole model is merged where it is asked for, and never left out in silence.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,22 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from llava_convert.core.errors import InputError, UnsupportedError, UsageError
-from llava_convert.layouts.adapter_folder import ADAPTER_CONFIG, adapter_settings
-from llava_convert.layouts.naming import sort_tensors
-from llava_convert.model.adapter import Adapter, parse_adapter
-from llava_convert.model.checkpoint import LLM, PART_NAMES, PARTS, Checkpoint
+from llava_convert.app.options import SourceOptions
+from llava_convert.core.errors import ConvertError, InputError, UnsupportedError, UsageError
+from llava_convert.core.hub_names import is_id, last_name, parse
+from llava_convert.layouts.adapter_folder import ADAPTER_CONFIG, STEM
+from llava_convert.layouts.base import OpenOptions
+from llava_convert.layouts.registry import Recognised, as_adapter, recognise
+from llava_convert.model.bases import local_base
+from llava_convert.model.checkpoint import LLM, PART_NAMES, PROJECTOR, Checkpoint, Layer
+from llava_convert.model.layers import laid_over, with_adapter
 from llava_convert.model.recipe import Model
-from llava_convert.model.tables.names import grouped, layout_table
-from llava_convert.storage.sidecars import folder_sidecars
-from llava_convert.storage.weights import open_weights
+from llava_convert.storage.remote.reach import on_hub, reach
+from llava_convert.storage.remote.session import Session
 
 NONE = "none"
-_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
-# What peft puts before the names of the model that it wraps.
-_PREFIX = "base_model.model."
+_FILES = (ADAPTER_CONFIG, f"{STEM}.safetensors", f"{STEM}.bin")
+_DEEPEST = 8  # a training that began with what a training left, and so on
 
 
 def beside(folder: Path) -> str | None:
@@ -27,49 +32,115 @@ def beside(folder: Path) -> str | None:
     return next((name for name in _FILES if (folder / name).is_file()), None)
 
 
-def with_adapters(checkpoint: Checkpoint, asked: Iterable[str]) -> Checkpoint:
+def with_base(checkpoint: Checkpoint, options: SourceOptions, session: Session, *, depth: int = 0) -> Checkpoint:
+    """The checkpoint laid over the whole model that it was trained from, where it is not whole by itself.
+
+    The model is named by `--base`; else, of a source that names one, by `--llm` or by the source. One that is no LLaVA
+    stays a base of one part. Raises InputError (exit 3) where what is needed cannot be had, UsageError where `--base`
+    has no use.
+    """
+    given = options.base or (options.llm if checkpoint.base is not None else None)
+    asked = given or checkpoint.base
+    if asked is None:
+        if checkpoint.bare:
+            raise InputError(
+                f"{checkpoint.path} is an adapter that does not name its base model", hint="give the LLaVA by --base"
+            )
+        return checkpoint
+    if depth > _DEEPEST:
+        raise InputError(f"{checkpoint.path}: its base has a base, and so on, more than {_DEEPEST} deep")
+    needed = checkpoint.bare or options.base is not None
+    try:
+        found = _recognised(asked, checkpoint, options, session, explicit=given is not None)
+        if found.alone and not needed:
+            return checkpoint  # a language model alone: `assemble` takes it for that part
+        opened = session.once((Recognised, found.found.path), lambda: found.open(OpenOptions()))
+    except ConvertError:
+        if not needed:
+            return checkpoint  # said where it turns out to be needed
+        raise
+    plain = SourceOptions(cache=options.cache)
+    base = with_base(opened, plain, session, depth=depth + 1)
+    made = laid_over(checkpoint, base, asked)
+    if not checkpoint.bare and checkpoint.parts[PROJECTOR].state == "absent" and base.parts[PROJECTOR].weights:
+        told = (
+            f"{checkpoint.path.name} has no projector, and that of its base is taken; if one was trained along, "
+            "--projector gives it"
+        )
+        made = replace(made, warnings=(*made.warnings, told))
+    if given is not None and checkpoint.base is not None and _other(given, checkpoint.base):
+        told = (
+            f"the adapter was trained on {checkpoint.base}, and the base given is {given}: if they are not the same "
+            "model, the output is neither"
+        )
+        made = replace(made, warnings=(*made.warnings, told))
+    return made
+
+
+def with_projector(checkpoint: Checkpoint, options: SourceOptions, session: Session) -> Checkpoint:
+    """The checkpoint with the projector that `--projector` names.
+
+    Raises UsageError where it has one itself, InputError where what is named has none.
+    """
+    if options.projector is None:
+        return checkpoint
+    if checkpoint.parts[PROJECTOR].state != "absent":
+        raise UsageError(f"--projector does not apply: {checkpoint.path.name} has a projector", hint="leave it out")
+    found = recognise(reach(options.projector, session, cache=options.cache)).open(OpenOptions())
+    part = found.parts[PROJECTOR]
+    if not part.weights:
+        raise InputError(
+            f"{options.projector} holds no projector", hint="give mm_projector.bin, or a LLaVA, by --projector"
+        )
+    return replace(
+        checkpoint.with_part(PROJECTOR, part),
+        image_newline=checkpoint.image_newline or found.image_newline,
+        layers=(*checkpoint.layers, Layer("projector", str(options.projector), found.root, found.files)),
+    )
+
+
+def _other(given: str, named: str) -> bool:
+    return last_name(given).lower() != last_name(named).lower()
+
+
+def _recognised(
+    asked: str, checkpoint: Checkpoint, options: SourceOptions, session: Session, *, explicit: bool
+) -> Recognised:
+    path = local_base(asked, checkpoint.path, explicit=explicit)
+    if path is None:
+        address = parse(asked)
+        if address is None or not is_id(asked):
+            raise InputError(
+                f"the base {asked!r} of {checkpoint.path.name} is not here"
+                + ("" if explicit else ", neither under the current folder nor beside the source"),
+                hint="give the model that it was trained on by --base: a folder, a file or a hub id",
+            )
+        try:
+            path = on_hub(address, session, cache=options.cache)
+        except ConvertError as problem:
+            raise InputError(
+                f"the base {asked!r} of {checkpoint.path.name} is neither here nor in the hub's cache, and the hub did "
+                f"not give it ({problem.message})",
+                hint="give its folder by --base",
+            ) from problem
+    return recognise(path)
+
+
+def with_adapters(checkpoint: Checkpoint, asked: Iterable[str], session: Session) -> Checkpoint:
     """The checkpoint with these adapters on top, in order; `none` stands for leaving out those that lie beside it.
 
-    Raises UsageError for `none` among others, InputError where a folder holds no adapter, UnsupportedError (exit 4) for
-    tensors that the model has no module for.
+    Raises UsageError for `none` among others, InputError for what is no adapter, UnsupportedError (exit 4) for tensors
+    that the model has no module for.
     """
     names = list(asked)
     if NONE in names and len(names) > 1:
         raise UsageError("--adapter none stands alone", hint="leave it out, or the adapters")
     for name in names if NONE not in names else ():
-        for part, adapter in _opened(Path(name), checkpoint).items():
-            own = checkpoint.parts[part]
-            # Of a part that the source lacks it is what training left of it; else it is merged, whatever the target.
-            made = replace(own, adapter=adapter) if own.state == "absent" else replace(own, merge=(*own.merge, adapter))
-            checkpoint = checkpoint.with_part(part, made)
+        top = as_adapter(reach(name, session)).open(OpenOptions())
+        if not any(part.adapters for part in top.parts.values()):
+            raise InputError(f"{name} holds no adapter ({', '.join(_FILES[1:])})", hint="give an adapter by --adapter")
+        checkpoint = with_adapter(checkpoint, top, name)
     return checkpoint
-
-
-def _opened(folder: Path, checkpoint: Checkpoint) -> dict[str, Adapter]:
-    """An adapter's parts, under the names of the checkpoint's layout or of a language model alone."""
-    if not folder.is_dir() or beside(folder) is None:
-        raise InputError(
-            f"{folder} holds no adapter ({', '.join(_FILES[1:])})", hint="give the folder of the adapter by --adapter"
-        )
-    settings = adapter_settings(folder_sidecars(folder))
-    found = open_weights(folder, stems=("adapter_model",))
-    bare = {name.removeprefix(_PREFIX): tensor for name, tensor in found.tensors.items()}
-    tables = [(layout_table(checkpoint.layout), ""), (layout_table("parts"), "llm/")]
-    for table, prefix in tables:
-        named = {f"{prefix}{name}": tensor for name, tensor in bare.items()}
-        if all(table.read(name) is not None or table.dropped(name) is not None for name in named):
-            sorted_ = sort_tensors(named, table, folder)
-            break
-    else:
-        raise UnsupportedError(
-            f"{folder}: {grouped(bare)}: no module of a {checkpoint.layout} model has these names",
-            hint="--adapter none leaves the adapter out",
-        )
-    adapters: dict[str, Adapter] = {}
-    for part in PARTS:
-        if tensors := {**sorted_.weights[part], **sorted_.adapters[part]}:
-            adapters[part] = parse_adapter(tensors, settings, str(folder))[0]
-    return adapters
 
 
 def refuse_ignored(model: Model, asked: Iterable[str]) -> None:
@@ -94,10 +165,11 @@ def ignored_note(checkpoint: Checkpoint) -> str | None:
 
 
 def _folders(model: Model) -> Iterable[tuple[str, Path]]:
-    """Where whole weights come from: the source's own folder, and those of base models."""
+    """Where whole weights come from: the source's own folder or that of its base, and those of base models."""
     checkpoint = model.checkpoint
-    if checkpoint.parts[LLM].state == "full" and checkpoint.path.is_dir():
-        yield LLM, checkpoint.root
+    if checkpoint.parts[LLM].state == "full":
+        below = [layer.root for layer in checkpoint.layers if layer.role == "base"]
+        yield from ((LLM, root) for root in (below or [checkpoint.root] * checkpoint.path.is_dir()))
     for part, base in model.bases.items():
         if any(r.origin == "base" for r in model.part(part).values()):
             yield part, base.folder

@@ -35,7 +35,7 @@ def refuse_for_source(options: Options, checkpoint: Checkpoint, model: Model) ->
             f"--dequantize does not apply: nothing in {checkpoint.path.name} is quantised",
             hint="leave it out: it is for quantised GGUF files and models in FP8",
         )
-    if options.bases.lora_alpha and not any(part.adapter or part.merge for part in checkpoint.parts.values()):
+    if options.bases.lora_alpha and not any(part.adapters for part in checkpoint.parts.values()):
         raise UsageError(f"--lora-alpha does not apply: {checkpoint.path.name} has no LoRA", hint="leave it out")
     if options.extra == DROP and not any(drop.reason == ASKED for drop in checkpoint.dropped):
         raise UsageError(f"--extra drop does not apply: tables have all of {checkpoint.path.name}", hint="leave it out")
@@ -60,7 +60,8 @@ def refuse_for_source(options: Options, checkpoint: Checkpoint, model: Model) ->
             )
     for part, named in ((LLM, options.bases.llm), (VISION, options.bases.visual_encoder)):
         # With --part a base of another part is no mistake: it says what the source was trained on.
-        if named is None or part in model.bases or part_named(options.part) not in (ALL, part):
+        used = {layer.asked for layer in checkpoint.layers}
+        if named is None or named in used or part in model.bases or part_named(options.part) not in (ALL, part):
             continue
         if not LAYOUTS[options.to].leaves_out_frozen:
             source = checkpoint.path.name

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_convert.app.adapters import refuse_ignored, with_adapters
+from llava_convert.app.adapters import refuse_ignored, with_adapters, with_base, with_projector
 from llava_convert.app.applies import refuse_for_source, refuse_for_target
 from llava_convert.app.card import card
 from llava_convert.app.card.facts import Facts
@@ -378,7 +378,8 @@ def _open(
 ) -> tuple[Checkpoint, str, list[str]]:
     """The source, why it was taken for what it is, and what there is to tell of its stage 1."""
     checkpoint, why = opened
-    checkpoint = with_adapters(checkpoint, options.adapters)
+    checkpoint = with_base(with_projector(checkpoint, options, session), options, session)
+    checkpoint = with_adapters(checkpoint, options.adapters, session)
     checkpoint, told = with_stage_one(checkpoint, options.pretrained_pth, session)
     return checkpoint, why, told
 
@@ -458,6 +459,7 @@ def is_already(checkpoint: Checkpoint, options: Options) -> bool:
     if checkpoint.layout != options.to or not checkpoint.native or changed:
         return False
     partial = not LAYOUTS[options.to].leaves_out_frozen and checkpoint.parts[LLM].state != "full"
+    partial = partial or bool(checkpoint.layers)  # laid over another, or another over it
     return options.target == TargetOptions() and not partial
 
 

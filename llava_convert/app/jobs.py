@@ -7,7 +7,7 @@ before a job runs, since `--help` reads these classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +23,7 @@ from llava_convert.app.options import (
 from llava_convert.core.errors import UsageError
 from llava_convert.core.flags import AUTO, CHECKS, OUTPUT, PUBLISH, RUN, Flag, Flagged, as_names
 from llava_convert.core.progress import OnBytes, Reporter
+from llava_convert.layouts.info import MERGED, TARGETS
 from llava_convert.model.options import ALL, FULL, OFF, PartOption, TypesOption
 
 if TYPE_CHECKING:
@@ -81,6 +82,22 @@ class ConvertJob(Options):
             return convert(self.source, self, say)
         to = self.destination(self.push)
         return pushed(lambda: convert(self.source, self, say), to, say, level=self.level)
+
+
+@dataclass(frozen=True)
+class MergeJob(ConvertJob):
+    """A model with adapters merged into it."""
+
+    source: Annotated[
+        PathLike,
+        Flag("The model that the adapters were trained on, of any layout.", argument=True, metavar="BASE"),
+    ]
+    _: KW_ONLY
+    adapter: Annotated[
+        PathLike | Sequence[PathLike],
+        Flag("Adapters, merged in this order.", argument=True, metavar="ADAPTER", repeated=True),
+    ] = field()
+    to: Annotated[str, Flag("Layout to convert to.", choices=tuple(TARGETS))] = MERGED
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ def flags_of(options: SourceOptions) -> Iterator[str]:
     given = {
         "--config": options.config,
         "--pretrained-pth": options.pretrained_pth,
+        "--base": options.base,
+        "--projector": options.projector,
         f"--{PART_WORDS[LLM]}": bases.llm,
         f"--{PART_WORDS[VISION]}": bases.visual_encoder,
         "--lora-alpha": _alpha(bases.lora_alpha),
@@ -43,6 +45,8 @@ def flags_of(options: SourceOptions) -> Iterator[str]:
             yield from (flag, str(value))
     for table in options.tables:
         yield from ("--table", str(table))
+    for adapter in options.adapters:
+        yield from ("--adapter", adapter)
 
 
 def to_try(source: str, targets: Mapping[str, str | None], options: SourceOptions) -> str:

@@ -66,6 +66,16 @@ class SourceOptions(Flagged):
         Flag("Base language model, where the source does not hold its weights.", SOURCE, metavar="PATH|ID"),
     ] = None
     visual_encoder: Annotated[str | None, Flag("Base vision tower, likewise.", SOURCE, metavar="PATH|ID")] = None
+    base: Annotated[
+        str | None,
+        Flag("The whole LLaVA, of any layout, that the source was trained from.", SOURCE, metavar="PATH|ID"),
+    ] = None
+    projector: Annotated[
+        PathLike | None,
+        Flag(
+            "The projector, where the source lacks it: of a file or a model of any layout.", SOURCE, metavar="PATH|ID"
+        ),
+    ] = None
     pretrained_pth: Annotated[
         PathLike | None,
         Flag("Stage-1 checkpoint, for parts that were trained there.", SOURCE, metavar="PATH"),

@@ -105,11 +105,15 @@ def _panel(option: Option) -> str | None:
     return option.flag.panel
 
 
-def _place(option: Option) -> tuple[bool, int, int]:
-    """Where an option stands: arguments, then panel by panel; what is for some targets alone after the rest."""
+def _place(option: Option) -> tuple[bool, bool, int, int]:
+    """Where an option stands: arguments, then panel by panel; what is for some targets alone after the rest.
+
+    An argument that is repeated takes all words that are left.
+    """
     panel, targets = option.flag.panel, _targets(option)
     return (
         not option.flag.argument,
+        option.flag.argument and option.flag.repeated,
         PANELS.index(panel) + 1 if panel in PANELS else 0,
         list(TARGETS).index(targets[0]) + 1 if 0 < len(targets) < len(TARGETS) else 0,
     )
@@ -123,7 +127,7 @@ def _targets(option: Option) -> tuple[str, ...]:
 def _kind(option: Option) -> Any:
     """The type that typer reads: a switch, a count, a path, or words."""
     if option.flag.repeated:
-        return list[str] | None
+        return list[str] if option.flag.argument else list[str] | None
     kind = Path if Path in option.types else option.types[0] if option.types in ((bool,), (int,)) else str
     return kind | None if option.default is None else kind
 

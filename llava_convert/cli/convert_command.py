@@ -1,4 +1,4 @@
-"""`llava-convert LAYOUT SOURCE --to LAYOUT`, a command for each layout, and `convert`, which detects the source's."""
+"""`llava-convert LAYOUT SOURCE --to LAYOUT`, a command for each layout; `convert`, which detects it; and `merge`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from llava_convert.app.jobs import ConvertJob
+from llava_convert.app.jobs import ConvertJob, MergeJob
 from llava_convert.cli._options import command
 from llava_convert.cli._output import Output, human_bytes
 from llava_convert.core.flags import options_of
@@ -23,6 +23,8 @@ def add_to(app: typer.Typer) -> None:
         make(command("convert", ConvertJob, _convert, hidden=unused, source_layout=name))
     make = app.command("convert", help="Convert any of these; the layout is detected.", rich_help_panel="Convert")
     make(command("convert", ConvertJob, _convert))
+    make = app.command("merge", help="Merge adapters into a model of any layout.", rich_help_panel="Convert")
+    make(command("merge", MergeJob, _convert))
 
 
 def _convert(job: ConvertJob, output: Output) -> None:

@@ -64,7 +64,7 @@ class Story(TypedDict):
 
 
 class Convert(Document):
-    """A conversion, or with `--dry-run` its plan: `convert`, `pth`, `xtuner`, `official`, `hf`, `gguf`."""
+    """A conversion, or with `--dry-run` its plan: `convert`, `merge`, and the commands that are named by layouts."""
 
     source: Annotated[str, "what was converted"]
     layout: Annotated[str, "the layout of the source"]

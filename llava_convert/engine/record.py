@@ -35,6 +35,7 @@ def sources_of(model: Model, plan: Plan) -> list[tuple[str, Path, list[Path]]]:
     claimed: set[Path] = set()
     for role, root, files in [
         ("source", model.checkpoint.root, list(model.checkpoint.files)),
+        *((layer.role, layer.root, list(layer.files)) for layer in model.checkpoint.layers),
         *((PART_WORDS[part], base.folder, []) for part, base in model.bases.items()),
     ]:
         mine = sorted(p for p in used - claimed if p in files or (role != "source" and _inside(p, root)))

@@ -1,21 +1,119 @@
-"""A PEFT adapter's folder: what its adapter_config.json says, and how one is written."""
+"""A PEFT adapter's folder: what its adapter_config.json says and what its tensors are, and how one is written."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from llava_convert.assets.bundle import Artefacts
-from llava_convert.model.adapter import Adapter, settings_from_json
+from llava_convert.core.errors import UnsupportedError
+from llava_convert.core.tensors import StoredTensor
+from llava_convert.layouts.base import Found
+from llava_convert.layouts.naming import Sorted, sort_tensors
+from llava_convert.model.adapter import Adapter, parse_adapter, settings_from_json, split_tail
 from llava_convert.model.checkpoint import (
     LLM,
     PART_WORDS,
+    PARTS,
     VISION,
+    Dropped,
 )
+from llava_convert.model.tables.names import LayoutTable, grouped, layout_table
 from llava_convert.model.tables.types import read_config
 from llava_convert.model.training import LoraSettings
+from llava_convert.storage.headers import Headers
 from llava_convert.storage.sidecars import Sidecars
+from llava_convert.storage.weights import open_weights
+from llava_convert.storage.zero.folder import LATEST
 
 ADAPTER_CONFIG = "adapter_config.json"
+STEM = "adapter_model"
+# What peft puts before the names of the model that it wraps.
+PREFIX = "base_model.model."
+# Whose names the wrapped model may have had: a table, and what it has before the names of a part alone.
+_WRAPPED = (("hf", ""), ("parts", f"{PART_WORDS[LLM]}/"), ("parts", f"{PART_WORDS[VISION]}/"), ("official", ""))
+
+
+def is_adapter(names: Iterable[str]) -> bool:
+    """Whether a folder of these files holds an adapter: its weights, and what says how they count."""
+    held = set(names)
+    weights = {f"{STEM}{suffix}{end}" for suffix in (".safetensors", ".bin") for end in ("", ".index.json")}
+    return ADAPTER_CONFIG in held and bool(held & weights)
+
+
+def trained_beside(found: Found) -> Mapping[str, StoredTensor]:
+    """What was trained beside an adapter and is in the DeepSpeed folder of the same checkpoint alone.
+
+    Official LLaVA saves its projector so while a LoRA training runs. Raises what reading such a folder raises.
+    """
+
+    def read() -> Mapping[str, StoredTensor]:
+        if not is_adapter(found.names) or LATEST not in found.names:
+            return {}
+        from llava_convert.storage.zero.checkpoint import read_zero  # few sources have one
+
+        zero = read_zero(found.path)
+        return {name: tensor for name, tensor in zero.tensors.items() if name in zero.trained and ".lora_" not in name}
+
+    return found.beside.once(trained_beside, read)
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """The adapters in one folder, by part. `base` names the model that they were trained on."""
+
+    adapters: Mapping[str, Adapter]
+    base: str | None
+    files: tuple[Path, ...]
+    dropped: tuple[Dropped, ...]
+    warnings: tuple[str, ...]
+
+
+def read_adapter_folder(folder: Path, beside: Sidecars, headers: Headers | None = None) -> AdapterFolder:
+    """What peft saved of a whole LLaVA, or of one part alone, under the names of whichever release trained it.
+
+    Raises UnsupportedError (exit 4) with counts for tensors that are of no module of a LLaVA, what reading raises else.
+    """
+    config = read_adapter_config(beside) or {}
+    settings = settings_from_json(config, beside.place(ADAPTER_CONFIG)) if config else None
+    weights = open_weights(folder, stems=(STEM,), headers=headers)
+    sorted_ = _sorted({_unwrapped(name): tensor for name, tensor in weights.tensors.items()}, folder)
+    found: dict[str, Adapter] = {}
+    dropped = list(sorted_.dropped)
+    for part in PARTS:
+        tensors = {**sorted_.weights[part], **sorted_.adapters[part]}
+        if tensors:
+            found[part], left = parse_adapter(tensors, settings, str(folder), sorted_.paths)
+            dropped += [Dropped(name, reason) for name, reason in left.items()]
+    base = config.get("base_model_name_or_path")
+    return AdapterFolder(found, str(base) if base else None, weights.files, tuple(dropped), weights.warnings)
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith(PREFIX):  # twice, where a model was wrapped twice
+        name = name.removeprefix(PREFIX)
+    return name
+
+
+def _sorted(tensors: Mapping[str, StoredTensor], folder: Path) -> Sorted:
+    """By the table that takes every name. Raises UnsupportedError (exit 4), by the one that takes most."""
+    tried = [(layout_table(name), prefix) for name, prefix in _WRAPPED]
+    unknown, table, prefix = min(((_strange(tensors, *pair), *pair) for pair in tried), key=lambda found: len(found[0]))
+    if unknown:
+        raise UnsupportedError(
+            f"{folder}: {len(unknown)} of its {len(tensors)} tensors are of no module of a LLaVA: {grouped(unknown)}",
+            hint="give an adapter of a LLaVA, or of its language model or vision tower alone",
+        )
+    sorted_ = sort_tensors({prefix + name: tensor for name, tensor in tensors.items()}, table, folder)
+    paths = {module: path.removeprefix(prefix) for module, path in sorted_.paths.items()}
+    return replace(sorted_, paths=paths)
+
+
+def _strange(tensors: Iterable[str], table: LayoutTable, prefix: str) -> list[str]:
+    names = [(name, prefix + split_tail(name)[0]) for name in tensors]
+    return [name for name, bare in names if table.read(bare) is None and table.dropped(bare) is None]
 
 
 def adapter_settings(files: Sidecars) -> LoraSettings | None:

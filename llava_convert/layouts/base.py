@@ -45,7 +45,8 @@ class Found:
     """A path looked at once, for all layouts to judge: its config.json, and the names in it.
 
     What a layout reads to judge is kept in `beside`, the small files of its folder, and `headers`: it is there when the
-    path is opened. `file` is the one file of weights in the folder that counts, where the user named it.
+    path is opened. `file` is the one file of weights in the folder that counts, where the user named it. `notes` are on
+    how it was found.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class Found:
     beside: Sidecars
     headers: Headers = field(default_factory=Headers)
     file: Path | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def weights(self) -> Path:

@@ -103,7 +103,7 @@ class LayoutInfo:
         return self.target.options if self.target is not None else frozenset()
 
 
-_TRAINED = frozenset({"config", "pretrained_pth", "lora_alpha"})  # of xtuner's training
+_TRAINED = frozenset({"config", "pretrained_pth"})  # of xtuner's training
 _WEIGHTS = frozenset({"dtype", "max_shard_size", "prompt_template"})
 LAYOUTS = {
     info.name: info
@@ -147,7 +147,7 @@ LAYOUTS = {
         LayoutInfo(
             name="official",
             loaders=("llava",),
-            reads=frozenset({"lora_alpha", "dequantize"}),
+            reads=frozenset({"dequantize"}),
             help="Official LLaVA (haotian-liu).",
             description="the layout of the original LLaVA code",
             target=TargetInfo(
@@ -183,6 +183,13 @@ LAYOUTS = {
                 shard_size="5GB",
                 pads_pictures=False,
             ),
+        ),
+        LayoutInfo(
+            name="peft",
+            help="A PEFT adapter (adapter_config.json), merged into its base model.",
+            description="a PEFT adapter",
+            target=None,
+            has_card=False,  # a trainer's README says nothing of the model
         ),
         LayoutInfo(
             name="gguf",
@@ -226,6 +233,9 @@ LAYOUTS = {
     )
 }
 TARGETS = {info.name: info.target for info in LAYOUTS.values() if info.target is not None}
+
+# What a merged adapter becomes unless told.
+MERGED = "hf"
 
 
 def reading(option: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from llava_convert.core.arrays import FP8
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import FROM_TORCH_NAMES, StoredTensor
-from llava_convert.model.adapter import Adapter, parse_adapter
+from llava_convert.model.adapter import Adapter, parse_adapter, split_tail, with_tail
 from llava_convert.model.checkpoint import IMAGE_NEWLINE, LLM, PARTS, VISION, Dropped, Extra, Part
 from llava_convert.model.recipe import Model, Recipe
 from llava_convert.model.tables.families import architectures
@@ -22,7 +22,10 @@ ADAPTER_DIALECTS = ("adapter", "lora")
 
 @dataclass(frozen=True)
 class Sorted:
-    """A layout's tensors by part: whole ones, those under peft, and what is left behind."""
+    """A layout's tensors by part: whole ones, those under peft, and what is left behind.
+
+    `paths` are the modules under peft as they are called on disk, by canonical name.
+    """
 
     weights: Mapping[str, dict[str, StoredTensor]]
     adapters: Mapping[str, dict[str, StoredTensor]]
@@ -30,13 +33,16 @@ class Sorted:
     dropped: tuple[Dropped, ...]
     dialects: tuple[str, ...] = field(default=())
     extra: Extra | None = None
+    paths: Mapping[str, str] = field(default_factory=dict)
 
-    def part(self, name: str, settings: LoraSettings | None, where: str) -> tuple[Part, tuple[Dropped, ...]]:
-        """The part as far as the tensors say, its adapter parsed."""
+    def part(
+        self, name: str, settings: LoraSettings | None, where: str, paths: Mapping[str, str] | None = None
+    ) -> tuple[Part, tuple[Dropped, ...]]:
+        """The part as far as the tensors say, its adapter parsed. `paths` as for `parse_adapter`."""
         raw = self.adapters[name]
         if not raw:
             return Part(weights=self.weights[name]), ()
-        adapter, left = parse_adapter(raw, settings, where)
+        adapter, left = parse_adapter(raw, settings, where, paths)
         dropped = tuple(Dropped(key, reason) for key, reason in left.items())
         if not adapter.modules:
             # Only whole tensors under peft's prefix: a part that was trained without LoRA after all.
@@ -55,17 +61,21 @@ def sort_tensors(tensors: Mapping[str, StoredTensor], table: LayoutTable, where:
     dropped: list[Dropped] = []
     dialects: set[str] = set()
     meant: dict[str, str] = {}
+    paths: dict[str, str] = {}
     newline = None
     for disk, tensor in tensors.items():
         reason = table.dropped(disk)
         if reason is not None:
             dropped.append(Dropped(disk, reason))
             continue
-        named = table.read(disk)
+        bare, tail = split_tail(disk)
+        named = table.read(bare)
         if named is None:
             unknown[disk] = disk
             continue
-        part, canonical = named.canonical.partition(".")[0], named.canonical
+        part, canonical = named.canonical.partition(".")[0], with_tail(named.canonical, tail)
+        if tail:
+            paths[named.canonical.rpartition(".")[0]] = bare.rpartition(".")[0]
         reason = _buffer(part, canonical)
         if reason is not None:
             dropped.append(Dropped(disk, reason))
@@ -83,7 +93,7 @@ def sort_tensors(tensors: Mapping[str, StoredTensor], table: LayoutTable, where:
     extra = Extra(tuple(unknown), lookup_errors(unknown, table)) if unknown else None
     if extra is not None and not meant:
         raise UnsupportedError(f"{where}: {extra.problem}", hint="--table FILE.toml adds names to those of a layout")
-    return Sorted(weights, adapters, newline, tuple(dropped), tuple(sorted(dialects)), extra)
+    return Sorted(weights, adapters, newline, tuple(dropped), tuple(sorted(dialects)), extra, paths)
 
 
 def _buffer(part: str, canonical: str) -> str | None:

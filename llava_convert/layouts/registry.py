@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -19,6 +19,7 @@ from llava_convert.core.text import printable
 from llava_convert.layouts import kinds
 from llava_convert.layouts.base import Found, Layout, OpenOptions
 from llava_convert.layouts.info import LAYOUTS
+from llava_convert.layouts.trainer_run import followed
 from llava_convert.model.checkpoint import Checkpoint
 from llava_convert.model.quantized import with_quantization
 from llava_convert.model.tables.names import layout_table
@@ -93,11 +94,15 @@ def _part(found: Found) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Recognised:
-    """A source that was looked at and not yet opened: its layout, and why it was taken for that."""
+    """A source that was looked at and not yet opened: its layout, and why it was taken for that.
+
+    `alone`: it is one part of a LLaVA, as its own class keeps it.
+    """
 
     found: Found
     layout: str
     why: str
+    alone: bool = False
 
     def open(self, options: OpenOptions | None = None) -> Checkpoint:
         """Raises what the layout's `open` raises, and UnsafeError for a link that leaves the folder.
@@ -114,7 +119,8 @@ class Recognised:
         files = self.found.beside
         beside = {name: files.read_json(name) for name in quantization_files() if files.has(name)}
         objects = {name: said for name, said in beside.items() if isinstance(said, dict)}
-        return with_quantization(opened, self.found.config, objects)
+        found = with_quantization(opened, self.found.config, objects)
+        return replace(found, notes=(*self.found.notes, *found.notes)) if self.found.notes else found
 
     def open_each(self) -> list[Checkpoint]:
         """Every model there: one, but for a layout that keeps several types of one model side by side."""
@@ -136,26 +142,44 @@ def recognise(path: Path, name: str | None = None) -> Recognised:
     model. Raises UnsupportedError (exit 4) when the path is of no known layout, of several, or of another than `name`;
     NotAModelError where a row of `mappings/kinds.toml` knows what it is instead.
     """
-    found, how = look(locate(path)), ""
-    claims = _claims(found)
-    if not claims and (meant := _newest_save(found) or _model_around(found)) is not None:
+    found = look(locate(path))
+    claims, alone = _claims(found)
+    if not claims and (meant := _of_a_run(found) or _newest_save(found) or _model_around(found)) is not None:
         found, how = meant
-        claims = _claims(found)
-    layout, why = _choose(found, claims, name)
-    return Recognised(found, layout, f"{why}; {how}" if how else why)
+        found = replace(found, notes=(how,))
+        claims, alone = _claims(found)
+    return Recognised(found, *_choose(found, name, claims), alone)
 
 
-def _claims(found: Found) -> dict[str, str]:
-    """The layouts that a path can be of, each with the reason; as a whole model, else as a part.
+def as_adapter(path: Path) -> Recognised:
+    """The adapter that a path means: where one lies beside a whole model, not that model. Raises as `recognise`."""
+    found = look(locate(path))
+    claims = {
+        name: why for name in SOURCES if (ask := getattr(layout(name), "detect_beside", None)) and (why := ask(found))
+    }
+    if claims:
+        return Recognised(found, *next(iter(claims.items())))
+    return recognise(path)
+
+
+def _claims(found: Found) -> tuple[dict[str, str], bool]:
+    """The layouts that a path could be of, with why; and whether it is one part alone.
 
     Raises what the layouts' readers raise, or NotAModelError where a row knows a thing that they cannot read.
     """
     try:
-        return _whole(found) or _part(found)
+        whole = _whole(found)
+        return (whole, False) if whole else (_part(found), True)
     except (InputError, UnsupportedError):
         if (told := kinds.known(found)) is not None:
             raise kinds.NotAModelError(found.path, told) from None
         raise
+
+
+def _of_a_run(found: Found) -> tuple[Found, str] | None:
+    """The checkpoint that is meant in the folder of a run of HF Trainer, and how it was found."""
+    run = followed(found)
+    return None if run is None else (look(run.checkpoint), run.note)
 
 
 def _newest_save(found: Found) -> tuple[Found, str] | None:
@@ -173,11 +197,11 @@ def _model_around(found: Found) -> tuple[Found, str] | None:
     if told is None or not told.weights:
         return None
     around = look(found.path.parent)
-    if not _claims(around):
+    if not _claims(around)[0]:
         return None
     if _SHARD.search(found.path.name) is None:
         around = replace(around, file=found.path)
-    return around, f"{found.path.name} is a file of it"
+    return around, f"{found.path.name} is a file of the model in {around.path}"
 
 
 def open_checkpoint(path: Path, name: str | None = None, options: OpenOptions | None = None) -> tuple[Checkpoint, str]:
@@ -186,7 +210,7 @@ def open_checkpoint(path: Path, name: str | None = None, options: OpenOptions | 
     return source.open(options), source.why
 
 
-def _choose(found: Found, claims: dict[str, str], name: str | None) -> tuple[str, str]:
+def _choose(found: Found, name: str | None, claims: Mapping[str, str]) -> tuple[str, str]:
     """The layout to open a path as, and why. Raises UnsupportedError (exit 4)."""
     path = found.path
     if name is not None and name not in claims and claims:

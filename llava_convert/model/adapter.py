@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,27 @@ from llava_convert.core.tensors import StoredTensor
 from llava_convert.model.tables.names import grouped, layout_table
 from llava_convert.model.training import LoraSettings
 from llava_convert.ops.lora import MergeLora
+from llava_convert.ops.rows import SetRows
 
-_TAILS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+_A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+_EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+_TAILS = (_A, _B, _MAGNITUDE, _EMBEDDING_A, _EMBEDDING_B)
+_TOKENS = ".trainable_tokens_delta"
+_SAVED, _FROZEN = "modules_to_save", "original_module"
+_FROZEN_WHY = "the frozen copy that peft keeps of a module which was trained whole"
 
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
-    """The adapter of one linear layer: `a` is (r, in), `b` is (out, r), `magnitude` (DoRA) is (out,)."""
+    """The adapter of one layer: `a` is (r, in), `b` is (out, r), `magnitude` (DoRA) is (out,).
+
+    Of an `embedding` of (rows, columns), `a` is (r, rows) and `b` is (columns, r).
+    """
 
     a: StoredTensor
     b: StoredTensor
     magnitude: StoredTensor | None
+    embedding: bool = False
 
     @property
     def rank(self) -> int:
@@ -43,12 +53,22 @@ class Adapter:
     `modules` is by canonical module name; `overrides` are tensors which were trained whole beside it (biases,
     modules_to_save), by the canonical name of the tensor they replace; `tensors` is everything, named
     as an adapter_model file names it, less the `base_model.model.` in front.
+
+    `tokens` are rows of embeddings that were trained alone, by the canonical name of the embedding. `paths` are the
+    modules' names in the model that peft wrapped, where these are not those within the part: patterns are of them.
     """
 
     settings: LoraSettings | None
     modules: Mapping[str, LoraModule]
     overrides: Mapping[str, StoredTensor]
     tensors: Mapping[str, StoredTensor]
+    tokens: Mapping[str, SetRows] = field(default_factory=dict)
+    paths: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> bool:
+        """Whether it changes nothing."""
+        return not (self.modules or self.overrides or self.tokens)
 
     def merge_op(self, tensor: str, alpha: float | None = None) -> MergeLora | None:
         """The op which merges the adapter into the weight `tensor`, or None when it does not touch it.
@@ -59,7 +79,11 @@ class Adapter:
         if module is None:
             return None
         return MergeLora(
-            module.a, module.b, self.scale(tensor.removesuffix(".weight"), alpha=alpha), magnitude=module.magnitude
+            module.a,
+            module.b,
+            self.scale(tensor.removesuffix(".weight"), alpha=alpha),
+            magnitude=module.magnitude,
+            embedding=module.embedding,
         )
 
     def scale(self, module: str, *, alpha: float | None = None) -> float:
@@ -67,7 +91,7 @@ class Adapter:
         rank = self.modules[module].rank
         settings = self.settings
         if settings is not None:
-            expected, known = settings_for(settings, module)
+            expected, known = settings_for(settings, self.path(module))
             if expected != rank:
                 raise InputError(f"LoRA of {module}: the config says r = {expected}, the weights have r = {rank}")
             alpha = known if alpha is None else alpha
@@ -78,19 +102,59 @@ class Adapter:
             )
         return alpha / (math.sqrt(rank) if settings is not None and settings.use_rslora else rank)
 
+    def path(self, module: str) -> str:
+        """What the model that peft wrapped calls a module (canonical name)."""
+        return self.paths.get(module, module.partition(".")[2])
+
+
+def split_tail(name: str) -> tuple[str, str]:
+    """The name of a tensor as if peft were not there, and peft's own tail (empty for a tensor that is whole).
+
+    >>> split_tail("layers.0.q_proj.lora_A.default.weight")
+    ('layers.0.q_proj.weight', '.lora_A.default.weight')
+    """
+    segments = name.split(".")
+    for marker in (_SAVED, _FROZEN):
+        if marker in segments[:-2]:  # a container: what it holds follows, in peft's live names after the adapter's
+            at = segments.index(marker)
+            rest = segments[at + 2 :] if marker == _SAVED and segments[at + 1] == "default" else segments[at + 1 :]
+            return ".".join(segments[:at] + rest), f".{marker}"
+    table = layout_table("peft")
+    for pattern in [row.disk for row in table.rows]:
+        found = pattern.match(name)
+        if found is not None:
+            (module,) = found.values()
+            tail = name.removeprefix(module)
+            return module + (".bias" if tail.endswith(".bias") else ".weight"), tail
+    return name, ""
+
+
+def with_tail(canonical: str, tail: str) -> str:
+    """The canonical name of a tensor under peft, of its name without and its tail (`split_tail`)."""
+    if tail in ("", f".{_SAVED}"):
+        return canonical
+    if tail == f".{_FROZEN}":
+        module, _, param = canonical.rpartition(".")
+        return f"{module}{tail}.{param}"
+    return canonical.rpartition(".")[0] + tail
+
 
 def parse_adapter(
-    named: Mapping[str, StoredTensor], settings: LoraSettings | None, where: str
+    named: Mapping[str, StoredTensor],
+    settings: LoraSettings | None,
+    where: str,
+    paths: Mapping[str, str] | None = None,
 ) -> tuple[Adapter, dict[str, str]]:
     """Sort a part's tensors under peft (canonical prefix, peft's own tails) into an Adapter.
 
-    Also returns what is left behind: name → reason. Raises InputError for half an adapter, UnsupportedError for
-    other kinds of adapter.
+    `paths` are the modules' names where they were trained, by canonical name (see `Adapter`). Also returns what is left
+    behind: name → reason. Raises InputError for half an adapter, UnsupportedError for other kinds of adapter.
     """
     _check_kind(settings, where)
     table = layout_table("peft")
     sides: dict[str, dict[str, StoredTensor]] = {}
     overrides: dict[str, StoredTensor] = {}
+    tokens: dict[str, SetRows] = {}
     saved: dict[str, StoredTensor] = {}
     dropped: dict[str, str] = {}
     meant: dict[str, str] = {}
@@ -105,6 +169,10 @@ def parse_adapter(
         if tail is not None:
             sides.setdefault(canonical.removesuffix(tail), {})[tail] = tensor
             whole = canonical
+        elif canonical.endswith(_TOKENS):
+            whole = canonical
+            module = canonical.removesuffix(_TOKENS)
+            tokens[f"{module}.weight"] = _trained_rows(settings, (paths or {}).get(module, module), tensor, where)
         elif ".lora_" in canonical:
             raise UnsupportedError(f"{where}: {grouped([name])} is a kind of adapter that cannot be merged")
         else:
@@ -117,15 +185,37 @@ def parse_adapter(
         saved[canonical] = tensor
     modules = {}
     for module, tensors in sides.items():
-        if ".lora_A.weight" not in tensors or ".lora_B.weight" not in tensors:
+        embedding = _EMBEDDING_A in tensors or _EMBEDDING_B in tensors
+        pair = (_EMBEDDING_A, _EMBEDDING_B) if embedding else (_A, _B)
+        if not tensors.keys() >= set(pair) or (embedding and len(tensors) > 2 and _MAGNITUDE not in tensors):
             raise InputError(f"{where}: the LoRA of {module} has only {', '.join(sorted(tensors))}")
-        a, b = tensors[".lora_A.weight"], tensors[".lora_B.weight"]
+        a, b = (tensors[tail] for tail in pair)
+        if embedding and _MAGNITUDE in tensors:
+            raise UnsupportedError(
+                f"{where}: the LoRA of {module} is DoRA on an embedding, which cannot be merged",
+                hint="merge it with peft (merge_and_unload), and convert what that saves",
+            )
         if not a.shape or len(b.shape) < 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
             raise InputError(f"{where}: LoRA of {module}: A is {list(a.shape)} and B is {list(b.shape)}")
-        if settings is not None and settings.use_dora and ".lora_magnitude_vector" not in tensors:
+        if settings is not None and settings.use_dora and _MAGNITUDE not in tensors:
             raise InputError(f"{where}: the LoRA of {module} is DoRA by its config, but its magnitude is missing")
-        modules[module] = LoraModule(a, b, tensors.get(".lora_magnitude_vector"))
-    return Adapter(settings, modules, overrides, saved), dropped
+        modules[module] = LoraModule(a, b, tensors.get(_MAGNITUDE), embedding)
+    return Adapter(settings, modules, overrides, saved, tokens, paths or {}), dropped
+
+
+def _trained_rows(settings: LoraSettings | None, path: str, values: StoredTensor, where: str) -> SetRows:
+    """The rows that were trained alone. Raises InputError where adapter_config.json does not say which they are."""
+    indices = settings.token_indices if settings is not None else ()
+    if isinstance(indices, Mapping):
+        ends = (rows for name, rows in indices.items() if path == name or path.endswith(f".{name}"))
+        indices = next(ends, ())
+    if len(indices) != (values.shape[0] if values.shape else 0):
+        raise InputError(
+            f"{where}: {path} has {values.shape[0] if values.shape else 0} trained rows, and trainable_token_indices "
+            f"of adapter_config.json names {len(indices)}",
+            hint="get adapter_config.json and adapter_model of one save",
+        )
+    return SetRows(indices, values)
 
 
 def _unwrapped(name: str) -> str:
@@ -149,32 +239,35 @@ def _check_kind(settings: LoraSettings | None, where: str) -> None:
         )
 
 
-def settings_for(settings: LoraSettings, module: str) -> tuple[int, float]:
-    """r and alpha of one module (canonical name), as peft 0.12 looks them up: one key for both.
+def settings_for(settings: LoraSettings, path: str) -> tuple[int, float]:
+    """r and alpha of one module, by its path in the model that peft wrapped; peft 0.12 looks up one key for both.
 
     The first key that matches the end of the module's path counts, those of rank_pattern before those of
     alpha_pattern. So a module which a rank key and another alpha key match keeps the common alpha; later versions of
     peft look the two up apart.
     """
-    # peft sees the path within the part: without `language_model.` or `vision_tower.` in front.
-    path = module.partition(".")[2]
+    if settings.patterns_apart:
+        rank = next((v for k, v in settings.rank_pattern.items() if _safe_regex(k).fullmatch(path)), settings.r)
+        return rank, _own_alpha(settings, path)
     keys = (*settings.rank_pattern, *settings.alpha_pattern)
     key = next((k for k in keys if _safe_regex(k).fullmatch(path)), path)
     return settings.rank_pattern.get(key, settings.r), settings.alpha_pattern.get(key, settings.lora_alpha)
 
 
+def _own_alpha(settings: LoraSettings, path: str) -> float:
+    """alpha as later versions of peft look it up: by a key of its own."""
+    return next((v for k, v in settings.alpha_pattern.items() if _safe_regex(k).fullmatch(path)), settings.lora_alpha)
+
+
 def disputed(adapter: Adapter) -> list[str]:
     """Modules whose alpha depends on the version of peft: a rank key and another alpha key match them."""
     settings = adapter.settings
-    if settings is None or not settings.rank_pattern or not settings.alpha_pattern:
+    if settings is None or settings.patterns_apart or not settings.rank_pattern or not settings.alpha_pattern:
         return []
     found = []
     for module in adapter.modules:
-        path = module.partition(".")[2]
-        apart = next(
-            (v for k, v in settings.alpha_pattern.items() if _safe_regex(k).fullmatch(path)), settings.lora_alpha
-        )
-        if apart != settings_for(settings, module)[1]:
+        path = adapter.path(module)
+        if _own_alpha(settings, path) != settings_for(settings, path)[1]:
             found.append(module)
     return found
 
@@ -217,7 +310,19 @@ def settings_from_json(raw: Mapping[str, Any], path: Path) -> LoraSettings:
         fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
         init_lora_weights=raw.get("init_lora_weights", True),
         peft_type=kind,
+        token_indices=_token_indices(raw, path),
+        # Of the configs without their writer's version (before 0.18), those of 0.15 on have this key.
+        patterns_apart="peft_version" in raw or "trainable_token_indices" in raw,
     )
+
+
+def _token_indices(raw: Mapping[str, Any], path: Path) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+    """The rows that were trained alone: a list of them, or one for each module. Raises InputError for anything else."""
+    found = raw.get("trainable_token_indices") or ()
+    lists = found.values() if isinstance(found, dict) else [found]
+    if not all(isinstance(one, list | tuple) and all(type(row) is int and row >= 0 for row in one) for one in lists):
+        raise InputError(f"{path}: trainable_token_indices should be the ids of tokens, found {str(found)[:60]!r}")
+    return {name: tuple(one) for name, one in found.items()} if isinstance(found, dict) else tuple(found)
 
 
 def _pattern(raw: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from llava_convert.model.checkpoint import (
     VISION,
     Checkpoint,
     Dropped,
+    Part,
 )
 from llava_convert.model.checks import (
     check_base,
@@ -74,6 +75,11 @@ def assemble(
                 _add_part(checkpoint, part, asked, session, bases, found_configs)
             except InputError as problem:
                 warnings.append(f"{problem.message}: going on without its files")
+    if PROJECTOR in wanted and checkpoint.parts[PROJECTOR].state == "absent":
+        raise InputError(
+            f"{checkpoint.path}: there is no projector (the layers between vision tower and language model)",
+            hint="give what has it by --projector (mm_projector.bin, a model), or the LLaVA trained from by --base",
+        )
     if VISION in found_configs:
         checkpoint, found_configs[VISION] = checkpoint.with_tower(found_configs[VISION])
         check_layer(checkpoint, found_configs[VISION])
@@ -89,7 +95,7 @@ def assemble(
         if part in found_configs:
             check_heads(part, found_configs[part])
         refuse_unknown(checkpoint, part, expected)
-        stored = _trained(checkpoint, part)
+        stored = _trained(checkpoint.parts[part])
         if any(name not in stored and want.tied not in stored for name, want in expected.items()):
             # Only now: a fully trained part needs its base's config alone, not gigabytes of its weights.
             base = _base(checkpoint, part, asked, session, weights=True)
@@ -121,10 +127,8 @@ def assemble(
             f"{grouped(made_up)}: made up (identity), since neither the source nor a base has it and LLaVA never reads "
             f"it; --{PART_WORDS[VISION]} gives the published one"
         )
-    for part in wanted:
-        adapter = checkpoint.parts[part].adapter
-        unsure = disputed(adapter) if adapter is not None else []
-        if unsure:
+    for adapter in (adapter for part in wanted for adapter in checkpoint.parts[part].adapters):
+        if unsure := disputed(adapter):
             warnings.append(
                 f"rank_pattern and alpha_pattern match {grouped(unsure)} by different keys: peft 0.12, which xtuner "
                 "trains with, then keeps the common alpha, and so does this conversion; later versions of peft do not"
@@ -216,12 +220,11 @@ def _expected(checkpoint: Checkpoint, part: str, configs: Mapping[str, dict[str,
     return architecture_for(PROJECTOR, "projector").tensors(projector_config(checkpoint.parts[PROJECTOR].weights))
 
 
-def _trained(checkpoint: Checkpoint, part: str) -> dict[str, Recipe]:
+def _trained(own: Part) -> dict[str, Recipe]:
     """The whole tensors of a part that training left."""
-    own = checkpoint.parts[part]
     whole = dict(own.weights)
-    for adapter in (own.adapter, *own.merge):
-        whole |= adapter.overrides if adapter is not None else {}
+    for adapter in own.adapters:
+        whole |= adapter.overrides
     found = {name: Recipe(tensor, own.ops.get(name, ()), own.origin) for name, tensor in whole.items()}
     for name, parts in own.joins.items():
         found[name] = joined_recipe([found.pop(one) for one in parts.names], parts.groups)
@@ -256,26 +259,37 @@ def _recipes(
 
 def _merge(checkpoint: Checkpoint, part: str, recipes: dict[str, Recipe], alpha: float | None) -> int:
     """Put the LoRAs of a part on its recipes; every module must find its weight. Returns how many did."""
-    own = checkpoint.parts[part]
-    return sum(
-        _merge_one(part, recipes, adapter, alpha) for adapter in (own.adapter, *own.merge) if adapter is not None
-    )
+    return sum(_merge_one(part, recipes, adapter, alpha) for adapter in checkpoint.parts[part].adapters)
 
 
 def _merge_one(part: str, recipes: dict[str, Recipe], adapter: Adapter, alpha: float | None) -> int:
     unmatched = [module for module in adapter.modules if f"{module}.weight" not in recipes]
     if unmatched:
         raise InputError(
-            f"the LoRA of the {PART_NAMES[part]} adapts {len(unmatched)} modules that the model does not have: "
-            f"{grouped(unmatched)}"
+            f"the LoRA of the {PART_NAMES[part]} adapts {len(unmatched)} modules that the model does not have, of "
+            f"{len(adapter.modules)}: {grouped(unmatched)}",
+            hint="give the model that it was trained on by --base",
         )
+    for name, rows in adapter.tokens.items():
+        if (
+            name not in recipes
+            or max(rows.rows) >= recipes[name].shape[0]
+            or (recipes[name].shape[1:] != rows.values.shape[1:])
+        ):
+            raise InputError(
+                f"the adapter has new values {list(rows.values.shape)} for rows up to {max(rows.rows)} of {name}, "
+                f"which is {list(recipes[name].shape) if name in recipes else 'not there'}",
+                hint="give the model that it was trained on by --base",
+            )
+        recipes[name] = recipes[name].then(rows)
     for module, lora in adapter.modules.items():
         recipe = recipes[f"{module}.weight"]
         shape = recipe.shape
         columns = 1
         for size in shape[1:]:
             columns *= size
-        if lora.b.shape[0] != shape[0] or lora.a.numel != lora.rank * columns:
+        fits = (columns, lora.rank * shape[0]) if lora.embedding else (shape[0], lora.rank * columns)
+        if (lora.b.shape[0], lora.a.numel) != fits:
             raise InputError(
                 f"the LoRA of {module} does not fit: A {list(lora.a.shape)}, B {list(lora.b.shape)}, "
                 f"weight {list(shape)}; was it trained on another base model?"

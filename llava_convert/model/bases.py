@@ -111,7 +111,7 @@ def find_base(
     which mends it.
     """
     option = f"--{PART_WORDS[part]}"
-    folder = _local(asked, source, explicit=explicit)
+    folder = local_base(asked, source, explicit=explicit)
     if folder is not None:
         if not (folder / "config.json").exists():
             raise InputError(
@@ -140,17 +140,22 @@ def _base(part: str, folder: Path, asked: str, session: Session, *, from_hub: bo
 
 def is_folder(asked: str, source: Path) -> bool:
     """Whether the name that a source gives its base, which may look like an id, is a folder here."""
-    return _local(asked, source, explicit=False) is not None
+    found = local_base(asked, source, explicit=False)
+    return found is not None and found.is_dir()
 
 
-def _local(asked: str, source: Path, *, explicit: bool) -> Path | None:
+def local_base(asked: str, source: Path, *, explicit: bool) -> Path | None:
+    """The folder or file here that a base is named by: under the current folder, else under the source's parents.
+
+    Those count only where the user did not name it (`explicit`). None where there is none.
+    """
     try:
         path = Path(asked).expanduser()
-        if path.is_dir():
+        if path.exists():
             return path
         if explicit or path.is_absolute():
             return None
-        return next((parent / path for parent in source.absolute().parents if (parent / path).is_dir()), None)
+        return next((parent / path for parent in source.absolute().parents if (parent / path).exists()), None)
     except (OSError, RuntimeError):  # a name that is too long; a user who is unknown
         return None
 

@@ -74,6 +74,11 @@ class Part:
         return (self.weights.keys() - parts) | self.joins.keys()
 
     @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """Every adapter of the part, in the order in which they are merged."""
+        return self.merge if self.adapter is None else (self.adapter, *self.merge)
+
+    @property
     def state(self) -> str:
         """What the checkpoint holds of the part: "full", "lora" or "absent"."""
         if self.adapter is not None:
@@ -157,6 +162,19 @@ class Extra:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """A checkpoint that another was laid over, or that was laid over it.
+
+    `role` is what a record calls it (base, adapter), `asked` how it was named; `files` are its weights, within `root`.
+    """
+
+    role: str
+    asked: str
+    root: Path
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A source that was opened by its headers.
 
@@ -171,6 +189,10 @@ class Checkpoint:
     trainer left (torch's name; AS_STORED: that of the language model, if it has 16 bits), None for what keeps its own.
     `quantization` is how another program packed weights, None where none are packed; `extra` are tensors of no part.
     `native` is false for a fork's names, which the layout's own readers do not know.
+
+    `base` names the model that it was trained from, where that may be a whole LLaVA. It is `bare` where it has nothing
+    but adapters: the files beside them are then the base's. It is `settled` where it says how the parts work together.
+    `layers` are the others that it is made of by now (`model.layers`).
     """
 
     layout: str
@@ -198,6 +220,10 @@ class Checkpoint:
     quantization: Quantization | None = None
     extra: Extra | None = None
     native: bool = True
+    base: str | None = None
+    bare: bool = False
+    settled: bool = True
+    layers: tuple[Layer, ...] = ()
 
     def with_tower(self, config: Mapping[str, Any]) -> tuple[Checkpoint, dict[str, Any]]:
         """The checkpoint once the config of its tower is known, and the config of the tower that it uses.
@@ -227,8 +253,8 @@ class Checkpoint:
         found: dict[str, StoredTensor] = {}
         for part in self.parts.values():
             found.update(part.weights)
-            if part.adapter is not None:
-                found.update(part.adapter.tensors)
+            for adapter in part.adapters:
+                found.update(adapter.tensors)
         if self.image_newline is not None:
             found[IMAGE_NEWLINE] = self.image_newline
         return found

@@ -15,16 +15,15 @@ from llava_convert.model.configs import family
 from llava_convert.model.facts import BIAS, DEPTH, LAYER, key_of, spelled
 from llava_convert.model.projector import projector_config
 from llava_convert.model.recipe import Recipe
-from llava_convert.model.record import readable_record
+from llava_convert.model.record import merged_already
 from llava_convert.model.tables.facts import facts
 from llava_convert.model.tables.families import Expected
 from llava_convert.model.tables.names import grouped
-from llava_convert.storage.fingerprints import identity
 
 
 def refuse_unknown(checkpoint: Checkpoint, part: str, known: Mapping[str, Expected]) -> None:
     own = checkpoint.parts[part]
-    named = own.names | set(own.adapter.overrides if own.adapter else ())
+    named = own.names | {name for adapter in own.adapters for name in adapter.overrides}
     unknown = sorted(named - known.keys())
     if unknown:
         lacking = [name for name, want in known.items() if name not in named and not want.tied]
@@ -102,11 +101,7 @@ def _last_name(name: str) -> str:
 
 def _refuse_second_merge(checkpoint: Checkpoint, part: str, base: Base) -> None:
     """A base that was itself made by merging this very adapter is told by its conversion.json."""
-    record = readable_record(base.files)
-    if "merge_lora" not in str(record.get("tensors")):
-        return
-    sources = str(record.get("sources"))
-    if any(str(found["sha256"]) in sources for found in identity(checkpoint.files)):
+    if merged_already(base.files, checkpoint.files):
         raise UnsupportedError(
             f"the base {PART_NAMES[part]} {base.folder} has the LoRA of {checkpoint.path.name} merged in already",
             hint=f"give the base model that it was trained on by --{PART_WORDS[part]}",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError
+from llava_convert.storage.fingerprints import identity
 from llava_convert.storage.sidecars import Sidecars
 
 RECORD = "conversion.json"
@@ -34,6 +37,15 @@ def readable_record(files: Sidecars) -> dict[str, Any]:
         return read_record(files) or {}
     except InputError:
         return {}
+
+
+def merged_already(files: Sidecars, adapter: Iterable[Path]) -> bool:
+    """Whether a folder's conversion.json tells of a merge of the adapter in these files."""
+    record = readable_record(files)
+    if "merge_lora" not in str(record.get("tensors")):
+        return False
+    sources = str(record.get("sources"))
+    return any(str(found["sha256"]) in sources for found in identity(list(adapter)))
 
 
 def _sound(added: Any) -> bool:

@@ -22,7 +22,11 @@ _OPTIONS: dict[Setting, str] = {
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """A `peft.LoraConfig`, with peft 0.12's defaults where the config is silent; the rest is in `other`."""
+    """A `peft.LoraConfig`, with peft 0.12's defaults where the config is silent; the rest is in `other`.
+
+    `token_indices` are the rows of embeddings that were trained alone: of every one, or by the name of the module.
+    `patterns_apart`: a release of peft wrote it that looks up `rank_pattern` and `alpha_pattern` each by itself.
+    """
 
     r: int = 8
     lora_alpha: float = 8
@@ -36,6 +40,8 @@ class LoraSettings:
     fan_in_fan_out: bool = False
     init_lora_weights: bool | str = True
     peft_type: str = "LORA"
+    token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
+    patterns_apart: bool = False
     other: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -14,7 +14,7 @@ from llava_convert.ops.fp8 import DequantizeFp8
 from llava_convert.ops.join import Join, Part
 from llava_convert.ops.lora import MergeLora
 from llava_convert.ops.quantize import Dequantize, Quantize
-from llava_convert.ops.rows import Constant, PadRows, RopePermute, TakeRows
+from llava_convert.ops.rows import Constant, PadRows, RopePermute, SetRows, TakeRows
 
 OPS: tuple[type[Any], ...] = (
     Cast,
@@ -28,6 +28,7 @@ OPS: tuple[type[Any], ...] = (
     Dequantize,
     DequantizeFp8,
     Constant,
+    SetRows,
 )
 """Every op there is, for `llava-convert layouts`. A byte-for-byte copy is the absence of ops."""
 

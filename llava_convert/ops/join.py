@@ -159,7 +159,7 @@ def on_rows(op: Op, part: Part) -> Op | None:
     """The op that does to a part what `op` does to the whole; None where a row's outcome depends on other rows."""
     if isinstance(op, Cast | Quantize | Dequantize):
         return op
-    if isinstance(op, MergeLora):
+    if isinstance(op, MergeLora) and not op.embedding:
         b = part.stored(op.b)
         magnitude = part.stored(op.magnitude) if op.magnitude is not None else None
         if b is not None and (magnitude is None) == (op.magnitude is None):

@@ -31,6 +31,9 @@ class MergeLora:
     correctly rounded, but for less than one weight in 2^33 (in float32: 2^20). Threads and blocks change no bit of it.
     BLAS has other kernels for other kinds of CPU, which sum in another order: as few weights differ for that.
 
+    An `embedding` keeps its rows as columns: `a` is (rank, rows), `b` is (columns, rank), and their product is turned
+    (peft's lora/layer.py, Embedding.get_delta_weight).
+
     `margin` is for `verify`: so many times what a merge in float32 may be off is added.
     """
 
@@ -39,6 +42,7 @@ class MergeLora:
     scale: float
     magnitude: StoredTensor | None = None
     margin: int = 0
+    embedding: bool = False
     name = "merge_lora"
 
     def result(self, dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
@@ -51,6 +55,8 @@ class MergeLora:
 
     def stream(self, blocks: Blocks, dtype: str, shape: tuple[int, ...], context: Context) -> Blocks:
         a, b = _read(self.a, context), _read(self.b, context)
+        if self.embedding:
+            a, b = b.T, a.T
         magnitude = None if self.magnitude is None else _read(self.magnitude, context)
         lengths = np.linalg.norm(a.astype(np.float64), axis=0) if self.margin else None
         product = _Product(a, b, self.scale)
@@ -80,7 +86,8 @@ class MergeLora:
     @property
     def band_bytes(self) -> int:
         """What a thread holds of the product at a time."""
-        return ROWS * self.a.numel // max(1, self.a.shape[0]) * 8
+        columns = self.b.shape[0] if self.embedding else self.a.numel // max(1, self.a.shape[0])
+        return ROWS * columns * 8
 
     def inputs(self) -> tuple[StoredTensor, ...]:
         return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
@@ -92,6 +99,8 @@ class MergeLora:
         found: dict[str, Any] = {"op": self.name, "a": self.a.name, "b": self.b.name, "scale": self.scale}
         if self.magnitude is not None:
             found["magnitude"] = self.magnitude.name
+        if self.embedding:
+            found["embedding"] = True
         return found
 
 

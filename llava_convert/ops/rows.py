@@ -83,6 +83,57 @@ class TakeRows:
 
 
 @dataclass(frozen=True, slots=True)
+class SetRows:
+    """Rows that training gave new values: row `rows[i]` becomes row i of `values`, in the type of the others.
+
+    peft trains single tokens of an embedding so (tuners/trainable_tokens/layer.py: `index_copy` of whole rows).
+    """
+
+    rows: tuple[int, ...]
+    values: StoredTensor
+    name = "set_rows"
+
+    def result(self, dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+        if dtype not in FLOATS or self.values.dtype not in FLOATS:
+            raise UnsupportedError(f"cannot set rows of {dtype} weights", hint="give the full-precision base model")
+        return _wider(dtype, self.values.dtype), shape
+
+    def rows_together(self, shape: tuple[int, ...]) -> int:
+        return 0
+
+    def stream(self, blocks: Blocks, dtype: str, shape: tuple[int, ...], context: Context) -> Blocks:
+        wide = _wider(dtype, self.values.dtype)
+        values = context.read(self.values).reshape(len(self.rows), -1)
+        row = 0
+        for block in blocks:
+            made = block.copy() if wide == dtype else cast_values(block, dtype, wide)
+            for place, which in enumerate(self.rows):
+                if row <= which < row + len(block):
+                    one = values[place : place + 1]
+                    made[which - row] = (
+                        one if self.values.dtype == wide else cast_values(one, self.values.dtype, wide)
+                    )[0]
+            row += len(block)
+            yield made
+
+    def inputs(self) -> tuple[StoredTensor, ...]:
+        return (self.values,)
+
+    def inverse(self, dtype: str, shape: tuple[int, ...]) -> Op | None:
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        return {"op": self.name, "rows": list(self.rows), "values": self.values.name}
+
+
+def _wider(one: str, other: str) -> str:
+    """The narrowest type that holds the values of both exactly."""
+    if one == other:
+        return one
+    return "F64" if "F64" in (one, other) else "F32"
+
+
+@dataclass(frozen=True, slots=True)
 class RopePermute:
     """Rows of each head from transformers' order (first halves, second halves) to ggml's (pairs), or `back`.
 

@@ -22,6 +22,7 @@ from llava_convert.core.flags import in_keywords, options_of
 
 FUNCTIONS = {
     "convert": (llava_convert.convert, "convert"),
+    "merge": (llava_convert.merge, "merge"),
     "plan": (llava_convert.plan, "convert"),
     "inspect": (llava_convert.inspect, "inspect"),
     "verify": (llava_convert.verify, "verify"),
@@ -48,8 +49,8 @@ def test_names() -> None:
     assert all(issubclass(getattr(llava_convert, name), ConvertError) for name in errors)
     for name in llava_convert.__all__:
         assert getattr(llava_convert, name).__name__ == name
-    with pytest.raises(AttributeError, match="no attribute 'merge'"):
-        _ = llava_convert.merge
+    with pytest.raises(AttributeError, match="no attribute 'publish'"):
+        _ = llava_convert.publish
 
 
 def options(command: str) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def test_a_function_takes_the_options_of_its_command(name: str) -> None:
     told = inspect.getdoc(function)
     for option in asked.values():
         keyword = keywords[option.name]
-        if option.param_type_name == "argument":
+        if option.param_type_name == "argument" and option.nargs == 1:
             assert keyword.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD, option.name
         required = keyword.default is inspect.Parameter.empty
         assert required == option.required

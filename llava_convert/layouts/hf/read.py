@@ -11,6 +11,7 @@ from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.text import listed, printable
+from llava_convert.layouts.adapter_folder import is_adapter
 from llava_convert.layouts.base import Found, OpenOptions
 from llava_convert.layouts.hf.alone import DIALECTS, NAME, ONEVISION, open_part, part_of
 from llava_convert.layouts.hf.forks import as_llava, forks
@@ -53,6 +54,8 @@ _SIGLIP_384: dict[str, Any] = {
 
 def detect(found: Found) -> str | None:
     config = found.config
+    if is_adapter(found.names) and not any(name.startswith(("model", "pytorch_model")) for name in found.names):
+        return None  # some trainers put the base's config beside an adapter
     if config is None or (
         "text_config" not in config and "LlavaForConditionalGeneration" not in str(config.get("architectures"))
     ):

@@ -6,16 +6,26 @@ is silently replaced by the published one. The flag is written whenever the towe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import UnsupportedError
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.core.text import listed, printable
-from llava_convert.layouts.adapter_folder import adapter_settings, read_adapter_config
+from llava_convert.layouts.adapter_folder import (
+    ADAPTER_CONFIG,
+    PREFIX,
+    STEM,
+    adapter_settings,
+    is_adapter,
+    read_adapter_config,
+    trained_beside,
+)
 from llava_convert.layouts.base import Found, OpenOptions
 from llava_convert.layouts.naming import sort_tensors
+from llava_convert.model.adapter import Adapter
 from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION, Checkpoint, Part, Settings
 from llava_convert.model.configs import kinds_that_fit, old_flavour
 from llava_convert.model.facts import read_facts
@@ -25,10 +35,16 @@ from llava_convert.model.tables.families import architectures
 from llava_convert.model.tables.names import layout_table
 from llava_convert.model.tables.types import read_config
 from llava_convert.storage.files import require_inside
+from llava_convert.storage.sidecars import Sidecars, folder_sidecars
+from llava_convert.storage.torch.file import state_dict
 from llava_convert.storage.weights import open_weights
 
 NAME = "official"
 PROJECTOR_FILE = "mm_projector.bin"
+NON_LORA = "non_lora_trainables.bin"
+# What whole weights are called: the last is the name that transformers' script of conversion asks for.
+STEMS = ("model", "pytorch_model", "model_state_dict")
+_PROJECTOR = ".mm_projector."
 # How LLaVA's own keys begin, those that no table has among them.
 _OWN_KEYS = ("mm_", "image_")
 # LLaVA-NEXT's code hands on every patch of these, and never looks at mm_vision_select_feature (siglip_encoder.py). The
@@ -40,14 +56,35 @@ _NEITHER = ("mm_vision_tower", "mm_hidden_size", "mm_projector_type")
 
 def detect(found: Found) -> str | None:
     if found.path.is_file():
-        return "it is LLaVA's projector alone" if found.path.name == PROJECTOR_FILE else None
-    if "non_lora_trainables.bin" in found.names:
-        return "it is official LLaVA's LoRA form (non_lora_trainables.bin)"
+        return "it is LLaVA's projector alone" if _is_projector(found) else None
+    if NON_LORA in found.names:
+        return f"it is official LLaVA's LoRA form ({NON_LORA})"
     if found.config is not None and any(key in found.config for key in _NEITHER):
         return f"its config.json is that of a {found.config.get('model_type')} with mm_vision_tower"
     if PROJECTOR_FILE in found.names:
         return f"it is LLaVA's projector alone ({PROJECTOR_FILE})"
+    if any(_PROJECTOR in name for name in trained_beside(found)):
+        return "it is a checkpoint of official LLaVA's LoRA training (adapter_config.json and a DeepSpeed folder)"
+    if ADAPTER_CONFIG in found.names and (names := _whole_names(found)) and any(_PROJECTOR in name for name in names):
+        return "its tensors have the names of official LLaVA under peft"
     return None
+
+
+def _is_projector(found: Found) -> bool:
+    """Whether a torch file holds the projector that LLaVA's pretraining saves, by whatever name, and nothing more."""
+    if found.path.suffix != ".bin":
+        return False
+    table = layout_table(NAME)
+    named = [table.read(name) for name in state_dict(found.headers.torch(found.path)).tensors]
+    kinds = {one.canonical.partition(".")[0] if one is not None else None for one in named}
+    return PROJECTOR in kinds and kinds <= {PROJECTOR, LLM}
+
+
+def _whole_names(found: Found) -> Iterable[str]:
+    """The names in the files of whole weights, none where there are no such files."""
+    if not any(name.startswith(STEMS) and name.endswith((".bin", ".safetensors")) for name in found.names):
+        return ()
+    return open_weights(found.path, stems=STEMS, headers=found.headers).tensors
 
 
 def open(found: Found, options: OpenOptions) -> Checkpoint:
@@ -56,15 +93,17 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
     Raises what the readers raise; UnsupportedError for names that the layout does not have.
     """
     path, beside = found.path, found.beside
-    config = old_flavour(read_config(beside, CONFIG)) if beside.has(CONFIG) else None
+    config, notes = _config(beside)
     tensors, files, warnings = _weights(found)
     sorted_ = sort_tensors(tensors, layout_table(NAME), path)
     adapter, lora = read_adapter_config(beside), adapter_settings(beside)
+    paths = {module: path.removeprefix(PREFIX) for module, path in sorted_.paths.items()}
     parts: dict[str, Part] = {}
     dropped = list(sorted_.dropped)
     for name in (LLM, VISION, PROJECTOR):
-        parts[name], left = sorted_.part(name, lora if name == LLM else None, str(path))
+        parts[name], left = sorted_.part(name, lora, str(path), paths)
         dropped += left
+    parts[LLM], told = _with_embedding(parts[LLM])
     text, own = _split(config, path)
     base = str(own.get("_name_or_path") or "") or (_lora_base(adapter) if adapter else None)
     has_llm = parts[LLM].state == "full"
@@ -78,6 +117,8 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
         beside if has_llm else None,
     )
     parts[VISION] = Part(parts[VISION].weights, parts[VISION].adapter, own.get("mm_vision_tower"))
+    if (bridge := parts[PROJECTOR].adapter) is not None:  # trained whole first, so that its weights are beside the LoRA
+        parts[PROJECTOR] = Part(bridge.overrides, merge=(replace(bridge, overrides={}),))
     return Checkpoint(
         layout=NAME,
         extra=sorted_.extra,
@@ -89,11 +130,14 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
         settings=Settings.of(read_facts(NAME, own, str(beside.place(CONFIG)))),
         image_newline=sorted_.image_newline,
         dropped=tuple(dropped),
+        notes=(*notes, *told),
         warnings=(*warnings, *_tower_warning(own, parts[VISION])),
+        settled=config is not None,
         unknown_keys={key: own[key] for key in unknown_keys(own, (NAME, "common"), stated_in(NAME))},
         every_feature=EVERY_PATCH,
         record=read_record(beside),
         whole=has_llm,
+        base=None if has_llm else base,
     )
 
 
@@ -102,16 +146,19 @@ def _weights(found: Found) -> tuple[dict[str, StoredTensor], tuple[Path, ...], t
     if path.is_file():
         alone = open_weights(path, headers=headers)
         return dict(alone.tensors), alone.files, alone.warnings
-    if "non_lora_trainables.bin" in names:
+    adapter = is_adapter(names)
+    if NON_LORA in names:
         sets = [
-            open_weights(require_inside(path, "non_lora_trainables.bin"), headers=headers),
-            open_weights(path, stems=("adapter_model",), headers=headers),
+            open_weights(require_inside(path, NON_LORA), headers=headers),
+            open_weights(path, stems=(STEM,), headers=headers),
         ]
     elif PROJECTOR_FILE in names and not any(n.startswith(("model", "pytorch_model")) for n in names):
         sets = [open_weights(require_inside(path, PROJECTOR_FILE), headers=headers)]
+    elif adapter and not any(n.startswith(STEMS) for n in names):
+        sets = [open_weights(path, stems=(STEM,), headers=headers)]
     else:
-        sets = [open_weights(found.weights, headers=headers)]
-    tensors: dict[str, StoredTensor] = {}
+        sets = [open_weights(found.weights, stems=STEMS, headers=headers)]
+    tensors: dict[str, StoredTensor] = dict(trained_beside(found))
     for one in sets:
         tensors.update(one.tensors)
     return (
@@ -119,6 +166,33 @@ def _weights(found: Found) -> tuple[dict[str, StoredTensor], tuple[Path, ...], t
         tuple(f for s in sets for f in s.files),
         tuple(w for s in sets for w in s.warnings),
     )
+
+
+def _config(beside: Sidecars) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """The config of a folder, else that of the run that it is a checkpoint of, said; None where there is neither."""
+    if beside.has(CONFIG):
+        return old_flavour(read_config(beside, CONFIG)), ()
+    run = folder_sidecars(beside.where.absolute().parent)
+    if beside.has(ADAPTER_CONFIG) and run.has(CONFIG):
+        config = read_config(run, CONFIG)
+        if any(key in config for key in _NEITHER):
+            return old_flavour(config), (f"config.json is that of the run ({run.where.name})",)
+    return None, ()
+
+
+def _with_embedding(part: Part) -> tuple[Part, tuple[str, ...]]:
+    """A language model of which nothing is here but the embedding: it takes the place of the base's, said.
+
+    Pretraining with `mm_use_im_start_end` saves it beside the projector (LLaVA's llava_trainer.py, `keys_to_match`). It
+    has rows for tokens that a base's tokenizer may lack: those do not fit, and the error names it.
+    """
+    embeddings = {table.embedding for table in architectures().values() if table.embedding}
+    if part.adapter is not None or not part.weights or not part.weights.keys() <= embeddings:
+        return part, ()
+    (name,) = part.weights
+    rows = part.weights[name].shape[0]
+    note = f"{name.partition('.')[2]}, {rows} rows, lies beside the projector and takes the place of the base's"
+    return Part(adapter=Adapter(None, {}, part.weights, part.weights)), (note,)
 
 
 def _lora_base(adapter: Mapping[str, Any]) -> str | None:

@@ -42,7 +42,8 @@ class ZeroCheckpoint:
     """A folder's weights by name, in the order of the module; a tensor has as many extents as ranks hold some of it.
 
     `meta` is what mmengine saved beside them. `stage` is 0 where DeepSpeed ran without ZeRO; `ranks` is how many
-    share the masters, 1 where there are none. `notes` and `warnings` are for the user; `stubs` as in TorchFile.
+    share the masters, 1 where there are none. `trained` are the names of the weights that were not frozen. `notes` and
+    `warnings` are for the user; `stubs` as in TorchFile.
     """
 
     tensors: dict[str, StoredTensor]
@@ -53,6 +54,7 @@ class ZeroCheckpoint:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     stubs: tuple[str, ...]
+    trained: frozenset[str] = frozenset()
 
 
 def read_zero(folder: Path) -> ZeroCheckpoint:
@@ -101,6 +103,7 @@ def read_zero(folder: Path) -> ZeroCheckpoint:
         stubs=tuple(
             sorted({stub for stubs in [s.stubs for s in models] + [s.stubs for s in shares] for stub in stubs})
         ),
+        trained=frozenset(name for group in head.shapes or () for name in group),
     )
 
 

@@ -30,8 +30,9 @@ def recognise(names: Iterable[str]) -> str | None:
     kinds = [kind for kind in ("model", "optim") if any(name.endswith(f"{kind}_states.pt") for name in states)]
     if kinds:
         return f"a DeepSpeed directory ({', '.join(f'*_{kind}_states.pt' for kind in kinds)})"
-    # What DeepSpeed's own save_checkpoint makes; beside a config.json it belongs to a checkpoint of transformers.
-    return "a DeepSpeed directory (latest)" if LATEST in every and "config.json" not in every else None
+    # What DeepSpeed's own save_checkpoint makes; beside a config it belongs to a checkpoint of transformers or of peft.
+    configs = {"config.json", "adapter_config.json"}
+    return "a DeepSpeed directory (latest)" if LATEST in every and not configs & every else None
 
 
 def _is_state(name: str) -> bool:

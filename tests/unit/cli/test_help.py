@@ -60,7 +60,7 @@ def documents() -> str:
 
 def test_the_commands() -> None:
     assert set(COMMANDS) == {
-        *LAYOUTS, "convert", "inspect", "verify", "layouts", "chat", "doctor", "eval mmbench", "train",
+        *LAYOUTS, "convert", "merge", "inspect", "verify", "layouts", "chat", "doctor", "eval mmbench", "train",
         "data check", "data fix-ocrvqa", "upload", "release",
     }  # fmt: skip
 
@@ -125,7 +125,7 @@ def test_json_of_the_others(tiny: Path, tmp_path: Path) -> None:
     assert set(known["sources"]) == set(LAYOUTS) and known["targets"] == list(TARGETS)
     assert known["ops"] == [
         "copy", "cast", "merge_lora", "pad_rows", "take_rows", "rope_permute", "join", "part", "quantize", "dequantize",
-        "dequantize_fp8", "constant",
+        "dequantize_fp8", "constant", "set_rows",
     ]  # fmt: skip
     clip = {"part": "vision_tower", "model_types": ["clip_vision_model"], "as": [], "called": {"gguf": "clip"}}
     assert known["families"]["clip"] == clip
@@ -248,7 +248,7 @@ def test_a_command_shows_what_its_source_can_use() -> None:
     for option in ("--config", "--pretrained-pth"):
         assert {layout for layout, text in shown.items() if option in text} == {"pth", "xtuner"}
     assert {layout for layout, text in shown.items() if "--dequantize" in text} == {"official", "hf", "gguf"}
-    assert {layout for layout, text in shown.items() if "--lora-alpha" in text} == {"pth", "xtuner", "official"}
+    assert {layout for layout, text in shown.items() if "--lora-alpha" in text} == set(LAYOUTS)
     every = run("convert", "--help").stdout
     assert all(option in every for option in ("--config", "--dequantize", "--lora-alpha", "--outtype"))
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import llava_convert
 from llava_convert.cli import app
+from llava_convert.layouts.info import LAYOUTS
 from tests.mmbench_files import questions, write_tsv
 from tests.unit.cli.test_help import COMMANDS
 
@@ -52,7 +53,7 @@ def run(*arguments: str | Path, code: int = 0) -> str:
 
 
 def test_every_command_has_a_schema() -> None:
-    conversions = {"pth", "xtuner", "official", "hf", "gguf", "convert"}
+    conversions = {*LAYOUTS, "convert", "merge"}
     told = {name.replace(" ", "-") for name in set(COMMANDS) - conversions} | {"convert", "error"}
     assert {path.stem for path in SCHEMAS.iterdir()} == told
 

@@ -25,6 +25,7 @@ OTHER_THINGS = {
     "engine/check.py": {"gguf"},  # a container: how a file holds tensors
     "engine/record.py": {"gguf"},
     "engine/shards.py": {"gguf"},
+    "model/adapter.py": {"peft"},  # the table of the names that peft gives
     "model/target.py": {"gguf"},
     "storage/headers.py": {"gguf"},
     "model/tables/families.py": {"official", "gguf"},  # sections of a family's table

@@ -320,7 +320,7 @@ def test_sides_that_do_not_fit(a: tuple[int, ...], b: tuple[int, ...]) -> None:
         parse_adapter(tensors, None, "test")
 
 
-@pytest.mark.parametrize("tail", ["lora_embedding_A.default", "lora_A.second.weight", "lora_E"])
+@pytest.mark.parametrize("tail", ["lora_ga.default", "lora_A.second.weight", "lora_E"])
 def test_other_kinds_of_adapter_are_refused(tail: str) -> None:
     with pytest.raises(UnsupportedError, match="a kind of adapter that cannot be merged"):
         parse_adapter({f"{PART}.q.{tail}": stored("x", 2, 2)}, None, "test")

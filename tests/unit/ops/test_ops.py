@@ -25,7 +25,7 @@ from llava_convert.ops.fp8 import DequantizeFp8
 from llava_convert.ops.join import Chain, Join, Part
 from llava_convert.ops.lora import MergeLora
 from llava_convert.ops.quantize import Dequantize, Quantize
-from llava_convert.ops.rows import Constant, PadRows, RopePermute, TakeRows, constant
+from llava_convert.ops.rows import Constant, PadRows, RopePermute, SetRows, TakeRows, constant
 from tests.exact import fractions, merged, round_to
 
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -518,6 +518,7 @@ def ops_of(rows: int, columns: int) -> list[Op]:
         Dequantize(),
         DequantizeFp8(stored("s", "F32", (rows, 1))),
         Constant((rows, columns), (1.0,)),
+        SetRows((0, rows - 1), stored("a", "F32", (2, columns))),
     ]
 
 
@@ -539,4 +540,4 @@ def test_the_set_is_closed_and_described() -> None:
         assert described["op"] == op.name
         assert json.loads(json.dumps(described)) == described
     assert MergeLora(stored("a", "F32", (2, 4)), stored("b", "F32", (6, 2)), 2.0).inputs()[1].name == "b"
-    assert [op.rows_together((6, 4)) for op in ops_of(6, 4)] == [1, 1, 0, 0, 2, 0, 0, 1, 1, 1, 0]
+    assert [op.rows_together((6, 4)) for op in ops_of(6, 4)] == [1, 1, 0, 0, 2, 0, 0, 1, 1, 1, 0, 0]

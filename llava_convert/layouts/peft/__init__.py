@@ -1,0 +1,7 @@
+"""An adapter folder of peft over a transformers LLaVA, or over one part of it."""
+
+from __future__ import annotations
+
+from llava_convert.layouts.peft.read import NAME, detect, detect_beside, open
+
+__all__ = ["NAME", "detect", "detect_beside", "open"]

@@ -1,0 +1,80 @@
+"""A checkpoint laid over the one that it was trained from, whatever the layouts of both.
+
+What a training leaves are adapters and a few whole tensors. The rest is in the checkpoint that it began with: a whole
+LLaVA, which may itself have been laid over another. Both are in canonical names by now, so that one rule holds for
+xtuner's, official LLaVA's and peft's adapters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from llava_convert.core.errors import UnsupportedError
+from llava_convert.core.hub_names import last_name
+from llava_convert.model.checkpoint import PARTS, Checkpoint, Layer, Part
+from llava_convert.model.record import merged_already
+
+
+def laid_over(top: Checkpoint, base: Checkpoint, asked: str) -> Checkpoint:
+    """What the source `top` stands for: its base, which it or the user calls `asked`, with what it holds on top.
+
+    Raises UnsupportedError (exit 4) for a base that has the adapter merged in already.
+    """
+    refuse_second_merge(top, base)
+    if top.bare:
+        made = replace(base, path=top.path, root=top.root, files=top.files, bare=False)
+    else:
+        said = top if top.settled else base
+        made = replace(
+            top,
+            settings=said.settings,
+            settled=said.settled,
+            record=base.record,
+            default_part=base.default_part,
+            whole=base.whole,
+        )
+    return replace(
+        made,
+        parts={name: _over(top.parts[name], base.parts[name]) for name in PARTS},
+        layers=(*top.layers, Layer("base", asked, base.root, base.files), *base.layers),
+        dropped=(*top.dropped, *base.dropped),
+        notes=(*top.notes, f"the base model is {last_name(asked)}", *base.notes),
+        warnings=(*top.warnings, *base.warnings),
+        stubs=tuple(sorted({*top.stubs, *base.stubs})),
+        image_newline=top.image_newline or base.image_newline,
+        base=None,
+    )
+
+
+def with_adapter(base: Checkpoint, top: Checkpoint, asked: str) -> Checkpoint:
+    """The source `base` with an adapter on top, which the user calls `asked`. Raises what `laid_over` raises."""
+    refuse_second_merge(top, base)
+    return replace(
+        base,
+        parts={name: _over(top.parts[name], base.parts[name]) for name in PARTS},
+        image_newline=top.image_newline or base.image_newline,
+        dropped=(*base.dropped, *top.dropped),
+        notes=(*base.notes, *top.notes),
+        warnings=(*base.warnings, *top.warnings),
+        layers=(*base.layers, Layer("adapter", asked, top.root, top.files), *top.layers),
+    )
+
+
+def _over(own: Part, base: Part) -> Part:
+    """One part: whole tensors take the place of the base's, adapters come on top of its own."""
+    if own.weights:
+        return replace(own, config=own.config or base.config, files=own.files or base.files, base=own.base or base.base)
+    if base.state == "absent" and own.adapters:
+        # Of a part that the base lacks it is what training left of it; else it is merged, whatever the target.
+        first, *rest = (*base.merge, *own.adapters)
+        return replace(base, adapter=first, merge=tuple(rest), base=own.base or base.base)
+    return replace(base, merge=(*base.merge, *own.adapters), base=base.base or own.base)
+
+
+def refuse_second_merge(top: Checkpoint, base: Checkpoint) -> None:
+    """Raise UnsupportedError (exit 4) for a base whose conversion.json tells of a merge of this very adapter."""
+    if merged_already(base.beside, top.files):
+        raise UnsupportedError(
+            f"the base {base.path} has the adapter of {top.path} merged in already",
+            hint="give the model that it was trained on by --base",
+        )
