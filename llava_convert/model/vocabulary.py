@@ -23,7 +23,8 @@ def settle_rows(recipes: dict[str, Recipe], config: dict[str, Any], asked: str |
     (exit 3), naming both ways, where nothing is asked.
     """
     table = family(LLM, config)
-    rows, known = recipes[table.embedding].shape[0], config.get("vocab_size")
+    found, known = recipes[table.embedding], config.get("vocab_size")
+    rows = found.shape[0]
     if not isinstance(known, int) or rows == known or recipes[table.head].shape[0] != rows:
         return ""
     if asked == ROWS:
@@ -38,7 +39,9 @@ def settle_rows(recipes: dict[str, Recipe], config: dict[str, Any], asked: str |
     more = "were added in training code, which no config or tokenizer tells" if rows > known else "have no row"
     does = "leaves them out" if rows > known else f"adds their rows, {_FILL}"
     raise InputError(
-        f"the embedding has {rows} rows, and the config says a vocabulary of {known}: {apart} tokens {more}",
+        "the config and the tensors of the language model disagree: "
+        f"{table.embedding} has {rows} rows, and the config says a vocabulary of {known} "
+        f"(config {[known, *found.shape[1:]]}, {found.origin} {list(found.shape)}): {apart} tokens {more}",
         hint=f"--vocab {ROWS} goes by the weights, --vocab {TOKENS} by the config ({does}); or give a base by --llm "
         "whose config and tokenizer know them",
     )

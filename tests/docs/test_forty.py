@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from llava_convert.cli import app
@@ -117,3 +119,17 @@ def test_every_row_has_a_line_and_a_next_step() -> None:
     for kind in kinds():
         assert kind.line and kind.what[0].islower() == (not kind.what.startswith(("PEFT", "CLIP")))
         assert kind.next.split()[0] in ("llava-convert", "python", "7z")
+
+
+def test_what_is_merged_is_a_model(things: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    """accelerate's FSDP folder: torch's own script, called as it is told, makes a folder that converts."""
+    folder = Path(shutil.copytree(things[0] / "hf", tmp_path / "checkpoint-4"))
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model_fsdp_0").mkdir()
+    writer = dcp.FileSystemWriter(folder / "pytorch_model_fsdp_0")
+    dcp.save({"model": state}, storage_writer=writer, no_dist=True)
+    command = next_of(inspected(folder))
+    subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True, timeout=120)
+    found = CliRunner().invoke(app, ["convert", str(folder), "--to", "official", "-o", str(tmp_path / "out")])
+    assert found.exit_code == 0, found.output

@@ -273,7 +273,8 @@ def test_fault_62_a_base_stored_quantised(tmp_path: Path, method: str, part: str
     edit_json(tmp_path / "tiny" / part / "config.json", quantization_config={"quant_method": method})
     mend = {"vit": "--visual-encoder", "llm": "--llm"}[part]
     args = ("pth", source, "--to", "hf", "-o", tmp_path / "out")
-    refused(tmp_path, 4, f"stored quantised ({method})", args=args, mend=mend)
+    named = {"gptq": "GPTQ", "awq": "AWQ"}.get(method, method)
+    refused(tmp_path, 4, f"stored quantised ({named})", args=args, mend=mend)
 
 
 @pytest.mark.parametrize("stated", ["4bit", 8, [], None])

@@ -19,9 +19,9 @@ import llava_convert
 from llava_convert.cli import app
 from llava_convert.core import resources
 from llava_convert.core.errors import InputError, UnsupportedError
-from llava_convert.layouts.gguf.names import tables
-from llava_convert.model.tables.families import architectures
-from llava_convert.model.tables.names import TableError, layout_table
+from llava_convert.layouts.gguf.names import _tables, tables
+from llava_convert.model.tables.families import _architectures, architectures
+from llava_convert.model.tables.names import TableError, _layout_table, layout_table
 from llava_convert.storage.gguf.file import read_gguf
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import read_whole
@@ -44,7 +44,7 @@ Convert = Callable[..., Path]
 
 
 def forget() -> None:
-    for read in (architectures, layout_table, tables):
+    for read in (_architectures, _layout_table, _tables):
         read.cache_clear()
 
 

@@ -176,7 +176,10 @@ def test_settings_which_cannot_be_guessed(rest: str, told: str) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("model = dict(type='xtuner.model.SupervisedFinetune')", "the model is xtuner.model.SupervisedFinetune;"),
+        (
+            "model = dict(type='xtuner.model.SupervisedFinetune')",
+            "a language model alone (xtuner.model.SupervisedFinetune)",
+        ),
         ("from xtuner.model import InternVL_V1_5\nmodel = dict(type=InternVL_V1_5)", "xtuner.model.InternVL_V1_5"),
         ("model = dict(llm=1)", "of no type"),
         ("model = build()", "the model is build;"),
