@@ -35,7 +35,7 @@ from llava_convert.engine.report import Report, part_story, peak_memory
 from llava_convert.engine.run import Outcome
 from llava_convert.layouts.base import OpenOptions
 from llava_convert.layouts.info import LAYOUTS, TARGETS
-from llava_convert.layouts.registry import layout, recognise
+from llava_convert.layouts.registry import Recognised, layout, recognise
 from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS, VISION, Checkpoint
 from llava_convert.model.configs import family
@@ -230,7 +230,7 @@ def assembled(
     if is_already(checkpoint, options):
         raise UnsupportedError(
             f"{checkpoint.path} is already {options.to} layout",
-            hint="give --dtype, --max-shard-size or --part to change it within its layout",
+            hint=f"give {_changes(options.to)} to change it within its layout",
         )
     part = _part(options.target.part)
     if part == ALL:
@@ -259,6 +259,12 @@ def assembled(
     if options.target.as_family is not None:
         model = _as_family(model, options)
     return Assembled(checkpoint, why, replace(model, warnings=(*told, *model.warnings)), target_options)
+
+
+def _changes(layout: str) -> str:
+    """The options that change an output within its layout."""
+    found = [option.spelling for name, option in options_of(OutputOptions).items() if name in TARGETS[layout].options]
+    return f"{', '.join(found)} or --part"
 
 
 def _as_family(model: Model, options: Options) -> Model:
@@ -321,8 +327,15 @@ def open_source(
     source: str | Path, options: SourceOptions, session: Session, *, dequantize: bool = False
 ) -> tuple[Checkpoint, str]:
     """The source by its headers, and why it was taken for what it is."""
-    found = recognise(reach(source, session, cache=options.bases.cache), options.source_layout)
+    found = recognised(source, options, session)
     return found.open(OpenOptions(as_path(options.config), dequantize)), found.why
+
+
+def recognised(source: str | Path, options: SourceOptions, session: Session) -> Recognised:
+    """The source, looked at. Raises what `recognise` and `reach` raise."""
+    cache, other = options.bases.cache, options.config_from
+    around = reach(other, session, cache=cache) if other is not None else None
+    return recognise(reach(source, session, cache=cache), options.source_layout, around)
 
 
 def _open(
@@ -406,7 +419,7 @@ def _part(word: str) -> str:
 
 def is_already(checkpoint: Checkpoint, options: Options) -> bool:
     """Whether a checkpoint is already what is asked for; one that is an adapter or a projector alone is not."""
-    if checkpoint.layout != options.to:
+    if checkpoint.layout != options.to or not checkpoint.as_written:
         return False
     partial = not LAYOUTS[options.to].leaves_out_frozen and checkpoint.parts[LLM].state != "full"
     return options.target == TargetOptions() and not partial
@@ -461,7 +474,7 @@ def verify(
 def _verify(
     source: str | Path, theirs: str | Path, options: SourceOptions, say: Reporter, part: str, session: Session
 ) -> Verdict:
-    found = recognise(reach(source, session, cache=options.bases.cache), options.source_layout)
+    found = recognised(source, options, session)
     out = reach(theirs, session, cache=options.bases.cache)
     other = recognise(out)
     # In another layout quantised weights have become floats.

@@ -25,6 +25,7 @@ def _flags(options: SourceOptions) -> Iterator[str]:
     bases = options.bases
     given = {
         "--config": options.config,
+        "--config-from": options.config_from,
         "--pretrained-pth": options.pretrained_pth,
         f"--{PART_WORDS[LLM]}": bases.llm,
         f"--{PART_WORDS[VISION]}": bases.visual_encoder,

@@ -17,7 +17,7 @@ Progress = Callable[[int], None]
 
 
 class Sink(Protocol):
-    """Where a shard's bytes go: a file to write, memory, or a file to compare with."""
+    """Where a shard's bytes go: a file to write, or one to compare with."""
 
     def copy(self, task: Copy) -> None: ...
 
@@ -57,19 +57,3 @@ class FileSink:
         for start in range(0, tensor.nbytes, BLOCK):
             size = min(BLOCK, tensor.nbytes - start)
             yield memoryview(read_back(self.files[tensor.shard], tensor.offset + start, size))
-
-
-@dataclass(slots=True)
-class MemorySink:
-    """Keeps tensors in memory: for the one small file whose format cannot be streamed."""
-
-    tensors: dict[str, bytearray]
-
-    def copy(self, task: Copy) -> None:
-        raise AssertionError("memory sinks take tensors, not runs")
-
-    def put(self, tensor: PlannedTensor, start: int, data: Array) -> None:
-        self.tensors[tensor.name][start : start + data.nbytes] = raw(data)
-
-    def written(self, tensor: PlannedTensor) -> Iterator[memoryview]:
-        yield memoryview(self.tensors[tensor.name])

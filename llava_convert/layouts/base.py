@@ -45,7 +45,8 @@ class Found:
     """A path looked at once, for all layouts to judge: its config.json, and the names in it.
 
     What a layout reads to judge is kept in `beside`, the small files of its folder, and `headers`: it is there when the
-    path is opened.
+    path is opened. The small files may be those of another folder, where `path` has none. `file` is the one file, or
+    index, of the folder that holds the weights, where the user named that.
     """
 
     path: Path
@@ -53,6 +54,17 @@ class Found:
     names: frozenset[str]
     beside: Sidecars
     headers: Headers = field(default_factory=Headers)
+    file: Path | None = None
+
+    @property
+    def weights(self) -> Path:
+        """Where the weights are: a file, an index or a folder."""
+        return self.file or self.path
+
+    @property
+    def root(self) -> Path:
+        """The folder that the files are of."""
+        return self.path if self.path.is_dir() else self.path.parent
 
 
 class Layout(Protocol):

@@ -44,6 +44,13 @@ _VISION_TOWER = Card(
 _PROJECTOR = "This is the projector of a LLaVA, on its own: the layers between vision tower and language model."
 
 
+_PTH = Card(
+    sentence="This is a LLaVA as a training checkpoint of xtuner (mmengine's `.pth`): a start for another training.",
+    library="xtuner",
+    quickstarts=("xtuner_pth",),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TargetInfo:
     """A layout as what a conversion writes.
@@ -54,7 +61,7 @@ class TargetInfo:
     `shard_size` is where shards end when the source has none to follow. `repo_suffix` follows a release's name in the
     repository's, and in the names of card and files unless `plain_names`. `pads_pictures`: its readers pad pictures to
     squares by themselves, as training does. `by_file`: they are given a file, not the folder. `chat_template` tells
-    where the chat template is.
+    where the chat template is. `by_training`: it is for who trains on, so that a release leaves it out.
     """
 
     options: frozenset[str]
@@ -68,6 +75,7 @@ class TargetInfo:
     plain_names: bool = False
     pads_pictures: bool = True
     by_file: bool = False
+    by_training: bool = False
     chat_template: str = "the tokenizer's files"
 
 
@@ -112,11 +120,22 @@ LAYOUTS = {
             name="pth",
             help="An mmengine .pth of xtuner's training.",
             description="a training checkpoint of xtuner (`.pth`)",
-            target=None,
             reads=_TRAINED,
             trainer="xtuner",
             has_shards=False,
             has_card=False,  # its folder is a training's, whose README is about something else
+            leaves_out_frozen=True,
+            target=TargetInfo(
+                options=frozenset({"dtype", "prompt_template"}),
+                whole=_PTH,
+                projector=_PTH,
+                language_model=replace(_LANGUAGE_MODEL, library="xtuner", quickstarts=("xtuner_pth",), next=None),
+                vision_tower=replace(_VISION_TOWER, library="xtuner", quickstarts=("xtuner_pth",)),
+                repo_suffix="-pth",
+                tags=("xtuner",),
+                by_training=True,
+                chat_template="the training config within it, by xtuner's name",
+            ),
         ),
         LayoutInfo(
             name="xtuner",
@@ -147,7 +166,7 @@ LAYOUTS = {
         LayoutInfo(
             name="official",
             loaders=("llava",),
-            reads=frozenset({"lora_alpha"}),
+            reads=frozenset({"lora_alpha", "config_from"}),
             help="Official LLaVA (haotian-liu).",
             description="the layout of the original LLaVA code",
             target=TargetInfo(
@@ -165,6 +184,7 @@ LAYOUTS = {
         LayoutInfo(
             name="hf",
             loaders=("transformers", "vllm"),
+            reads=frozenset({"config_from"}),
             help="transformers' LlavaForConditionalGeneration.",
             description="the transformers layout",
             target=TargetInfo(

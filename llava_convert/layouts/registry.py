@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path, PureWindowsPath
 from typing import cast
@@ -15,12 +15,15 @@ from typing import cast
 from llava_convert.core.errors import ConvertError, InputError, UnsupportedError
 from llava_convert.core.text import printable
 from llava_convert.layouts.base import Found, Layout, OpenOptions
-from llava_convert.layouts.info import LAYOUTS
+from llava_convert.layouts.info import LAYOUTS, reading
 from llava_convert.model.checkpoint import Checkpoint
+from llava_convert.model.tables.facts import CONFIG
 from llava_convert.model.tables.names import layout_table
+from llava_convert.storage.distributed import recognise as recognise_shares
 from llava_convert.storage.files import open_regular, read_fully, require_inside
 from llava_convert.storage.safetensors import SUFFIX, read_header
 from llava_convert.storage.sidecars import folder_sidecars, refuse_links_out
+from llava_convert.storage.weights import index_of, is_weights, open_weights
 
 SOURCES = tuple(LAYOUTS)
 OpenEach = Callable[[Found, OpenOptions], list[Checkpoint]]
@@ -62,14 +65,41 @@ def locate(path: Path) -> Path:
     raise InputError(f"{pointer} names '{printable(name)}', which is not there", hint="give the checkpoint itself")
 
 
-def look(path: Path) -> Found:
-    """What every layout judges by. Raises InputError for a broken config.json."""
-    if path.is_dir():
-        names = frozenset(p.name for p in path.iterdir())
-        beside = folder_sidecars(path)
-        config = beside.read_json("config.json") if "config.json" in names else None
-        return Found(path, config if isinstance(config, dict) else None, names, beside)
-    return Found(path, None, frozenset(), folder_sidecars(path.parent))
+def look(path: Path, config_from: Path | None = None) -> Found:
+    """What every layout judges by, with the small files of `config_from` where that is given.
+
+    Raises InputError for a broken config.json, and where `config_from` has none.
+    """
+    is_folder = path.is_dir()
+    names = frozenset(p.name for p in path.iterdir()) if is_folder else frozenset[str]()
+    if config_from is not None and not (config_from / CONFIG).is_file():
+        raise InputError(
+            f"{config_from} is not a model folder: it has no {CONFIG}",
+            hint=f"give the folder with the model's {CONFIG} and tokenizer by --config-from",
+        )
+    folder = config_from or (_config_folder(path, names) if is_folder else path.parent)
+    beside = folder_sidecars(folder)
+    config = beside.read_json(CONFIG) if (config_from or is_folder) and (folder / CONFIG).is_file() else None
+    return Found(path, config if isinstance(config, dict) else None, names, beside)
+
+
+def _config_folder(path: Path, names: frozenset[str]) -> Path:
+    """The folder of a model's small files: its own, or that around (verl: within) what processes saved in shares."""
+    if CONFIG in names or recognise_shares(path, names) is None:
+        return path
+    around = (path / "huggingface", path.parent, path.parent.parent)
+    return next((folder for folder in around if (folder / CONFIG).is_file()), path)
+
+
+def _around(found: Found) -> Found:
+    """The folder that a file of weights is of, with that file as the one that counts; else what was found.
+
+    Of a shard the index counts, if there is one.
+    """
+    path = found.path
+    if not path.is_file() or found.config is not None or not is_weights(path) or not (path.parent / CONFIG).is_file():
+        return found
+    return replace(look(path.parent), file=index_of(path) or path, headers=found.headers)
 
 
 def _whole(found: Found) -> dict[str, str]:
@@ -103,16 +133,23 @@ class Recognised:
         return several(self.found, OpenOptions())
 
     def _refuse_links_out(self) -> None:
-        if self.found.path.is_dir():
-            refuse_links_out(self.found.path)
+        for folder in {self.found.path, self.found.beside.where}:
+            if folder.is_dir() and (folder == self.found.path or self.found.config is not None):
+                refuse_links_out(folder)
 
 
-def recognise(path: Path, name: str | None = None) -> Recognised:
+def recognise(path: Path, name: str | None = None, config_from: Path | None = None) -> Recognised:
     """The source that a path means, of layout `name` or of the one that it is found to be.
 
-    Raises UnsupportedError (exit 4) when it is of no known layout, of several, or of another than `name`.
+    `config_from` is the folder of its small files, where these are elsewhere. A file of a model's folder means that
+    folder. Raises UnsupportedError (exit 4) when it is of no known layout, of several, or of another than `name`.
     """
-    found = look(locate(path))
+    found = look(locate(path), config_from)
+    if config_from is not None and _whole(alone := replace(found, config=None)):
+        found = alone  # it says itself what it is, and has no use for another's config
+    if not _whole(found) and not _part(found):
+        around = _around(found)
+        found = around if _whole(around) or _part(around) else found
     return Recognised(found, *_choose(found, name))
 
 
@@ -137,11 +174,10 @@ def _choose(found: Found, name: str | None) -> tuple[str, str]:
             hint=f"say which: `llava-convert {'|'.join(claims)}`",
         )
     if not claims:
-        if any((folder / ".metadata").is_file() for folder in (path, path / "pytorch_model_fsdp_0")):
-            raise UnsupportedError(
-                f"{path} is a distributed checkpoint of torch (FSDP or DCP), which cannot be read yet",
-                hint="merge it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pth, "
-                "or accelerate merge-weights; then convert what that writes",
+        if (kind := recognise_shares(path, found.names)) is not None and found.config is None:
+            raise InputError(
+                f"{path} is {kind}, and the model's {CONFIG} lies neither in it nor in the folder around it",
+                hint="give the folder of the model's config and tokenizer by --config-from",
             )
         raise _unknown(found)
     chosen = name or next(iter(claims))
@@ -159,7 +195,7 @@ def _unknown(found: Found) -> UnsupportedError:
         if path.suffix.lower() == SUFFIX:
             read_header(path)
         around = _claimed([path.parent])
-        hint = f"it is a file of the model in {path.parent}: give that folder" if around else None
+        hint = f"it is a file of the model in {path.parent}: give that folder" if around else _state_dict_hint(found)
         return UnsupportedError(said, hint=hint)
     if found.config is not None:
         said += f": its config.json is that of a {printable(found.config.get('model_type'))}"
@@ -167,6 +203,17 @@ def _unknown(found: Found) -> UnsupportedError:
         said += ": the folder is empty"
     within = _claimed(sorted((path / name for name in found.names if not name.startswith(".")), key=_age)[:_LOOKED_AT])
     return UnsupportedError(said, hint=f"it holds {within.name}: give {within}" if within is not None else None)
+
+
+def _state_dict_hint(found: Found) -> str | None:
+    """What to do with a file of weights alone, if some layout has its names."""
+    if not is_weights(found.path):
+        return None
+    names = open_weights(found.path, headers=found.headers).tensors
+    known = [name for name in reading("config_from") if any(layout_table(name).read(tensor) for tensor in names)]
+    if not known:
+        return None
+    return "it is a state dict alone: give the folder of the model's config and tokenizer by --config-from"
 
 
 def _claimed(paths: Iterable[Path]) -> Path | None:

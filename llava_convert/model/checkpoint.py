@@ -156,8 +156,9 @@ class Checkpoint:
     files that are no JSON, as it stands.
 
     `every_feature` are the types of towers of which the source's code hands on all features of the last layer but one,
-    whatever its config says. `publish_dtype` is the dtype to publish what a trainer left (torch's name; AS_STORED: that
-    of the language model, if it has 16 bits), None for what keeps its own.
+    whatever its config says. `as_written` is false where a conversion to its own layout would change how it is kept:
+    what processes saved in shares, torch's files, other names. `publish_dtype` is the dtype to publish what a
+    trainer left (torch's name; AS_STORED: that of the language model, if it has 16 bits), None for what keeps its own.
     """
 
     layout: str
@@ -182,6 +183,7 @@ class Checkpoint:
     stated: Mapping[str, Any] = field(default_factory=dict)
     every_feature: tuple[str, ...] = ()
     publish_dtype: str | None = None
+    as_written: bool = True
 
     def with_tower(self, config: Mapping[str, Any]) -> Checkpoint:
         """The checkpoint once the config of its tower is known."""

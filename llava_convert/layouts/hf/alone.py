@@ -45,12 +45,12 @@ def open_part(found: Found, part: str) -> Checkpoint:
     path = found.path
     parts = {name: Part() for name in PARTS}
     if part == PROJECTOR:
-        weights = open_weights(path, headers=found.headers)
+        weights = open_weights(found.weights, headers=found.headers)
         sorted_ = sort_tensors(weights.tensors, layout_table(NAME), path)
         parts[part] = Part(sorted_.weights[part])
         files, dropped, warnings = weights.files, sorted_.dropped, weights.warnings
     else:
-        base = Base(part, path, path.name, from_hub=False, files=found.beside)
+        base = Base(part, found.weights, path.name, from_hub=False, files=found.beside)
         parts[part] = Part(base.tensors, None, None, base.config, base.files)
         files, dropped, warnings = base.weights.files, base.dropped, base.weights.warnings
     if not parts[part].weights:
@@ -58,7 +58,7 @@ def open_part(found: Found, part: str) -> Checkpoint:
     return Checkpoint(
         layout=NAME,
         path=path,
-        root=path,
+        root=found.root,
         files=files,
         beside=found.beside,
         parts=parts,

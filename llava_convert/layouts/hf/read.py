@@ -57,7 +57,7 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
     if raw.get("model_type") != "llava":
         raise UnsupportedError(f"{path}: {raw.get('model_type')} is not supported, only llava")
     config = old_flavour(raw)
-    weights = open_weights(path, headers=found.headers)
+    weights = open_weights(found.weights, headers=found.headers)
     text, vision = _text_config(config), _vision_config(config)
     # A family that is not known is refused where its tensors are needed, so that `inspect` can tell of the rest.
     known = known_architecture(LLM, text["model_type"])
@@ -73,15 +73,17 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
     return Checkpoint(
         layout=NAME,
         path=path,
-        root=path,
+        root=found.root,
         files=weights.files,
         beside=found.beside,
         parts=parts,
         settings=Settings.of(said),
         image_newline=sorted_.image_newline,
         dropped=sorted_.dropped,
-        notes=tuple(f"names are in the {d} dialect" for d in sorted_.dialects if d != "classic"),
+        notes=(*weights.notes, *(f"names are in the {d} dialect" for d in sorted_.dialects if d != "classic")),
         warnings=weights.warnings,
+        stubs=weights.stubs,
+        as_written=weights.plain and sorted_.dialects == ("classic",),
         record=record,
         unknown_keys={key: config[key] for key in unknown_keys(config, (NAME, "common"), (*stated_in(NAME), *_HALVES))},
     )

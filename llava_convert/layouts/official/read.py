@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import UnsupportedError
-from llava_convert.core.tensors import StoredTensor
 from llava_convert.core.text import listed, printable
 from llava_convert.layouts.adapter_folder import adapter_settings, read_adapter_config
 from llava_convert.layouts.base import Found, OpenOptions
@@ -25,7 +24,7 @@ from llava_convert.model.tables.families import architectures
 from llava_convert.model.tables.names import layout_table
 from llava_convert.model.tables.types import read_config
 from llava_convert.storage.files import require_inside
-from llava_convert.storage.weights import open_weights
+from llava_convert.storage.weights import Weights, open_weights
 
 NAME = "official"
 PROJECTOR_FILE = "mm_projector.bin"
@@ -38,7 +37,7 @@ _NEITHER = ("mm_vision_tower", "mm_hidden_size", "mm_projector_type")
 
 
 def detect(found: Found) -> str | None:
-    if found.path.is_file():
+    if found.path.is_file() and found.config is None:
         return "it is LLaVA's projector alone" if found.path.name == PROJECTOR_FILE else None
     if "non_lora_trainables.bin" in found.names:
         return "it is official LLaVA's LoRA form (non_lora_trainables.bin)"
@@ -56,7 +55,8 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
     """
     path, beside = found.path, found.beside
     config = old_flavour(read_config(beside, CONFIG)) if beside.has(CONFIG) else None
-    tensors, files, warnings = _weights(found)
+    sets = _weights(found)
+    tensors = {name: tensor for one in sets for name, tensor in one.tensors.items()}
     sorted_ = sort_tensors(tensors, layout_table(NAME), path)
     adapter, lora = read_adapter_config(beside), adapter_settings(beside)
     parts: dict[str, Part] = {}
@@ -80,14 +80,17 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
     return Checkpoint(
         layout=NAME,
         path=path,
-        root=beside.where,
-        files=files,
+        root=found.root,
+        files=tuple(file for one in sets for file in one.files),
         beside=beside,
         parts=parts,
         settings=Settings.of(read_facts(NAME, own, str(beside.place(CONFIG)))),
         image_newline=sorted_.image_newline,
         dropped=tuple(dropped),
-        warnings=(*warnings, *_tower_warning(own, parts[VISION])),
+        notes=tuple(note for one in sets for note in one.notes),
+        warnings=(*(w for one in sets for w in one.warnings), *_tower_warning(own, parts[VISION])),
+        stubs=tuple(stub for one in sets for stub in one.stubs),
+        as_written=all(one.plain for one in sets),
         unknown_keys={key: own[key] for key in unknown_keys(own, (NAME, "common"), stated_in(NAME))},
         every_feature=EVERY_PATCH,
         record=read_record(beside),
@@ -95,28 +98,18 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
     )
 
 
-def _weights(found: Found) -> tuple[dict[str, StoredTensor], tuple[Path, ...], tuple[str, ...]]:
+def _weights(found: Found) -> list[Weights]:
     path, names, headers = found.path, found.names, found.headers
-    if path.is_file():
-        alone = open_weights(path, headers=headers)
-        return dict(alone.tensors), alone.files, alone.warnings
+    if found.file is not None or path.is_file():
+        return [open_weights(found.weights, headers=headers)]
     if "non_lora_trainables.bin" in names:
-        sets = [
+        return [
             open_weights(require_inside(path, "non_lora_trainables.bin"), headers=headers),
             open_weights(path, stems=("adapter_model",), headers=headers),
         ]
-    elif PROJECTOR_FILE in names and not any(n.startswith(("model", "pytorch_model")) for n in names):
-        sets = [open_weights(require_inside(path, PROJECTOR_FILE), headers=headers)]
-    else:
-        sets = [open_weights(path, headers=headers)]
-    tensors: dict[str, StoredTensor] = {}
-    for one in sets:
-        tensors.update(one.tensors)
-    return (
-        tensors,
-        tuple(f for s in sets for f in s.files),
-        tuple(w for s in sets for w in s.warnings),
-    )
+    if PROJECTOR_FILE in names and not any(n.startswith(("model", "pytorch_model")) for n in names):
+        return [open_weights(require_inside(path, PROJECTOR_FILE), headers=headers)]
+    return [open_weights(path, headers=headers)]
 
 
 def _lora_base(adapter: Mapping[str, Any]) -> str | None:
