@@ -328,7 +328,12 @@ def open_source(
 ) -> tuple[Checkpoint, str]:
     """The source by its headers, and why it was taken for what it is."""
     found = recognised(source, options, session)
-    return found.open(OpenOptions(as_path(options.config), dequantize)), found.why
+    return found.open(_open_options(options, session, dequantize)), found.why
+
+
+def _open_options(options: SourceOptions, session: Session, dequantize: bool) -> OpenOptions:
+    mmproj = None if options.mmproj is None else reach(options.mmproj, session, cache=options.bases.cache)
+    return OpenOptions(as_path(options.config), dequantize, mmproj)
 
 
 def recognised(source: str | Path, options: SourceOptions, session: Session) -> Recognised:
@@ -478,7 +483,7 @@ def _verify(
     out = reach(theirs, session, cache=options.bases.cache)
     other = recognise(out)
     # In another layout quantised weights have become floats.
-    opened = found.open(OpenOptions(as_path(options.config), found.layout != other.layout)), found.why
+    opened = found.open(_open_options(options, session, found.layout != other.layout)), found.why
     checkpoint, _, told = _open(opened, options, session)
     for text in map(session.called, told):
         say.warn(text)

@@ -26,6 +26,7 @@ def _flags(options: SourceOptions) -> Iterator[str]:
     given = {
         "--config": options.config,
         "--config-from": options.config_from,
+        "--mmproj": options.mmproj,
         "--pretrained-pth": options.pretrained_pth,
         f"--{PART_WORDS[LLM]}": bases.llm,
         f"--{PART_WORDS[VISION]}": bases.visual_encoder,

@@ -72,6 +72,10 @@ class SourceOptions(Flagged):
             metavar="FOLDER",
         ),
     ] = None
+    mmproj: Annotated[
+        PathLike | None,
+        Flag("GGUF of vision tower and projector, where it does not lie beside SOURCE.", SOURCE, metavar="FILE"),
+    ] = None
     lora_alpha: Annotated[
         str | float | Mapping[str, float] | None,
         Flag(

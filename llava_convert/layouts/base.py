@@ -20,11 +20,12 @@ class OpenOptions:
     """How to read a source.
 
     `config` is the training config to read instead of the one it carries; `dequantize` says that quantised weights may
-    be made floats of.
+    be made floats of. `mmproj` is the file with vision tower and projector of a GGUF, where the user named it.
     """
 
     config: Path | None = None
     dequantize: bool = False
+    mmproj: Path | None = None
 
 
 @dataclass(frozen=True)

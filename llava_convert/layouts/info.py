@@ -206,7 +206,7 @@ LAYOUTS = {
         LayoutInfo(
             name="gguf",
             loaders=("llama.cpp", "ollama"),
-            reads=frozenset({"dequantize"}),
+            reads=frozenset({"dequantize", "mmproj"}),
             help="GGUF of llama.cpp: a language model, with or without its mmproj.",
             description="GGUF",
             has_shards=False,

@@ -12,6 +12,7 @@ from typing import Any
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.layouts.base import Found, OpenOptions
 from llava_convert.layouts.hf.alone import NAME, open_part, part_of
+from llava_convert.layouts.hf.mlx import from_mlx
 from llava_convert.layouts.naming import sort_tensors
 from llava_convert.model.checkpoint import LLM, PARTS, PROJECTOR, VISION, Checkpoint, Part, Settings
 from llava_convert.model.configs import old_flavour
@@ -58,10 +59,11 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
         raise UnsupportedError(f"{path}: {raw.get('model_type')} is not supported, only llava")
     config = old_flavour(raw)
     weights = open_weights(found.weights, headers=found.headers)
+    tensors, notes = from_mlx(weights, config, found.headers)
     text, vision = _text_config(config), _vision_config(config)
     # A family that is not known is refused where its tensors are needed, so that `inspect` can tell of the rest.
     known = known_architecture(LLM, text["model_type"])
-    sorted_ = sort_tensors(weights.tensors, layout_table(NAME, known.name if known else None), path)
+    sorted_ = sort_tensors(tensors, layout_table(NAME, known.name if known else None), path)
     configs: dict[str, dict[str, Any] | None] = {LLM: text, VISION: vision, PROJECTOR: None}
     parts = {name: Part(sorted_.weights[name], None, None, configs[name], found.beside) for name in PARTS}
     layer = config.get("vision_feature_layer")
@@ -80,10 +82,10 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
         settings=Settings.of(said),
         image_newline=sorted_.image_newline,
         dropped=sorted_.dropped,
-        notes=(*weights.notes, *(f"names are in the {d} dialect" for d in sorted_.dialects if d != "classic")),
+        notes=(*weights.notes, *notes, *(f"names are in the {d} dialect" for d in sorted_.dialects if d != "classic")),
         warnings=weights.warnings,
         stubs=weights.stubs,
-        as_written=weights.plain and sorted_.dialects == ("classic",),
+        as_written=weights.plain and not notes and sorted_.dialects == ("classic",),
         record=record,
         unknown_keys={key: config[key] for key in unknown_keys(config, (NAME, "common"), (*stated_in(NAME), *_HALVES))},
     )

@@ -24,7 +24,7 @@ from llava_convert.model.tables.names import CANONICAL, layout_table
 from llava_convert.model.target import FileSet, Output, Target
 
 STEM = "model"
-# Which mmengine's runner writes beside its checkpoints, and what makes this folder one that `inspect` and others follow.
+# What mmengine's runner writes beside its checkpoints: it makes the folder one that is followed to the file.
 _POINTER = "last_checkpoint"
 
 
