@@ -79,9 +79,17 @@ class TargetInfo:
     chat_template: str = "the tokenizer's files"
 
 
+@dataclass(frozen=True)
+class Form:
+    """One form that a source may have, in words, and the layouts that it can never become."""
+
+    text: str
+    never: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayoutInfo:
-    """One layout. `loaders` are programs that read it: their names stand for it, too.
+    """One layout. `loaders` are programs that read it: their names stand for it, too. `forms` are what is read as it.
 
     `help` is a sentence for the command of its name, `description` what cards call a source of it. `target` is None for
     a layout that is not written.
@@ -98,6 +106,7 @@ class LayoutInfo:
     help: str
     description: str
     target: TargetInfo | None
+    forms: tuple[Form, ...]
     loaders: tuple[str, ...] = ()
     reads: frozenset[str] = frozenset()
     trainer: str | None = None
@@ -118,6 +127,7 @@ LAYOUTS = {
     for info in (
         LayoutInfo(
             name="pth",
+            forms=(Form("`iter_N.pth` of xtuner's training"), Form("its DeepSpeed folder, ZeRO 1 to 3")),
             help="An mmengine .pth of xtuner's training.",
             description="a training checkpoint of xtuner (`.pth`)",
             reads=_TRAINED,
@@ -139,6 +149,7 @@ LAYOUTS = {
         ),
         LayoutInfo(
             name="xtuner",
+            forms=(Form("LLM or `llm_adapter/`, `projector/`, `visual_encoder…/`"),),
             help="The xtuner layout: LLM, projector/, visual_encoder_adapter/.",
             description="xtuner's layout",
             reads=_TRAINED,
@@ -165,6 +176,7 @@ LAYOUTS = {
         ),
         LayoutInfo(
             name="official",
+            forms=(Form("haotian-liu's LLaVA and its forks"), Form("its LoRA form; `mm_projector.bin`")),
             loaders=("llava",),
             reads=frozenset({"lora_alpha", "config_from"}),
             help="Official LLaVA (haotian-liu).",
@@ -183,6 +195,13 @@ LAYOUTS = {
         ),
         LayoutInfo(
             name="hf",
+            forms=(
+                Form("`LlavaForConditionalGeneration`, all key dialects; MLX's, not quantised"),
+                Form("`torch.distributed.checkpoint`, FSDP, verl, DeepSpeed under HF's Trainer"),
+                Form("a state dict alone, with `--config-from`"),
+                Form("a language model alone"),
+                Form("a vision tower or a projector alone", never=("gguf",)),  # an mmproj holds both
+            ),
             loaders=("transformers", "vllm"),
             reads=frozenset({"config_from"}),
             help="transformers' LlavaForConditionalGeneration.",
@@ -205,6 +224,10 @@ LAYOUTS = {
         ),
         LayoutInfo(
             name="gguf",
+            forms=(
+                Form("language model, with or without `mmproj`"),
+                Form("a model in the stores of Ollama and LM Studio"),
+            ),
             loaders=("llama.cpp", "ollama"),
             reads=frozenset({"dequantize", "mmproj"}),
             help="GGUF of llama.cpp: a language model, with or without its mmproj.",
