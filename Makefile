@@ -31,6 +31,7 @@ docs: $(STAMP)  ## make the pages of docs that are made of tables and commands, 
 	$(PY) -m tests.docs.cli_page
 	$(PY) -m tests.docs.facts_page
 	$(PY) -m tests.docs.json_page
+	$(PY) -m tests.docs.readme_table
 	$(PY) -m tests.docs.forty
 	$(PY) -m mkdocs build
 

@@ -38,7 +38,7 @@ from llava_convert.engine.report import Report, part_story, peak_memory
 from llava_convert.engine.run import Outcome
 from llava_convert.layouts.base import OpenOptions
 from llava_convert.layouts.info import LAYOUTS, TARGETS
-from llava_convert.layouts.registry import layout, recognise
+from llava_convert.layouts.registry import Recognised, layout, recognise
 from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS, VISION, Checkpoint
 from llava_convert.model.configs import family
@@ -261,7 +261,7 @@ def assembled(
     if is_already(checkpoint, options):
         raise UnsupportedError(
             f"{checkpoint.path} is already {options.to} layout",
-            hint="give --dtype, --max-shard-size or --part to change it within its layout",
+            hint=f"give {_changes(options.to)} to change it within its layout",
         )
     part = _part(options.target.part)
     if part == ALL:
@@ -299,6 +299,12 @@ def assembled(
     elif model.part(LLM) and (other := family(LLM, model.configs[LLM]).written_as.get(options.to)) is not None:
         model = reshaped(model, architectures()[other])
     return Assembled(checkpoint, why, replace(model, warnings=(*told, *model.warnings)), target_options)
+
+
+def _changes(layout: str) -> str:
+    """The options that change an output within its layout."""
+    found = [option.spelling for name, option in options_of(OutputOptions).items() if name in TARGETS[layout].options]
+    return f"{', '.join(found)} or --part"
 
 
 def _as_family(model: Model, options: Options) -> Model:
@@ -361,8 +367,20 @@ def open_source(
     source: str | Path, options: SourceOptions, session: Session, *, dequantize: bool = False
 ) -> tuple[Checkpoint, str]:
     """The source by its headers, and why it was taken for what it is."""
-    found = recognise(reach(source, session, cache=options.bases.cache), options.source_layout)
-    return found.open(OpenOptions(as_path(options.config), dequantize)), found.why
+    found = recognised(source, options, session)
+    return found.open(_open_options(options, session, dequantize)), found.why
+
+
+def _open_options(options: SourceOptions, session: Session, dequantize: bool) -> OpenOptions:
+    mmproj = None if options.mmproj is None else reach(options.mmproj, session, cache=options.bases.cache)
+    return OpenOptions(as_path(options.config), dequantize, mmproj)
+
+
+def recognised(source: str | Path, options: SourceOptions, session: Session) -> Recognised:
+    """The source, looked at. Raises what `recognise` and `reach` raise."""
+    cache, other = options.bases.cache, options.config_from
+    around = reach(other, session, cache=cache) if other is not None else None
+    return recognise(reach(source, session, cache=cache), options.source_layout, around)
 
 
 def open_whole(
@@ -456,7 +474,7 @@ def _part(word: str) -> str:
 def is_already(checkpoint: Checkpoint, options: Options) -> bool:
     """Whether a checkpoint is already what is asked for; one that is an adapter or a projector alone is not."""
     changed = options.dequantize or options.extra == DROP or options.vocab is not None
-    if checkpoint.layout != options.to or not checkpoint.native or changed:
+    if checkpoint.layout != options.to or not checkpoint.as_written or changed:
         return False
     partial = not LAYOUTS[options.to].leaves_out_frozen and checkpoint.parts[LLM].state != "full"
     partial = partial or bool(checkpoint.layers)  # laid over another, or another over it
@@ -512,11 +530,11 @@ def verify(
 def _verify(
     source: str | Path, theirs: str | Path, options: SourceOptions, say: Reporter, part: str, session: Session
 ) -> Verdict:
-    found = recognise(reach(source, session, cache=options.bases.cache), options.source_layout)
+    found = recognised(source, options, session)
     out = reach(theirs, session, cache=options.bases.cache)
     other = recognise(out)
     # In another layout quantised weights have become floats.
-    opened = found.open(OpenOptions(as_path(options.config), found.layout != other.layout)), found.why
+    opened = found.open(_open_options(options, session, found.layout != other.layout)), found.why
     checkpoint, _, told = _open(opened, options, session)
     checkpoint = without_extra(checkpoint, part if part != ALL else checkpoint.default_part, options.extra)
     for text in map(session.called, told):

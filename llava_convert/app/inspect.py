@@ -108,7 +108,7 @@ def _inspect(source: str | Path, options: SourceOptions, session: Session) -> In
     targets = {
         to: _problem(source, (checkpoint, why), Options.of(options, to), session)
         for to in TARGETS
-        if to != checkpoint.layout or not checkpoint.native
+        if to != checkpoint.layout or not checkpoint.as_written
     }
     stubs = (f"pickled names left inert: {', '.join(checkpoint.stubs)}",) if checkpoint.stubs else ()
     told = _told(checkpoint, session)

@@ -31,6 +31,8 @@ def flags_of(options: SourceOptions) -> Iterator[str]:
     bases = options.bases
     given = {
         "--config": options.config,
+        "--config-from": options.config_from,
+        "--mmproj": options.mmproj,
         "--pretrained-pth": options.pretrained_pth,
         "--base": options.base,
         "--projector": options.projector,

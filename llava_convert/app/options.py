@@ -84,6 +84,18 @@ class SourceOptions(Flagged):
         PathLike | None,
         Flag("xtuner training config; read, never run. Not needed when the .pth carries it.", SOURCE, metavar="CFG.py"),
     ] = None
+    config_from: Annotated[
+        PathLike | None,
+        Flag(
+            "Folder of config.json and tokenizer, for weights that have none beside them.",
+            SOURCE,
+            metavar="FOLDER",
+        ),
+    ] = None
+    mmproj: Annotated[
+        PathLike | None,
+        Flag("GGUF of vision tower and projector, where it does not lie beside SOURCE.", SOURCE, metavar="FILE"),
+    ] = None
     lora_alpha: Annotated[
         str | float | Mapping[str, float] | None,
         Flag(

@@ -45,7 +45,7 @@ def _check_shard(shard: Shard, path: Path) -> dict[str, StoredTensor]:
     for t in shard.tensors:
         stored = found[t.name]
         place = stored.extents[0].offset if stored.extents else t.offset
-        if (stored.dtype, stored.shape) != (t.dtype, t.shape) or (shard.container != "torch" and place != t.offset):
+        if (stored.dtype, stored.shape) != (t.dtype, t.shape) or place != t.offset:
             raise MismatchError(
                 f"{shard.name}: {printable(t.name)} is {stored.dtype} {list(stored.shape)} at {place}, "
                 f"planned {t.dtype} {list(t.shape)} at {t.offset}"

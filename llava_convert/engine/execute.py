@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -22,7 +23,6 @@ from llava_convert.ops.quantize import Quantize
 from llava_convert.storage.output.staging import Stage
 from llava_convert.storage.ranges import FilePool, write_all
 from llava_convert.storage.remote.mounts import remote_of
-from llava_convert.storage.torch.write import encode_torch
 
 
 def execute(
@@ -39,20 +39,17 @@ def execute(
             for shard in (shard for shard in batch if stage.finished(shard.name)):
                 progress(sum(t.nbytes for t in shard.tensors))
             left = [shard for shard in batch if not stage.finished(shard.name)]
-            if batch[0].container == "torch":
-                for shard in left:
-                    made = _torch_file(shard, pool, outcome, digest=digest)
-                    outcome.refuse_overflow()
-                    stage.write_bytes(shard.name, made)
-                continue
             with ExitStack() as opened:
                 files = {shard.name: opened.enter_context(stage.new_file(shard.name, shard.size)) for shard in left}
                 for shard in left:
-                    write_all(files[shard.name], 0, memoryview(shard.header))
+                    for at, piece in ((0, shard.header), *shard.pieces):
+                        write_all(files[shard.name], at, memoryview(piece))
                 tasks = tasks_of([t for shard in left for t in shard.tensors], whole=digest)
                 sink = FileSink(pool, files, progress)
                 run_all(workers, tasks, pool, sink, outcome, digest=digest)
                 outcome.refuse_overflow()  # before the files count as finished, which a resumed run would keep
+                for shard in left:
+                    _write_checks(workers, shard, files[shard.name], sink)
     for small in (plan.files, plan.indexes):
         for name, data in small.items():
             stage.write_bytes(name, data)
@@ -124,9 +121,14 @@ def thread_count(tensors: Sequence[PlannedTensor]) -> int:
     return min(16 if any(isinstance(op, Quantize) for t in tensors for op in t.ops) else 4, cores)
 
 
-def _torch_file(shard: Shard, pool: FilePool, outcome: Outcome, *, digest: bool = False) -> bytes:
-    """A shard as torch.save writes it: for `mm_projector.bin`, whose reader calls torch.load."""
-    sink = MemorySink({t.name: bytearray(t.nbytes) for t in shard.tensors})
-    for task in tasks_of(shard.tensors, whole=True):
-        run_task(task, pool, sink, outcome, digest=digest)
-    return encode_torch([(t.name, t.dtype, t.shape) for t in shard.tensors], sink.tensors)
+def _write_checks(workers: ThreadPoolExecutor, shard: Shard, fd: int, sink: FileSink) -> None:
+    """The CRC-32 of each tensor into the places that a zip file has for it, of the bytes as they were written."""
+
+    def check(tensor: PlannedTensor) -> None:
+        crc = 0
+        for data in sink.written(tensor):
+            crc = zlib.crc32(data, crc)
+        for at in shard.checks[tensor.name]:
+            write_all(fd, at, crc.to_bytes(4, "little"))
+
+    list(workers.map(check, (tensor for tensor in shard.tensors if tensor.name in shard.checks)))

@@ -54,7 +54,7 @@ class Plan:
         batches: list[list[Shard]] = []
         held: list[set[str]] = []
         for shard in self.shards:
-            names = {t.canonical for t in shard.tensors} if shard.container != "torch" else set()
+            names = {t.canonical for t in shard.tensors}
             kin = [i for i, others in enumerate(held) if others & names]
             place = kin[0] if kin else len(batches)
             group = [one for i in kin for one in batches[i]]
@@ -81,6 +81,8 @@ class Plan:
         digest = hashlib.sha256(json.dumps(self.tags, sort_keys=True).encode())
         for shard in self.shards:
             digest.update(f"{shard.name}\0{shard.size}\0".encode() + shard.header)
+            for _, piece in shard.pieces:
+                digest.update(piece)
             for t in shard.tensors:
                 stored = [t.source, *(i for op in t.ops for i in op.inputs())]
                 places = [[s.dtype, s.shape, s.strides, *map(_place, s.extents)] for s in stored]

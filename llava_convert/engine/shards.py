@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -13,7 +13,7 @@ from llava_convert.ops.base import Op
 from llava_convert.ops.join import Join, Part, row_bytes
 from llava_convert.storage.gguf.file import Typed, encode_gguf
 from llava_convert.storage.safetensors import encode_header
-from llava_convert.storage.torch.write import torch_size
+from llava_convert.storage.torch.write import plan_torch
 
 
 @dataclass(frozen=True)
@@ -78,22 +78,26 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of tensors, header and offsets settled."""
+    """One file of tensors, header and offsets settled.
+
+    `pieces` are further bytes that are known beforehand, by their places; `checks` the places which take the CRC-32 of
+    a tensor's bytes, by its name.
+    """
 
     name: str
     header: bytes
     size: int
     tensors: tuple[PlannedTensor, ...]
     container: str = "safetensors"
+    pieces: tuple[tuple[int, bytes], ...] = ()
+    checks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def shards_of(files: FileSet) -> tuple[list[Shard], dict[str, Any]]:
     """The shards of a file set, and its index by name where it has one."""
     prefix = f"{files.folder}/" if files.folder else ""
     if files.container == "torch":
-        name = f"{prefix}{files.stem}.bin"
-        size = torch_size([(o.name, o.dtype, shape_of(o)) for o in files.outputs])
-        return [Shard(name, b"", size, _place(name, files.outputs, {}), "torch")], {}
+        return [_torch_shard(part_names(files, 1)[0], files)], {}
     groups = _groups(files)
     shards = []
     for number, (name, group) in enumerate(zip(part_names(files, len(groups)), groups, strict=True), 1):
@@ -107,6 +111,15 @@ def shards_of(files: FileSet) -> tuple[list[Shard], dict[str, Any]]:
     where = {t.name: shard.name.removeprefix(prefix) for shard in shards for t in shard.tensors}
     index = {"metadata": {"total_size": total}, "weight_map": {name: where[name] for name in sorted(where)}}
     return shards, {f"{prefix}{files.stem}.safetensors.index.json": index}
+
+
+def _torch_shard(name: str, files: FileSet) -> Shard:
+    """A file of torch.save: the headers of a zip file stand between the tensors, and its directory at the end."""
+    infos = [(o.name, o.dtype, shape_of(o)) for o in files.outputs]
+    made = plan_torch(infos, files.around, files.key)
+    (_, header), *pieces = made.pieces
+    tensors = _place(name, files.outputs, made.offsets)
+    return Shard(name, header, made.size, tensors, "torch", tuple(pieces), made.checks)
 
 
 def _gguf_shard(name: str, group: Sequence[Output], files: FileSet, number: int, count: int) -> Shard:
@@ -160,7 +173,7 @@ def _place(shard: str, outputs: Sequence[Output], offsets: Mapping[str, int]) ->
             ops=o.ops,
             dtype=o.dtype,
             shape=shape_of(o),
-            offset=offsets.get(o.name, 0),
+            offset=offsets[o.name],
             shard=shard,
         )
         for o in outputs

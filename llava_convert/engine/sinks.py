@@ -17,7 +17,7 @@ Progress = Callable[[int], None]
 
 
 class Sink(Protocol):
-    """Where a shard's bytes go: a file to write, memory, or a file to compare with."""
+    """Where a shard's bytes go: a file to write, or one to compare with."""
 
     def copy(self, task: Copy) -> None: ...
 
@@ -61,7 +61,7 @@ class FileSink:
 
 @dataclass(slots=True)
 class MemorySink:
-    """Keeps tensors in memory: for a model that is to run, and for the one file whose format cannot be streamed."""
+    """Keeps tensors in memory: for a model that is to run."""
 
     tensors: dict[str, bytearray]
     progress: Progress = lambda done: None

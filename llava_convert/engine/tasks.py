@@ -56,7 +56,7 @@ Task = Copy | Work | Assembly
 def tasks_of(tensors: Sequence[PlannedTensor], *, whole: bool = False) -> list[Task]:
     """Cut tensors into tasks; the members of a join are cut as tensors of their own.
 
-    `whole`: one task a source, or joined tensor, and no bare copies (for digests and memory).
+    `whole`: one task a source, or joined tensor, and no bare copies (for digests).
     """
     copies: list[Copy] = []
     work: list[Task] = []

@@ -20,11 +20,12 @@ class OpenOptions:
     """How to read a source.
 
     `config` is the training config to read instead of the one it carries; `dequantize` says that quantised weights may
-    be made floats of.
+    be made floats of. `mmproj` is the file with vision tower and projector of a GGUF, where the user named it.
     """
 
     config: Path | None = None
     dequantize: bool = False
+    mmproj: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Found:
     """A path looked at once, for all layouts to judge: its config.json, and the names in it.
 
     What a layout reads to judge is kept in `beside`, the small files of its folder, and `headers`: it is there when the
-    path is opened. `file` is the one file of weights in the folder that counts, where the user named it. `notes` are on
-    how it was found.
+    path is opened. The small files may be those of another folder, where `path` has none. `file` is the one file, or
+    index, of the folder that holds the weights, where the user named that. `notes` are on how it was found.
     """
 
     path: Path
@@ -59,8 +60,13 @@ class Found:
 
     @property
     def weights(self) -> Path:
-        """Where the weights are: the file that was named, else the path."""
+        """Where the weights are: a file, an index or a folder."""
         return self.file or self.path
+
+    @property
+    def root(self) -> Path:
+        """The folder that the files are of."""
+        return self.path if self.path.is_dir() else self.path.parent
 
 
 class Layout(Protocol):

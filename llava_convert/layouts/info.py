@@ -44,6 +44,13 @@ _VISION_TOWER = Card(
 _PROJECTOR = "This is the projector of a LLaVA, on its own: the layers between vision tower and language model."
 
 
+_PTH = Card(
+    sentence="This is a LLaVA as a training checkpoint of xtuner (mmengine's `.pth`): a start for another training.",
+    library="xtuner",
+    quickstarts=("xtuner_pth",),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TargetInfo:
     """A layout as what a conversion writes.
@@ -54,7 +61,7 @@ class TargetInfo:
     `shard_size` is where shards end when the source has none to follow. `repo_suffix` follows a release's name in the
     repository's, and in the names of card and files unless `plain_names`. `pads_pictures`: its readers pad pictures to
     squares by themselves, as training does. `by_file`: they are given a file, not the folder. `chat_template` tells
-    where the chat template is.
+    where the chat template is. `by_training`: it is for who trains on, so that a release leaves it out.
     """
 
     options: frozenset[str]
@@ -68,12 +75,21 @@ class TargetInfo:
     plain_names: bool = False
     pads_pictures: bool = True
     by_file: bool = False
+    by_training: bool = False
     chat_template: str = "the tokenizer's files"
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form that a source may have, in words, and the layouts that it can never become."""
+
+    text: str
+    never: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutInfo:
-    """One layout. `loaders` are programs that read it: their names stand for it, too.
+    """One layout. `loaders` are programs that read it: their names stand for it, too. `forms` are what is read as it.
 
     `help` is a sentence for the command of its name, `description` what cards call a source of it. `target` is None for
     a layout that is not written.
@@ -90,6 +106,7 @@ class LayoutInfo:
     help: str
     description: str
     target: TargetInfo | None
+    forms: tuple[Form, ...]
     loaders: tuple[str, ...] = ()
     reads: frozenset[str] = frozenset()
     trainer: str | None = None
@@ -110,16 +127,29 @@ LAYOUTS = {
     for info in (
         LayoutInfo(
             name="pth",
+            forms=(Form("`iter_N.pth` of xtuner's training"), Form("its DeepSpeed folder, ZeRO 1 to 3")),
             help="An mmengine .pth of xtuner's training.",
             description="a training checkpoint of xtuner (`.pth`)",
-            target=None,
             reads=_TRAINED,
             trainer="xtuner",
             has_shards=False,
             has_card=False,  # its folder is a training's, whose README is about something else
+            leaves_out_frozen=True,
+            target=TargetInfo(
+                options=frozenset({"dtype", "prompt_template"}),
+                whole=_PTH,
+                projector=_PTH,
+                language_model=replace(_LANGUAGE_MODEL, library="xtuner", quickstarts=("xtuner_pth",), next=None),
+                vision_tower=replace(_VISION_TOWER, library="xtuner", quickstarts=("xtuner_pth",)),
+                repo_suffix="-pth",
+                tags=("xtuner",),
+                by_training=True,
+                chat_template="the training config within it, by xtuner's name",
+            ),
         ),
         LayoutInfo(
             name="xtuner",
+            forms=(Form("LLM or `llm_adapter/`, `projector/`, `visual_encoder…/`"),),
             help="The xtuner layout: LLM, projector/, visual_encoder_adapter/.",
             description="xtuner's layout",
             reads=_TRAINED,
@@ -146,8 +176,9 @@ LAYOUTS = {
         ),
         LayoutInfo(
             name="official",
+            forms=(Form("haotian-liu's LLaVA and its forks"), Form("its LoRA form; `mm_projector.bin`")),
             loaders=("llava",),
-            reads=frozenset({"dequantize"}),
+            reads=frozenset({"dequantize", "config_from"}),
             help="Official LLaVA (haotian-liu).",
             description="the layout of the original LLaVA code",
             target=TargetInfo(
@@ -164,8 +195,15 @@ LAYOUTS = {
         ),
         LayoutInfo(
             name="hf",
+            forms=(
+                Form("LLaVA, LLaVA-NeXT, LLaVA-OneVision, all key dialects; MLX's, not quantised"),
+                Form("`torch.distributed.checkpoint`, FSDP, verl, DeepSpeed under HF's Trainer"),
+                Form("a state dict alone, with `--config-from`"),
+                Form("a language model alone"),
+                Form("a vision tower or a projector alone", never=("gguf",)),  # an mmproj holds both
+            ),
             loaders=("transformers", "vllm"),
-            reads=frozenset({"dequantize"}),
+            reads=frozenset({"dequantize", "config_from"}),
             help="transformers' LLaVA, LLaVA-NeXT and LLaVA-OneVision.",
             description="the transformers layout",
             target=TargetInfo(
@@ -186,6 +224,10 @@ LAYOUTS = {
         ),
         LayoutInfo(
             name="peft",
+            forms=(
+                Form("adapters of the LLM, the projector, the tower or all, of any release"),
+                Form("a folder of HF's Trainer: the best checkpoint, or the newest"),
+            ),
             help="A PEFT adapter (adapter_config.json), merged into its base model.",
             description="a PEFT adapter",
             target=None,
@@ -193,8 +235,12 @@ LAYOUTS = {
         ),
         LayoutInfo(
             name="gguf",
+            forms=(
+                Form("language model, with or without `mmproj`"),
+                Form("a model in the stores of Ollama and LM Studio"),
+            ),
             loaders=("llama.cpp", "ollama"),
-            reads=frozenset({"dequantize"}),
+            reads=frozenset({"dequantize", "mmproj"}),
             help="GGUF of llama.cpp: a language model, with or without its mmproj.",
             description="GGUF",
             has_shards=False,

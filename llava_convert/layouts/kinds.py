@@ -28,16 +28,12 @@ _HEAD = 1 << 20  # bytes of a list of objects in which the first of them ends
 
 @dataclass(frozen=True)
 class Known:
-    """What a thing is, what it can be used for, and the command to type next.
-
-    `weights`: it is a file of weights, which is a model once the config of its model lies beside it.
-    """
+    """What a thing is, what it can be used for, and the command to type next."""
 
     kind: str
     what: str
     use: str
     next: str
-    weights: bool = False
 
 
 class Told(ConvertError):
@@ -169,7 +165,7 @@ def _filled(kind: Kind, seen: Seen) -> Known:
     quoted = {word: shlex.quote(str(value)) for word, value in words.items()}
     plain = {word: str(value) for word, value in words.items()} | {"inner": inner}
     texts = [text.format(**plain) for text in (kind.what, kind.use)]
-    return Known(kind.name, texts[0], texts[1], kind.next.format(**quoted), kind.weights)
+    return Known(kind.name, texts[0], texts[1], kind.next.format(**quoted))
 
 
 def refusal(found: Found) -> UnsupportedError:

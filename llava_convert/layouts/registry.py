@@ -18,16 +18,18 @@ from llava_convert.core.errors import ConvertError, InputError, UnsupportedError
 from llava_convert.core.text import printable
 from llava_convert.layouts import kinds
 from llava_convert.layouts.base import Found, Layout, OpenOptions
-from llava_convert.layouts.info import LAYOUTS
+from llava_convert.layouts.info import LAYOUTS, reading
 from llava_convert.layouts.trainer_run import followed
 from llava_convert.model.checkpoint import Checkpoint
 from llava_convert.model.quantized import with_quantization
+from llava_convert.model.tables.facts import CONFIG
 from llava_convert.model.tables.names import layout_table
 from llava_convert.model.tables.quantization import files as quantization_files
+from llava_convert.storage.distributed import recognise as recognise_shares
 from llava_convert.storage.files import open_regular, read_fully, require_inside
 from llava_convert.storage.safetensors import SUFFIX, read_header
 from llava_convert.storage.sidecars import folder_sidecars, refuse_links_out
-from llava_convert.storage.weights import NoWeightsError
+from llava_convert.storage.weights import NoWeightsError, index_of, is_weights, open_weights
 
 SOURCES = tuple(LAYOUTS)
 OpenEach = Callable[[Found, OpenOptions], list[Checkpoint]]
@@ -73,14 +75,41 @@ def locate(path: Path) -> Path:
     raise InputError(f"{pointer} names '{printable(name)}', which is not there", hint="give the checkpoint itself")
 
 
-def look(path: Path) -> Found:
-    """What every layout judges by. Raises InputError for a broken config.json."""
-    if path.is_dir():
-        names = frozenset(p.name for p in path.iterdir())
-        beside = folder_sidecars(path)
-        config = beside.read_json("config.json") if "config.json" in names else None
-        return Found(path, config if isinstance(config, dict) else None, names, beside)
-    return Found(path, None, frozenset(), folder_sidecars(path.parent))
+def look(path: Path, config_from: Path | None = None) -> Found:
+    """What every layout judges by, with the small files of `config_from` where that is given.
+
+    Raises InputError for a broken config.json, and where `config_from` has none.
+    """
+    is_folder = path.is_dir()
+    names = frozenset(p.name for p in path.iterdir()) if is_folder else frozenset[str]()
+    if config_from is not None and not (config_from / CONFIG).is_file():
+        raise InputError(
+            f"{config_from} is not a model folder: it has no {CONFIG}",
+            hint=f"give the folder with the model's {CONFIG} and tokenizer by --config-from",
+        )
+    folder = config_from or (_config_folder(path, names) if is_folder else path.parent)
+    beside = folder_sidecars(folder)
+    config = beside.read_json(CONFIG) if (config_from or is_folder) and (folder / CONFIG).is_file() else None
+    return Found(path, config if isinstance(config, dict) else None, names, beside)
+
+
+def _config_folder(path: Path, names: frozenset[str]) -> Path:
+    """The folder of a model's small files: its own, or that around (verl: within) what processes saved in shares."""
+    if CONFIG in names or recognise_shares(path, names) is None:
+        return path
+    around = (path / "huggingface", path.parent, path.parent.parent)
+    return next((folder for folder in around if (folder / CONFIG).is_file()), path)
+
+
+def _around(found: Found) -> Found:
+    """The folder that a file of weights is of, with that file as the one that counts; else what was found.
+
+    Of a shard the index counts, if there is one.
+    """
+    path = found.path
+    if not path.is_file() or found.config is not None or not is_weights(path) or not (path.parent / CONFIG).is_file():
+        return found
+    return replace(look(path.parent), file=index_of(path) or path, headers=found.headers)
 
 
 def _whole(found: Found) -> dict[str, str]:
@@ -131,18 +160,23 @@ class Recognised:
         return several(self.found, OpenOptions())
 
     def _refuse_links_out(self) -> None:
-        if self.found.path.is_dir():
-            refuse_links_out(self.found.path)
+        for folder in {self.found.path, self.found.beside.where}:
+            if folder.is_dir() and (folder == self.found.path or self.found.config is not None):
+                refuse_links_out(folder)
 
 
-def recognise(path: Path, name: str | None = None) -> Recognised:
+def recognise(path: Path, name: str | None = None, config_from: Path | None = None) -> Recognised:
     """The source that a path means, of layout `name` or of the one that it is found to be.
 
-    A training's folder means its newest checkpoint, a file of weights with the config of its model beside it that
-    model. Raises UnsupportedError (exit 4) when the path is of no known layout, of several, or of another than `name`;
+    `config_from` is the folder of its small files, where these are elsewhere. A training's folder means its best or
+    newest checkpoint, a file of weights with the config of its model beside it that model.
+
+    Raises UnsupportedError (exit 4) when the path is of no known layout, of several, or of another than `name`;
     NotAModelError where a row of `mappings/kinds.toml` knows what it is instead.
     """
-    found = look(locate(path))
+    found = look(locate(path), config_from)
+    if config_from is not None and _whole(itself := replace(found, config=None)):
+        found = itself  # it says itself what it is, and has no use for another's config
     claims, alone = _claims(found)
     if not claims and (meant := _of_a_run(found) or _newest_save(found) or _model_around(found)) is not None:
         found, how = meant
@@ -192,16 +226,15 @@ def _newest_save(found: Found) -> tuple[Found, str] | None:
 
 
 def _model_around(found: Found) -> tuple[Found, str] | None:
-    """The model of which a file holds the weights, with its config and small files beside it; and how it was found."""
-    told = kinds.known(found) if found.path.is_file() else None
-    if told is None or not told.weights:
+    """The model of which a file holds the weights, with its config and small files beside it; and how it was found.
+
+    That file counts then; of a shard the index, if there is one.
+    """
+    path = found.path
+    if not path.is_file() or found.config is not None or not is_weights(path) or not (path.parent / CONFIG).is_file():
         return None
-    around = look(found.path.parent)
-    if not _claims(around)[0]:
-        return None
-    if _SHARD.search(found.path.name) is None:
-        around = replace(around, file=found.path)
-    return around, f"{found.path.name} is a file of the model in {around.path}"
+    around = replace(look(path.parent), file=index_of(path) or path, headers=found.headers)
+    return (around, f"{path.name} is a file of the model in {path.parent}") if _claims(around)[0] else None
 
 
 def open_checkpoint(path: Path, name: str | None = None, options: OpenOptions | None = None) -> tuple[Checkpoint, str]:
@@ -225,6 +258,11 @@ def _choose(found: Found, name: str | None, claims: Mapping[str, str]) -> tuple[
             hint=f"say which: `llava-convert {'|'.join(claims)}`",
         )
     if not claims:
+        if (kind := recognise_shares(path, found.names)) is not None and found.config is None:
+            raise InputError(
+                f"{path} is {kind}, and the model's {CONFIG} lies neither in it nor in the folder around it",
+                hint="give the folder of the model's config and tokenizer by --config-from",
+            )
         raise _unknown(found)
     chosen = name or next(iter(claims))
     return chosen, claims[chosen]
@@ -238,6 +276,8 @@ def _unknown(found: Found) -> UnsupportedError:
     path = found.path
     if path.is_file() and path.suffix.lower() == SUFFIX:
         read_header(path)
+    if path.is_file() and (hint := _state_dict_hint(found)) is not None:
+        return UnsupportedError(f"{path} holds the weights of a LLaVA, without its config and tokenizer", hint=hint)
     if kinds.known(found) is None:
         entries = sorted((path / name for name in found.names if not name.startswith(".")), key=_age)
         within = _claimed(entries[:_LOOKED_AT])
@@ -246,6 +286,17 @@ def _unknown(found: Found) -> UnsupportedError:
             command = shlex.join(["llava-convert", "inspect", str(within)])
             return kinds.NotAModelError(path, kinds.Known("folder", "a folder around a checkpoint", use, command))
     return kinds.refusal(found)
+
+
+def _state_dict_hint(found: Found) -> str | None:
+    """What to do with a file of weights alone, if some layout has its names."""
+    if not is_weights(found.path):
+        return None
+    names = open_weights(found.path, headers=found.headers).tensors
+    known = [name for name in reading("config_from") if any(layout_table(name).read(tensor) for tensor in names)]
+    if not known:
+        return None
+    return "it is a state dict alone: give the folder of the model's config and tokenizer by --config-from"
 
 
 def _claimed(paths: Iterable[Path]) -> Path | None:

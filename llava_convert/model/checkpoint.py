@@ -185,10 +185,11 @@ class Checkpoint:
     files that are no JSON, as it stands.
 
     `every_feature` are the types of towers of which the source's code hands on all features of the last layer but one,
-    whatever its config says, and which it cuts behind that layer. `publish_dtype` is the dtype to publish what a
-    trainer left (torch's name; AS_STORED: that of the language model, if it has 16 bits), None for what keeps its own.
-    `quantization` is how another program packed weights, None where none are packed; `extra` are tensors of no part.
-    `native` is false for a fork's names, which the layout's own readers do not know.
+    whatever its config says, and which it cuts behind that layer. `as_written` is false where a conversion to its own
+    layout would change how it is kept: what processes saved in shares, torch's files, other names. `publish_dtype` is
+    the dtype to publish what a trainer left (torch's name; AS_STORED: that of the language model, if it has 16 bits),
+    None for what keeps its own. `quantization` is how another program packed weights, None where none are packed;
+    `extra` are tensors of no part.
 
     `base` names the model that it was trained from, where that may be a whole LLaVA. It is `bare` where it has nothing
     but adapters: the files beside them are then the base's. It is `settled` where it says how the parts work together.
@@ -217,9 +218,9 @@ class Checkpoint:
     stated: Mapping[str, Any] = field(default_factory=dict)
     every_feature: tuple[str, ...] = ()
     publish_dtype: str | None = None
+    as_written: bool = True
     quantization: Quantization | None = None
     extra: Extra | None = None
-    native: bool = True
     base: str | None = None
     bare: bool = False
     settled: bool = True

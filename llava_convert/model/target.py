@@ -76,8 +76,9 @@ class FileSet:
     """Tensors which share one set of files: `<folder>/<stem>.safetensors`, or shards of it and an index.
 
     `limit` is the most bytes of tensors in a shard, None for one file, or KEEP: shards then follow the source's.
-    `container` is "safetensors", "torch" for the one file whose reader calls torch.load, or "gguf": its tensors keep
-    the order given, `metadata` goes into the (first) file, and KEEP means one file, as llama.cpp's tools write.
+    `container` is "safetensors", "torch" for one file whose reader calls torch.load, or "gguf": its tensors keep
+    the order given, `metadata` goes into the (first) file, and KEEP means one file, as llama.cpp's tools write. A file
+    of torch holds the tensors alone, or has them under `key` beside what is in `around`.
     """
 
     outputs: tuple[Output, ...]
@@ -86,6 +87,8 @@ class FileSet:
     limit: int | str | None = KEEP
     container: str = "safetensors"
     metadata: Mapping[str, Typed] = field(default_factory=dict)
+    around: Mapping[str, Any] | None = None
+    key: str = ""
 
 
 def part_names(files: FileSet, count: int | None = None) -> list[str]:
@@ -93,7 +96,8 @@ def part_names(files: FileSet, count: int | None = None) -> list[str]:
     count = len(_groups(files)) if count is None else count
     prefix = f"{files.folder}/" if files.folder else ""
     parts = [f"-{number:05d}-of-{count:05d}" for number in range(1, count + 1)] if count > 1 else [""]
-    return [f"{prefix}{files.stem}{part}.{files.container}" for part in parts]
+    suffix = files.container if files.container != "torch" else "bin" if files.around is None else "pth"
+    return [f"{prefix}{files.stem}{part}.{suffix}" for part in parts]
 
 
 def _groups(files: FileSet) -> list[list[Output]]:

@@ -15,6 +15,7 @@ from typing import Any
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError, unreadable
 from llava_convert.core.tensors import StoredTensor, require_few
 from llava_convert.core.text import listed, printable
+from llava_convert.storage.distributed import read_distributed, recognise
 from llava_convert.storage.files import relative_name, require_inside, require_regular
 from llava_convert.storage.headers import Headers
 from llava_convert.storage.json_files import read_json
@@ -35,8 +36,8 @@ _SHARD_NAME = re.compile(r"-(\d+)-of-(\d+)\.[a-z]+$")
 class Weights:
     """Tensors by name, in the order of the index or else of the file; their bytes are in `files`, within `root`.
 
-    `shard_of` names the file of each tensor, relative to `root` with forward slashes. `warnings` are
-    sentences for the user.
+    `shard_of` names the file of each tensor, relative to `root` with forward slashes; of shares that several processes
+    saved it is empty. `warnings` and `notes` are sentences for the user.
     """
 
     root: Path
@@ -44,6 +45,17 @@ class Weights:
     tensors: dict[str, StoredTensor]
     shard_of: dict[str, str]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    stubs: tuple[str, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is in safetensors alone, of whole tensors."""
+        return bool(self.shard_of) and all(file.suffix.lower() == SAFETENSORS_SUFFIX for file in self.files)
+
+
+# transformers' two, and accelerate's name for a full state dict under FSDP (accelerate/utils/constants.py).
+STEMS = ("model", "pytorch_model", "pytorch_model_fsdp")
 
 
 class NoWeightsError(InputError):
@@ -54,8 +66,9 @@ def open_weights(path: Path, *, stems: Sequence[str] = STEMS, headers: Headers |
     """The weights at `path`: a folder, a `.safetensors` file, a torch file (`.bin`, `.pth`, `.pt`), or an index.
 
     In a folder they are `<stem>.safetensors` or `<stem>.bin`, or shards with an index; for an adapter pass
-    `stems=("adapter_model",)`. A folder which has both formats is read from safetensors, with a warning. `headers` are
-    those of the source that this is of, some of which may have been read.
+    `stems=("adapter_model",)`. A folder which has both formats is read from safetensors, with a warning. A folder
+    without either may hold what several processes saved (`storage.distributed`). `headers` are those of the source that
+    this is of, some of which may have been read.
 
     Raises InputError where something is missing or corrupt, or index and shards disagree (fault rows 14, 17, 24, 25,
     29, 32); UnsupportedError where it is not clear which file counts (row 26) or a format is unknown; UnsafeError
@@ -82,6 +95,23 @@ def open_weights(path: Path, *, stems: Sequence[str] = STEMS, headers: Headers |
         (f"{printable(path.name)} is one shard of {part[2]}; the others are left out",) if part and partial else ()
     )
     return _open_single(path.parent, path.name, warnings, headers or Headers())
+
+
+def is_weights(path: Path) -> bool:
+    """Whether a file's name is that of weights, or of their index."""
+    name = path.name.lower()
+    return name.endswith(
+        (SAFETENSORS_SUFFIX, *TORCH_SUFFIXES, SAFETENSORS_SUFFIX + INDEX_SUFFIX, ".bin" + INDEX_SUFFIX)
+    )
+
+
+def index_of(shard: Path) -> Path | None:
+    """The index beside one of several shards, None where there is none."""
+    part = _SHARD_NAME.search(shard.name)
+    if part is None or int(part[2]) < 2:
+        return None
+    index = shard.with_name(f"{shard.name[: part.start()]}{shard.suffix}{INDEX_SUFFIX}")
+    return index if index.is_file() else None
 
 
 def reject_ungathered(where: str, tensors: Iterable[StoredTensor]) -> None:
@@ -114,6 +144,10 @@ def _open_folder(root: Path, stems: Sequence[str], headers: Headers) -> Weights:
         if others:
             warnings.append(f"{printable(root)} has safetensors and torch files: {listed(others)} ignored")
         return _open_found(root, found[suffix], tuple(warnings), headers)
+    if "adapter_model" not in stems and recognise(root, names) is not None:
+        shares = read_distributed(root, names, headers)
+        reject_ungathered(printable(root), shares.tensors.values())
+        return Weights(root, shares.files, shares.tensors, {}, shares.warnings, shares.notes, shares.stubs)
     adapter = any(name.startswith("adapter_model.") for name in names) and "adapter_model" not in stems
     raise NoWeightsError(
         f"{printable(root)}: no weights: looked for {listed(_candidates(None, stems, *suffixes))}",

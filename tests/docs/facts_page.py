@@ -11,7 +11,7 @@ from typing import Any
 from llava_convert.model.tables.facts import Fact, KeyTable, Word, dialects, facts, key_table
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "facts.md"
-LAYOUTS = ("official", "hf", "xtuner", "gguf")
+LAYOUTS = ("official", "hf", "xtuner", "pth", "gguf")
 KIND = {
     "computes": "decides what the model computes",
     "prompts": "decides how it is prompted",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import signal
 import socket
 import threading
@@ -15,12 +16,14 @@ from typing import Any
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from safetensors.torch import load_file
 from werkzeug.serving import WSGIRequestHandler
 
 import llava_convert
 from tests.faults.corpus import Ran, shell, tree
 from tests.hubs.loopback import Answer, Loopback, Request, Status, folder_files
 from tests.remotes.conftest import HURRIED, weights_in
+from tests.share_folders import cut, write_classic
 
 KEY, SECRET = "AKIAofTheTests", "secretOfTheTests"
 
@@ -150,6 +153,21 @@ def test_a_file_in_a_bucket_and_what_lies_beside_it(s3: Store, layouts: dict[str
     found = json.loads(ran.stdout)
     assert found["source"] == "s3://models/gguf/tiny-f16.gguf"
     assert found["parts"]["visual-encoder"]["tensors"] > 0, "its mmproj lies beside it"
+
+
+def test_a_distributed_checkpoint_in_a_bucket(s3: Store, layouts: dict[str, Path], tmp_path: Path) -> None:
+    """Its parts are found by few requests, and only the model's bytes are fetched."""
+    state = load_file(layouts["hf"] / "model.safetensors")
+    parts = {name: (t.shape, cut(t, 0, 2 if len(t) > 1 else 1)) for name, t in state.items()}
+    folder = write_classic(tmp_path / "saved" / "pytorch_model_fsdp_0", parts).parent
+    for path in layouts["hf"].glob("*"):
+        if path.suffix in (".json", ".jinja"):
+            shutil.copy(path, folder)
+    s3.put(folder, "run/checkpoint-4")
+    for source in ("s3://models/run/checkpoint-4", "s3://models/run/checkpoint-4/pytorch_model_fsdp_0"):
+        ran = s3.run(tmp_path, "convert", source, "--to", "official", "-o", "official", "--force", "--verify", "full")
+        assert ran.code == 0, ran.stderr
+        assert llava_convert.verify(layouts["hf"], tmp_path / "official")
 
 
 def test_a_target_that_is_there(s3: Store, layouts: dict[str, Path], tmp_path: Path) -> None:

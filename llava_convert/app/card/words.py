@@ -44,6 +44,10 @@ class Words:
         return json.dumps(self._facts.folder, ensure_ascii=False)
 
     @property
+    def folder_sh(self) -> str:
+        return shlex.quote(self._facts.folder)
+
+    @property
     def question_py(self) -> str:
         return json.dumps(QUESTION)
 

@@ -53,11 +53,13 @@ ROWS = (
     *(
         Row(name, target.repo_suffix, name, "" if target.plain_names else target.repo_suffix)
         for name, target in TARGETS.items()
+        if not target.by_training
     ),
     *(
         Row("pretrain", "-pretrain", name, "-pretrain", stage_one=True)
-        for name in TARGETS
-        if LAYOUTS[name].leaves_out_frozen  # so that a projector alone is what a pretraining leaves
+        for name, target in TARGETS.items()
+        if LAYOUTS[name].leaves_out_frozen
+        and not target.by_training  # so that a projector alone is what a pretraining leaves
     ),
 )
 

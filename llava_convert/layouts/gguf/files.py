@@ -13,6 +13,7 @@ from pathlib import Path
 
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
 from llava_convert.core.text import listed, printable
+from llava_convert.layouts.gguf.ollama import files_of, is_blob, is_manifest, projector_of
 from llava_convert.storage.files import require_inside
 from llava_convert.storage.headers import Headers
 
@@ -64,11 +65,14 @@ def architecture_of(path: Path, headers: Headers) -> str:
     return str(value.value) if value is not None else ""
 
 
-def find(path: Path, headers: Headers) -> Files:
-    """The one model at `path`: a file, or a folder.
+def find(path: Path, headers: Headers, mmproj: Path | None = None) -> Files:
+    """The one model at `path`: a file, a folder, or a manifest of Ollama. `mmproj` is the second file, if it is named.
 
-    Raises UnsupportedError (exit 4) naming the files where there are several, or none; what reading a header raises.
+    Raises UnsupportedError (exit 4) naming the files where there are several, or none, and for an `mmproj` that is
+    something else; what reading a header raises.
     """
+    if mmproj is not None:
+        return _with(path, mmproj, headers)
     if path.is_dir():
         llms, mmprojs = _sorted_out(_files_in(path), headers)
         if len(llms) > 1:
@@ -78,11 +82,35 @@ def find(path: Path, headers: Headers) -> Files:
         if len(mmprojs) != 1:
             raise _ambiguous(path, mmprojs, "vision towers (mmproj)", mmprojs[0] if mmprojs else None)
         return Files(None, mmprojs[0])
+    if is_manifest(path, headers):
+        return Files(*files_of(path))
     path = _first_of(path)
     if architecture_of(path, headers) == VISION_ARCHITECTURE:
         return Files(None, path)
+    if is_blob(path):
+        return Files(path, projector_of(path))
     others = [other for other in _files_in(path.parent) if other != path and _may_be_mmproj(other, headers)]
     return Files(path, _beside(path, others))
+
+
+def _with(path: Path, mmproj: Path, headers: Headers) -> Files:
+    """The language model at `path` and the mmproj that is named."""
+    if not mmproj.is_file() or architecture_of(mmproj, headers) != VISION_ARCHITECTURE:
+        raise UnsupportedError(
+            f"{printable(mmproj)} is no mmproj (a GGUF with {ARCHITECTURE} = {VISION_ARCHITECTURE})",
+            hint="give the file with vision tower and projector by --mmproj",
+        )
+    if path.is_dir():
+        llms = _sorted_out(_files_in(path), headers)[0]
+        if len(llms) != 1:
+            raise _ambiguous(path, llms, "language models, or several types of one", llms[0] if llms else None)
+        return Files(llms[0], mmproj)
+    llm = files_of(path)[0] if is_manifest(path, headers) else _first_of(path)
+    if architecture_of(llm, headers) == VISION_ARCHITECTURE:
+        raise UnsupportedError(
+            f"{printable(llm)} is an mmproj itself", hint="give the language model as the source, and --mmproj"
+        )
+    return Files(llm, mmproj)
 
 
 def find_all(path: Path, headers: Headers) -> list[Files]:
@@ -145,7 +173,7 @@ def _beside(llm: Path, mmprojs: list[Path]) -> Path | None:
         return alike[0]
     raise UnsupportedError(
         f"{printable(llm)}: which mmproj goes with it is not clear: {listed([p.name for p in alike or mmprojs])}",
-        hint="put the language model and its mmproj into a folder of their own",
+        hint="name it by --mmproj",
     )
 
 

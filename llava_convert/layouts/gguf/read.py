@@ -28,6 +28,7 @@ from llava_convert.layouts.gguf.files import (
 from llava_convert.layouts.gguf.mixes import OUTTYPES
 from llava_convert.layouts.gguf.mmproj import value
 from llava_convert.layouts.gguf.names import GgufTable, config_of, table_for_arch, table_for_family
+from llava_convert.layouts.gguf.ollama import is_manifest
 from llava_convert.layouts.gguf.rope import LLAMA3_TENSOR
 from llava_convert.model.checkpoint import (
     IMAGE_NEWLINE,
@@ -62,7 +63,7 @@ def detect(found: Found) -> str | None:
         return f"it holds GGUF files ({len(files)})" if files and found.config is None else None
     if found.path.suffix.lower() == SUFFIX or starts_as_gguf(found.path, found.headers):
         return "it is a GGUF file"
-    return None
+    return "it is a manifest of Ollama's store" if is_manifest(found.path, found.headers) else None
 
 
 def open(found: Found, options: OpenOptions) -> Checkpoint:
@@ -71,7 +72,7 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
     Raises UnsupportedError (exit 4) where which files count is not clear, for architectures and projectors that are not
     known and for tensors that these do not have; InputError for what is corrupt; what reading a header raises.
     """
-    return _opened(found, find(found.path, found.headers), options)
+    return _opened(found, find(found.path, found.headers, options.mmproj), options)
 
 
 def made_with(theirs: Checkpoint) -> dict[str, str]:

@@ -6,6 +6,8 @@ checked here before a byte is written.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 
 from llava_convert.assets.bundle import Artefacts
@@ -13,6 +15,7 @@ from llava_convert.assets.tokenizer.files import Tokenizer, open_tokenizer
 from llava_convert.core.errors import UnsupportedError, UsageError
 from llava_convert.core.tensors import QUANTS
 from llava_convert.layouts.base import Needs
+from llava_convert.layouts.defaults import refuse_quantised
 from llava_convert.layouts.gguf import limits, mixes, rope, stock
 from llava_convert.layouts.gguf.mixes import OUTTYPES
 from llava_convert.layouts.gguf.modelfile import modelfile
@@ -66,48 +69,94 @@ def lower(model: Model, options: TargetOptions) -> Target:
     llama.cpp's LLaVA cannot express.
     """
     made = Artefacts(model, options)
-    types, mmproj_types = outtypes(model, options), _names(options.mmproj_outtypes or MMPROJ_TYPES, "--mmproj-outtype")
+    types, mmproj_types = _llm_types(model, options), _mmproj_types(model, options)
     sets: list[FileSet] = []
     files: dict[str, bytes] = {}
     warnings: list[str] = []
     name = options.name or "model"
     stem = f"{name}-mmproj-{options.mmproj_for}" if options.mmproj_for else f"{name}-mmproj"
-    mmprojs = [f"{stem}-{kind}" for kind in mmproj_types] if options.part in (ALL, VISION) else []
+    mmprojs = [f"{stem}-{kind.name}" for kind in mmproj_types] if options.part in (ALL, VISION) else []
     if options.part in (ALL, LLM):
         limit = _limit(options)
         language, metadata = _language_model(model, made, options)
         warnings += [*made.warnings(LLM), *limits.warnings(model.configs[LLM]), *unsaid(_tokenizer(model, made))]
         for kind in types:
             outputs = _typed(language, kind, model)
-            one = FileSet(outputs, "", f"{name}-{kind}", limit, NAME, metadata | _file_type(kind))
+            one = FileSet(outputs, "", f"{name}-{kind.name}", limit, NAME, metadata | _file_type(kind))
             sets.append(one)
-            files[f"{name}-{kind}.Modelfile"] = _modelfile(model, made, part_names(one), mmprojs)
+            files[f"{name}-{kind.name}.Modelfile"] = _modelfile(model, made, part_names(one), mmprojs)
     if mmprojs:
         tower, metadata = _mmproj(model, made, options)
         blocks = int(model.configs[VISION]["num_hidden_layers"])
         for stem, kind in zip(mmprojs, mmproj_types, strict=True):
             outputs = tuple(
-                _output(one, mixes.mmproj_type(kind, one.name, one.recipe.shape, layer=_layer(one.name), layers=blocks))
+                _output(
+                    one,
+                    kind,
+                    lambda kind, one: mixes.mmproj_type(
+                        kind, one.name, one.recipe.shape, layer=_layer(one.name), layers=blocks
+                    ),
+                )
                 for one in tower
             )
             sets.append(FileSet(outputs, "", stem, None, NAME, metadata | _file_type(kind)))
-            if OUTTYPES[kind].base in QUANTS and kind != "q8_0":
-                warnings.append(f"an mmproj of type {kind} sees clearly worse; q8_0 and above do not")
-    for output in (o for one in sets for o in one.outputs):
-        if output.dtype in QUANTS and output.recipe.dtype != output.dtype:
+            if not kind.kept and OUTTYPES[kind.name].base in QUANTS and kind.name != "q8_0":
+                warnings.append(f"an mmproj of type {kind.name} sees clearly worse; q8_0 and above do not")
+    changed = [o for one in sets for o in one.outputs if o.recipe.dtype != o.dtype]
+    refuse_quantised({output.name: output.recipe for output in changed})
+    for output in changed:
+        if output.dtype in QUANTS:
             kernels.require(output.dtype)
+    if again := sorted(
+        {o.recipe.tensor.dtype for o in changed if o.dtype in QUANTS and o.recipe.tensor.dtype in QUANTS}
+    ):
+        warnings.append(
+            f"quantised a second time: the error of {', '.join(again)} stays, and that of the new type comes on top; "
+            "the model's f16, bf16 or f32 file gives a better one"
+        )
     return Target(NAME, tuple(sets), files, warnings=tuple(warnings))
 
 
-def outtypes(model: Model, options: TargetOptions) -> tuple[str, ...]:
-    """The file types of the language model: as asked, else bf16 for a bf16 source and f16 for all others."""
+@dataclass(frozen=True)
+class _Type:
+    """The type of a file; `kept`: each tensor keeps its own, those of a GGUF source. `number` is llama.cpp's for it."""
+
+    name: str
+    number: int
+    kept: bool = False
+
+
+def _llm_types(model: Model, options: TargetOptions) -> tuple[_Type, ...]:
+    """The file types of the language model: as asked, else a GGUF's own, bf16 for a bf16 source and f16 for others."""
     if options.outtypes and options.outtypes != ("auto",):
-        return _names(options.outtypes, "--outtype")
-    return ("bf16",) if LLM in model.configs and llm_dtype(model) == "BF16" else ("f16",)
+        return _named(options.outtypes, "--outtype")
+    if (kept := _kept(model, LLM)) is not None:
+        return (kept,)
+    return _named(("bf16",) if LLM in model.configs and llm_dtype(model) == "BF16" else ("f16",), "--outtype")
 
 
-def _names(asked: tuple[str, ...], option: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(mixes.outtype(name, option=option) for name in asked))
+def _mmproj_types(model: Model, options: TargetOptions) -> tuple[_Type, ...]:
+    if options.mmproj_outtypes:
+        return _named(options.mmproj_outtypes, "--mmproj-outtype")
+    kept = _kept(model, VISION)
+    return _named(MMPROJ_TYPES, "--mmproj-outtype") if kept is None else (kept,)
+
+
+def _named(asked: tuple[str, ...], option: str) -> tuple[_Type, ...]:
+    names = dict.fromkeys(mixes.outtype(name, option=option) for name in asked)
+    return tuple(_Type(name, OUTTYPES[name].file_type) for name in names)
+
+
+def _kept(model: Model, part: str) -> _Type | None:
+    """The type of the source's own file of a part; None where it is no GGUF, or is made floats of."""
+    metadata = model.checkpoint.stated.get(part)
+    recipes = model.part(part).values()
+    changed = any(recipe.tensor.dtype in QUANTS and recipe.dtype not in QUANTS for recipe in recipes)
+    if model.checkpoint.layout != NAME or metadata is None or changed:
+        return None
+    number = metadata["general.file_type"].value if "general.file_type" in metadata else None
+    name = next((name for name, outtype in OUTTYPES.items() if outtype.file_type == number), None)
+    return _Type(name or "kept", number if isinstance(number, int) else 0, kept=True)
 
 
 def _limit(options: TargetOptions) -> int | None:
@@ -165,13 +214,14 @@ def _stop_ids(made: Artefacts) -> list[int]:
     return [i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int)]
 
 
-def _typed(language: list[Renamed], kind: str, model: Model) -> tuple[Output, ...]:
+def _typed(language: list[Renamed], kind: _Type, model: Model) -> tuple[Output, ...]:
     config = model.configs[LLM]
     layers = int(config["num_hidden_layers"])
     return tuple(
         _output(
             one,
-            mixes.tensor_type(
+            kind,
+            lambda kind, one: mixes.tensor_type(
                 kind,
                 one.name,
                 one.recipe.shape,
@@ -185,7 +235,8 @@ def _typed(language: list[Renamed], kind: str, model: Model) -> tuple[Output, ..
     )
 
 
-def _output(one: Renamed, dtype: str) -> Output:
+def _output(one: Renamed, kind: _Type, type_of: Callable[[str, Renamed], str]) -> Output:
+    dtype = one.recipe.dtype if kind.kept else type_of(kind.name, one)
     return Output(one.name, one.old, one.recipe, dtype, one.members)
 
 
@@ -246,9 +297,9 @@ def size_label(parameters: int) -> str:
     raise AssertionError("the last unit takes all")
 
 
-def _file_type(kind: str) -> dict[str, Typed]:
+def _file_type(kind: _Type) -> dict[str, Typed]:
     return {
-        "general.file_type": Typed("u32", OUTTYPES[kind].file_type),
+        "general.file_type": Typed("u32", kind.number),
         "general.quantization_version": Typed("u32", _QUANTIZATION_VERSION),
     }
 

@@ -48,7 +48,7 @@ def open_part(found: Found, part: str) -> Checkpoint:
     path = found.path
     parts, extra = {name: Part() for name in PARTS}, None
     if part == PROJECTOR:
-        weights = open_weights(path, headers=found.headers)
+        weights = open_weights(found.weights, headers=found.headers)
         sorted_ = sort_tensors(weights.tensors, layout_table(NAME), path)
         parts[part], extra = Part(sorted_.weights[part]), sorted_.extra
         files, dropped, warnings = weights.files, sorted_.dropped, weights.warnings
@@ -62,7 +62,7 @@ def open_part(found: Found, part: str) -> Checkpoint:
         layout=NAME,
         extra=extra,
         path=path,
-        root=path,
+        root=found.root,
         files=files,
         beside=found.beside,
         parts=parts,

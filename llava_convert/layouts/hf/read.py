@@ -15,6 +15,7 @@ from llava_convert.layouts.adapter_folder import is_adapter
 from llava_convert.layouts.base import Found, OpenOptions
 from llava_convert.layouts.hf.alone import DIALECTS, NAME, ONEVISION, open_part, part_of
 from llava_convert.layouts.hf.forks import as_llava, forks
+from llava_convert.layouts.hf.mlx import from_mlx
 from llava_convert.layouts.naming import sort_tensors
 from llava_convert.model.checkpoint import LLM, PARTS, PROJECTOR, VISION, Checkpoint, Part, Settings
 from llava_convert.model.configs import old_flavour
@@ -81,11 +82,12 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
         raise UnsupportedError(f"{path}: {printable(kind)} is not supported, only {listed(list(DIALECTS))}")
     dialect = DIALECTS[kind]
     weights = open_weights(found.weights, headers=found.headers)
+    tensors, notes = from_mlx(weights, config, found.headers)
     text, vision = _text_config(config, kind), _vision_config(config, kind)
     architecture_for(VISION, vision["model_type"])  # the names of another tower's tensors would say less than its own
     # A family that is not known is refused where its tensors are needed, so that `inspect` can tell of the rest.
     known = known_architecture(LLM, text["model_type"])
-    sorted_ = sort_tensors(weights.tensors, layout_table(NAME, known.name if known else None), path)
+    sorted_ = sort_tensors(tensors, layout_table(NAME, known.name if known else None), path)
     configs: dict[str, dict[str, Any] | None] = {LLM: text, VISION: vision, PROJECTOR: None}
     parts = {name: Part(sorted_.weights[name], None, None, configs[name], found.beside) for name in PARTS}
     layer = config.get("vision_feature_layer")
@@ -98,17 +100,18 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
     return Checkpoint(
         layout=NAME,
         extra=sorted_.extra,
-        native=raw.get("model_type") not in forks(),
         path=path,
-        root=path,
+        root=found.root,
         files=weights.files,
         beside=found.beside,
         parts=parts,
         settings=Settings.of(said),
         image_newline=sorted_.image_newline,
         dropped=sorted_.dropped,
-        notes=tuple(f"names are in the {d} dialect" for d in sorted_.dialects if d != "classic"),
+        notes=(*weights.notes, *notes, *(f"names are in the {d} dialect" for d in sorted_.dialects if d != "classic")),
         warnings=weights.warnings,
+        stubs=weights.stubs,
+        as_written=weights.plain and not notes and sorted_.dialects == ("classic",) and raw.get("model_type") == kind,
         record=record,
         unknown_keys={
             key: config[key] for key in unknown_keys(config, (NAME, "common"), (*stated_in(dialect), *_HALVES))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import UnsupportedError
-from llava_convert.core.tensors import StoredTensor
 from llava_convert.core.text import listed, printable
 from llava_convert.layouts.adapter_folder import (
     ADAPTER_CONFIG,
@@ -37,7 +36,7 @@ from llava_convert.model.tables.types import read_config
 from llava_convert.storage.files import require_inside
 from llava_convert.storage.sidecars import Sidecars, folder_sidecars
 from llava_convert.storage.torch.file import state_dict
-from llava_convert.storage.weights import open_weights
+from llava_convert.storage.weights import Weights, open_weights
 
 NAME = "official"
 PROJECTOR_FILE = "mm_projector.bin"
@@ -55,7 +54,7 @@ _NEITHER = ("mm_vision_tower", "mm_hidden_size", "mm_projector_type")
 
 
 def detect(found: Found) -> str | None:
-    if found.path.is_file():
+    if found.path.is_file() and found.config is None:
         return "it is LLaVA's projector alone" if _is_projector(found) else None
     if NON_LORA in found.names:
         return f"it is official LLaVA's LoRA form ({NON_LORA})"
@@ -94,7 +93,8 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
     """
     path, beside = found.path, found.beside
     config, notes = _config(beside)
-    tensors, files, warnings = _weights(found)
+    sets = _weights(found)
+    tensors = {**trained_beside(found), **{name: tensor for one in sets for name, tensor in one.tensors.items()}}
     sorted_ = sort_tensors(tensors, layout_table(NAME), path)
     adapter, lora = read_adapter_config(beside), adapter_settings(beside)
     paths = {module: path.removeprefix(PREFIX) for module, path in sorted_.paths.items()}
@@ -123,15 +123,17 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
         layout=NAME,
         extra=sorted_.extra,
         path=path,
-        root=beside.where,
-        files=files,
+        root=found.root,
+        files=tuple(file for one in sets for file in one.files),
         beside=beside,
         parts=parts,
         settings=Settings.of(read_facts(NAME, own, str(beside.place(CONFIG)))),
         image_newline=sorted_.image_newline,
         dropped=tuple(dropped),
-        notes=(*notes, *told),
-        warnings=(*warnings, *_tower_warning(own, parts[VISION])),
+        notes=(*(note for one in sets for note in one.notes), *notes, *told),
+        warnings=(*(w for one in sets for w in one.warnings), *_tower_warning(own, parts[VISION])),
+        stubs=tuple(stub for one in sets for stub in one.stubs),
+        as_written=all(one.plain for one in sets),
         settled=config is not None,
         unknown_keys={key: own[key] for key in unknown_keys(own, (NAME, "common"), stated_in(NAME))},
         every_feature=EVERY_PATCH,
@@ -141,31 +143,20 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
     )
 
 
-def _weights(found: Found) -> tuple[dict[str, StoredTensor], tuple[Path, ...], tuple[str, ...]]:
+def _weights(found: Found) -> list[Weights]:
     path, names, headers = found.path, found.names, found.headers
-    if path.is_file():
-        alone = open_weights(path, headers=headers)
-        return dict(alone.tensors), alone.files, alone.warnings
-    adapter = is_adapter(names)
+    if found.file is not None or path.is_file():
+        return [open_weights(found.weights, headers=headers)]
     if NON_LORA in names:
-        sets = [
+        return [
             open_weights(require_inside(path, NON_LORA), headers=headers),
             open_weights(path, stems=(STEM,), headers=headers),
         ]
-    elif PROJECTOR_FILE in names and not any(n.startswith(("model", "pytorch_model")) for n in names):
-        sets = [open_weights(require_inside(path, PROJECTOR_FILE), headers=headers)]
-    elif adapter and not any(n.startswith(STEMS) for n in names):
-        sets = [open_weights(path, stems=(STEM,), headers=headers)]
-    else:
-        sets = [open_weights(found.weights, stems=STEMS, headers=headers)]
-    tensors: dict[str, StoredTensor] = dict(trained_beside(found))
-    for one in sets:
-        tensors.update(one.tensors)
-    return (
-        tensors,
-        tuple(f for s in sets for f in s.files),
-        tuple(w for s in sets for w in s.warnings),
-    )
+    if PROJECTOR_FILE in names and not any(n.startswith(("model", "pytorch_model")) for n in names):
+        return [open_weights(require_inside(path, PROJECTOR_FILE), headers=headers)]
+    if is_adapter(names) and not any(n.startswith(STEMS) for n in names):
+        return [open_weights(path, stems=(STEM,), headers=headers)]
+    return [open_weights(path, stems=STEMS, headers=headers)]
 
 
 def _config(beside: Sidecars) -> tuple[dict[str, Any] | None, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""The mmengine `.pth` that xtuner's training leaves. A source only.
+"""The mmengine `.pth` that xtuner's training leaves.
 
 It is one file, or with DeepSpeed a folder of that name. It is usually partial: what was frozen is absent and comes from
 the base models that the training config names. The config travels in `meta.cfg`.
@@ -19,6 +19,8 @@ from llava_convert.layouts.training_config import load_training_config, parse_tr
 from llava_convert.model.checkpoint import LLM, PARTS, VISION, Checkpoint, Part, Settings
 from llava_convert.model.tables.names import layout_table
 from llava_convert.model.training import LoraSettings, TrainingConfig
+from llava_convert.storage.distributed import read_distributed
+from llava_convert.storage.distributed import recognise as recognise_shares
 from llava_convert.storage.sidecars import folder_sidecars
 from llava_convert.storage.torch.file import StateDict, TorchFile, state_dict
 from llava_convert.storage.zero.checkpoint import read_zero, recognise
@@ -28,11 +30,18 @@ _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
 
 def detect(found: Found) -> str | None:
-    if found.path.is_dir():
-        return recognise(found.names)
-    if found.path.suffix not in _TORCH_SUFFIXES:
+    if found.config is not None:
         return None
-    names = state_dict(found.headers.torch(found.path)).tensors
+    if found.path.is_dir():
+        if (why := recognise(found.names)) is not None:
+            return why
+        if recognise_shares(found.path, found.names) is None:
+            return None
+        names = read_distributed(found.path, found.names, found.headers).tensors
+    elif found.path.suffix in _TORCH_SUFFIXES:
+        names = state_dict(found.headers.torch(found.path)).tensors
+    else:
+        return None
     table = layout_table(NAME)
     hits = sum(table.read(name) is not None for name in names)
     return f"its tensors have xtuner's names ({hits} of {len(names)})" if hits else None
@@ -52,6 +61,9 @@ class _Weights:
 
 def _read(found: Found) -> _Weights:
     path = found.path
+    if path.is_dir() and recognise(found.names) is None:
+        shares = read_distributed(path, found.names, found.headers)
+        return _Weights(shares.tensors, {}, shares.files, shares.notes, shares.warnings, shares.stubs)
     if path.is_dir():
         zero = read_zero(path)
         state = state_dict(TorchFile(path, zero.tensors, zero.stubs, "little"))
@@ -102,6 +114,7 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
         warnings=(*read.warnings, *warnings),
         training=training,
         stubs=read.stubs,
+        as_written=path.is_file(),
         publish_dtype=training.publish_dtype if training is not None else "float16",
     )
 

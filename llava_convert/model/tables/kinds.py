@@ -74,10 +74,7 @@ class Evidence(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One row. `what`, `use` and `next` are texts in which `{path}` and its like are to be filled in.
-
-    `weights`: a file of weights, which is a model once the config of its model lies beside it.
-    """
+    """One row. `what`, `use` and `next` are texts in which `{path}` and its like are to be filled in."""
 
     name: str
     what: str
@@ -85,7 +82,6 @@ class Kind:
     next: str
     when: Mapping[str, tuple[str, ...]]
     line: int
-    weights: bool = False
 
     def fits(self, seen: Evidence) -> bool:
         return all(_CONDITIONS[name](seen, values) for name, values in self.when.items())
@@ -160,7 +156,7 @@ def parse_kinds(text: str, path: Path) -> tuple[Kind, ...]:
             raise TableError(f"{path.name} line {line}: {name} lacks a text, or names what is not known")
         if name in {one.name for one in found}:
             raise TableError(f"{path.name} line {line}: {name} stands twice")
-        found.append(Kind(name, texts["is"], texts["use"], texts["next"], when, line, entry.get("weights", False)))
+        found.append(Kind(name, texts["is"], texts["use"], texts["next"], when, line))
     return tuple(found)
 
 

@@ -23,7 +23,7 @@ FIRST = 64 << 10
 PIECE = 8 << 20
 KEPT = 4 << 20  # of what was read of a file's headers, for the next who opens it
 SMALL = 64 << 20  # no config or tokenizer of a model is larger
-WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot")
+WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".distcp")
 
 
 @dataclass

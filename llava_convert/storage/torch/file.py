@@ -81,7 +81,10 @@ def state_dict(file: TorchFile) -> StateDict:
     if level is None:
         raise UnsupportedError(
             f"{file.path}: holds {_describe(file.root)}, not a state dict",
-            hint="Save the weights alone: torch.save(model.state_dict(), FILE)",
+            hint="save the weights alone where its code is: "
+            f"python -c \"import torch; m = torch.load('{file.path.name}', map_location='cpu', weights_only=False); "
+            "torch.save(m.state_dict(), 'weights.pth')\"; then give weights.pth, with the folder of its config by "
+            "--config-from",
         )
     while not _holds_tensors(level) and len(unwrapped) < 4:  # objects may be cyclic
         inner = {key: _entries(level.get(key)) for key in ("state_dict", "model", "module")}

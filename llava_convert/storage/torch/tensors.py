@@ -62,6 +62,16 @@ class OddTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class LocalShard(OddTensor):
+    """A rank's part of a distributed tensor: `local` of a whole of `shape`, placed on the ranks of `mesh`."""
+
+    local: StoredTensor
+    shape: tuple[int, ...]
+    placements: tuple[Any, ...]
+    mesh: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Storage:
     """A torch storage: `nbytes` at `offset` of `path`. `dtype` is None for a type outside `spec`."""
 
@@ -175,11 +185,30 @@ def _rebuild_parameter(args: tuple[Any, ...]) -> Any:
 
 def _rebuild_from_type(args: tuple[Any, ...]) -> Any:
     """(function, type, arguments, state): a subclass of Tensor, or a tensor with attributes."""
-    function, _, inner, _ = args
+    function, _, inner, state = args
     if type(function) is not Inert or function.args is not None or type(inner) is not tuple:
         raise Malformed("a tensor without a function that makes it")
+    if function.name == "torch._utils._rebuild_wrapper_subclass":
+        return _distributed(inner, state) or OddTensor("wrapper-subclass")
     builder = _TENSOR_BUILDERS.get(function.name)
     return OddTensor(function.name) if builder is None else builder(inner)
+
+
+def _distributed(inner: tuple[Any, ...], state: Any) -> LocalShard | None:
+    """A DTensor, whose state holds its local tensor and the spec that places it; None for another subclass."""
+    kind, size = (inner[0], inner[2]) if len(inner) > 2 else (None, None)
+    if type(kind) is not Inert or not kind.name.startswith("torch.distributed.") or not kind.name.endswith(".DTensor"):
+        return None
+    held = next((part for part in state if type(part) is dict), {}) if type(state) is tuple else state
+    held = held if type(held) is dict else {}
+    spec, local = held.get("_spec"), held.get("_local_tensor")
+    placed = spec.state if type(spec) is Inert and type(spec.state) is dict else {}
+    placements = placed.get("placements")
+    if type(local) is not StoredTensor or not isinstance(placements, tuple | list) or type(size) is not tuple:
+        raise Malformed("a distributed tensor without its local one, or its placements")
+    if not all(type(n) is int and n >= 0 for n in size):
+        raise Malformed("a distributed tensor without sizes")
+    return LocalShard("distributed", local, size, tuple(placements), placed.get("mesh"))
 
 
 def _odd(kind: str) -> Callable[[tuple[Any, ...]], OddTensor]:

@@ -22,6 +22,9 @@ from llava_convert.storage.pickle import machine
 from llava_convert.storage.torch.tensors import BUILDERS, Storage, is_quiet, storage_at, storage_id
 
 MAX_DIRECTORY_BYTES = 64 << 20  # about 600,000 records
+# The directory of one tensor lies in these last bytes of its archive; that of a model is read on its own.
+TAIL = 4096
+_LONGEST_TAIL = 65557  # with the longest comment that a zip file can end with
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +127,11 @@ def _zip_records(path: Path, stream: RawIOBase, size: int) -> dict[str, _Record]
 
 def _zip_directory(path: Path, stream: RawIOBase, size: int) -> tuple[int, int, int]:
     """Start, end and number of entries of the central directory, zip64 or not."""
-    tail_at = max(0, size - 65557)
-    tail = read_at(path, stream, tail_at, size - tail_at)
-    at = tail.rfind(b"PK\x05\x06")
-    while at >= 0 and (at + 22 > len(tail) or at + 22 + int.from_bytes(tail[at + 20 : at + 22], "little") != len(tail)):
-        at = tail.rfind(b"PK\x05\x06", 0, at)
+    for longest in (TAIL, _LONGEST_TAIL):
+        tail_at = max(0, size - longest)
+        at = _end_record(tail := read_at(path, stream, tail_at, size - tail_at))
+        if at >= 0:
+            break
     if at < 0:
         raise InputError(
             f"{path}: an unfinished save or download: it begins as a zip file and has no directory at its end",
@@ -154,6 +157,14 @@ def _zip_directory(path: Path, stream: RawIOBase, size: int) -> tuple[int, int, 
     if length > MAX_DIRECTORY_BYTES:
         raise UnsafeError(f"{path}: its zip directory has {length:,} bytes; {MAX_DIRECTORY_BYTES:,} are the most read")
     return start, start + length, count
+
+
+def _end_record(tail: bytes) -> int:
+    """Where the record that ends a zip file begins in its last bytes, -1 where it does not."""
+    at = tail.rfind(b"PK\x05\x06")
+    while at >= 0 and (at + 22 > len(tail) or at + 22 + int.from_bytes(tail[at + 20 : at + 22], "little") != len(tail)):
+        at = tail.rfind(b"PK\x05\x06", 0, at)
+    return at
 
 
 def _zip64_fields(path: Path, extra: bytes, unpacked: int, packed: int, header: int) -> tuple[int, int, int]:

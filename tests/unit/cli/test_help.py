@@ -245,8 +245,10 @@ def test_what_is_offered_is_what_there_is() -> None:
 
 def test_a_command_shows_what_its_source_can_use() -> None:
     shown = {layout: run(layout, "--help").stdout for layout in LAYOUTS}
-    for option in ("--config", "--pretrained-pth"):
+    for option in ("--config ", "--pretrained-pth"):
         assert {layout for layout, text in shown.items() if option in text} == {"pth", "xtuner"}
+    assert {layout for layout, text in shown.items() if "--config-from" in text} == {"official", "hf"}
+    assert {layout for layout, text in shown.items() if "--mmproj " in text} == {"gguf"}
     assert {layout for layout, text in shown.items() if "--dequantize" in text} == {"official", "hf", "gguf"}
     assert {layout for layout, text in shown.items() if "--lora-alpha" in text} == set(LAYOUTS)
     every = run("convert", "--help").stdout
@@ -258,7 +260,7 @@ def test_options_of_some_targets_stand_in_a_panel_of_theirs() -> None:
     panels = re.split(r"╭─ ", text)
     gguf = next(panel for panel in panels if panel.startswith("Output: gguf "))
     assert all(option in gguf for option in ("--outtype", "--mmproj-outtype", "--pre"))
-    assert "--dtype" in next(panel for panel in panels if panel.startswith("Output: xtuner, official, hf "))
+    assert "--dtype" in next(panel for panel in panels if panel.startswith("Output: pth, xtuner, official, hf "))
 
 
 def test_an_option_that_the_source_never_uses_is_told_where_it_belongs(tiny: Path, tmp_path: Path) -> None:

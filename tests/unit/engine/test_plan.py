@@ -159,10 +159,14 @@ def test_folders_have_shards_and_index_of_their_own() -> None:
 
 
 def test_torch_container() -> None:
-    plan = plan_of([output("a")], stem="mm_projector", container="torch")
-    assert [(shard.name, shard.header, shard.container) for shard in plan.shards] == [
-        ("mm_projector.bin", b"", "torch")
-    ]
+    (shard,) = plan_of([output("a")], stem="mm_projector", container="torch").shards
+    assert (shard.name, shard.container) == ("mm_projector.bin", "torch")
+    assert shard.header.startswith(b"PK") and len(shard.header) == shard.tensors[0].offset, "up to the first tensor"
+    ((at, end),) = shard.pieces
+    assert at == shard.tensors[0].offset + shard.tensors[0].nbytes and at + len(end) == shard.size
+    assert shard.checks.keys() == {"a"}
+    (other,) = plan_of([output("a")], container="torch", around={"meta": {"iter": 1}}, key="state_dict").shards
+    assert other.name == "model.pth" and b"state_dict" in other.header
 
 
 def test_against_safetensors(tmp_path: Path) -> None:
@@ -287,7 +291,7 @@ def test_metadata_and_types_change_the_hash() -> None:
 
 
 def test_files_of_the_same_tensors_form_a_batch() -> None:
-    """Two types of one model, one of them split; another model's file and the torch file go alone."""
+    """Two types of one model, one of them split; another model's in safetensors and in a torch file."""
     sets = (
         FileSet((output("a"), output("b")), folder="f16", limit=None),
         FileSet((output("p"),), folder="mmproj", limit=None),
@@ -301,10 +305,9 @@ def test_files_of_the_same_tensors_form_a_batch() -> None:
             "f32/model-00001-of-00002.safetensors",
             "f32/model-00002-of-00002.safetensors",
         ],
-        ["mmproj/model.safetensors"],
-        ["mm_projector.bin"],
+        ["mmproj/model.safetensors", "mm_projector.bin"],
     ]
-    assert plan.bytes_read == 64 + 2 * 64 + 64, "each tensor once a batch"
+    assert plan.bytes_read == 64 + 2 * 64, "each tensor once a batch"
 
 
 def test_shards_of_one_type_stay_apart() -> None:

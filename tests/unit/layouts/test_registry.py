@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import llava_convert
-from llava_convert.core.errors import InputError, UnsupportedError
-from llava_convert.layouts.registry import open_checkpoint
+from llava_convert.core.errors import InputError, UnsupportedError, UsageError
+from llava_convert.core.tensors import Extent
+from llava_convert.layouts.registry import open_checkpoint, recognise
+from tests.share_folders import cut, write_classic
 
 
 def refused(path: Path) -> tuple[str, str]:
@@ -34,26 +37,85 @@ def test_a_small_file_of_a_model_leads_to_its_folder(hf: Path, file: str) -> Non
     assert open_checkpoint(hf)[0].layout == "hf"
 
 
-def test_a_file_of_weights_means_its_model(hf: Path) -> None:
-    checkpoint, why = open_checkpoint(hf / "model.safetensors")
-    assert (checkpoint.layout, checkpoint.path) == ("hf", hf)
-    assert why.endswith("model.safetensors is a file of it")
+def tensors(path: Path, name: str | None = None, config_from: Path | None = None) -> dict[str, tuple[Extent, ...]]:
+    checkpoint = recognise(path, name, config_from).open()
+    return {name: tensor.extents for name, tensor in checkpoint.tensors().items()}
 
 
-def test_a_file_that_is_named_counts_where_the_folder_has_two(hf: Path, tmp_path: Path) -> None:
-    """The hint of a folder with two sets of weights is to name the file: that is followed here."""
-    both = Path(shutil.copytree(hf, tmp_path / "both"))
-    shutil.copy(both / "model.safetensors", both / "pytorch_model.safetensors")
-    with pytest.raises(UnsupportedError, match="ambiguous") as found:
-        open_checkpoint(both)
-    named = re.search(r"such as (\S+),", str(found.value.hint))
-    assert named is not None and open_checkpoint(Path(named[1]))[0].files == (Path(named[1]),)
+def test_the_weights_of_a_folder_stand_for_it(hf: Path) -> None:
+    found = recognise(hf / "model.safetensors").open()
+    assert (found.layout, found.path) == ("hf", hf)
+    assert tensors(hf / "model.safetensors") == tensors(hf)
 
 
-def test_one_of_several_shards_means_all_of_them(hf: Path, tmp_path: Path) -> None:
-    llava_convert.convert(hf, to="official", out=tmp_path / "out", max_shard_size="200KB")
-    shard = min((tmp_path / "out").glob("model-*-of-*.safetensors"))
-    assert open_checkpoint(shard)[0].files == open_checkpoint(tmp_path / "out")[0].files
+def test_a_named_file_is_the_one_that_counts(hf: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(hf, tmp_path / "two")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    found = recognise(folder / "pytorch_model.bin").open()
+    assert found.files == (folder / "pytorch_model.bin",) and not found.as_written
+    assert recognise(folder).open().files == (folder / "model.safetensors",)
+
+
+def test_a_shard_stands_for_all_that_its_index_names(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    llava_convert.convert(tiny / "iter_2.pth", to="hf", max_shard_size="200KB", out=folder)
+    shard = sorted(folder.glob("*-of-*.safetensors"))[1]
+    assert tensors(shard) == tensors(folder) == tensors(folder / "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".bin", ".safetensors"])
+def test_a_state_dict_alone_takes_the_config_of_another_folder(hf: Path, tmp_path: Path, suffix: str) -> None:
+    state, file = load_file(hf / "model.safetensors"), tmp_path / f"weights{suffix}"
+    if suffix == ".safetensors":
+        save_file(state, file)
+    else:
+        torch.save({"model": state}, file)
+    message, hint = refused(file)
+    assert str(file) in message and hint.startswith("it is a state dict alone") and "--config-from" in hint
+    found = recognise(file, None, hf).open()
+    assert (found.layout, found.path, found.root, found.files) == ("hf", file, tmp_path, (file,))
+    assert set(found.tensors()) == set(tensors(hf))
+    llava_convert.convert(file, to="official", out=tmp_path / "official", config_from=hf)
+    assert llava_convert.verify(hf, tmp_path / "official")
+
+
+def test_a_folder_without_a_config_is_no_source_of_it(tiny: Path, hf: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a model folder: it has no config"):
+        recognise(hf / "model.safetensors", None, tmp_path)
+    with pytest.raises(UsageError, match=r"config_from does not apply: iter_2\.pth is pth"):
+        llava_convert.plan(tiny / "iter_2.pth", to="hf", config_from=hf)
+
+
+class Whole(torch.nn.Module):
+    """A model that is pickled whole."""
+
+
+def test_a_pickled_model_is_refused_with_the_line_that_makes_a_state_dict(tmp_path: Path) -> None:
+    torch.save(Whole(), tmp_path / "model.pth")
+    message, hint = refused(tmp_path / "model.pth")
+    assert "holds an object of" in message
+    assert "torch.save(m.state_dict(), 'weights.pth')" in hint and "--config-from" in hint
+
+
+def shares(hf: Path, folder: Path) -> Path:
+    """The weights of a folder in a distributed checkpoint of two ranks, alone."""
+    state = load_file(hf / "model.safetensors")
+    parts = {name: (t.shape, cut(t, 0, 2 if t.ndim else 1)) for name, t in state.items()}
+    return write_classic(folder, parts)
+
+
+def test_a_distributed_checkpoint_takes_the_config_beside_around_or_elsewhere(hf: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(hf, tmp_path / "run", ignore=shutil.ignore_patterns("model.safetensors"))
+    inner = shares(hf, folder / "pytorch_model_fsdp_0")
+    alone = shares(hf, tmp_path / "alone" / "shares")
+    for found in (recognise(folder), recognise(inner), recognise(alone, None, hf)):
+        assert (found.layout, set(found.open().tensors())) == ("hf", set(tensors(hf)))
+    with pytest.raises(InputError) as refusal:
+        recognise(alone)
+    assert "is a distributed checkpoint of torch" in refusal.value.message
+    assert "--config-from" in str(refusal.value.hint)
+    llava_convert.convert(folder, to="hf", out=tmp_path / "whole")
+    assert llava_convert.verify(hf, tmp_path / "whole")
 
 
 def test_a_folder_of_a_training_means_the_checkpoint_of_the_most_steps(tiny: Path, tmp_path: Path) -> None:

@@ -1,0 +1,146 @@
+"""Stores of other programs, and what other programs save: Ollama, two folders, MLX, towers of newer transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import llava_convert
+from llava_convert.core.errors import InputError, UnsupportedError, UsageError
+from llava_convert.layouts.base import OpenOptions
+from llava_convert.layouts.registry import recognise
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    llava_convert.convert(tiny / "iter_2.pth", to="gguf", outtype=["f16", "q8_0"], name="m", out=folder / "gguf")
+    llava_convert.convert(tiny / "iter_2.pth", to="hf", out=folder / "hf")
+    return folder
+
+
+# --- Ollama, LM Studio, two folders
+
+
+def store(made: Path, folder: Path, *, projector: bool = True) -> tuple[Path, Path]:
+    """A store of Ollama with two models; the manifest and the language model's blob of the one that is whole."""
+    blobs, library = folder / "models" / "blobs", folder / "models" / "manifests" / "registry.ollama.ai" / "library"
+    blobs.mkdir(parents=True)
+
+    def blob(file: Path, kind: str) -> dict[str, str | int]:
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        shutil.copy(file, blobs / f"sha256-{digest}")
+        kind = f"application/vnd.ollama.image.{kind}"
+        return {"mediaType": kind, "digest": f"sha256:{digest}", "size": file.stat().st_size}
+
+    text = [blob(made / "gguf" / "m-f16.gguf", "model")]
+    whole = [blob(made / "gguf" / "m-q8_0.gguf", "model")]
+    whole += [blob(made / "gguf" / "m-mmproj-f16.gguf", "projector")] if projector else []
+    for name, layers in (("text", text), ("llava", whole)):
+        (library / name).mkdir(parents=True)
+        (library / name / "7b").write_text(json.dumps({"schemaVersion": 2, "config": {}, "layers": layers}))
+    return library / "llava" / "7b", blobs / str(whole[0]["digest"]).replace(":", "-")
+
+
+def test_a_manifest_and_a_blob_of_ollama_mean_both_files(made: Path, tmp_path: Path) -> None:
+    manifest, blob = store(made, tmp_path)
+    expected = set(recognise(made / "gguf" / "m-q8_0.gguf").open().tensors())
+    assert any(name.startswith("vision_tower.") for name in expected)
+    for source in (manifest, blob):
+        found = recognise(source)
+        assert (found.layout, set(found.open().tensors())) == ("gguf", expected)
+    llava_convert.convert(manifest, to="hf", out=tmp_path / "hf", dequantize=True)
+    assert llava_convert.verify(made / "gguf" / "m-q8_0.gguf", tmp_path / "hf")
+
+
+def test_a_model_of_ollama_without_a_projector_is_text_alone(made: Path, tmp_path: Path) -> None:
+    manifest, blob = store(made, tmp_path, projector=False)
+    for source in (manifest, blob):
+        assert recognise(source).open().default_part == "language_model"
+
+
+def test_a_blob_that_is_missing(made: Path, tmp_path: Path) -> None:
+    manifest, blob = store(made, tmp_path)
+    blob.unlink()
+    with pytest.raises(InputError, match="is not in") as refused:
+        recognise(manifest).open()
+    assert "ollama pull" in str(refused.value.hint)
+
+
+def test_two_folders(made: Path, tmp_path: Path) -> None:
+    for name in ("m-f16.gguf", "m-mmproj-f16.gguf"):
+        (tmp_path / name).mkdir()
+        shutil.copy(made / "gguf" / name, tmp_path / name)
+    language, eyes = tmp_path / "m-f16.gguf" / "m-f16.gguf", tmp_path / "m-mmproj-f16.gguf" / "m-mmproj-f16.gguf"
+    for source in (language, language.parent):
+        llava_convert.convert(source, to="hf", out=tmp_path / "hf", mmproj=eyes, force=True)
+        assert llava_convert.verify(made / "gguf" / "m-f16.gguf", tmp_path / "hf")
+    with pytest.raises(UnsupportedError, match="is no mmproj"):
+        recognise(language).open(OpenOptions(mmproj=language))
+    with pytest.raises(UnsupportedError, match="is an mmproj itself"):
+        recognise(eyes).open(OpenOptions(mmproj=eyes))
+    with pytest.raises(UsageError, match="mmproj does not apply"):
+        llava_convert.plan(made / "hf", to="official", mmproj=eyes)
+
+
+# --- MLX
+
+
+def mlx(made: Path, folder: Path) -> Path:
+    """The folder as mlx-vlm saves it."""
+    shutil.copytree(made / "hf", folder)
+    state = load_file(folder / "model.safetensors")
+    name = "vision_tower.vision_model.embeddings.patch_embedding.weight"
+    state[name] = state[name].permute(0, 2, 3, 1).contiguous()
+    save_file(state, folder / "model.safetensors", {"format": "mlx"})
+    return folder
+
+
+@pytest.mark.parametrize("to", ["hf", "official", "gguf"])
+def test_what_mlx_saves(made: Path, tmp_path: Path, to: str) -> None:
+    folder = mlx(made, tmp_path / "mlx")
+    llava_convert.convert(folder, to=to, out=tmp_path / to)
+    assert llava_convert.verify(made / "hf", tmp_path / to)
+    if to == "hf":
+        ours, theirs = (load_file(side / "model.safetensors") for side in (made / "hf", tmp_path / "hf"))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_what_mlx_quantised_is_refused_by_name(made: Path, tmp_path: Path) -> None:
+    folder = mlx(made, tmp_path / "mlx")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization": {"group_size": 64, "bits": 4}}))
+    with pytest.raises(UnsupportedError, match="quantised by MLX to 4 bits"):
+        recognise(folder).open()
+
+
+# --- towers without `vision_model.`
+
+
+def test_a_tower_of_newer_transformers_in_the_xtuner_layout(made: Path, tmp_path: Path) -> None:
+    llava_convert.convert(made / "hf", to="xtuner", out=tmp_path / "xtuner")
+    file = tmp_path / "xtuner" / "visual_encoder" / "model.safetensors"
+    before = recognise(tmp_path / "xtuner").open().tensors()
+    state = {name.removeprefix("vision_model."): tensor for name, tensor in load_file(file).items()}
+    assert len(state) == len(load_file(file)) and not any(name.startswith("vision_model.") for name in state)
+    save_file(state, file)
+    assert recognise(tmp_path / "xtuner").open().tensors().keys() == before.keys()
+    llava_convert.convert(tmp_path / "xtuner", to="official", out=tmp_path / "official")
+    assert llava_convert.verify(made / "hf", tmp_path / "official")
+
+
+def test_such_a_tower_in_a_pth(made: Path, tmp_path: Path) -> None:
+    llava_convert.convert(made / "hf", to="pth", out=tmp_path / "pth")
+    file = tmp_path / "pth" / "model.pth"
+    whole = torch.load(file, weights_only=True)
+    flat = {
+        name.replace("visual_encoder.vision_model.", "visual_encoder."): t for name, t in whole["state_dict"].items()
+    }
+    torch.save({**whole, "state_dict": flat}, tmp_path / "flat.pth")
+    assert recognise(tmp_path / "flat.pth").open().tensors().keys() == recognise(file).open().tensors().keys()
