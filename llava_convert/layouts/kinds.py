@@ -18,6 +18,7 @@ from llava_convert.layouts.base import Found
 from llava_convert.model.tables.kinds import FILE, FOLDER, Kind, kinds
 from llava_convert.storage.files import open_regular, read_fully
 from llava_convert.storage.json_files import MAX_JSON_BYTES, parse_json
+from llava_convert.storage.pickle.globals import Inert
 from llava_convert.storage.safetensors import SUFFIX
 
 _TORCH = (".bin", ".pth", ".pt", ".ckpt", ".tar")
@@ -28,12 +29,16 @@ _HEAD = 1 << 20  # bytes of a list of objects in which the first of them ends
 
 @dataclass(frozen=True)
 class Known:
-    """What a thing is, what it can be used for, and the command to type next."""
+    """What a thing is, what it can be used for, and the command to type next.
+
+    `weights`: it is a file of weights, which is a model once the config of its model lies beside it.
+    """
 
     kind: str
     what: str
     use: str
     next: str
+    weights: bool = False
 
 
 class Told(ConvertError):
@@ -134,6 +139,14 @@ class Seen:
                 return frozenset((*keys, *file.stubs))
         return frozenset()
 
+    @cached_property
+    def objects(self) -> frozenset[str]:
+        if self.place == FILE and self.suffix in _TORCH:
+            with suppress(ConvertError, OSError):
+                root = self.found.headers.torch(self.path).root
+                return frozenset({root.name} if isinstance(root, Inert) else ())
+        return frozenset()
+
     def newest(self, pattern: str) -> str | None:
         fitting = [name for name in self.names if Path(name).match(pattern)]
         return max(fitting, key=lambda name: (_number(name), _changed(self.path / name)), default=None)
@@ -165,7 +178,7 @@ def _filled(kind: Kind, seen: Seen) -> Known:
     quoted = {word: shlex.quote(str(value)) for word, value in words.items()}
     plain = {word: str(value) for word, value in words.items()} | {"inner": inner}
     texts = [text.format(**plain) for text in (kind.what, kind.use)]
-    return Known(kind.name, texts[0], texts[1], kind.next.format(**quoted))
+    return Known(kind.name, texts[0], texts[1], kind.next.format(**quoted), kind.weights)
 
 
 def refusal(found: Found) -> UnsupportedError:

@@ -18,7 +18,7 @@ from llava_convert.core.errors import ConvertError, InputError, UnsupportedError
 from llava_convert.core.text import printable
 from llava_convert.layouts import kinds
 from llava_convert.layouts.base import Found, Layout, OpenOptions
-from llava_convert.layouts.info import LAYOUTS, reading
+from llava_convert.layouts.info import LAYOUTS
 from llava_convert.layouts.trainer_run import followed
 from llava_convert.model.checkpoint import Checkpoint
 from llava_convert.model.quantized import with_quantization
@@ -29,7 +29,7 @@ from llava_convert.storage.distributed import recognise as recognise_shares
 from llava_convert.storage.files import open_regular, read_fully, require_inside
 from llava_convert.storage.safetensors import SUFFIX, read_header
 from llava_convert.storage.sidecars import folder_sidecars, refuse_links_out
-from llava_convert.storage.weights import NoWeightsError, index_of, is_weights, open_weights
+from llava_convert.storage.weights import NoWeightsError, index_of
 
 SOURCES = tuple(LAYOUTS)
 OpenEach = Callable[[Found, OpenOptions], list[Checkpoint]]
@@ -99,17 +99,6 @@ def _config_folder(path: Path, names: frozenset[str]) -> Path:
         return path
     around = (path / "huggingface", path.parent, path.parent.parent)
     return next((folder for folder in around if (folder / CONFIG).is_file()), path)
-
-
-def _around(found: Found) -> Found:
-    """The folder that a file of weights is of, with that file as the one that counts; else what was found.
-
-    Of a shard the index counts, if there is one.
-    """
-    path = found.path
-    if not path.is_file() or found.config is not None or not is_weights(path) or not (path.parent / CONFIG).is_file():
-        return found
-    return replace(look(path.parent), file=index_of(path) or path, headers=found.headers)
 
 
 def _whole(found: Found) -> dict[str, str]:
@@ -231,9 +220,13 @@ def _model_around(found: Found) -> tuple[Found, str] | None:
     That file counts then; of a shard the index, if there is one.
     """
     path = found.path
-    if not path.is_file() or found.config is not None or not is_weights(path) or not (path.parent / CONFIG).is_file():
+    if not path.is_file() or found.config is not None or not (path.parent / CONFIG).is_file():
         return None
-    around = replace(look(path.parent), file=index_of(path) or path, headers=found.headers)
+    told = kinds.known(found)
+    index = index_of(path)
+    if index is None and (told is None or not told.weights):
+        return None
+    around = replace(look(path.parent), file=index or path, headers=found.headers)
     return (around, f"{path.name} is a file of the model in {path.parent}") if _claims(around)[0] else None
 
 
@@ -259,10 +252,9 @@ def _choose(found: Found, name: str | None, claims: Mapping[str, str]) -> tuple[
         )
     if not claims:
         if (kind := recognise_shares(path, found.names)) is not None and found.config is None:
-            raise InputError(
-                f"{path} is {kind}, and the model's {CONFIG} lies neither in it nor in the folder around it",
-                hint="give the folder of the model's config and tokenizer by --config-from",
-            )
+            use = f"a model in pieces; the model's {CONFIG} lies neither in it nor in the folder around it"
+            command = f"llava-convert convert {shlex.quote(str(path))} --config-from FOLDER --to hf"
+            raise kinds.IncompleteError(path, kinds.Known("shares", kind, use, command))
         raise _unknown(found)
     chosen = name or next(iter(claims))
     return chosen, claims[chosen]
@@ -276,8 +268,6 @@ def _unknown(found: Found) -> UnsupportedError:
     path = found.path
     if path.is_file() and path.suffix.lower() == SUFFIX:
         read_header(path)
-    if path.is_file() and (hint := _state_dict_hint(found)) is not None:
-        return UnsupportedError(f"{path} holds the weights of a LLaVA, without its config and tokenizer", hint=hint)
     if kinds.known(found) is None:
         entries = sorted((path / name for name in found.names if not name.startswith(".")), key=_age)
         within = _claimed(entries[:_LOOKED_AT])
@@ -286,17 +276,6 @@ def _unknown(found: Found) -> UnsupportedError:
             command = shlex.join(["llava-convert", "inspect", str(within)])
             return kinds.NotAModelError(path, kinds.Known("folder", "a folder around a checkpoint", use, command))
     return kinds.refusal(found)
-
-
-def _state_dict_hint(found: Found) -> str | None:
-    """What to do with a file of weights alone, if some layout has its names."""
-    if not is_weights(found.path):
-        return None
-    names = open_weights(found.path, headers=found.headers).tensors
-    known = [name for name in reading("config_from") if any(layout_table(name).read(tensor) for tensor in names)]
-    if not known:
-        return None
-    return "it is a state dict alone: give the folder of the model's config and tokenizer by --config-from"
 
 
 def _claimed(paths: Iterable[Path]) -> Path | None:

@@ -321,7 +321,7 @@ def distributed(to: Folder) -> Path:
     import torch.distributed.checkpoint as dcp
 
     folder = to.new("dcp")
-    state = {"model": {"layer.weight": torch.ones(2, 2)}}
+    state = {"model": load_file(to / "hf/model.safetensors")}
     dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
     return folder
 

@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from llava_convert.cli import app
@@ -47,14 +45,19 @@ def next_of(text: str) -> str:
     return line.removeprefix("next: ")
 
 
+def folder_of(command: str, root: Path) -> str:
+    """What FOLDER stands for: a model's own, a base, or where an archive goes."""
+    if "--config-from" in command:
+        return "hf"
+    return str(TINY / ("llm" if "--llm" in command else "vit") if "convert" in command else root / "unpacked")
+
+
 def words_of(command: str, root: Path) -> list[str]:
     """A command with what its capitals stand for, and its output under a name of its own."""
     words = []
     for word in shlex.split(command):
-        if word == "FOLDER":  # a base's own, or where an archive goes
-            word = (
-                str(TINY / ("llm" if "--llm" in command else "vit")) if "convert" in command else str(root / "unpacked")
-            )
+        if word == "FOLDER":
+            word = folder_of(command, root)
         word = FILLED.get(word, word)
         words += sorted(map(str, Path().glob(word))) if "*" in word else [word]
     return words
@@ -119,17 +122,3 @@ def test_every_row_has_a_line_and_a_next_step() -> None:
     for kind in kinds():
         assert kind.line and kind.what[0].islower() == (not kind.what.startswith(("PEFT", "CLIP")))
         assert kind.next.split()[0] in ("llava-convert", "python", "7z")
-
-
-def test_what_is_merged_is_a_model(things: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
-    """accelerate's FSDP folder: torch's own script, called as it is told, makes a folder that converts."""
-    folder = Path(shutil.copytree(things[0] / "hf", tmp_path / "checkpoint-4"))
-    state = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model_fsdp_0").mkdir()
-    writer = dcp.FileSystemWriter(folder / "pytorch_model_fsdp_0")
-    dcp.save({"model": state}, storage_writer=writer, no_dist=True)
-    command = next_of(inspected(folder))
-    subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True, timeout=120)
-    found = CliRunner().invoke(app, ["convert", str(folder), "--to", "official", "-o", str(tmp_path / "out")])
-    assert found.exit_code == 0, found.output

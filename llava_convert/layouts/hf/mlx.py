@@ -1,19 +1,15 @@
 """What mlx-vlm saves: transformers' names and config, the weights of convolutions in another order of axes.
 
 mlx-vlm 0.7.10 (utils.py `save_weights`, models/llava): its files say `format: mlx`, and a patch embedding is [out,
-height, width, in] where torch has [out, in, height, width]. A model that it quantised has packed integers instead,
-which is refused.
+height, width, in] where torch has [out, in, height, width].
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from llava_convert.core.errors import UnsupportedError
 from llava_convert.core.tensors import StoredTensor
-from llava_convert.core.text import printable
 from llava_convert.storage.headers import Headers
 from llava_convert.storage.safetensors import SUFFIX
 from llava_convert.storage.weights import Weights
@@ -21,20 +17,9 @@ from llava_convert.storage.weights import Weights
 _CONVOLUTION = ".patch_embedding.weight"
 
 
-def from_mlx(
-    weights: Weights, config: Mapping[str, Any], headers: Headers
-) -> tuple[Mapping[str, StoredTensor], tuple[str, ...]]:
-    """The tensors as torch has them, and what to tell of it; those of another writer as they are.
-
-    Raises UnsupportedError (exit 4) for a model that MLX quantised.
-    """
+def from_mlx(weights: Weights, headers: Headers) -> tuple[Mapping[str, StoredTensor], tuple[str, ...]]:
+    """The tensors as torch has them, and what to tell of it; those of another writer as they are."""
     files = [path for path in weights.files if path.suffix.lower() == SUFFIX]
-    packed = config.get("quantization")
-    if isinstance(packed, Mapping) and "bits" in packed:
-        raise UnsupportedError(
-            f"{weights.root}: it was quantised by MLX to {printable(packed['bits'])} bits, which is not read",
-            hint="give the model that it was made of, in float16 or bfloat16",
-        )
     if not any(headers.safetensors(path).metadata.get("format") == "mlx" for path in files):
         return weights.tensors, ()
     found = {

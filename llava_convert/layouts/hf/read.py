@@ -82,7 +82,7 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
         raise UnsupportedError(f"{path}: {printable(kind)} is not supported, only {listed(list(DIALECTS))}")
     dialect = DIALECTS[kind]
     weights = open_weights(found.weights, headers=found.headers)
-    tensors, notes = from_mlx(weights, config, found.headers)
+    tensors, notes = from_mlx(weights, found.headers)
     text, vision = _text_config(config, kind), _vision_config(config, kind)
     architecture_for(VISION, vision["model_type"])  # the names of another tower's tensors would say less than its own
     # A family that is not known is refused where its tensors are needed, so that `inspect` can tell of the rest.

@@ -58,6 +58,11 @@ class Evidence(Protocol):
         ...
 
     @property
+    def objects(self) -> frozenset[str]:
+        """The name of the class of the one object that torch.save wrote, where it is no dict."""
+        ...
+
+    @property
     def start(self) -> bytes:
         """The first bytes of a file."""
         ...
@@ -74,7 +79,10 @@ class Evidence(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One row. `what`, `use` and `next` are texts in which `{path}` and its like are to be filled in."""
+    """One row. `what`, `use` and `next` are texts in which `{path}` and its like are to be filled in.
+
+    `weights`: a file of weights, which is a model once the config of its model lies beside it.
+    """
 
     name: str
     what: str
@@ -82,6 +90,7 @@ class Kind:
     next: str
     when: Mapping[str, tuple[str, ...]]
     line: int
+    weights: bool = False
 
     def fits(self, seen: Evidence) -> bool:
         return all(_CONDITIONS[name](seen, values) for name, values in self.when.items())
@@ -132,6 +141,7 @@ _CONDITIONS: Mapping[str, Callable[[Evidence, tuple[str, ...]], bool]] = {
     "one_tensor": lambda seen, values: _any(seen.tensors, values),
     "lacks_tensors": lambda seen, values: not _any(seen.tensors, values),
     "pickled": lambda seen, values: bool(seen.pickled) and _each(seen.pickled, values),
+    "objects": lambda seen, values: bool(seen.objects) and _each(seen.objects, values),
     "starts": lambda seen, values: _begins(seen.start, values),
     "suffix": lambda seen, values: seen.suffix in values,
     "not_suffix": lambda seen, values: seen.suffix not in values,
@@ -156,7 +166,7 @@ def parse_kinds(text: str, path: Path) -> tuple[Kind, ...]:
             raise TableError(f"{path.name} line {line}: {name} lacks a text, or names what is not known")
         if name in {one.name for one in found}:
             raise TableError(f"{path.name} line {line}: {name} stands twice")
-        found.append(Kind(name, texts["is"], texts["use"], texts["next"], when, line))
+        found.append(Kind(name, texts["is"], texts["use"], texts["next"], when, line, entry.get("weights", False)))
     return tuple(found)
 
 

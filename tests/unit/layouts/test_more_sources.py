@@ -112,14 +112,6 @@ def test_what_mlx_saves(made: Path, tmp_path: Path, to: str) -> None:
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_what_mlx_quantised_is_refused_by_name(made: Path, tmp_path: Path) -> None:
-    folder = mlx(made, tmp_path / "mlx")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization": {"group_size": 64, "bits": 4}}))
-    with pytest.raises(UnsupportedError, match="quantised by MLX to 4 bits"):
-        recognise(folder).open()
-
-
 # --- towers without `vision_model.`
 
 

@@ -71,7 +71,7 @@ def test_a_state_dict_alone_takes_the_config_of_another_folder(hf: Path, tmp_pat
     else:
         torch.save({"model": state}, file)
     message, hint = refused(file)
-    assert str(file) in message and hint.startswith("it is a state dict alone") and "--config-from" in hint
+    assert str(file) in message and "without a config" in message and f"{file} --config-from FOLDER" in hint
     found = recognise(file, None, hf).open()
     assert (found.layout, found.path, found.root, found.files) == ("hf", file, tmp_path, (file,))
     assert set(found.tensors()) == set(tensors(hf))
@@ -93,8 +93,8 @@ class Whole(torch.nn.Module):
 def test_a_pickled_model_is_refused_with_the_line_that_makes_a_state_dict(tmp_path: Path) -> None:
     torch.save(Whole(), tmp_path / "model.pth")
     message, hint = refused(tmp_path / "model.pth")
-    assert "holds an object of" in message
-    assert "torch.save(m.state_dict(), 'weights.pth')" in hint and "--config-from" in hint
+    assert "a whole object in place of its weights" in message
+    assert "torch.save(m.state_dict(), 'weights.pth')" in message and "--config-from" in hint
 
 
 def shares(hf: Path, folder: Path) -> Path:
@@ -123,9 +123,9 @@ def test_a_folder_of_a_training_means_the_checkpoint_of_the_most_steps(tiny: Pat
         shutil.copy(tiny / "iter_2.pth", tmp_path / f"iter_{number}.pth")
         os.utime(tmp_path / f"iter_{number}.pth", (age, age))
     (tmp_path / "notes.txt").write_text("nothing")
-    checkpoint, why = open_checkpoint(tmp_path)
+    checkpoint, _ = open_checkpoint(tmp_path)
     assert checkpoint.path == tmp_path / "iter_10.pth"
-    assert why.endswith(f"iter_10.pth is the newest of 3 checkpoints in {tmp_path}")
+    assert checkpoint.notes[0] == f"iter_10.pth is the newest of 3 checkpoints in {tmp_path}"
 
 
 def test_a_folder_around_a_checkpoint_leads_to_it(hf: Path, tmp_path: Path) -> None:
