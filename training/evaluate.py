@@ -18,7 +18,8 @@ from accelerate import Accelerator
 
 from llava_convert.core.errors import InputError
 
-from .data import IGNORE_INDEX, IMAGE_INDEX, Conversations, collate
+from .conversations import IMAGE_INDEX
+from .data import IGNORE_INDEX, Conversations, collate
 from .disk import unwritten
 from .recipe import EvalRecipe
 

@@ -9,9 +9,9 @@ from typing import Any
 from llava_convert.core.errors import ConvertError
 
 from . import sizes
+from .bases import local_config, local_encoder
 from .check import SetCheck, check
 from .checkpoint import stage_one
-from .data import Encoder, template_of
 from .recipe import ModelRecipe, Recipe
 from .sampler import Batches, LengthGrouped, Order, Shuffled
 from .schedule import Schedule
@@ -117,17 +117,6 @@ def _start(recipe: Recipe, before: str, missing: list[str]) -> str:
     return f"{path}: " + ", ".join(f"{count} tensors of {part}" for part, count in parts.items())
 
 
-def _local(name: str, vision: bool) -> Any:
-    """The config of a base model that is on this machine; None where it is not."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError):
-        return None
-    return getattr(config, "vision_config", config) if vision else config
-
-
 def _sizes(recipe: ModelRecipe) -> sizes.Sizes | None:
     model = empty_model(recipe)
     if model is not None:
@@ -141,7 +130,7 @@ def _sizes(recipe: ModelRecipe) -> sizes.Sizes | None:
         return sizes.weighed(recipe, counted)
     shapes = dict(sizes.KNOWN)
     for name, vision in ((recipe.llm, False), (recipe.visual_encoder, True)):
-        config = None if name in shapes else _local(name, vision)
+        config = None if name in shapes else local_config(name, vision=vision)
         if config is not None and (shape := sizes.Shape.of_config(config)) is not None:
             shapes[name] = shape
     return sizes.sizes_of(recipe, shapes) if {recipe.llm, recipe.visual_encoder} <= set(shapes) else None
@@ -149,7 +138,7 @@ def _sizes(recipe: ModelRecipe) -> sizes.Sizes | None:
 
 def empty_model(recipe: ModelRecipe) -> Any:
     """The model without weights; None where a base model is not on this machine."""
-    if _local(recipe.llm, False) is None or _local(recipe.visual_encoder, True) is None:
+    if local_config(recipe.llm) is None or local_config(recipe.visual_encoder, vision=True) is None:
         return None
     from accelerate import init_empty_weights
 
@@ -157,18 +146,3 @@ def empty_model(recipe: ModelRecipe) -> Any:
 
     with init_empty_weights():
         return Llava(replace(recipe, pretrained="", quantization=""), empty=True)
-
-
-def local_encoder(recipe: Recipe) -> Encoder | None:
-    """What makes tokens of a recipe's rows, where its base models are on this machine."""
-    from transformers import AutoTokenizer
-
-    vision = _local(recipe.model.visual_encoder, True)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model.llm, local_files_only=True)
-    except (OSError, ValueError):
-        return None
-    if vision is None:
-        return None
-    image_tokens = (vision.image_size // vision.patch_size) ** 2
-    return Encoder(tokenizer, template_of(recipe.data.prompt_template), recipe.data.max_length - image_tokens)

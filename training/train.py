@@ -29,7 +29,8 @@ from llava_convert.core.errors import ConvertError, InputError, UsageError
 
 from . import distributed
 from .checkpoint import Progress, Resumable, checkpoints, prune, read_checkpoint, stage_one, write_checkpoint
-from .data import Conversations, Pictures, collate, left_out_words
+from .conversations import left_out_words
+from .data import Conversations, Pictures, collate
 from .evaluate import Evaluation, forget_later
 from .logs import Log
 from .model import Llava, loading, vision_config
