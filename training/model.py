@@ -253,7 +253,7 @@ def _language_model(recipe: ModelRecipe, *, empty: bool) -> Any:
         if recipe.attention == "flash_attention_2" and find_spec("flash_attn") is None:
             raise UsageError(
                 "model.attention flash_attention_2 needs flash-attn, which is not installed",
-                hint="pip install flash-attn --no-build-isolation, or --set model.attention=sdpa",
+                hint="pip install flash-attn, or --set model.attention=sdpa",
             )
         options["attn_implementation"] = recipe.attention
     if recipe.quantization:

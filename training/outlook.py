@@ -75,18 +75,19 @@ def outlook(recipe: Recipe, *, before: str = "", processes: int = 1) -> Outlook:
     missing: list[str] = []
     seen = check(recipe, local_encoder(recipe))
     missing += [f"data set {one.name}: {one.problem}" for one in seen if not one.sound]
-    iterations = None if any(not one.sound for one in seen) else _iterations(recipe, seen, processes)
+    total = sum(found.kept * one.repeats for one, found in zip(recipe.data.sets, seen, strict=False))
+    held = recipe.eval.rows if recipe.eval.every and not recipe.eval.sets else 0
+    if held and total < 2 * held:
+        missing.append(f"{total} conversations are too few to hold {held} of them out: eval.rows, or [[eval.set]]")
+    iterations = None if missing else _iterations(recipe, total - held, processes)
     found = _sizes(recipe.model)
     if found is None:
         missing.append(f"{recipe.model.llm} or {recipe.model.visual_encoder}: not on this machine, its size is unknown")
     return Outlook(recipe, seen, iterations, found, _start(recipe, before, missing), missing)
 
 
-def _iterations(recipe: Recipe, seen: Sequence[SetCheck], processes: int) -> int:
+def _iterations(recipe: Recipe, total: int, processes: int) -> int:
     train = recipe.train
-    total = sum(found.kept * one.repeats for one, found in zip(recipe.data.sets, seen, strict=False))
-    if recipe.eval.every and not recipe.eval.sets:
-        total -= recipe.eval.rows
     order: Order = (
         LengthGrouped([1] * total, train.batch_size * train.accumulate, train.seed, 0, processes)
         if recipe.data.sampler == "length_grouped"
