@@ -15,7 +15,7 @@ from typing import Any
 
 from llava_convert.core.errors import ConvertError, InputError
 
-from .data import (
+from .conversations import (
     CUT,
     Conversation,
     Encoder,
@@ -38,10 +38,10 @@ _SHOWN = 5  # of the pictures that cannot be read
 class SetCheck:
     """What was found of one set.
 
-    `rows` are all of the file, `kept` those that are trained on, `pictures` those that kept rows see; `left_out` counts
-    the rest by reason. `missing` are pictures that do not exist, by folder; `broken` those that cannot be read, with
-    why, where they were opened. `problem` is what training would refuse the set for. Where the file itself is missing,
-    `absent` are the folders of pictures that it will ask for and that do not exist either.
+    `rows` are all of the file, `kept` those that are trained on, `pictures` those of them that see a picture;
+    `left_out` counts the rest by reason. `missing` are pictures that do not exist, by folder; `broken` those that
+    cannot be read, with why, where they were opened. `problem` is what training would refuse the set for. Where the
+    file itself is missing, `absent` are the folders of pictures that it will ask for and that do not exist either.
     """
 
     name: str
@@ -87,12 +87,13 @@ class SetCheck:
             yield from advice(folder, self.root)
 
     def _pictures(self) -> str:
+        about = f"{self.pictures:,} about a picture"
         if gone := sum(self.missing.values()):
-            return f"{self.pictures:,} pictures, {gone:,} of them missing"
+            return f"{about}, {gone:,} pictures missing"
         if not self.opened:
-            return f"{self.pictures:,} pictures, all there (--open reads them)"
+            return f"{about}, all pictures there (--open reads them)"
         unread = len(self.broken)
-        return f"{self.pictures:,} pictures, " + (f"{unread:,} of them cannot be read" if unread else "all can be read")
+        return f"{about}, " + (f"{unread:,} pictures cannot be read" if unread else "all pictures can be read")
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -123,8 +124,9 @@ def check(recipe: Recipe, encoder: Encoder | None = None, *, open_pictures: bool
     for one in (*recipe.data.sets, *recipe.eval.sets):
         file, images = root / one.file, root / one.images
         left_out: Counter[str] = Counter()
-        names: dict[str, None] = {}
-        rows = kept = 0
+        missing: dict[str, str] = {}
+        present: dict[Path, None] = {}
+        rows = kept = pictures = gone = 0
         try:
             for conversation in conversations(file, template):
                 rows += 1
@@ -133,17 +135,21 @@ def check(recipe: Recipe, encoder: Encoder | None = None, *, open_pictures: bool
                     continue
                 left_out.update(conversation.left_out)
                 kept += bool(conversation.turns)
-                if conversation.sees and conversation.row.image:
-                    names[conversation.row.image] = None
+                if conversation.sees and (name := conversation.row.image):
+                    pictures += 1
+                    if where := listings.missing_from(images, name):
+                        gone += 1
+                        missing[name] = where
+                    elif open_pictures:
+                        present[images / name] = None
         except ConvertError as problem:
-            gone = [str(place) for place in expected(file, images) if not listings.files(str(place))]
+            absent = [str(place) for place in expected(file, images) if not listings.files(str(place))]
             hint = problem.hint
-            found.append(SetCheck(one.name, file, root, problem=problem.message, hint=hint, absent=tuple(gone)))
+            found.append(SetCheck(one.name, file, root, problem=problem.message, hint=hint, absent=tuple(absent)))
             continue
-        missing = listings.missing(images, names)
-        present = (images / name for name in names if name not in missing)
-        broken = unreadable(present) if open_pictures else {}
-        trouble = _refused(file, images, kept, missing, broken, len(names), skip=skip)
+        broken = unreadable(present)
+        none_left = bool(present) and len(broken) == len(present)
+        trouble = _refused(file, images, kept, list(missing), gone == pictures, broken, none_left, skip=skip)
         found.append(
             SetCheck(
                 one.name,
@@ -151,7 +157,7 @@ def check(recipe: Recipe, encoder: Encoder | None = None, *, open_pictures: bool
                 root,
                 rows,
                 kept,
-                len(names),
+                pictures,
                 dict(left_out),
                 dict(Counter(missing.values()).most_common()),
                 broken,
@@ -164,16 +170,24 @@ def check(recipe: Recipe, encoder: Encoder | None = None, *, open_pictures: bool
 
 
 def _refused(
-    file: Path, images: Path, kept: int, missing: dict[str, str], broken: dict[str, str], named: int, *, skip: bool
+    file: Path,
+    images: Path,
+    kept: int,
+    missing: list[str],
+    all_missing: bool,
+    broken: dict[str, str],
+    all_broken: bool,
+    *,
+    skip: bool,
 ) -> str:
     """What training would refuse a set for; empty where it takes it."""
     try:
         require_samples(kept, file)
-        require_pictures(file, images, missing, named, skip)
+        require_pictures(file, images, missing, all_missing, skip=skip)
     except InputError as problem:
         return problem.message
-    if broken and not (skip and len(broken) + len(missing) < named):
-        return f"{len(broken):,} pictures cannot be read, for instance {next(iter(broken))}"
+    if broken and (all_broken or not skip):
+        return f"{file}: {len(broken):,} pictures cannot be read, for instance {next(iter(broken))}"
     return ""
 
 

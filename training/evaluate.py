@@ -18,8 +18,10 @@ from accelerate import Accelerator
 
 from llava_convert.core.errors import InputError
 
-from .data import IGNORE_INDEX, IMAGE_INDEX, Conversations, collate
+from .conversations import IMAGE_INDEX
+from .data import IGNORE_INDEX, Conversations, collate
 from .disk import unwritten
+from .logs import whole_rows
 from .recipe import EvalRecipe
 
 FILE = "eval.jsonl"
@@ -67,7 +69,7 @@ class Evaluation:
         row = {"iter": iteration, "loss": loss, "answers": [vars(one) for one in answers]}
         try:
             with (folder / FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(_line(row))
         except OSError as problem:
             raise unwritten(problem, folder / FILE) from None
         lines = [f"held out after {iteration}: loss {loss:.4f} over {len(self.data)} conversations"]
@@ -79,8 +81,12 @@ def forget_later(folder: Path, iteration: int) -> None:
     """Take out of `eval.jsonl` what comes after an iteration, which a run that is taken up again writes anew."""
     path = folder / FILE
     if path.is_file():
-        rows = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["iter"] <= iteration]
-        path.write_text("".join(f"{line}\n" for line in rows), encoding="utf-8")
+        rows = [row for row in whole_rows(path) if row["iter"] <= iteration]
+        path.write_text("".join(_line(row) for row in rows), encoding="utf-8")
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def held_out_loss(accelerator: Accelerator, wrapped: Any, data: Conversations, batch_size: int) -> float:

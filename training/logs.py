@@ -26,7 +26,7 @@ class Log:
     def __init__(self, folder: Path, iterations: int, start: int, every: int) -> None:
         self.folder, self.iterations, self.start, self.every = folder, iterations, start, every
         path = folder / FILE
-        self.rows = [row for row in _rows(path) if row["iter"] <= start] if start else []
+        self.rows = [row for row in whole_rows(path) if row["iter"] <= start] if start else []
         self.file = path.open("w", encoding="utf-8")
         self.file.writelines(json.dumps(row) + "\n" for row in self.rows)
 
@@ -66,7 +66,7 @@ class Log:
             draw_curve([(row["iter"], row["loss"]) for row in self.rows], self.folder / CURVE)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def whole_rows(path: Path) -> list[dict[str, Any]]:
     """The whole lines of an earlier log; the last may have been cut off."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():

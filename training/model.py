@@ -27,7 +27,8 @@ from llava_convert.storage.streams import read_whole
 from llava_convert.storage.torch.file import read_torch, state_dict
 from llava_convert.storage.zero.checkpoint import read_zero
 
-from .data import IGNORE_INDEX, IMAGE_INDEX
+from .conversations import IMAGE_INDEX
+from .data import IGNORE_INDEX
 from .recipe import Lora, ModelRecipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -252,7 +253,7 @@ def _language_model(recipe: ModelRecipe, *, empty: bool) -> Any:
         if recipe.attention == "flash_attention_2" and find_spec("flash_attn") is None:
             raise UsageError(
                 "model.attention flash_attention_2 needs flash-attn, which is not installed",
-                hint="pip install flash-attn --no-build-isolation, or --set model.attention=sdpa",
+                hint="pip install flash-attn, or --set model.attention=sdpa",
             )
         options["attn_implementation"] = recipe.attention
     if recipe.quantization:

@@ -9,9 +9,9 @@ from typing import Any
 from llava_convert.core.errors import ConvertError
 
 from . import sizes
+from .bases import local_config, local_encoder
 from .check import SetCheck, check
 from .checkpoint import stage_one
-from .data import Encoder, template_of
 from .recipe import ModelRecipe, Recipe
 from .sampler import Batches, LengthGrouped, Order, Shuffled
 from .schedule import Schedule
@@ -75,18 +75,19 @@ def outlook(recipe: Recipe, *, before: str = "", processes: int = 1) -> Outlook:
     missing: list[str] = []
     seen = check(recipe, local_encoder(recipe))
     missing += [f"data set {one.name}: {one.problem}" for one in seen if not one.sound]
-    iterations = None if any(not one.sound for one in seen) else _iterations(recipe, seen, processes)
+    total = sum(found.kept * one.repeats for one, found in zip(recipe.data.sets, seen, strict=False))
+    held = recipe.eval.rows if recipe.eval.every and not recipe.eval.sets else 0
+    if held and total < 2 * held:
+        missing.append(f"{total} conversations are too few to hold {held} of them out: eval.rows, or [[eval.set]]")
+    iterations = None if missing else _iterations(recipe, total - held, processes)
     found = _sizes(recipe.model)
     if found is None:
         missing.append(f"{recipe.model.llm} or {recipe.model.visual_encoder}: not on this machine, its size is unknown")
     return Outlook(recipe, seen, iterations, found, _start(recipe, before, missing), missing)
 
 
-def _iterations(recipe: Recipe, seen: Sequence[SetCheck], processes: int) -> int:
+def _iterations(recipe: Recipe, total: int, processes: int) -> int:
     train = recipe.train
-    total = sum(found.kept * one.repeats for one, found in zip(recipe.data.sets, seen, strict=False))
-    if recipe.eval.every and not recipe.eval.sets:
-        total -= recipe.eval.rows
     order: Order = (
         LengthGrouped([1] * total, train.batch_size * train.accumulate, train.seed, 0, processes)
         if recipe.data.sampler == "length_grouped"
@@ -117,17 +118,6 @@ def _start(recipe: Recipe, before: str, missing: list[str]) -> str:
     return f"{path}: " + ", ".join(f"{count} tensors of {part}" for part, count in parts.items())
 
 
-def _local(name: str, vision: bool) -> Any:
-    """The config of a base model that is on this machine; None where it is not."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError):
-        return None
-    return getattr(config, "vision_config", config) if vision else config
-
-
 def _sizes(recipe: ModelRecipe) -> sizes.Sizes | None:
     model = empty_model(recipe)
     if model is not None:
@@ -141,7 +131,7 @@ def _sizes(recipe: ModelRecipe) -> sizes.Sizes | None:
         return sizes.weighed(recipe, counted)
     shapes = dict(sizes.KNOWN)
     for name, vision in ((recipe.llm, False), (recipe.visual_encoder, True)):
-        config = None if name in shapes else _local(name, vision)
+        config = None if name in shapes else local_config(name, vision=vision)
         if config is not None and (shape := sizes.Shape.of_config(config)) is not None:
             shapes[name] = shape
     return sizes.sizes_of(recipe, shapes) if {recipe.llm, recipe.visual_encoder} <= set(shapes) else None
@@ -149,7 +139,7 @@ def _sizes(recipe: ModelRecipe) -> sizes.Sizes | None:
 
 def empty_model(recipe: ModelRecipe) -> Any:
     """The model without weights; None where a base model is not on this machine."""
-    if _local(recipe.llm, False) is None or _local(recipe.visual_encoder, True) is None:
+    if local_config(recipe.llm) is None or local_config(recipe.visual_encoder, vision=True) is None:
         return None
     from accelerate import init_empty_weights
 
@@ -157,18 +147,3 @@ def empty_model(recipe: ModelRecipe) -> Any:
 
     with init_empty_weights():
         return Llava(replace(recipe, pretrained="", quantization=""), empty=True)
-
-
-def local_encoder(recipe: Recipe) -> Encoder | None:
-    """What makes tokens of a recipe's rows, where its base models are on this machine."""
-    from transformers import AutoTokenizer
-
-    vision = _local(recipe.model.visual_encoder, True)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model.llm, local_files_only=True)
-    except (OSError, ValueError):
-        return None
-    if vision is None:
-        return None
-    image_tokens = (vision.image_size // vision.patch_size) ** 2
-    return Encoder(tokenizer, template_of(recipe.data.prompt_template), recipe.data.max_length - image_tokens)

@@ -29,7 +29,8 @@ from llava_convert.core.errors import ConvertError, InputError, UsageError
 
 from . import distributed
 from .checkpoint import Progress, Resumable, checkpoints, prune, read_checkpoint, stage_one, write_checkpoint
-from .data import Conversations, Pictures, collate, left_out_words
+from .conversations import left_out_words
+from .data import Conversations, Pictures, collate
 from .evaluate import Evaluation, forget_later
 from .logs import Log
 from .model import Llava, loading, vision_config
@@ -171,7 +172,7 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
                 shown = float(accelerator.reduce(loss.detach(), "mean"))
                 _check_finite(shown, "loss", iteration, last)
                 if by_deepspeed:  # which divides by the steps that it was set up with
-                    loss = loss * settings.accumulate / accelerator.gradient_accumulation_steps
+                    loss = loss * (settings.accumulate / accelerator.gradient_accumulation_steps)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.max_norm)
@@ -212,7 +213,8 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
     finally:
         if log is not None:
             log.close()
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # not end_training(): the next stage needs the group of processes
+            tracker.finish()
     if last is None:
         raise UsageError(f"recipe {recipe.name}: no iteration to train", hint="set train.epochs or train.max_iters")
     return last

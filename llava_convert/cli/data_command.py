@@ -45,7 +45,7 @@ def check(
             if stage.build is not None:
                 output.note(f"{stage.name}: makes its own data when it is trained")
             else:
-                encoder = training("outlook").local_encoder(stage)
+                encoder = training("bases").local_encoder(stage)
                 found += training("check").check(stage, encoder, open_pictures=open_pictures)
         for one in found:
             for line in one.lines():

@@ -347,7 +347,7 @@ class Set(TypedDict):
     file: str
     rows: int
     kept: Annotated[int, "rows that are trained on"]
-    pictures: Annotated[int, "pictures that those rows see"]
+    pictures: Annotated[int, "those of them that see a picture"]
     left_out: Annotated[Mapping[str, int], "rows and parts of rows that nothing is learnt from, by reason"]
     missing: Annotated[Mapping[str, int], "how many pictures are missing, by folder"]
     broken: Annotated[Mapping[str, str], "with --open: pictures that cannot be read, and why"]

@@ -126,7 +126,8 @@ def test_what_does_not_fill_a_step(tiny: Path, tmp_path: Path) -> None:
     ours, other = (checkpoint.read_checkpoint(path).optimizer for path in (last, tmp_path / "other" / "iter_9.pth"))
     assert ours.keys() == other.keys()
     for number, moments in ours.items():  # which a gradient of another length would change
-        assert torch.allclose(moments["exp_avg"], other[number]["exp_avg"], rtol=1e-4, atol=1e-8)
+        apart = moments["exp_avg"] - other[number]["exp_avg"]
+        assert float(apart.norm()) < 1e-4 * float(other[number]["exp_avg"].norm())
 
 
 @pytest.mark.parametrize("kind", ["full_vitlora", "llmlora_vitlora"])

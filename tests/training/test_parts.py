@@ -23,6 +23,7 @@ from llava_convert.layouts.training_config import parse_training_config
 from tests.training.drawn import draw, recipe
 
 data, recipes, rows_of, sampler = training("data"), training("recipe"), training("rows"), training("sampler")
+talk = training("conversations")
 
 
 # --- recipes
@@ -165,7 +166,7 @@ def row(*said: str, image: str | None = "a.png") -> dict[str, Any]:
 
 
 def turns_of(value: dict[str, Any], template: Any) -> Any:
-    found, left_out = data.turns_of(rows_of._row(value, Path("d.json"), 1, 1), template, Path("d.json"))
+    found, left_out = talk.turns_of(rows_of._row(value, Path("d.json"), 1, 1), template, Path("d.json"))
     assert left_out == ()
     return found
 
@@ -177,23 +178,23 @@ def test_the_picture_goes_to_the_front() -> None:
 
 def test_only_answers_are_learnt() -> None:
     words = Words()
-    encoder = data.Encoder(words, prompt_template("vicuna"), 100)
+    encoder = talk.Encoder(words, prompt_template("vicuna"), 100)
     turns = turns_of(row("<image>\nhi", "yes no", "more", "ok"), prompt_template("vicuna"))
     ((ids, learnt),) = encoder([turns])
-    text = {i: w for w, i in words.words.items()} | {1: "<s>", 2: "</s>", data.IMAGE_INDEX: "<image>"}
+    text = {i: w for w, i in words.words.items()} | {1: "<s>", 2: "</s>", talk.IMAGE_INDEX: "<image>"}
     assert [text[i] for i in ids] == [
         "<s>", "USER:", "<image>", "hi", "ASSISTANT:", "yes", "no", "</s>",
         "<s>", "USER:", "more", "ASSISTANT:", "ok", "</s>",
     ]  # fmt: skip
     assert [text[i] for i, learn in zip(ids, learnt, strict=True) if learn] == ["yes", "no", "</s>", "ok", "</s>"]
-    assert len(data.Encoder(words, prompt_template("vicuna"), 5)([turns])[0][0]) == 5
+    assert len(talk.Encoder(words, prompt_template("vicuna"), 5)([turns])[0][0]) == 5
 
 
 def test_plain_is_the_picture_and_the_caption() -> None:
     words = Words()
-    turns = turns_of(row("Render a caption. <image>", "a cat"), data.PLAIN)
-    ((ids, learnt),) = data.Encoder(words, data.PLAIN, 100)([turns])
-    assert ids == [1, data.IMAGE_INDEX, *words.encode("a cat")] and learnt == [False, False, True, True]
+    turns = turns_of(row("Render a caption. <image>", "a cat"), talk.PLAIN)
+    ((ids, learnt),) = talk.Encoder(words, talk.PLAIN, 100)([turns])
+    assert ids == [1, talk.IMAGE_INDEX, *words.encode("a cat")] and learnt == [False, False, True, True]
 
 
 def test_pictures_become_squares() -> None:
@@ -477,7 +478,7 @@ def test_data_check(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(recipes.as_toml(chosen))
     found = CliRunner().invoke(app, ["data", "check", str(tmp_path / "r.toml")])
     assert found.exit_code == 3
-    assert "2 rows, 2 to train on, 2 pictures, 1 of them missing" in found.stdout
+    assert "2 rows, 2 to train on, 2 about a picture, 1 pictures missing" in found.stdout
     assert "get it: http://images.cocodataset.org/zips/train2017.zip" in found.stdout
     (tmp_path / "coco/train2017").mkdir(parents=True)
     (tmp_path / "coco/train2017/1.jpg").touch()

@@ -128,10 +128,13 @@ def test_another_layouts_command(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_hint_about_data_names_the_recipe_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    change = ["--set", "data.root=a b"]
-    found = CliRunner().invoke(app, ["train", "llava_v15_7b_finetune", "--dry-run", *change])
+    change = ["--set", "data.root=a b", "--set", "model.pretrained="]
+    found = CliRunner().invoke(app, ["train", "llava_v15_7b_finetune", *change])
     assert found.exit_code == 3
     command = re.search(r"`llava-convert (.*?)` says what is missing", found.stderr)
     assert command is not None
     told = CliRunner().invoke(app, shlex.split(command[1]))
-    assert (told.exit_code, command[1]) == (3, "data check llava_v15_7b_finetune --set 'data.root=a b'")
+    assert (told.exit_code, command[1]) == (
+        3,
+        "data check llava_v15_7b_finetune --set 'data.root=a b' --set model.pretrained=",
+    )
