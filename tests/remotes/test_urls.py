@@ -164,8 +164,9 @@ def test_a_distributed_checkpoint_in_a_bucket(s3: Store, layouts: dict[str, Path
         if path.suffix in (".json", ".jinja"):
             shutil.copy(path, folder)
     s3.put(folder, "run/checkpoint-4")
-    for source in ("s3://models/run/checkpoint-4", "s3://models/run/checkpoint-4/pytorch_model_fsdp_0"):
-        ran = s3.run(tmp_path, "convert", source, "--to", "official", "-o", "official", "--force", "--verify", "full")
+    whole = "s3://models/run/checkpoint-4"
+    for source in ([whole], [f"{whole}/pytorch_model_fsdp_0", "--config-from", whole]):
+        ran = s3.run(tmp_path, "convert", *source, "--to", "official", "-o", "official", "--force", "--verify", "full")
         assert ran.code == 0, ran.stderr
         assert llava_convert.verify(layouts["hf"], tmp_path / "official")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
 import llava_convert
@@ -87,6 +88,53 @@ def test_two_folders(made: Path, tmp_path: Path) -> None:
         recognise(eyes).open(OpenOptions(mmproj=eyes))
     with pytest.raises(UsageError, match="mmproj does not apply"):
         llava_convert.plan(made / "hf", to="official", mmproj=eyes)
+
+
+# --- GGUF to itself
+
+
+def types_in(path: Path) -> dict[str, str]:
+    return {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+
+
+def bytes_in(folder: Path, pattern: str) -> dict[str, bytes]:
+    return {t.name: t.data.tobytes() for path in sorted(folder.glob(pattern)) for t in GGUFReader(path).tensors}
+
+
+def test_a_gguf_in_shards_keeps_its_types(made: Path, tmp_path: Path) -> None:
+    source = made / "gguf" / "m-q8_0.gguf"
+    report = llava_convert.convert(source, to="gguf", max_shard_size="100KB", out=tmp_path / "out", name="m")
+    assert report.warnings == ()
+    assert len(list((tmp_path / "out").glob("m-q8_0-*-of-*.gguf"))) > 1
+    for pattern in ("m-q8_0*.gguf", "m-mmproj-f16.gguf"):
+        assert bytes_in(tmp_path / "out", pattern) == bytes_in(made / "gguf", pattern)
+
+
+def test_another_prompt_in_a_gguf(made: Path, tmp_path: Path) -> None:
+    source = made / "gguf" / "m-q8_0.gguf"
+    llava_convert.convert(source, to="gguf", prompt_template="vicuna", out=tmp_path / "out", name="m")
+    one, other = (GGUFReader(folder / "m-q8_0.gguf") for folder in (made / "gguf", tmp_path / "out"))
+    texts = [reader.fields["tokenizer.chat_template"].contents() for reader in (one, other)]
+    assert "USER:" in texts[1] and "USER:" not in texts[0]
+    assert bytes_in(tmp_path / "out", "m-q8_0.gguf") == bytes_in(made / "gguf", "m-q8_0.gguf")
+
+
+def test_another_type_of_a_gguf(made: Path, tmp_path: Path) -> None:
+    llava_convert.convert(made / "hf", to="gguf", outtype="f16,q8_0", out=tmp_path / "direct", name="m")
+    f16 = tmp_path / "direct" / "m-f16.gguf"
+    llava_convert.convert(f16, to="gguf", outtype="q8_0", out=tmp_path / "by-f16", name="m")
+    assert bytes_in(tmp_path / "by-f16", "m-q8_0.gguf") == bytes_in(tmp_path / "direct", "m-q8_0.gguf")
+    quantised = made / "gguf" / "m-q8_0.gguf"
+    for kind in ("q4_0", "f16"):
+        with pytest.raises(UnsupportedError, match="are quantised") as refused:
+            llava_convert.convert(quantised, to="gguf", outtype=kind, out=tmp_path / "out")
+        assert "dequantize" in str(refused.value.hint)
+    report = llava_convert.convert(
+        quantised, to="gguf", outtype="q4_0", dequantize=True, out=tmp_path / "out", name="m"
+    )
+    assert any("quantised a second time: the error of Q8_0 stays" in warning for warning in report.warnings)
+    assert types_in(tmp_path / "out" / "m-q4_0.gguf")["blk.0.ffn_up.weight"] == "Q4_0"
+    assert types_in(tmp_path / "out" / "m-mmproj-f16.gguf") == types_in(made / "gguf" / "m-mmproj-f16.gguf")
 
 
 # --- MLX

@@ -15,6 +15,8 @@ from llava_convert.core.errors import InputError, UnsupportedError, UsageError
 from llava_convert.core.tensors import Extent
 from llava_convert.layouts.registry import open_checkpoint, recognise
 from tests.share_folders import cut, write_classic
+from tests.zero_folders import Save
+from tests.zero_folders import write as write_zero
 
 
 def refused(path: Path) -> tuple[str, str]:
@@ -116,6 +118,18 @@ def test_a_distributed_checkpoint_takes_the_config_beside_around_or_elsewhere(hf
     assert "--config-from" in str(refusal.value.hint)
     llava_convert.convert(folder, to="hf", out=tmp_path / "whole")
     assert llava_convert.verify(hf, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_deepspeed_folder_of_a_trainer(hf: Path, tmp_path: Path, stage: int) -> None:
+    """Config and tokenizer, `latest`, and no gathered weights: the masters are read."""
+    folder = shutil.copytree(hf, tmp_path / "checkpoint-2", ignore=shutil.ignore_patterns("model.safetensors"))
+    state = {name: tensor.float() for name, tensor in load_file(hf / "model.safetensors").items()}
+    write_zero(folder / "global_step2", Save(state, stage=stage, ranks=3))
+    (folder / "latest").write_text("global_step2")
+    for source in (folder, folder / "global_step2"):
+        llava_convert.convert(source, to="official", dtype="float16", out=tmp_path / "official", force=True)
+        assert llava_convert.verify(hf, tmp_path / "official")
 
 
 def test_a_folder_of_a_training_means_the_checkpoint_of_the_most_steps(tiny: Path, tmp_path: Path) -> None:
