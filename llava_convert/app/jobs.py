@@ -27,6 +27,7 @@ from llava_convert.model.options import ALL, FULL, OFF, PartOption, TypesOption
 
 if TYPE_CHECKING:
     from llava_convert.app.ask.chat import Reply
+    from llava_convert.app.benchmarks.run import EvalResult
     from llava_convert.app.doctor.run import Diagnosis
     from llava_convert.app.inspect import Inspection
     from llava_convert.app.mmbench.run import MMBenchResult
@@ -183,6 +184,35 @@ class MMBenchJob(AskOptions):
         from llava_convert.app.mmbench.run import run_mmbench
 
         return run_mmbench(self, say)
+
+
+@dataclass(frozen=True)
+class EvalJob(AskOptions):
+    """Benchmarks of lmms-eval, answered by a model."""
+
+    tasks: Annotated[
+        str | Sequence[str], Flag("Tasks of lmms-eval: mme,pope,gqa,…", metavar="TASK[,TASK…]", argument=True)
+    ]
+    source: Annotated[PathLike, _SOURCE]
+    _: KW_ONLY
+    work_dir: Annotated[
+        PathLike | None,
+        Flag("results.csv and results.json. Default: work_dirs/<SOURCE>-eval.", RUN, metavar="DIR"),
+    ] = None
+    include: Annotated[PathLike | None, Flag("A folder with tasks of your own (YAML).", RUN, metavar="DIR")] = None
+    limit: Annotated[int | None, Flag("The first N questions of each task alone.", RUN, metavar="N")] = None
+    card: Annotated[bool, Flag("Write the table into the README.md of SOURCE, too.", RUN)] = False
+    progress: Reporter | OnBytes | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        words = self.tasks.split(",") if isinstance(self.tasks, str) else self.tasks
+        return tuple(word.strip() for word in words if word.strip())
+
+    def run(self, say: Reporter) -> EvalResult:
+        from llava_convert.app.benchmarks.run import run_tasks
+
+        return run_tasks(self, say)
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
-import typer
+from typing import Any
 
-from llava_convert.app.jobs import MMBenchJob
+import typer
+from typer.core import TyperGroup
+
+from llava_convert.app.jobs import EvalJob, MMBenchJob
 from llava_convert.cli._options import command
 from llava_convert.cli._output import Output
 
 
+class _TasksFirst(TyperGroup):
+    """`eval mme SOURCE` is `eval tasks mme SOURCE`: a first word that is no command is a task."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            args = ["tasks", *args]
+        return super().resolve_command(ctx, args)
+
+
 def add_to(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Score a model of any layout.")
+    group = typer.Typer(
+        no_args_is_help=True, rich_markup_mode="rich", help="Score a model of any layout.", cls=_TasksFirst
+    )
+    group.command("tasks", help="Benchmarks of lmms-eval. The word itself may be left out: eval mme,pope SOURCE.")(
+        command("eval tasks", EvalJob, _tasks)
+    )
     group.command("mmbench", help="MMBench and CCBench, by xtuner's prompt and rule, from their TSV files.")(
         command("eval mmbench", MMBenchJob, _mmbench)
     )
     app.add_typer(group, name="eval", rich_help_panel="Ask")
+
+
+def _tasks(job: EvalJob, output: Output) -> None:
+    result = job.run(output)
+    output.stop()
+    output.result(result.as_json())
+    output.line(result.table)
+    output.note(f"every number is in {result.folder}")
 
 
 def _mmbench(job: MMBenchJob, output: Output) -> None:

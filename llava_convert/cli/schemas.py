@@ -231,6 +231,25 @@ class Chat(Document):
     stopped: Annotated[bool, "false where the answer reached `--max-new-tokens`"]
 
 
+class Score(TypedDict):
+    """A number that lmms-eval found."""
+
+    task: str
+    metric: str
+    value: float
+
+
+class EvalTasks(Document):
+    """What `eval TASKS` found."""
+
+    source: Annotated[str, "the model"]
+    layout: Annotated[str, "its layout"]
+    runtime: Annotated[Literal["transformers", "llama.cpp"], "what computed"]
+    out: Annotated[str, "the folder with results.csv and results.json"]
+    scores: list[Score]
+    table: Annotated[str, "one row, in Markdown"]
+
+
 class EvalMmbench(Document):
     """What `eval mmbench` found."""
 
@@ -356,6 +375,7 @@ DOCUMENTS: Mapping[str, Any] = {
     "doctor": Doctor,
     "chat": Chat,
     "eval-mmbench": EvalMmbench,
+    "eval-tasks": EvalTasks,
     "upload": Upload,
     "release": Release,
     "layouts": Layouts,
