@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from llava_convert.app.benchmarks.run import EvalResult
     from llava_convert.app.doctor.run import Diagnosis
     from llava_convert.app.inspect import Inspection
+    from llava_convert.app.mmbench.compare import Compared
     from llava_convert.app.mmbench.run import MMBenchResult
     from llava_convert.app.publish.release import ReleaseItem
     from llava_convert.app.verify import Verdict
@@ -111,6 +112,9 @@ class VerifyJob(SourceOptions, PartOption):
     device: Annotated[
         str | None, Flag("For --logits. Default: a GPU, where there is one.", CHECKS, choices=(AUTO, "cpu", "cuda"))
     ] = None
+    report: Annotated[PathLike | None, Flag("Write what was found as one HTML page.", CHECKS, metavar="FILE.html")] = (
+        None
+    )
     check: bool = False
     progress: Reporter | OnBytes | None = None
 
@@ -130,6 +134,11 @@ class VerifyJob(SourceOptions, PartOption):
             from llava_convert.app.logits.run import compare_answers
 
             verdict = replace(verdict, logits=compare_answers(self.source, self.out, self, say, device=self.device))
+        if self.report is not None:
+            from llava_convert.app.pages.html import write
+            from llava_convert.app.pages.verify_page import verify_page
+
+            write(Path(self.report), verify_page(verdict))
         if self.check:
             verdict.refuse(strict=self.strict)
         return verdict
@@ -177,6 +186,9 @@ class MMBenchJob(AskOptions):
         Flag("Answers and scores. A run that was killed goes on there. Default: work_dirs/<FILE>.", RUN, metavar="DIR"),
     ] = None
     force: Annotated[bool, Flag("Begin again, whatever DIR holds.", CHECKS)] = False
+    report: Annotated[
+        PathLike | None, Flag("Write a page with the scores, pictures and answers.", RUN, metavar="FILE.html")
+    ] = None
     max_new_tokens: Annotated[int, Flag("The most tokens of an answer.", RUN, metavar="N")] = 100
     progress: Reporter | OnBytes | None = None
 
@@ -184,6 +196,24 @@ class MMBenchJob(AskOptions):
         from llava_convert.app.mmbench.run import run_mmbench
 
         return run_mmbench(self, say)
+
+
+@dataclass(frozen=True)
+class CompareJob(Flagged):
+    """Two runs of MMBench on one file, answer by answer."""
+
+    source: Annotated[PathLike, Flag("The --work-dir of a run.", metavar="A", argument=True)]
+    out: Annotated[PathLike, Flag("That of another.", metavar="B", argument=True)]
+    _: KW_ONLY
+    data: Annotated[PathLike, Flag("The file that both answered.", RUN, metavar="FILE.tsv")]
+    report: Annotated[PathLike, Flag("The page with the answers that changed.", RUN, metavar="FILE.html")] = (
+        "compared.html"
+    )
+
+    def run(self, say: Reporter) -> Compared:
+        from llava_convert.app.mmbench.compare import run_compare
+
+        return run_compare(self)
 
 
 @dataclass(frozen=True)

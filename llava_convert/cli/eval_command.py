@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from llava_convert.app.jobs import EvalJob, MMBenchJob
+from llava_convert.app.jobs import CompareJob, EvalJob, MMBenchJob
 from llava_convert.cli._options import command
 from llava_convert.cli._output import Output
 
@@ -31,7 +31,20 @@ def add_to(app: typer.Typer) -> None:
     group.command("mmbench", help="MMBench and CCBench, by xtuner's prompt and rule, from their TSV files.")(
         command("eval mmbench", MMBenchJob, _mmbench)
     )
+    group.command("compare", help="The answers that two runs of mmbench give otherwise, with pictures, in one page.")(
+        command("eval compare", CompareJob, _compare)
+    )
     app.add_typer(group, name="eval", rich_help_panel="Ask")
+
+
+def _compare(job: CompareJob, output: Output) -> None:
+    found = job.run(output)
+    output.result(found.as_json())
+    output.line(f"{found.changed} of {found.questions} answers are others")
+    if found.averages is not None:
+        first, second = found.averages
+        output.line(f"average {100 * first:.1f} % and {100 * second:.1f} %")
+    output.note(f"see {found.report}")
 
 
 def _tasks(job: EvalJob, output: Output) -> None:

@@ -231,6 +231,17 @@ class Chat(Document):
     stopped: Annotated[bool, "false where the answer reached `--max-new-tokens`"]
 
 
+class EvalCompare(Document):
+    """What `eval compare` found."""
+
+    source: Annotated[str, "the folder of a run"]
+    out: Annotated[str, "that of the other"]
+    report: Annotated[str, "the page"]
+    questions: int
+    changed: Annotated[int, "how many answers are others"]
+    averages: Annotated[list[float] | None, "of each run; null for a TEST file"]
+
+
 class Score(TypedDict):
     """A number that lmms-eval found."""
 
@@ -376,6 +387,7 @@ DOCUMENTS: Mapping[str, Any] = {
     "chat": Chat,
     "eval-mmbench": EvalMmbench,
     "eval-tasks": EvalTasks,
+    "eval-compare": EvalCompare,
     "upload": Upload,
     "release": Release,
     "layouts": Layouts,
