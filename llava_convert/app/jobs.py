@@ -108,9 +108,12 @@ class VerifyJob(SourceOptions, PartOption):
     logits: Annotated[
         bool, Flag("Show both models the same pictures and prompts, and compare all that comes of them.", CHECKS)
     ] = False
-    layers: Annotated[bool, Flag("With --logits: the difference after each layer.", CHECKS)] = False
+    layers: Annotated[bool, Flag("The difference after each layer, with --logits.", CHECKS)] = False
     device: Annotated[
-        str | None, Flag("For --logits. Default: a GPU, where there is one.", CHECKS, choices=(AUTO, "cpu", "cuda"))
+        str | None,
+        Flag(
+            "What computes, with --logits. Default: a GPU, where there is one.", CHECKS, choices=(AUTO, "cpu", "cuda")
+        ),
     ] = None
     report: Annotated[PathLike | None, Flag("Write what was found as one HTML page.", CHECKS, metavar="FILE.html")] = (
         None

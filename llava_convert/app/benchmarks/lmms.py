@@ -55,7 +55,8 @@ def _evaluate(
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise UsageError(
-            f"lmms-eval has no task {', '.join(unknown)}", hint="python -m lmms_eval --tasks list names them"
+            f"lmms-eval has no task {', '.join(unknown)}",
+            hint="its documentation lists them; --include adds tasks of your own",
         )
     try:
         found: dict[str, Any] = simple_evaluate(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llava_convert.app.jobs import EvalJob
 
 CSV, RESULTS, CARD = "results.csv", "results.json", "README.md"
-_BEGIN, _END = "<!-- llava-convert eval -->", "<!-- /llava-convert eval -->"
+_BEGIN, _END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _card(source: Path) -> Path:
 
 def with_table(card: str, table: str) -> str:
     """The card with a section of scores, in the place of an earlier one."""
-    section = f"{_BEGIN}\n## Evaluation\n\n{table}\n\nBy lmms-eval, with `llava-convert eval`.\n{_END}"
+    section = f"{_BEGIN}\n## Evaluation\n\n{table}\n\nBy lmms-eval, with `llava-convert eval tasks`.\n{_END}"
     head, begins, rest = card.partition(_BEGIN)
     if begins:
         return head + section + rest.partition(_END)[2]
