@@ -28,8 +28,10 @@ from llava_convert.model.options import ALL, FULL, OFF, PartOption, TypesOption
 
 if TYPE_CHECKING:
     from llava_convert.app.ask.chat import Reply
+    from llava_convert.app.benchmarks.run import EvalResult
     from llava_convert.app.doctor.run import Diagnosis
     from llava_convert.app.inspect import Inspection
+    from llava_convert.app.mmbench.compare import Compared
     from llava_convert.app.mmbench.run import MMBenchResult
     from llava_convert.app.publish.release import ReleaseItem
     from llava_convert.app.verify import Verdict
@@ -123,10 +125,16 @@ class VerifyJob(SourceOptions, PartOption):
     logits: Annotated[
         bool, Flag("Show both models the same pictures and prompts, and compare all that comes of them.", CHECKS)
     ] = False
-    layers: Annotated[bool, Flag("With --logits: the difference after each layer.", CHECKS)] = False
+    layers: Annotated[bool, Flag("The difference after each layer, with --logits.", CHECKS)] = False
     device: Annotated[
-        str | None, Flag("For --logits. Default: a GPU, where there is one.", CHECKS, choices=(AUTO, "cpu", "cuda"))
+        str | None,
+        Flag(
+            "What computes, with --logits. Default: a GPU, where there is one.", CHECKS, choices=(AUTO, "cpu", "cuda")
+        ),
     ] = None
+    report: Annotated[PathLike | None, Flag("Write what was found as one HTML page.", CHECKS, metavar="FILE.html")] = (
+        None
+    )
     check: bool = False
     progress: Reporter | OnBytes | None = None
 
@@ -146,6 +154,11 @@ class VerifyJob(SourceOptions, PartOption):
             from llava_convert.app.logits.run import compare_answers
 
             verdict = replace(verdict, logits=compare_answers(self.source, self.out, self, say, device=self.device))
+        if self.report is not None:
+            from llava_convert.app.pages.html import write
+            from llava_convert.app.pages.verify_page import verify_page
+
+            write(Path(self.report), verify_page(verdict))
         if self.check:
             verdict.refuse(strict=self.strict)
         return verdict
@@ -193,6 +206,9 @@ class MMBenchJob(AskOptions):
         Flag("Answers and scores. A run that was killed goes on there. Default: work_dirs/<FILE>.", RUN, metavar="DIR"),
     ] = None
     force: Annotated[bool, Flag("Begin again, whatever DIR holds.", CHECKS)] = False
+    report: Annotated[
+        PathLike | None, Flag("Write a page with the scores, pictures and answers.", RUN, metavar="FILE.html")
+    ] = None
     max_new_tokens: Annotated[int, Flag("The most tokens of an answer.", RUN, metavar="N")] = 100
     progress: Reporter | OnBytes | None = None
 
@@ -200,6 +216,53 @@ class MMBenchJob(AskOptions):
         from llava_convert.app.mmbench.run import run_mmbench
 
         return run_mmbench(self, say)
+
+
+@dataclass(frozen=True)
+class CompareJob(Flagged):
+    """Two runs of MMBench on one file, answer by answer."""
+
+    source: Annotated[PathLike, Flag("The --work-dir of a run.", metavar="A", argument=True)]
+    out: Annotated[PathLike, Flag("That of another.", metavar="B", argument=True)]
+    _: KW_ONLY
+    data: Annotated[PathLike, Flag("The file that both answered.", RUN, metavar="FILE.tsv")]
+    report: Annotated[PathLike, Flag("The page with the answers that changed.", RUN, metavar="FILE.html")] = (
+        "compared.html"
+    )
+
+    def run(self, say: Reporter) -> Compared:
+        from llava_convert.app.mmbench.compare import run_compare
+
+        return run_compare(self)
+
+
+@dataclass(frozen=True)
+class EvalJob(AskOptions):
+    """Benchmarks of lmms-eval, answered by a model."""
+
+    tasks: Annotated[
+        str | Sequence[str], Flag("Tasks of lmms-eval: mme,pope,gqa,…", metavar="TASK[,TASK…]", argument=True)
+    ]
+    source: Annotated[PathLike, _SOURCE]
+    _: KW_ONLY
+    work_dir: Annotated[
+        PathLike | None,
+        Flag("results.csv and results.json. Default: work_dirs/<SOURCE>-eval.", RUN, metavar="DIR"),
+    ] = None
+    include: Annotated[PathLike | None, Flag("A folder with tasks of your own (YAML).", RUN, metavar="DIR")] = None
+    limit: Annotated[int | None, Flag("The first N questions of each task alone.", RUN, metavar="N")] = None
+    card: Annotated[bool, Flag("Write the table into the README.md of SOURCE, too.", RUN)] = False
+    progress: Reporter | OnBytes | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        words = self.tasks.split(",") if isinstance(self.tasks, str) else self.tasks
+        return tuple(word.strip() for word in words if word.strip())
+
+    def run(self, say: Reporter) -> EvalResult:
+        from llava_convert.app.benchmarks.run import run_tasks
+
+        return run_tasks(self, say)
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,57 @@
 
 from __future__ import annotations
 
-import typer
+from typing import Any
 
-from llava_convert.app.jobs import MMBenchJob
+import typer
+from typer.core import TyperGroup
+
+from llava_convert.app.jobs import CompareJob, EvalJob, MMBenchJob
 from llava_convert.cli._options import command
 from llava_convert.cli._output import Output
 
 
+class _TasksFirst(TyperGroup):
+    """`eval mme SOURCE` is `eval tasks mme SOURCE`: a first word that is no command is a task."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            args = ["tasks", *args]
+        return super().resolve_command(ctx, args)
+
+
 def add_to(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Score a model of any layout.")
+    group = typer.Typer(
+        no_args_is_help=True, rich_markup_mode="rich", help="Score a model of any layout.", cls=_TasksFirst
+    )
+    group.command("tasks", help="Benchmarks of lmms-eval. The word itself may be left out: eval mme,pope SOURCE.")(
+        command("eval tasks", EvalJob, _tasks)
+    )
     group.command("mmbench", help="MMBench and CCBench, by xtuner's prompt and rule, from their TSV files.")(
         command("eval mmbench", MMBenchJob, _mmbench)
     )
+    group.command("compare", help="The answers that two runs of mmbench give otherwise, with pictures, in one page.")(
+        command("eval compare", CompareJob, _compare)
+    )
     app.add_typer(group, name="eval", rich_help_panel="Ask")
+
+
+def _compare(job: CompareJob, output: Output) -> None:
+    found = job.run(output)
+    output.result(found.as_json())
+    output.line(f"{found.changed} of {found.questions} answers are others")
+    if found.averages is not None:
+        first, second = found.averages
+        output.line(f"average {100 * first:.1f} % and {100 * second:.1f} %")
+    output.note(f"see {found.report}")
+
+
+def _tasks(job: EvalJob, output: Output) -> None:
+    result = job.run(output)
+    output.stop()
+    output.result(result.as_json())
+    output.line(result.table)
+    output.note(f"every number is in {result.folder}")
 
 
 def _mmbench(job: MMBenchJob, output: Output) -> None:

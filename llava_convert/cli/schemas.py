@@ -234,6 +234,36 @@ class Chat(Document):
     stopped: Annotated[bool, "false where the answer reached `--max-new-tokens`"]
 
 
+class EvalCompare(Document):
+    """What `eval compare` found."""
+
+    source: Annotated[str, "the folder of a run"]
+    out: Annotated[str, "that of the other"]
+    report: Annotated[str, "the page"]
+    questions: int
+    changed: Annotated[int, "how many answers are others"]
+    averages: Annotated[list[float] | None, "of each run; null for a TEST file"]
+
+
+class Score(TypedDict):
+    """A number that lmms-eval found."""
+
+    task: str
+    metric: str
+    value: float
+
+
+class EvalTasks(Document):
+    """What `eval TASKS` found."""
+
+    source: Annotated[str, "the model"]
+    layout: Annotated[str, "its layout"]
+    runtime: Annotated[Literal["transformers", "llama.cpp"], "what computed"]
+    out: Annotated[str, "the folder with results.csv and results.json"]
+    scores: list[Score]
+    table: Annotated[str, "one row, in Markdown"]
+
+
 class EvalMmbench(Document):
     """What `eval mmbench` found."""
 
@@ -376,6 +406,8 @@ DOCUMENTS: Mapping[str, Any] = {
     "doctor": Doctor,
     "chat": Chat,
     "eval-mmbench": EvalMmbench,
+    "eval-tasks": EvalTasks,
+    "eval-compare": EvalCompare,
     "upload": Upload,
     "release": Release,
     "layouts": Layouts,

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from llava_convert.core.errors import OutputError
+from llava_convert.core.errors import InputError, OutputError
 
 _STEM = "answers"
 
@@ -68,6 +68,17 @@ class Answers:
     def reread(self) -> None:
         """Take in what the other processes have answered."""
         self.found = self._read()
+
+
+def stored(folder: Path) -> tuple[dict[str, Any], dict[int, str]]:
+    """What the answers in a folder are of, and the answers. Raises InputError where there are none."""
+    paths = sorted(folder.glob(f"{_STEM}-*.jsonl"))
+    rows = (
+        [row for line in paths[0].read_text(encoding="utf-8").splitlines() if (row := _parsed(line))] if paths else []
+    )
+    if not rows:
+        raise InputError(f"{folder} holds no answers", hint="give the --work-dir of `llava-convert eval mmbench`")
+    return rows[0], Answers(folder, rows[0], 0).found
 
 
 def forget(folder: Path) -> None:

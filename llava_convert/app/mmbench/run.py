@@ -15,6 +15,8 @@ from llava_convert.app.ask.processes import Processes, processes
 from llava_convert.app.mmbench.answers import Answers, forget
 from llava_convert.app.mmbench.data import Benchmark, read_benchmark
 from llava_convert.app.mmbench.score import row, scores
+from llava_convert.app.pages.html import write
+from llava_convert.app.pages.mmbench_page import mmbench_page
 from llava_convert.core.errors import OutputError, UsageError
 from llava_convert.core.progress import Reporter, Silence, counted
 from llava_convert.core.text import to_json
@@ -79,6 +81,9 @@ def run_mmbench(job: MMBenchJob, say: Reporter) -> MMBenchResult:
         )  # fmt: skip
     if team.first:
         _write(folder, benchmark, answers.found, result, job)
+        if job.report is not None:
+            about = {key: value for key, value in result.as_json().items() if key != "scores"}
+            write(Path(job.report), mmbench_page(benchmark, answers.found, about))
     return result
 
 

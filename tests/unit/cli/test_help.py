@@ -60,8 +60,8 @@ def documents() -> str:
 
 def test_the_commands() -> None:
     assert set(COMMANDS) == {
-        *LAYOUTS, "convert", "merge", "inspect", "verify", "layouts", "chat", "doctor", "eval mmbench", "train",
-        "data check", "data fix-ocrvqa", "upload", "release",
+        *LAYOUTS, "convert", "merge", "inspect", "verify", "layouts", "chat", "doctor", "eval mmbench", "eval tasks",
+        "eval compare", "train", "data check", "data fix-ocrvqa", "upload", "release",
     }  # fmt: skip
 
 

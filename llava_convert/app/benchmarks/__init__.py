@@ -1,0 +1,1 @@
+"""`eval TASKS`: lmms-eval's benchmarks, answered by a model of any layout."""

@@ -1,0 +1,122 @@
+"""`verify --report`: what was compared, errors by layer and kind, facts side by side, pictures with both answers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from llava_convert.app.pages.html import bar, cards, page, paragraph, picture, section, table, text
+from llava_convert.model.facts import spelled
+
+if TYPE_CHECKING:
+    from llava_convert.app.logits.compare import Logits
+    from llava_convert.app.verify import Verdict
+    from llava_convert.engine.compare import Difference
+
+_LAYER = re.compile(r"(?<=\.)(\d+)(?=\.)")
+
+
+def verify_page(verdict: Verdict) -> str:
+    """The page of a verdict."""
+    kind, word = ("good", "the same") if verdict.same else ("bad", "not the same")
+    return page(
+        f"{verdict.source} and {verdict.out}",
+        f'<p class="{kind}"><strong>{word}</strong></p>',
+        section("What was compared", _compared(verdict)),
+        section("Tensors that differ, by layer and kind", _tensors(verdict.different)),
+        section("Tensors that are rounded otherwise", _tensors(verdict.rounded)),
+        section("Missing, and not in the source", _names(verdict)),
+        section("Facts that differ", _facts(verdict)),
+        section("What a reader chokes on", *(paragraph(one, "bad") for one in verdict.defects)),
+        *(_logits(verdict.logits) if verdict.logits is not None else ()),
+        section("Not compared", *(paragraph(one, "soft") for one in verdict.not_compared)),
+        section("Notes", *(paragraph(one, "soft") for one in verdict.notes)),
+    )
+
+
+def _compared(verdict: Verdict) -> str:
+    rows = [
+        ("source", text(verdict.source), text(verdict.layouts[0])),
+        ("output", text(verdict.out), text(verdict.layouts[1])),
+    ]
+    counts = [
+        f"{verdict.equal} tensors equal bit for bit",
+        f"{len(verdict.different)} different, {len(verdict.missing)} missing, {len(verdict.extra)} not in the source",
+        f"{len(verdict.facts)} facts different",
+    ]
+    if verdict.quantised:
+        counts.append(f"{verdict.quantised} of the equal ones are the source's quantisation, recomputed")
+    if verdict.added_rows:
+        counts.append(f"{max(verdict.added_rows.values())} rows of the vocabulary that the source does not have")
+    return table(("side", "where", "layout"), rows) + "".join(paragraph(count) for count in counts)
+
+
+def _tensors(found: Mapping[str, Difference]) -> str:
+    """A line for each kind of tensor, with the layers in which it differs."""
+    kinds: dict[str, list[tuple[int, Difference]]] = {}
+    for name, gap in found.items():
+        layer = _LAYER.search(name)
+        kinds.setdefault(_LAYER.sub("N", name, count=1), []).append((int(layer[0]) if layer else -1, gap))
+    largest = max((g.largest for every in kinds.values() for _, g in every if math.isfinite(g.largest)), default=0.0)
+    return table(("kind", "layers", "elements", "largest difference", ""), _kinds(kinds, largest))
+
+
+def _kinds(kinds: Mapping[str, list[tuple[int, Difference]]], largest: float) -> Iterator[tuple[str, ...]]:
+    for kind, every in sorted(kinds.items()):
+        layers = ", ".join(str(layer) for layer, _ in sorted(every, key=lambda one: one[0]) if layer >= 0)
+        gap = max((g.largest for _, g in every if math.isfinite(g.largest)), default=math.nan)
+        shapes = next((g.shapes for _, g in every if g.shapes is not None), None)
+        size = f"{gap:.3g}" if shapes is None else f"shapes {list(shapes[0])} and {list(shapes[1])}"
+        share = gap / largest if largest and math.isfinite(gap) else 0.0
+        yield text(kind), text(layers), f"{sum(g.elements for _, g in every):,}", text(size), bar(share, bad=True)
+
+
+def _names(verdict: Verdict) -> str:
+    rows = [(text(name), "missing") for name in verdict.missing] + [
+        (text(n), "not in the source") for n in verdict.extra
+    ]
+    return table(("tensor", ""), rows)
+
+
+def _facts(verdict: Verdict) -> str:
+    rows = [(text(n), text(spelled(d.source)), text(spelled(d.out))) for n, d in sorted(verdict.facts.items())]
+    return table(("fact", "source", "output"), rows)
+
+
+def _logits(found: Logits) -> tuple[str, ...]:
+    from llava_convert.app.logits.probes import PROBES
+
+    # Decades from a millionth to one, so that rounding and a fault are both seen.
+    rows = [
+        (
+            text(site.name),
+            f"{site.largest:.3g}",
+            f"{site.relative:.2g}",
+            bar(1 + math.log10(max(site.relative, 1e-6)) / 6, bad=site.relative > found.bound) if site.relative else "",
+        )
+        for site in found.sites
+    ]
+    probes = {probe.name: probe for probe in PROBES}
+    shown = []
+    for one in found.said:
+        alike = one.parts_at is None
+        state = "the same answer" if alike else f"the answers part at token {one.parts_at}"
+        image = "".join(picture(each, one.probe) for each in probes[one.probe].pictures)
+        shown.append(
+            image + paragraph(probes[one.probe].text) + f"<pre>{text(one.source)}</pre>"
+            + ("" if alike else f"<pre>{text(one.out)}</pre>")
+            + paragraph(f"{state}; KL {one.kl:.2g}, first choices {one.top1:.1%} equal", "good" if alike else "bad")
+        )  # fmt: skip
+    kind = "good" if found.same else "bad"
+    scale = f"Shares of the largest value at a site; {found.dtype} explains {found.bound:.2g}. Bars are by decades."
+    return (
+        section(
+            "How far apart, layer by layer",
+            paragraph(found.sentence(), kind),
+            paragraph(scale, "soft"),
+            table(("site", "largest", "share", "from 1e-6 to 1"), rows),
+        ),
+        section("What both say", cards(shown)),
+    )
