@@ -15,10 +15,11 @@ from llava_convert.core.hub_names import is_id, last_name, parse
 from llava_convert.layouts.adapter_folder import ADAPTER_CONFIG, STEM
 from llava_convert.layouts.base import OpenOptions
 from llava_convert.layouts.registry import Recognised, as_adapter, recognise
-from llava_convert.model.bases import local_base
-from llava_convert.model.checkpoint import LLM, PART_NAMES, PROJECTOR, Checkpoint, Layer
+from llava_convert.model.bases import Base, local_base
+from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, PROJECTOR, VISION, Checkpoint, Layer
 from llava_convert.model.layers import laid_over, with_adapter
-from llava_convert.model.recipe import Model
+from llava_convert.model.recipe import Bases, Model
+from llava_convert.model.towers import tower_config
 from llava_convert.storage.remote.reach import on_hub, reach
 from llava_convert.storage.remote.session import Session
 
@@ -124,6 +125,39 @@ def _recognised(
                 hint="give its folder by --base",
             ) from problem
     return recognise(path)
+
+
+def with_whole_bases(bases: Bases, options: SourceOptions, session: Session) -> Bases:
+    """The bases of single parts, those opened that are whole LLaVAs, of whichever layout: the part is taken of them.
+
+    Raises InputError (exit 3) for one that lacks the part.
+    """
+    given: dict[str, Base] = {}
+    for part in (LLM, VISION):
+        asked = bases.asked(part)
+        path = local_base(asked, Path(), explicit=True) if asked is not None else None
+        if asked is None or path is None:
+            continue  # of a hub's: `--base` takes a whole one
+        try:
+            found = recognise(path)
+        except ConvertError:
+            continue  # said where it is read as the part alone
+        if found.alone:
+            continue
+        opened = with_base(found.open(OpenOptions()), SourceOptions(cache=options.cache), session)
+        held = opened.parts[part]
+        config = held.config or (tower_config(held.weights, None) if part == VISION and held.weights else None)
+        if held.state != "full" or config is None:
+            raise InputError(
+                f"{asked} is a LLaVA of the {opened.layout} layout that holds no whole {PART_NAMES[part]}"
+                + (" of which a config tells" if held.state == "full" else ""),
+                hint=f"give one that does by --{PART_WORDS[part]}",
+            )
+        files = held.files or opened.beside
+        given[part] = Base(
+            part, path if path.is_dir() else path.parent, asked, False, files, replace(held, config=config)
+        )
+    return replace(bases, given=given) if given else bases
 
 
 def with_adapters(checkpoint: Checkpoint, asked: Iterable[str], session: Session) -> Checkpoint:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_convert.app.adapters import refuse_ignored, with_adapters, with_base, with_projector
+from llava_convert.app.adapters import refuse_ignored, with_adapters, with_base, with_projector, with_whole_bases
 from llava_convert.app.applies import refuse_for_source, refuse_for_target
 from llava_convert.app.card import card
 from llava_convert.app.card.facts import Facts
@@ -24,6 +24,7 @@ from llava_convert.app.stage_one import with_stage_one
 from llava_convert.app.verify import Verdict, compare_checkpoints
 from llava_convert.core.errors import MismatchError, UnsupportedError, UsageError
 from llava_convert.core.flags import as_path
+from llava_convert.core.hub_names import is_id
 from llava_convert.core.progress import Reporter, Silence
 from llava_convert.core.tensors import QUANTS, TORCH_NAMES
 from llava_convert.core.text import listed, utf8
@@ -41,7 +42,7 @@ from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS, VISION, Check
 from llava_convert.model.configs import family
 from llava_convert.model.facts import spelled
 from llava_convert.model.options import ALL, FULL, OFF, TargetOptions, part_named
-from llava_convert.model.recipe import Model
+from llava_convert.model.recipe import Bases, Model
 from llava_convert.model.reshape import family_named, reshaped
 from llava_convert.model.target import KEEP, Target, parse_size
 from llava_convert.ops import kernels
@@ -226,7 +227,7 @@ def assembled(
         raise UsageError(f"--to {options.to}: this version writes {', '.join(TARGETS)}")
     _check_options(options)
     opened = opened or open_source(source, options, session, dequantize=options.dequantize)
-    checkpoint, why, told = _open(opened, options, session)
+    checkpoint, why, told = _open(opened, options, session, options.to)
     if is_already(checkpoint, options):
         raise UnsupportedError(
             f"{checkpoint.path} is already {options.to} layout",
@@ -243,9 +244,10 @@ def assembled(
         lora_alpha=options.bases.lora_alpha,
     )
     need = layout(options.to).needs(checkpoint, part)
+    bases = _unused(options.bases, checkpoint)
     model = assemble(
         checkpoint,
-        options.bases,
+        with_whole_bases(bases, options, session),
         session,
         weights=need.weights,
         configs=need.configs,
@@ -259,6 +261,12 @@ def assembled(
     if options.target.as_family is not None:
         model = _as_family(model, options)
     return Assembled(checkpoint, why, replace(model, warnings=(*told, *model.warnings)), target_options)
+
+
+def _unused(bases: Bases, checkpoint: Checkpoint) -> Bases:
+    """What is asked of bases, less what the source was laid over as a whole."""
+    used = {layer.asked for layer in checkpoint.layers}
+    return replace(bases, llm=None) if bases.llm in used else bases
 
 
 def _as_family(model: Model, options: Options) -> Model:
@@ -326,18 +334,25 @@ def open_source(
 
 
 def _open(
-    opened: tuple[Checkpoint, str], options: SourceOptions, session: Session
+    opened: tuple[Checkpoint, str], options: SourceOptions, session: Session, to: str
 ) -> tuple[Checkpoint, str, list[str]]:
-    """The source, why it was taken for what it is, and what there is to tell of its stage 1."""
+    """The source, why it was taken for what it is, and what there is to tell of its stage 1.
+
+    It is laid over its base, but for a target `to` of adapters alone.
+    """
     checkpoint, why = opened
-    checkpoint = with_base(with_projector(checkpoint, options, session), options, session)
+    checkpoint = with_projector(checkpoint, options, session)
+    target = LAYOUTS[to].target
+    if target is None or not target.adapters_alone:
+        checkpoint = with_base(checkpoint, options, session)
     checkpoint = with_adapters(checkpoint, options.adapters, session)
     checkpoint, told = with_stage_one(checkpoint, options.pretrained_pth, session)
     return checkpoint, why, told
 
 
 def _asked_ids(options: Options) -> dict[str, str]:
-    return {p: i for p in (LLM, VISION) if (i := options.bases.asked_id(p)) is not None}
+    named = {p: i for p in (LLM, VISION) if (i := options.bases.asked_id(p)) is not None}
+    return named | ({ALL: options.base} if options.base is not None and is_id(options.base) else {})
 
 
 def _stamp(plan: Plan, snapshot: Snapshot) -> str:
@@ -470,7 +485,7 @@ def _verify(
     other = recognise(out)
     # In another layout quantised weights have become floats.
     opened = found.open(OpenOptions(as_path(options.config), found.layout != other.layout)), found.why
-    checkpoint, _, told = _open(opened, options, session)
+    checkpoint, _, told = _open(opened, options, session, other.layout)
     for text in map(session.called, told):
         say.warn(text)
     total = out.stat().st_size if out.is_file() else sum(p.stat().st_size for p in out.rglob("*"))
@@ -479,7 +494,7 @@ def _verify(
         checkpoint,
         other.open_each(),
         session,
-        bases=options.bases,
+        bases=with_whole_bases(_unused(options.bases, checkpoint), options, session),
         options=target,
         progress=say.start("comparing", total),
     )

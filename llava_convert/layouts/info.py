@@ -41,6 +41,11 @@ _VISION_TOWER = Card(
     quickstarts=("vision_tower", "tower_adapter"),
     task="image-feature-extraction",
 )
+_ADAPTER = Card(
+    sentence="This is a LoRA adapter of a LLaVA, for peft: it goes onto the model that it was trained on.",
+    library="peft",
+    quickstarts=("peft",),
+)
 _PROJECTOR = "This is the projector of a LLaVA, on its own: the layers between vision tower and language model."
 
 
@@ -53,8 +58,8 @@ class TargetInfo:
 
     `shard_size` is where shards end when the source has none to follow. `repo_suffix` follows a release's name in the
     repository's, and in the names of card and files unless `plain_names`. `pads_pictures`: its readers pad pictures to
-    squares by themselves, as training does. `by_file`: they are given a file, not the folder. `chat_template` tells
-    where the chat template is.
+    squares by themselves, as training does. `by_file`: they are given a file, not the folder. `adapters_alone`: it
+    holds adapters, onto which no base is laid. `chat_template` tells where the chat template is.
     """
 
     options: frozenset[str]
@@ -68,6 +73,7 @@ class TargetInfo:
     plain_names: bool = False
     pads_pictures: bool = True
     by_file: bool = False
+    adapters_alone: bool = False
     chat_template: str = "the tokenizer's files"
 
 
@@ -184,9 +190,17 @@ LAYOUTS = {
         ),
         LayoutInfo(
             name="peft",
-            help="A PEFT adapter (adapter_config.json), merged into its base model.",
+            help="A PEFT adapter (adapter_config.json) of a LLaVA.",
             description="a PEFT adapter",
-            target=None,
+            target=TargetInfo(
+                options=frozenset({"dtype"}),
+                whole=_ADAPTER,
+                language_model=_ADAPTER,
+                vision_tower=_ADAPTER,
+                projector=None,
+                repo_suffix="-peft",
+                adapters_alone=True,
+            ),
             has_card=False,  # a trainer's README says nothing of the model
         ),
         LayoutInfo(

@@ -24,7 +24,7 @@ from llava_convert.ops.rows import SetRows
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 _TAILS = (_A, _B, _MAGNITUDE, _EMBEDDING_A, _EMBEDDING_B)
-_TOKENS = ".trainable_tokens_delta"
+_TOKENS = ".token_adapter.trainable_tokens_delta"
 _SAVED, _FROZEN = "modules_to_save", "original_module"
 _FROZEN_WHY = "the frozen copy that peft keeps of a module which was trained whole"
 

@@ -97,7 +97,7 @@ def assemble(
             base = _base(checkpoint, part, asked, session, weights=True)
             if base is not None:
                 bases[part] = base
-                stored = {name: Recipe(tensor, (), "base") for name, tensor in base.tensors.items()} | stored
+                stored = {n: replace(r, origin="base") for n, r in _trained(base.weights_part).items()} | stored
         synthetic = checkpoint.parts[part].synthetic
         stored = {name: Recipe(*made, "synthetic") for name, made in synthetic.items()} | stored
         part_recipes, part_tied = _recipes(part, expected, stored, bases.get(part))
@@ -105,7 +105,9 @@ def assemble(
             check_base(checkpoint, part, bases[part], expected, found_configs[part], warnings)
             dropped += bases[part].dropped
         check_shapes(part, expected, part_recipes)
-        merged += _merge(checkpoint, part, part_recipes, asked.lora_alpha.get(PART_WORDS[part]))
+        if part in bases and any(recipe.origin == "base" for recipe in part_recipes.values()):
+            merged += _merge(bases[part].weights_part.adapters, part, part_recipes, None)
+        merged += _merge(checkpoint.parts[part].adapters, part, part_recipes, asked.lora_alpha.get(PART_WORDS[part]))
         if part == LLM and part_tied:
             tied = _tie(part_recipes, found_configs[LLM], warnings)
         recipes.update(part_recipes)
@@ -197,6 +199,8 @@ def _lengthen(config: dict[str, Any], positions: int) -> None:
 
 def _base(checkpoint: Checkpoint, part: str, asked: Bases, session: Session, *, weights: bool) -> Base | None:
     """The part's base model: the one that the user names, else the one that the source names."""
+    if part in asked.given:
+        return asked.given[part]
     explicit = asked.asked(part)
     name = explicit or checkpoint.parts[part].base
     if name is None:
@@ -249,9 +253,9 @@ def _recipes(
     return recipes, tied
 
 
-def _merge(checkpoint: Checkpoint, part: str, recipes: dict[str, Recipe], alpha: float | None) -> int:
+def _merge(adapters: Iterable[Adapter], part: str, recipes: dict[str, Recipe], alpha: float | None) -> int:
     """Put the LoRAs of a part on its recipes; every module must find its weight. Returns how many did."""
-    return sum(_merge_one(part, recipes, adapter, alpha) for adapter in checkpoint.parts[part].adapters)
+    return sum(_merge_one(part, recipes, adapter, alpha) for adapter in adapters)
 
 
 def _merge_one(part: str, recipes: dict[str, Recipe], adapter: Adapter, alpha: float | None) -> int:
