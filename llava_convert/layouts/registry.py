@@ -16,7 +16,7 @@ from llava_convert.core.errors import ConvertError, InputError, UnsupportedError
 from llava_convert.core.text import printable
 from llava_convert.layouts.base import Found, Layout, OpenOptions
 from llava_convert.layouts.info import LAYOUTS
-from llava_convert.layouts.trainer_run import followed
+from llava_convert.layouts.trainer_run import followed, has_weights
 from llava_convert.model.checkpoint import Checkpoint
 from llava_convert.model.tables.names import layout_table
 from llava_convert.storage.files import open_regular, read_fully, require_inside
@@ -120,7 +120,7 @@ def recognise(path: Path, name: str | None = None) -> Recognised:
     """
     found = look(locate(path))
     claims, alone = _claims(found)
-    if not claims and (run := followed(found)) is not None:
+    if (not claims or not has_weights(found)) and (run := followed(found)) is not None:
         found = replace(look(run.checkpoint), notes=(run.note,))
         claims, alone = _claims(found)
     return Recognised(found, *_choose(found, name, claims), alone)
