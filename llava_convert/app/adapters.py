@@ -16,7 +16,7 @@ from llava_convert.layouts.adapter_folder import ADAPTER_CONFIG, STEM
 from llava_convert.layouts.base import OpenOptions
 from llava_convert.layouts.registry import Recognised, as_adapter, recognise
 from llava_convert.model.bases import Base, local_base
-from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, PROJECTOR, VISION, Checkpoint, Layer
+from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, PARTS, PROJECTOR, VISION, Checkpoint, Layer
 from llava_convert.model.layers import laid_over, with_adapter
 from llava_convert.model.recipe import Bases, Model
 from llava_convert.model.towers import tower_config
@@ -48,6 +48,10 @@ def with_base(checkpoint: Checkpoint, options: SourceOptions, session: Session, 
                 f"{checkpoint.path} is an adapter that does not name its base model", hint="give the LLaVA by --base"
             )
         return checkpoint
+    if options.base is not None and all(checkpoint.parts[part].state == "full" for part in PARTS):
+        raise UsageError(
+            f"--base does not apply: {checkpoint.path.name} is a whole model", hint="leave it out: it is for adapters"
+        )
     if depth > _DEEPEST:
         raise InputError(f"{checkpoint.path}: its base has a base, and so on, more than {_DEEPEST} deep")
     needed = checkpoint.bare or options.base is not None

@@ -345,6 +345,11 @@ def _open(
     target = LAYOUTS[to].target
     if target is None or not target.adapters_alone:
         checkpoint = with_base(checkpoint, options, session)
+    elif options.base is not None and not is_id(options.base):
+        raise UsageError(
+            f"--base {options.base} does not apply: an adapter holds the name of its base alone",
+            hint="give the hub id that the adapter is to name, or leave it out",
+        )
     checkpoint = with_adapters(checkpoint, options.adapters, session)
     checkpoint, told = with_stage_one(checkpoint, options.pretrained_pth, session)
     return checkpoint, why, told

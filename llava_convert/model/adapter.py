@@ -311,8 +311,8 @@ def settings_from_json(raw: Mapping[str, Any], path: Path) -> LoraSettings:
         init_lora_weights=raw.get("init_lora_weights", True),
         peft_type=kind,
         token_indices=_token_indices(raw, path),
-        # Of the configs without their writer's version (before 0.18), those of 0.15 on have this key.
-        patterns_apart="peft_version" in raw or "trainable_token_indices" in raw,
+        # Since 0.14 (huggingface/peft#2195), whose configs are the first with this key.
+        patterns_apart="lora_bias" in raw,
     )
 
 

@@ -37,10 +37,10 @@ from llava_convert.model.checks import (
 from llava_convert.model.configs import family, named_config
 from llava_convert.model.projector import projector_config
 from llava_convert.model.recipe import Bases, Model, Recipe, joined_recipe
-from llava_convert.model.tables.families import Expected, architecture_for
+from llava_convert.model.tables.families import Architecture, Expected, architecture_for
 from llava_convert.model.tables.names import grouped
 from llava_convert.model.towers import tower_config
-from llava_convert.ops.rows import TakeRows
+from llava_convert.ops.rows import SetRows, TakeRows
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.remote.session import Session
 from llava_convert.storage.streams import same_bytes
@@ -98,6 +98,8 @@ def assemble(
             if base is not None:
                 bases[part] = base
                 stored = {n: replace(r, origin="base") for n, r in _trained(base.weights_part).items()} | stored
+        if part == LLM:
+            stored = _with_frozen_head(checkpoint.parts[part], found_configs[part], expected, bases.get(part)) | stored
         synthetic = checkpoint.parts[part].synthetic
         stored = {name: Recipe(*made, "synthetic") for name, made in synthetic.items()} | stored
         part_recipes, part_tied = _recipes(part, expected, stored, bases.get(part))
@@ -227,6 +229,31 @@ def _trained(own: Part) -> dict[str, Recipe]:
     return found
 
 
+def _with_frozen_head(
+    own: Part, config: dict[str, Any], expected: Mapping[str, Expected], base: Base | None
+) -> dict[str, Recipe]:
+    """The head of a tied language model whose embedding alone was trained under peft: it stays what both were.
+
+    peft puts a LoRA, or a copy (`modules_to_save`), in the embedding's place and lets the head use the frozen weight;
+    only `ensure_weight_tying` and single tokens go to both (0.21, measured). What was trained without peft is shared.
+    """
+    roles = family(LLM, config)
+    if expected[roles.head].tied is None or not any(_adapts_alone(one, roles) for one in own.adapters):
+        return {}
+    below = _trained(base.weights_part) if base is not None else {}
+    below |= _trained(replace(own, adapter=None, merge=()))
+    found = below.get(roles.head) or below.get(roles.embedding)
+    return {} if found is None else {roles.head: found}
+
+
+def _adapts_alone(adapter: Adapter, roles: Architecture) -> bool:
+    """Whether an adapter changes the embedding and not the head."""
+    module, head = (name.removesuffix(".weight") for name in (roles.embedding, roles.head))
+    saved = adapter.settings.modules_to_save if adapter.settings is not None else None
+    copied = roles.embedding in adapter.overrides and any(module.endswith(name) for name in saved or ())
+    return (module in adapter.modules or copied) and not {head, roles.head} & {*adapter.modules, *adapter.overrides}
+
+
 def _recipes(
     part: str, expected: Mapping[str, Expected], stored: Mapping[str, Recipe], base: Base | None
 ) -> tuple[dict[str, Recipe], bool]:
@@ -300,7 +327,8 @@ def _tie(recipes: dict[str, Recipe], config: dict[str, Any], warnings: list[str]
     """Whether the head really equals the embedding; a different one is kept and the config told so."""
     roles = family(LLM, config)
     head, embedding = recipes[roles.head], recipes[roles.embedding]
-    if head == embedding or head.tensor.extents == embedding.tensor.extents:
+    both = tuple(op for op in embedding.ops if not isinstance(op, SetRows))  # which peft gives to the head, too
+    if head == embedding or (head.tensor.extents == embedding.tensor.extents and head.ops == both):
         recipes[roles.head] = embedding
         return True
     if head.tensor.dtype == embedding.tensor.dtype and not head.ops and not embedding.ops:

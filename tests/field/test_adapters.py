@@ -210,6 +210,30 @@ def test_a_base_that_has_it_already(models: Models, hf: Tensors, tmp_path: Path)
         llava_convert.convert(source, to="official", out=tmp_path / "twice", base=str(tmp_path / "out"))
 
 
+def test_what_is_no_adapter_does_not_become_one(models: Models, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="the language model was trained whole"):
+        llava_convert.convert(models["official"], to="peft", out=tmp_path / "out")
+    llava_convert.convert(models["pth"], to="peft", out=tmp_path / "tower", part="visual-encoder")
+    assert llava_convert.verify(models["pth"], tmp_path / "tower", part="visual-encoder")
+    config = json.loads((tmp_path / "tower" / "adapter_config.json").read_text())
+    assert set(config["target_modules"]) == {
+        f"model.vision_tower.encoder.layers.{layer}.{module}"
+        for layer in range(3)
+        for module in ("mlp.fc1", "mlp.fc2", *(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")))
+    }
+
+
+def test_a_base_without_use(models: Models, hf: Tensors, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="base does not apply"):
+        llava_convert.convert(models["hf"], to="official", out=tmp_path / "out", base=str(models["official"]))
+    source = write_adapter(tmp_path / "adapter", models["hf"], lora(hf, {Q: Q}))
+    with pytest.raises(UsageError, match="does not apply: an adapter holds the name"):
+        llava_convert.convert(source, to="peft", out=tmp_path / "out", base=str(models["hf"]))
+    llava_convert.convert(source, to="peft", out=tmp_path / "out", base="org/llava-hf")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/llava-hf"
+
+
 # --- official LLaVA's trainings
 
 
@@ -308,7 +332,7 @@ def test_what_zero_to_fp32_makes_of_it(models: Models, official: Path, hf: Tenso
 
 
 def test_half_way_through_a_training(official: Path, hf: Tensors, tmp_path: Path) -> None:
-    """`checkpoint-50` without the projector, which is in DeepSpeed's folder, and without a config, which is the run's."""
+    """`checkpoint-50` without the projector, which DeepSpeed's folder has, and without a config, which the run has."""
     checkpoint = official / "checkpoint-50"
     checkpoint.mkdir()
     for file in ("adapter_model.safetensors", "adapter_config.json"):

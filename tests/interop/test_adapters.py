@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -53,6 +54,25 @@ def test_it_computes_what_peft_computes(base: Path, tmp_path: Path, name: str) -
     model = load_hf(base)
     assert gap(logits(model, model.config), by_peft(base, tmp_path / name)) > 100 * TOLERANCE
     assert llava_convert.verify(tmp_path / name, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["embedding", "saved_embedding", "tokens"])
+def test_a_tied_head(base: Path, tmp_path: Path, name: str) -> None:
+    """peft gives single tokens to the head, too; of an embedding trained otherwise the head keeps the frozen one."""
+    tied = shutil.copytree(base, tmp_path / "tied")
+    config = json.loads((tied / "config.json").read_text())
+    config["text_config"]["tie_word_embeddings"] = config["tie_word_embeddings"] = True
+    (tied / "config.json").write_text(json.dumps(config))
+    weights = load_file(tied / "model.safetensors")
+    del weights["language_model.lm_head.weight"]
+    (tied / "model.safetensors").unlink()
+    save_file(weights, tied / "model.safetensors", {"format": "pt"})
+    right = save_adapters.save(tied, tmp_path, name)
+    report = llava_convert.convert(tmp_path / name, to="hf", out=tmp_path / "out", dtype="float32")
+    model = load_hf(tmp_path / "out")
+    assert gap(logits(model, model.config), right) <= TOLERANCE
+    assert model.config.text_config.tie_word_embeddings == (name == "tokens")
+    assert any("both are kept, untied" in told for told in report.warnings) == (name != "tokens")
 
 
 def test_several_in_a_row(base: Path, tmp_path: Path) -> None:
