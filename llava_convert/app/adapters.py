@@ -15,10 +15,12 @@ from llava_convert.core.hub_names import is_id, last_name, parse
 from llava_convert.layouts.adapter_folder import ADAPTER_CONFIG, STEM
 from llava_convert.layouts.base import OpenOptions
 from llava_convert.layouts.registry import Recognised, as_adapter, recognise
-from llava_convert.model.bases import Base, local_base
+from llava_convert.model.bases import Base, find_base, local_base
 from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, PARTS, PROJECTOR, VISION, Checkpoint, Layer
 from llava_convert.model.layers import laid_over, with_adapter
 from llava_convert.model.recipe import Bases, Model
+from llava_convert.model.tables.facts import CONFIG
+from llava_convert.model.tables.families import known_architecture
 from llava_convert.model.towers import tower_config
 from llava_convert.storage.remote.reach import on_hub, reach
 from llava_convert.storage.remote.session import Session
@@ -143,6 +145,8 @@ def with_whole_bases(bases: Bases, options: SourceOptions, session: Session) -> 
         if asked is None or path is None:
             continue  # of a hub's: `--base` takes a whole one
         try:
+            if _is_part(part, path, asked, session):
+                continue
             found = recognise(path)
         except ConvertError:
             continue  # said where it is read as the part alone
@@ -162,6 +166,15 @@ def with_whole_bases(bases: Bases, options: SourceOptions, session: Session) -> 
             part, path if path.is_dir() else path.parent, asked, False, files, replace(held, config=config)
         )
     return replace(bases, given=given) if given else bases
+
+
+def _is_part(part: str, path: Path, asked: str, session: Session) -> bool:
+    """Whether a folder's config.json is that of the part alone, which `assemble` then reads; it is read once."""
+    if not (path / CONFIG).is_file():
+        return False
+    files = find_base(part, asked, Path(), session, explicit=True, weights=False).files
+    kind = files.read_object(CONFIG).get("model_type")
+    return known_architecture(part, kind) is not None
 
 
 def with_adapters(checkpoint: Checkpoint, asked: Iterable[str], session: Session) -> Checkpoint:
