@@ -15,10 +15,13 @@ from llava_convert.core.hub_names import is_id, last_name, parse
 from llava_convert.layouts.adapter_folder import ADAPTER_CONFIG, STEM
 from llava_convert.layouts.base import OpenOptions
 from llava_convert.layouts.registry import Recognised, as_adapter, recognise
-from llava_convert.model.bases import local_base
-from llava_convert.model.checkpoint import LLM, PART_NAMES, PROJECTOR, Checkpoint, Layer
+from llava_convert.model.bases import Base, find_base, local_base
+from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, PARTS, PROJECTOR, VISION, Checkpoint, Layer
 from llava_convert.model.layers import laid_over, with_adapter
-from llava_convert.model.recipe import Model
+from llava_convert.model.recipe import Bases, Model
+from llava_convert.model.tables.facts import CONFIG
+from llava_convert.model.tables.families import known_architecture
+from llava_convert.model.towers import tower_config
 from llava_convert.storage.remote.reach import on_hub, reach
 from llava_convert.storage.remote.session import Session
 
@@ -47,6 +50,10 @@ def with_base(checkpoint: Checkpoint, options: SourceOptions, session: Session, 
                 f"{checkpoint.path} is an adapter that does not name its base model", hint="give the LLaVA by --base"
             )
         return checkpoint
+    if options.base is not None and all(checkpoint.parts[part].state == "full" for part in PARTS):
+        raise UsageError(
+            f"--base does not apply: {checkpoint.path.name} is a whole model", hint="leave it out: it is for adapters"
+        )
     if depth > _DEEPEST:
         raise InputError(f"{checkpoint.path}: its base has a base, and so on, more than {_DEEPEST} deep")
     needed = checkpoint.bare or options.base is not None
@@ -124,6 +131,50 @@ def _recognised(
                 hint="give its folder by --base",
             ) from problem
     return recognise(path)
+
+
+def with_whole_bases(bases: Bases, options: SourceOptions, session: Session) -> Bases:
+    """The bases of single parts, those opened that are whole LLaVAs, of whichever layout: the part is taken of them.
+
+    Raises InputError (exit 3) for one that lacks the part.
+    """
+    given: dict[str, Base] = {}
+    for part in (LLM, VISION):
+        asked = bases.asked(part)
+        path = local_base(asked, Path(), explicit=True) if asked is not None else None
+        if asked is None or path is None:
+            continue  # of a hub's: `--base` takes a whole one
+        try:
+            if _is_part(part, path, asked, session):
+                continue
+            found = recognise(path)
+        except ConvertError:
+            continue  # said where it is read as the part alone
+        if found.alone:
+            continue
+        opened = with_base(found.open(OpenOptions()), SourceOptions(cache=options.cache), session)
+        held = opened.parts[part]
+        config = held.config or (tower_config(held.weights, None) if part == VISION and held.weights else None)
+        if held.state != "full" or config is None:
+            raise InputError(
+                f"{asked} is a LLaVA of the {opened.layout} layout that holds no whole {PART_NAMES[part]}"
+                + (" of which a config tells" if held.state == "full" else ""),
+                hint=f"give one that does by --{PART_WORDS[part]}",
+            )
+        files = held.files or opened.beside
+        given[part] = Base(
+            part, path if path.is_dir() else path.parent, asked, False, files, held=replace(held, config=config)
+        )
+    return replace(bases, given=given) if given else bases
+
+
+def _is_part(part: str, path: Path, asked: str, session: Session) -> bool:
+    """Whether a folder's config.json is that of the part alone, which `assemble` then reads; it is read once."""
+    if not (path / CONFIG).is_file():
+        return False
+    files = find_base(part, asked, Path(), session, explicit=True, weights=False).files
+    kind = files.read_object(CONFIG).get("model_type")
+    return known_architecture(part, kind) is not None
 
 
 def with_adapters(checkpoint: Checkpoint, asked: Iterable[str], session: Session) -> Checkpoint:

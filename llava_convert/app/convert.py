@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_convert.app.adapters import refuse_ignored, with_adapters, with_base, with_projector
+from llava_convert.app.adapters import refuse_ignored, with_adapters, with_base, with_projector, with_whole_bases
 from llava_convert.app.applies import refuse_for_source, refuse_for_target
 from llava_convert.app.card import card
 from llava_convert.app.card.facts import Facts
@@ -27,6 +27,7 @@ from llava_convert.app.verify import Verdict, compare_checkpoints
 from llava_convert.assets.bundle import Artefacts
 from llava_convert.core.errors import MismatchError, UnsupportedError, UsageError
 from llava_convert.core.flags import AUTO, as_path, options_of
+from llava_convert.core.hub_names import is_id
 from llava_convert.core.progress import Reporter, Silence
 from llava_convert.core.tensors import QUANTS, TORCH_NAMES
 from llava_convert.core.text import listed, utf8
@@ -45,7 +46,7 @@ from llava_convert.model.configs import family
 from llava_convert.model.facts import spelled
 from llava_convert.model.options import ALL, DROP, FULL, OFF, OutputOptions, TargetOptions, part_named
 from llava_convert.model.quantized import dequantized, refuse_packed
-from llava_convert.model.recipe import Model
+from llava_convert.model.recipe import Bases, Model
 from llava_convert.model.reshape import family_named, reshaped
 from llava_convert.model.tables.families import architectures
 from llava_convert.model.target import KEEP, Target, parse_size
@@ -257,7 +258,7 @@ def assembled(
         raise UsageError(f"--to {options.to}: this version writes {', '.join(TARGETS)}")
     _check_options(options)
     opened = opened or open_source(source, options, session, dequantize=options.dequantize)
-    checkpoint, why, told = _open(opened, options, session)
+    checkpoint, why, told = _open(opened, options, session, options.to)
     if is_already(checkpoint, options):
         raise UnsupportedError(
             f"{checkpoint.path} is already {options.to} layout",
@@ -278,9 +279,10 @@ def assembled(
     if options.dequantize:
         checkpoint = dequantized(checkpoint)
     refuse_packed(checkpoint, need.weights)
+    bases = _unused(options.bases, checkpoint)
     model = assemble(
         checkpoint,
-        options.bases,
+        with_whole_bases(bases, options, session),
         session,
         weights=need.weights,
         configs=need.configs,
@@ -305,6 +307,12 @@ def _changes(layout: str) -> str:
     """The options that change an output within its layout."""
     found = [option.spelling for name, option in options_of(OutputOptions).items() if name in TARGETS[layout].options]
     return f"{', '.join(found)} or --part"
+
+
+def _unused(bases: Bases, checkpoint: Checkpoint) -> Bases:
+    """What is asked of bases, less what the source was laid over as a whole."""
+    used = {layer.asked for layer in checkpoint.layers}
+    return replace(bases, llm=None) if bases.llm in used else bases
 
 
 def _as_family(model: Model, options: Options) -> Model:
@@ -392,18 +400,30 @@ def open_whole(
 
 
 def _open(
-    opened: tuple[Checkpoint, str], options: SourceOptions, session: Session
+    opened: tuple[Checkpoint, str], options: SourceOptions, session: Session, to: str | None = None
 ) -> tuple[Checkpoint, str, list[str]]:
-    """The source, why it was taken for what it is, and what there is to tell of its stage 1."""
+    """The source, why it was taken for what it is, and what there is to tell of its stage 1.
+
+    It is laid over its base, but for a target `to` of adapters alone.
+    """
     checkpoint, why = opened
-    checkpoint = with_base(with_projector(checkpoint, options, session), options, session)
+    checkpoint = with_projector(checkpoint, options, session)
+    target = None if to is None else LAYOUTS[to].target
+    if target is None or not target.adapters_alone:
+        checkpoint = with_base(checkpoint, options, session)
+    elif options.base is not None and not is_id(options.base):
+        raise UsageError(
+            f"--base {options.base} does not apply: an adapter holds the name of its base alone",
+            hint="give the hub id that the adapter is to name, or leave it out",
+        )
     checkpoint = with_adapters(checkpoint, options.adapters, session)
     checkpoint, told = with_stage_one(checkpoint, options.pretrained_pth, session)
     return checkpoint, why, told
 
 
 def _asked_ids(options: Options) -> dict[str, str]:
-    return {p: i for p in (LLM, VISION) if (i := options.bases.asked_id(p)) is not None}
+    named = {p: i for p in (LLM, VISION) if (i := options.bases.asked_id(p)) is not None}
+    return named | ({ALL: options.base} if options.base is not None and is_id(options.base) else {})
 
 
 def _stamp(plan: Plan, snapshot: Snapshot) -> str:
@@ -535,7 +555,7 @@ def _verify(
     other = recognise(out)
     # In another layout quantised weights have become floats.
     opened = found.open(_open_options(options, session, found.layout != other.layout)), found.why
-    checkpoint, _, told = _open(opened, options, session)
+    checkpoint, _, told = _open(opened, options, session, other.layout)
     checkpoint = without_extra(checkpoint, part if part != ALL else checkpoint.default_part, options.extra)
     for text in map(session.called, told):
         say.warn(text)
@@ -545,7 +565,7 @@ def _verify(
         checkpoint,
         other.open_each(),
         session,
-        bases=options.bases,
+        bases=with_whole_bases(_unused(options.bases, checkpoint), options, session),
         options=target,
         vocab=options.vocab,
         progress=say.start("comparing", total),

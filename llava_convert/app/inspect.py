@@ -171,7 +171,8 @@ def _part(checkpoint: Checkpoint, name: str) -> PartFound:
         alpha = part.adapter.settings.lora_alpha if part.adapter.settings else "unknown"
         detail += f"LoRA r={'/'.join(map(str, ranks))} alpha={alpha} on {len(part.adapter.modules)} modules; "
     if part.state != "full" and name != "projector":
-        detail += f"base model {part.base}" if part.base else f"base model not named: --{PART_WORDS[name]}"
+        base = part.base or (checkpoint.base if checkpoint.bare else None)
+        detail += f"base model {base}" if base else f"base model not named: --{PART_WORDS[name]}"
     return PartFound(
         name=PART_WORDS[name],
         state=part.state,

@@ -31,6 +31,9 @@ from llava_convert.storage.sidecars import Sidecars, folder_sidecars, made_sidec
 def judge(model: Model, target: Target, theirs: Checkpoint, held: Iterable[str]) -> Judgement:
     """Hold OUT, opened as `theirs`, against the model and what `target` would write of it; `held` are OUT's parts."""
     found, parts = Judgement(), set(held)
+    if theirs.bare:  # an adapter: all else is its base's
+        _compare_all_adapters(found, model, theirs, parts)
+        return found
     _compare_facts(found, model, theirs, parts)
     stated = getattr(layout(theirs.layout), "compare_stated", None)
     if stated is not None:  # its small files are made of metadata, which is compared itself
@@ -39,10 +42,7 @@ def judge(model: Model, target: Target, theirs: Checkpoint, held: Iterable[str])
     for part in (LLM, VISION):
         if part in parts and part in model.configs:
             _compare_config(found, part, model, theirs)
-    for part in sorted(parts):
-        mine, other = model.checkpoint.parts[part].adapter, theirs.parts[part].adapter
-        if mine is not None and other is not None:
-            _compare_adapters(found, mine, other)
+    _compare_all_adapters(found, model, theirs, parts)
     _compare_files(found, model, target.files, theirs)
     for key, value in theirs.unknown_keys.items():
         found.compare(key, model.checkpoint.unknown_keys.get(key), value)
@@ -159,6 +159,13 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     if not found.get("use_sliding_window", True):
         found["sliding_window"] = found["max_window_layers"] = None  # a window that nothing looks through
     return found
+
+
+def _compare_all_adapters(found: Judgement, model: Model, theirs: Checkpoint, parts: Iterable[str]) -> None:
+    for part in sorted(parts):
+        mine, other = model.checkpoint.parts[part].adapter, theirs.parts[part].adapter
+        if mine is not None and other is not None:
+            _compare_adapters(found, mine, other)
 
 
 def _compare_adapters(found: Judgement, mine: Adapter, other: Adapter) -> None:

@@ -88,7 +88,18 @@ def read_adapter_folder(folder: Path, beside: Sidecars, headers: Headers | None 
             found[part], left = parse_adapter(tensors, settings, str(folder), sorted_.paths)
             dropped += [Dropped(name, reason) for name, reason in left.items()]
     base = config.get("base_model_name_or_path")
-    return AdapterFolder(found, str(base) if base else None, weights.files, tuple(dropped), weights.warnings)
+    warnings = (*weights.warnings, *_lost_biases(settings, weights.tensors))
+    return AdapterFolder(found, str(base) if base else None, weights.files, tuple(dropped), warnings)
+
+
+def _lost_biases(settings: LoraSettings | None, names: Iterable[str]) -> tuple[str, ...]:
+    """peft 0.12 trains the biases of adapted modules, and then saves none of them (get_peft_model_state_dict)."""
+    if settings is None or settings.bias == "none" or any(name.endswith(".bias") for name in names):
+        return ()
+    return (
+        f"{ADAPTER_CONFIG} says bias: {settings.bias}, and the adapter holds no bias: older releases of peft do not "
+        "save them, and the base's are taken",
+    )
 
 
 def _unwrapped(name: str) -> str:
@@ -135,31 +146,40 @@ def adapter_config(made: Artefacts, part: str, adapter: Adapter) -> dict[str, An
     asked = made.options.lora_alpha.get(PART_WORDS[part])
     alpha = settings.lora_alpha if asked is None else asked
     adapter.scale(next(iter(adapter.modules)), alpha=asked)  # refuses an alpha that nobody knows
-    config: dict[str, Any] = {
-        "alpha_pattern": dict(settings.alpha_pattern),
-        "auto_mapping": None,
-        "base_model_name_or_path": made.id_of(part)[0],
-        "bias": settings.bias,
+    return peft_config(
+        alpha_pattern=dict(settings.alpha_pattern),
+        auto_mapping=_TOWER_CLASS if part == VISION else None,
+        base_model_name_or_path=made.id_of(part)[0],
+        bias=settings.bias,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        lora_dropout=settings.other.get("lora_dropout", 0.0),
+        modules_to_save=list(settings.modules_to_save) if settings.modules_to_save else None,
+        r=settings.r or first.rank,
+        rank_pattern=dict(settings.rank_pattern),
+        target_modules=modules,
+        task_type="CAUSAL_LM" if part == LLM else None,
+        use_dora=any(module.magnitude is not None for module in adapter.modules.values()),
+        use_rslora=settings.use_rslora,
+    )
+
+
+_TOWER_CLASS = {
+    "base_model_class": "CLIPVisionModel",
+    "parent_library": "transformers.models.clip.modeling_clip",
+}
+
+
+def peft_config(**said: Any) -> dict[str, Any]:
+    """adapter_config.json with these keys, and what peft 0.12 writes of the others."""
+    rest = {
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
         "layers_to_transform": None,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": settings.other.get("lora_dropout", 0.0),
-        "modules_to_save": list(settings.modules_to_save) if settings.modules_to_save else None,
+        "lora_dropout": 0.0,
         "peft_type": "LORA",
-        "r": settings.r or first.rank,
-        "rank_pattern": dict(settings.rank_pattern),
         "revision": None,
-        "target_modules": modules,
-        "task_type": "CAUSAL_LM" if part == LLM else None,
-        "use_dora": any(module.magnitude is not None for module in adapter.modules.values()),
-        "use_rslora": settings.use_rslora,
+        "task_type": None,
     }
-    if part == VISION:
-        config["auto_mapping"] = {
-            "base_model_class": "CLIPVisionModel",
-            "parent_library": "transformers.models.clip.modeling_clip",
-        }
-    return config
+    return dict(sorted({**rest, **said}.items()))

@@ -41,6 +41,11 @@ _VISION_TOWER = Card(
     quickstarts=("vision_tower", "tower_adapter"),
     task="image-feature-extraction",
 )
+_ADAPTER = Card(
+    sentence="This is a LoRA adapter of a LLaVA, for peft: it goes onto the model that it was trained on.",
+    library="peft",
+    quickstarts=("peft",),
+)
 _PROJECTOR = "This is the projector of a LLaVA, on its own: the layers between vision tower and language model."
 
 
@@ -60,8 +65,9 @@ class TargetInfo:
 
     `shard_size` is where shards end when the source has none to follow. `repo_suffix` follows a release's name in the
     repository's, and in the names of card and files unless `plain_names`. `pads_pictures`: its readers pad pictures to
-    squares by themselves, as training does. `by_file`: they are given a file, not the folder. `chat_template` tells
-    where the chat template is. `by_training`: it is for who trains on, so that a release leaves it out.
+    squares by themselves, as training does. `by_file`: they are given a file, not the folder. `adapters_alone`: it
+    holds adapters, onto which no base is laid. `chat_template` tells where the chat template is. `by_training`: it is
+    for who trains on, so that a release leaves it out.
     """
 
     options: frozenset[str]
@@ -76,6 +82,7 @@ class TargetInfo:
     pads_pictures: bool = True
     by_file: bool = False
     by_training: bool = False
+    adapters_alone: bool = False
     chat_template: str = "the tokenizer's files"
 
 
@@ -228,9 +235,17 @@ LAYOUTS = {
                 Form("adapters of the LLM, the projector, the tower or all, of any release"),
                 Form("a folder of HF's Trainer: the best checkpoint, or the newest"),
             ),
-            help="A PEFT adapter (adapter_config.json), merged into its base model.",
+            help="A PEFT adapter (adapter_config.json) of a LLaVA.",
             description="a PEFT adapter",
-            target=None,
+            target=TargetInfo(
+                options=frozenset({"dtype"}),
+                whole=_ADAPTER,
+                language_model=_ADAPTER,
+                vision_tower=_ADAPTER,
+                projector=None,
+                repo_suffix="-peft",
+                adapters_alone=True,
+            ),
             has_card=False,  # a trainer's README says nothing of the model
         ),
         LayoutInfo(

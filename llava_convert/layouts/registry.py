@@ -19,7 +19,7 @@ from llava_convert.core.text import printable
 from llava_convert.layouts import kinds
 from llava_convert.layouts.base import Found, Layout, OpenOptions
 from llava_convert.layouts.info import LAYOUTS
-from llava_convert.layouts.trainer_run import followed
+from llava_convert.layouts.trainer_run import followed, has_weights
 from llava_convert.model.checkpoint import Checkpoint
 from llava_convert.model.quantized import with_quantization
 from llava_convert.model.tables.facts import CONFIG
@@ -167,7 +167,10 @@ def recognise(path: Path, name: str | None = None, config_from: Path | None = No
     if config_from is not None and _whole(itself := replace(found, config=None)):
         found = itself  # it says itself what it is, and has no use for another's config
     claims, alone = _claims(found)
-    if not claims and (meant := _of_a_run(found) or _newest_save(found) or _model_around(found)) is not None:
+    meant = _of_a_run(found) if not claims or not has_weights(found) else None
+    if not claims and meant is None:
+        meant = _newest_save(found) or _model_around(found)
+    if meant is not None:
         found, how = meant
         found = replace(found, notes=(how,))
         claims, alone = _claims(found)

@@ -15,6 +15,7 @@ from llava_convert.layouts.base import Found
 from llava_convert.storage.sidecars import folder_sidecars
 
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
+_OWN = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 _STATE = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})(?:\.bin)?")
 _PROJECTORS = "mm_projector"  # where official LLaVA's pretraining puts checkpoint-N.bin (llava/train/train.py)
@@ -51,6 +52,11 @@ def followed(found: Found) -> Run | None:
         found.path / name,
         f"{found.path.name} is the folder of a training: {name} is taken, {why} (it holds {listed(there.values())})",
     )
+
+
+def has_weights(found: Found) -> bool:
+    """Whether a folder has files of weights of its own, besides what a trainer keeps for itself."""
+    return any(name.endswith(_WEIGHTS) and not name.startswith(_OWN) for name in found.names)
 
 
 def _holds(path: Path) -> bool:

@@ -24,7 +24,7 @@ from llava_convert.ops.rows import SetRows
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 _TAILS = (_A, _B, _MAGNITUDE, _EMBEDDING_A, _EMBEDDING_B)
-_TOKENS = ".trainable_tokens_delta"
+_TOKENS = ".token_adapter.trainable_tokens_delta"
 _SAVED, _FROZEN = "modules_to_save", "original_module"
 _FROZEN_WHY = "the frozen copy that peft keeps of a module which was trained whole"
 
@@ -311,8 +311,8 @@ def settings_from_json(raw: Mapping[str, Any], path: Path) -> LoraSettings:
         init_lora_weights=raw.get("init_lora_weights", True),
         peft_type=kind,
         token_indices=_token_indices(raw, path),
-        # Of the configs without their writer's version (before 0.18), those of 0.15 on have this key.
-        patterns_apart="peft_version" in raw or "trainable_token_indices" in raw,
+        # Since 0.14 (huggingface/peft#2195), whose configs are the first with this key.
+        patterns_apart="lora_bias" in raw,
     )
 
 

@@ -37,11 +37,11 @@ from llava_convert.model.checks import (
 from llava_convert.model.configs import family, named_config
 from llava_convert.model.projector import projector_config
 from llava_convert.model.recipe import Bases, Model, Recipe, joined_recipe
-from llava_convert.model.tables.families import Expected, architecture_for
+from llava_convert.model.tables.families import Architecture, Expected, architecture_for
 from llava_convert.model.tables.names import grouped
 from llava_convert.model.towers import tower_config
 from llava_convert.model.vocabulary import settle_rows
-from llava_convert.ops.rows import TakeRows
+from llava_convert.ops.rows import SetRows, TakeRows
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.remote.session import Session
 from llava_convert.storage.streams import same_bytes
@@ -101,7 +101,9 @@ def assemble(
             base = _base(checkpoint, part, asked, session, weights=True)
             if base is not None:
                 bases[part] = base
-                stored = {name: Recipe(tensor, (), "base") for name, tensor in base.tensors.items()} | stored
+                stored = {n: replace(r, origin="base") for n, r in _trained(base.weights_part).items()} | stored
+        if part == LLM:
+            stored = _with_frozen_head(checkpoint.parts[part], found_configs[part], expected, bases.get(part)) | stored
         synthetic = checkpoint.parts[part].synthetic
         stored = {name: Recipe(*made, "synthetic") for name, made in synthetic.items()} | stored
         part_recipes, part_tied = _recipes(part, expected, stored, bases.get(part))
@@ -111,7 +113,9 @@ def assemble(
         if part == LLM and (vocabulary := settle_rows(part_recipes, found_configs[LLM], vocab)):
             expected = _expected(checkpoint, part, found_configs)
         check_shapes(part, expected, part_recipes)
-        merged += _merge(checkpoint, part, part_recipes, asked.lora_alpha.get(PART_WORDS[part]))
+        if part in bases and any(recipe.origin == "base" for recipe in part_recipes.values()):
+            merged += _merge(bases[part].weights_part.adapters, part, part_recipes, None)
+        merged += _merge(checkpoint.parts[part].adapters, part, part_recipes, asked.lora_alpha.get(PART_WORDS[part]))
         if part == LLM and part_tied:
             tied = _tie(part_recipes, found_configs[LLM], warnings)
         recipes.update(part_recipes)
@@ -205,6 +209,8 @@ def _lengthen(config: dict[str, Any], positions: int) -> None:
 
 def _base(checkpoint: Checkpoint, part: str, asked: Bases, session: Session, *, weights: bool) -> Base | None:
     """The part's base model: the one that the user names, else the one that the source names."""
+    if part in asked.given:
+        return asked.given[part]
     explicit = asked.asked(part)
     name = explicit or checkpoint.parts[part].base
     if name is None:
@@ -229,6 +235,31 @@ def _trained(own: Part) -> dict[str, Recipe]:
     for name, parts in own.joins.items():
         found[name] = joined_recipe([found.pop(one) for one in parts.names], parts.groups)
     return found
+
+
+def _with_frozen_head(
+    own: Part, config: dict[str, Any], expected: Mapping[str, Expected], base: Base | None
+) -> dict[str, Recipe]:
+    """The head of a tied language model whose embedding alone was trained under peft: it stays what both were.
+
+    peft puts a LoRA, or a copy (`modules_to_save`), in the embedding's place and lets the head use the frozen weight;
+    only `ensure_weight_tying` and single tokens go to both (0.21, measured). What was trained without peft is shared.
+    """
+    roles = family(LLM, config)
+    if expected[roles.head].tied is None or not any(_adapts_alone(one, roles) for one in own.adapters):
+        return {}
+    below = _trained(base.weights_part) if base is not None else {}
+    below |= _trained(replace(own, adapter=None, merge=()))
+    found = below.get(roles.head) or below.get(roles.embedding)
+    return {} if found is None else {roles.head: found}
+
+
+def _adapts_alone(adapter: Adapter, roles: Architecture) -> bool:
+    """Whether an adapter changes the embedding and not the head."""
+    module, head = (name.removesuffix(".weight") for name in (roles.embedding, roles.head))
+    saved = adapter.settings.modules_to_save if adapter.settings is not None else None
+    copied = roles.embedding in adapter.overrides and any(module.endswith(name) for name in saved or ())
+    return (module in adapter.modules or copied) and not {head, roles.head} & {*adapter.modules, *adapter.overrides}
 
 
 def _recipes(
@@ -257,9 +288,9 @@ def _recipes(
     return recipes, tied
 
 
-def _merge(checkpoint: Checkpoint, part: str, recipes: dict[str, Recipe], alpha: float | None) -> int:
+def _merge(adapters: Iterable[Adapter], part: str, recipes: dict[str, Recipe], alpha: float | None) -> int:
     """Put the LoRAs of a part on its recipes; every module must find its weight. Returns how many did."""
-    return sum(_merge_one(part, recipes, adapter, alpha) for adapter in checkpoint.parts[part].adapters)
+    return sum(_merge_one(part, recipes, adapter, alpha) for adapter in adapters)
 
 
 def _merge_one(part: str, recipes: dict[str, Recipe], adapter: Adapter, alpha: float | None) -> int:
@@ -304,7 +335,8 @@ def _tie(recipes: dict[str, Recipe], config: dict[str, Any], warnings: list[str]
     """Whether the head really equals the embedding; a different one is kept and the config told so."""
     roles = family(LLM, config)
     head, embedding = recipes[roles.head], recipes[roles.embedding]
-    if head == embedding or head.tensor.extents == embedding.tensor.extents:
+    both = tuple(op for op in embedding.ops if not isinstance(op, SetRows))  # which peft gives to the head, too
+    if head == embedding or (head.tensor.extents == embedding.tensor.extents and head.ops == both):
         recipes[roles.head] = embedding
         return True
     if head.tensor.dtype == embedding.tensor.dtype and not head.ops and not embedding.ops:

@@ -15,7 +15,7 @@ from typing import Any
 from llava_convert.core.errors import HubError, InputError, UnsupportedError
 from llava_convert.core.hub_names import is_id, parse, published_id
 from llava_convert.core.tensors import StoredTensor
-from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, Dropped
+from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, Dropped, Part
 from llava_convert.model.configs import named_config, old_flavour
 from llava_convert.model.tables.names import layout_table, lookup_errors
 from llava_convert.model.tables.quantization import quantization
@@ -30,7 +30,8 @@ from llava_convert.storage.weights import Weights, open_weights
 class Base:
     """One base model on disk. `asked` is how it was named: an id, or a path (which never reaches an output).
 
-    What is read of it is kept, so that all who ask in one session read it once.
+    `held` is the part as it was opened, where the base is a whole LLaVA of whichever layout; else the folder holds the
+    part alone, as its own class keeps it. What is read of it is kept, so that all who ask in one session read it once.
     """
 
     part: str
@@ -39,6 +40,7 @@ class Base:
     from_hub: bool
     files: Sidecars
     file: Path | None = None  # the one file of weights that counts, where the user named it
+    held: Part | None = None
 
     @property
     def id(self) -> str | None:
@@ -48,6 +50,8 @@ class Base:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The part's own config, in the old flavour, complete (a CLIPModel's vision half for the tower)."""
+        if self.held is not None:
+            return named_config(self.held.config or {}, self.part, where=str(self.folder))
         raw = read_config(self.files, "config.json")
         config = old_flavour(raw)
         if self.part != LLM and isinstance(config.get("vision_config"), dict):
@@ -97,8 +101,13 @@ class Base:
         return self._mapped[0]
 
     @property
+    def weights_part(self) -> Part:
+        """The part with its weights, whether they lie alone or in a whole model."""
+        return Part(self.tensors) if self.held is None else self.held
+
+    @property
     def dropped(self) -> tuple[Dropped, ...]:
-        return self._mapped[1]
+        return self._mapped[1] if self.held is None else ()
 
 
 def find_base(

@@ -65,7 +65,7 @@ def check_base(
     kin = family(part, config)
     # A tower that was cut short has a base with more blocks than it needs.
     known = expected.keys() | family(part, base.config).tensors(base.config).keys()
-    strange = [name for name in base.tensors if name not in known and kin.dropped(name) is None]
+    strange = [name for name in base.weights_part.names if name not in known and kin.dropped(name) is None]
     if strange:
         raise UnsupportedError(
             f"the base {PART_NAMES[part]} {base.folder} has {len(strange)} tensors that its family does not know: "

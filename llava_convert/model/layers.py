@@ -68,7 +68,8 @@ def _over(own: Part, base: Part) -> Part:
         # Of a part that the base lacks it is what training left of it; else it is merged, whatever the target.
         first, *rest = (*base.merge, *own.adapters)
         return replace(base, adapter=first, merge=tuple(rest), base=own.base or base.base)
-    return replace(base, merge=(*base.merge, *own.adapters), base=base.base or own.base)
+    named = base.base if base.state != "absent" else base.base or own.base
+    return replace(base, merge=(*base.merge, *own.adapters), base=named)
 
 
 def refuse_second_merge(top: Checkpoint, base: Checkpoint) -> None:

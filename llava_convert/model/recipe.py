@@ -23,7 +23,8 @@ from llava_convert.storage.sidecars import Sidecars
 class Bases:
     """What the user says of the base models; overrides what the source names.
 
-    `cache`: what a hub holds is downloaded to its client's cache, instead of being read in place.
+    `cache`: what a hub holds is downloaded to its client's cache, instead of being read in place. `given` are those of
+    the asked ones that were opened already, since they are parts of whole LLaVAs.
     """
 
     llm: str | None = None
@@ -32,6 +33,7 @@ class Bases:
     visual_encoder_id: str | None = None
     lora_alpha: Mapping[str, float] = field(default_factory=dict)
     cache: bool = False
+    given: Mapping[str, Base] = field(default_factory=dict)
 
     def asked(self, part: str) -> str | None:
         return {LLM: self.llm, VISION: self.visual_encoder}.get(part)

@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bias_all": {"target_modules": SHORT, "bias": "all"},
     "bias_lora_only": {"target_modules": SHORT, "bias": "lora_only"},
     "saved_modules": {"target_modules": TEXT, "modules_to_save": ["multi_modal_projector", "embed_tokens", "lm_head"]},
+    "saved_embedding": {"target_modules": TEXT, "modules_to_save": ["embed_tokens"]},
     "all_linear": {"target_modules": "all-linear"},
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "conv": {"target_modules": ["q_proj", "patch_embedding"]},

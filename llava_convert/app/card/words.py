@@ -371,6 +371,11 @@ class Words:
         return json.dumps(self._facts.base_id(LLM) or _BASES[LLM])
 
     @property
+    def adapted_py(self) -> str:
+        """What an adapter names as its base model, else a word that stands for it."""
+        return json.dumps(self._facts.config("adapter_config.json").get("base_model_name_or_path") or "BASE")
+
+    @property
     def base_tower_py(self) -> str:
         return json.dumps(self._facts.base_id(VISION) or _BASES[VISION])
 

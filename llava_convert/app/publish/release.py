@@ -53,7 +53,7 @@ ROWS = (
     *(
         Row(name, target.repo_suffix, name, "" if target.plain_names else target.repo_suffix)
         for name, target in TARGETS.items()
-        if not target.by_training
+        if not target.by_training and not target.adapters_alone
     ),
     *(
         Row("pretrain", "-pretrain", name, "-pretrain", stage_one=True)

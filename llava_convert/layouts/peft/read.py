@@ -44,7 +44,7 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
         root=found.path,
         files=read.files,
         beside=found.beside,
-        parts={part: Part(adapter=read.adapters.get(part), base=read.base) for part in PARTS},
+        parts={part: Part(adapter=read.adapters.get(part)) for part in PARTS},
         settings=Settings(),
         dropped=read.dropped,
         warnings=read.warnings,

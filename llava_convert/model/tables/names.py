@@ -118,12 +118,14 @@ class LayoutTable:
         """Why `disk` is left behind, or None when it is not."""
         return next((drop.reason for drop in self.drops if drop.disk.match(disk) is not None), None)
 
-    def write(self, canonical: str) -> tuple[str, int] | None:
-        """The name on disk of `canonical` and the place of the row which gave it (the module order)."""
-        for row in self.rows:
-            if row.dialect == self.writes:
-                bindings = row.canonical.match(canonical)
-                if bindings is not None:
+    def write(self, canonical: str, dialects: Iterable[str] = ()) -> tuple[str, int] | None:
+        """The name on disk of `canonical` and the place of the row which gave it (the module order).
+
+        In the first of `dialects` that has one; without these in the one that our own output uses.
+        """
+        for dialect in dialects or (self.writes,):
+            for row in self.rows:
+                if row.dialect == dialect and (bindings := row.canonical.match(canonical)) is not None:
                     return row.disk.fill(bindings), row.place
         return None
 

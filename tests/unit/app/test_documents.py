@@ -22,7 +22,7 @@ def on_disk(folder: Path) -> dict[str, int]:
     return {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("to", [name for name, target in TARGETS.items() if not target.adapters_alone])
 @pytest.mark.parametrize(
     "options",
     [{}, {"verify": "full", "digest": True, "max_shard_size": "100KB"}, {"part": "llm", "verify": "full"}],

@@ -35,7 +35,9 @@ def test_a_training_checkpoint(tiny: Path) -> None:
     assert (tower.state, tower.tensors) == ("lora", 36)
     assert tower.detail.startswith("LoRA r=8 alpha=16 on 18 modules; base model ")
     assert (projector.state, projector.tensors, projector.bytes) == ("full", 4, 4 * (64 * 32 + 64 + 64 * 64 + 64))
-    assert found.targets == dict.fromkeys(TARGETS.keys() - {"pth"})
+    why_not = found.targets.pop("peft")
+    assert why_not is not None and "was trained whole" in why_not
+    assert found.targets == dict.fromkeys(TARGETS.keys() - {"peft", "pth"})
     assert found.settings["feature layer"] == -2
 
 
@@ -55,7 +57,8 @@ def test_what_is_missing_and_how_to_supply_it(made: Path, tiny: Path) -> None:
         assert problem is not None
         assert "base vision tower 'vit' is not here" in problem and "by visual_encoder" in problem
     supplied = llava_convert.inspect(made / "xtuner", visual_encoder=str(tiny / "vit"))
-    assert supplied.targets == dict.fromkeys(TARGETS.keys() - {"xtuner"})
+    supplied.targets.pop("peft")  # its language model was trained whole
+    assert supplied.targets == dict.fromkeys(TARGETS.keys() - {"xtuner", "peft"})
 
 
 def test_as_json(made: Path) -> None:

@@ -260,7 +260,7 @@ def test_options_of_some_targets_stand_in_a_panel_of_theirs() -> None:
     panels = re.split(r"╭─ ", text)
     gguf = next(panel for panel in panels if panel.startswith("Output: gguf "))
     assert all(option in gguf for option in ("--outtype", "--mmproj-outtype", "--pre"))
-    assert "--dtype" in next(panel for panel in panels if panel.startswith("Output: pth, xtuner, official, hf "))
+    assert "--dtype" in next(panel for panel in panels if panel.startswith("Output: pth, xtuner, official, hf, peft"))
 
 
 def test_an_option_that_the_source_never_uses_is_told_where_it_belongs(tiny: Path, tmp_path: Path) -> None:

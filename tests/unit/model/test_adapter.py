@@ -399,3 +399,11 @@ def test_lora_alpha_from_checkpoint_to_output(tiny: Path, tmp_path: Path) -> Non
     told, asked, other = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("told", "asked", "other"))
     assert asked == told
     assert other != told
+
+
+def test_patterns_are_looked_up_apart_from_peft_0_14_on() -> None:
+    """huggingface/peft#2195: a rank key and another alpha key that match one module both count."""
+    raw = {"r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.0\.q_proj": 5}}
+    path = "model.layers.0.q_proj"
+    assert settings_for(settings_from_json(raw, Path("x")), path) == (2, 16)
+    assert settings_for(settings_from_json({**raw, "lora_bias": False}, Path("x")), path) == (2, 5)
