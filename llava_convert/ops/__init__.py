@@ -13,7 +13,7 @@ from llava_convert.ops.cast import Cast
 from llava_convert.ops.join import Join, Part
 from llava_convert.ops.lora import MergeLora
 from llava_convert.ops.quantize import Dequantize, Quantize
-from llava_convert.ops.rows import Constant, PadRows, RopePermute, TakeRows
+from llava_convert.ops.rows import Constant, PadRows, Plus, RopePermute, TakeRows
 
 OPS: tuple[type[Any], ...] = (
     Cast,
@@ -25,6 +25,7 @@ OPS: tuple[type[Any], ...] = (
     Part,
     Quantize,
     Dequantize,
+    Plus,
     Constant,
 )
 """Every op there is, for `llava-convert layouts`. A byte-for-byte copy is the absence of ops."""

@@ -275,6 +275,7 @@ def config_of(table: GgufTable, metadata: Metadata, tensors: Mapping[str, Stored
             config[key.config] = rotated / size
     if config.get("head_dim") == config["hidden_size"] // config["num_attention_heads"]:
         del config["head_dim"]  # written out in every file, and told by the others in most configs
+    config |= limits.implied(table.architecture, config, family)
     scaling = rope.read_scaling(table.architecture, metadata, tensors, config, head)
     config["rope_scaling"] = scaling
     return config

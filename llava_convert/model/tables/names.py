@@ -52,7 +52,8 @@ class Row:
     """One pair of patterns; `dialect` names the variant of the layout which uses it.
 
     `place` is its number in the table, which rows that were made of one share. `heads` is the shape symbol that counts
-    the heads whose rows are reordered on the way to disk, `omit` why a tensor is not written at all.
+    the heads whose rows are reordered on the way to disk, `plus` what is added to every weight there, `omit` why a
+    tensor is not written at all.
     """
 
     disk: Pattern
@@ -62,6 +63,7 @@ class Row:
     place: int
     fused: Fused | None = None
     heads: str = ""
+    plus: float = 0.0
     omit: str = ""
 
     def pattern(self, side: str) -> Pattern:
@@ -163,7 +165,7 @@ def make_layout_table(
                     continue  # a family whose names two dialects write alike
                 if disk.placeholders != canonical.placeholders:
                     raise TableError(f"{path.name}: {disk.text} and {canonical.text} hold different placeholders")
-                more = {key: pair[key] for key in ("heads", "omit") if key in pair}
+                more = {key: pair[key] for key in ("heads", "plus", "omit") if key in pair}
                 rows.append(Row(disk, canonical, dialect, line, place, fused, **more))
     drops = tuple(Drop(Pattern.parse(entry["disk"]), entry["reason"]) for entry in raw.get("drop", ()))
     if raw["writes"] not in {row.dialect for row in rows}:
@@ -225,10 +227,12 @@ def _refuse_overlaps(where: str, patterns: list[Pattern]) -> None:
 def layout_table(name: str, family: str | None = None) -> LayoutTable:
     """The table of `mappings/layouts/<name>.toml`, for all families of language models or for the one of that name.
 
-    A layout that calls the head otherwise than its family does is read by the table of that family alone.
+    A layout that calls the head otherwise than its family does is read by the table of that family alone. A family that
+    is written as another there has no names in it.
     """
     path = data_dir("mappings") / "layouts" / f"{name}.toml"
     families = [a for a in architectures().values() if a.embedding and family in (None, a.name)]
+    families = [a for a in families if name not in a.written_as]
     table = parse_layout_table(path.read_text(encoding="utf-8"), path, families)
     if any(row.fused or row.heads for row in table.rows):
         raise TableError(f"{path.name}: parts and heads are for the tables of a family, whose sizes are known")
