@@ -29,6 +29,7 @@ manifest: $(STAMP)  ## say which files of every golden conversion changed; ARGS=
 
 docs: $(STAMP)  ## make the pages of docs that are made of tables
 	$(PY) -m tests.docs.facts_page
+	$(PY) -m tests.docs.families_page
 	$(PY) -m tests.docs.json_page
 
 lint: $(STAMP)  ## ruff (rules and format), the rooms' contracts and mypy, as .ci/run does

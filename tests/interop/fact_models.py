@@ -40,6 +40,9 @@ FAMILY: dict[str, dict[str, Any]] = {
         "hidden_activation": "gelu_pytorch_tanh", "pad_token_id": 513, "rope_local_base_freq": 10000.0,
         "num_hidden_layers": 7, "layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"],
     },
+    "granite": {"architectures": ["GraniteForCausalLM"], "embedding_multiplier": 3.0, "logits_scaling": 2.0,
+                "residual_multiplier": 0.5, "attention_multiplier": 0.2},
+    "stablelm": {"architectures": ["StableLmForCausalLM"], "partial_rotary_factor": 0.5, "use_qkv_bias": True},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32, "use_sliding_window": False},
 }  # fmt: skip
 _TEXT = {

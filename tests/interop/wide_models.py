@@ -88,9 +88,13 @@ class Wide:
             if self.family in ("qwen3", "gemma3_text"):
                 shapes |= {f"{at}.self_attn.{x}_norm.weight": (self.head_dim or h // self.heads,) for x in "qk"}
             for norm in ("input_layernorm", "post_attention_layernorm"):
-                shapes[f"{at}.{norm}.weight"] = (h,)
-        shapes["model.norm.weight"] = (h,)
+                shapes |= {f"{at}.{norm}.{end}": (h,) for end in self._norm}
+        shapes |= {f"model.norm.{end}": (h,) for end in self._norm}
         return shapes if self.tied else shapes | {"lm_head.weight": (self.rows, h)}
+
+    @property
+    def _norm(self) -> tuple[str, ...]:
+        return ("weight", "bias") if self.family == "stablelm" else ("weight",)
 
     def _projections(self) -> dict[str, tuple[int, int]]:
         h, mlp = self.hidden, self.mlp
@@ -106,7 +110,9 @@ class Wide:
     def _has_bias(self, name: str) -> bool:
         if name.startswith("mlp"):
             return bool(self.settings.get("mlp_bias"))
-        return bool(self.settings.get("attention_bias")) or (self.family == "qwen2" and not name.endswith("o_proj"))
+        return bool(self.settings.get("attention_bias")) or (
+            (self.family == "qwen2" or bool(self.settings.get("use_qkv_bias"))) and not name.endswith("o_proj")
+        )
 
 
 def _longrope(half: int) -> dict[str, Any]:
@@ -190,6 +196,25 @@ WIDES: dict[str, Wide] = {
             "sliding_window_pattern": 6,
         },
     ),
+    "granite": Wide(
+        "granite",
+        layers=3,
+        rows=819,
+        tokenizer="llama-2",
+        settings={
+            "attention_multiplier": 0.0625,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+    ),
+    "stablelm": Wide(
+        "stablelm",
+        layers=3,
+        rows=704,
+        tokenizer="qwen2",
+        settings={"use_qkv_bias": True, "partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5},
+    ),
     # Phi-3-mini, whose keys are not shared, and Phi-3-medium.
     "phi-3": Wide("phi3", kv_heads=8, rows=832, settings={"sliding_window": 255}, tokenizer="phi-3"),
     "phi-3-shared": Wide("phi3", layers=3, rows=832, settings={"sliding_window": None}, tokenizer="phi-3"),
@@ -220,6 +245,8 @@ CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "stablelm": "StableLmForCausalLM",
 }
 PUBLISHED = ("llama-3", "mistral")
 SPM_CONFIG = {

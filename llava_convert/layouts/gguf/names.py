@@ -33,7 +33,7 @@ from llava_convert.storage.gguf.file import Typed
 Config = Mapping[str, Any]
 Metadata = Mapping[str, Typed]
 CLIP = "clip"
-_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+_BIASES = {"attention_bias": "blk.0.attn_q.bias", "use_qkv_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
 # Phi-3's class takes a padding id of its own, 32000, where the config does not say one.
 _IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
@@ -288,6 +288,8 @@ def _plain(key: Key, typed: Typed) -> Any:
         if len(set(value)) != 1:
             raise UnsupportedError(f"{key.key} differs from layer to layer, which no family here has")
         value = value[0]
+    if key.type == "bool" and isinstance(value, bool):
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{key.key} should be a number, found {str(value)[:40]!r}")
     return float(str(np.float32(value))) if key.type == "f32" else value
