@@ -150,7 +150,10 @@ def make_layout_table(
     `families` are what rows with a role stand for.
     """
     lines = text.splitlines()
-    roles = [pair for family in families for pair in _roles(family)]
+    families = tuple(families)
+    every = [pair for family in families for pair in _roles(family)]
+    # A family that is written as another here was never saved in an older dialect.
+    held = [pair for family in families if raw["layout"] not in family.written_as for pair in _roles(family)]
     rows: list[Row] = []
     for place, entry in enumerate(raw["row"]):
         for pair, fused in _pairs(entry, path):
@@ -158,6 +161,7 @@ def make_layout_table(
             unknown = {pair["op"]} - {"rope"} if "op" in pair else set()
             if unknown:
                 raise TableError(f"{path.name}: no op {sorted(unknown)}")
+            roles = every if entry.get("dialect", raw["writes"]) == raw["writes"] else held
             for disk_text, canonical_text in _expanded(pair[DISK], pair[CANONICAL], roles):
                 disk, canonical = Pattern.parse(disk_text), Pattern.parse(canonical_text)
                 dialect = entry.get("dialect", raw["writes"])
@@ -227,12 +231,10 @@ def _refuse_overlaps(where: str, patterns: list[Pattern]) -> None:
 def layout_table(name: str, family: str | None = None) -> LayoutTable:
     """The table of `mappings/layouts/<name>.toml`, for all families of language models or for the one of that name.
 
-    A layout that calls the head otherwise than its family does is read by the table of that family alone. A family that
-    is written as another there has no names in it.
+    A layout that calls the head otherwise than its family does is read by the table of that family alone.
     """
     path = data_dir("mappings") / "layouts" / f"{name}.toml"
     families = [a for a in architectures().values() if a.embedding and family in (None, a.name)]
-    families = [a for a in families if name not in a.written_as]
     table = parse_layout_table(path.read_text(encoding="utf-8"), path, families)
     if any(row.fused or row.heads for row in table.rows):
         raise TableError(f"{path.name}: parts and heads are for the tables of a family, whose sizes are known")
