@@ -30,6 +30,7 @@ manifest: $(STAMP)  ## say which files of every golden conversion changed; ARGS=
 docs: $(STAMP)  ## make the pages of docs that are made of tables and commands, then the site, under site/
 	$(PY) -m tests.docs.cli_page
 	$(PY) -m tests.docs.facts_page
+	$(PY) -m tests.docs.families_page
 	$(PY) -m tests.docs.json_page
 	$(PY) -m tests.docs.readme_table
 	$(PY) -m tests.docs.forty

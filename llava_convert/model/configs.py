@@ -29,6 +29,12 @@ def old_flavour(config: Mapping[str, Any]) -> dict[str, Any]:
     if dtype is not None:
         found.setdefault("torch_dtype", dtype)
     rope = found.pop("rope_parameters", None)
+    if isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
+        # 5.x has one for each kind of layer, of which 4.x names the base of the local ones apart.
+        local = rope.get("sliding_attention") or {}
+        if (said := local.get("rope_theta")) is not None:
+            _put(found, "rope_local_base_freq", said)
+        rope = rope["full_attention"]
     if isinstance(rope, dict):
         scaling = dict(rope)
         for key in ("rope_theta", "partial_rotary_factor"):  # both stand by themselves in 4.x

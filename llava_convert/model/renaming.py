@@ -11,7 +11,7 @@ from llava_convert.model.recipe import Recipe, joined_recipe
 from llava_convert.model.tables.names import DISK, ROWS, Fused, LayoutTable, Row
 from llava_convert.ops.base import Op
 from llava_convert.ops.join import Part, parts, shares
-from llava_convert.ops.rows import RopePermute
+from llava_convert.ops.rows import Plus, RopePermute
 
 Symbol = Callable[[str], int]
 """The value of a shape symbol in the model's config."""
@@ -65,7 +65,8 @@ def renamed(recipes: Mapping[str, Recipe], table: LayoutTable, symbol: Symbol, *
 
 def moves(row: Row, symbol: Symbol, *, side: str) -> tuple[Op, ...]:
     """What happens to the rows of a tensor that is named on `side` on its way to the other."""
-    return (RopePermute(symbol(row.heads), back=side == DISK),) if row.heads else ()
+    turned = (RopePermute(symbol(row.heads), back=side == DISK),) if row.heads else ()
+    return (*turned, *((Plus(-row.plus if side == DISK else row.plus),) if row.plus else ()))
 
 
 def piece(whole: str, fused: Fused) -> str:

@@ -14,7 +14,7 @@ from llava_convert.ops.fp8 import DequantizeFp8
 from llava_convert.ops.join import Join, Part
 from llava_convert.ops.lora import MergeLora
 from llava_convert.ops.quantize import Dequantize, Quantize
-from llava_convert.ops.rows import Constant, PadRows, RopePermute, SetRows, TakeRows
+from llava_convert.ops.rows import Constant, PadRows, Plus, RopePermute, SetRows, TakeRows
 
 OPS: tuple[type[Any], ...] = (
     Cast,
@@ -27,6 +27,7 @@ OPS: tuple[type[Any], ...] = (
     Quantize,
     Dequantize,
     DequantizeFp8,
+    Plus,
     Constant,
     SetRows,
 )

@@ -176,6 +176,35 @@ class RopePermute:
 
 
 @dataclass(frozen=True, slots=True)
+class Plus:
+    """`value` added to every weight, in float32: llama.cpp keeps Gemma's norms as what they multiply by, 1 + weight."""
+
+    value: float
+    name = "plus"
+
+    def result(self, dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+        if dtype not in FLOATS:
+            raise UnsupportedError(f"cannot add a number to {dtype} weights")
+        return "F32", shape
+
+    def rows_together(self, shape: tuple[int, ...]) -> int:
+        return 1
+
+    def stream(self, blocks: Blocks, dtype: str, shape: tuple[int, ...], context: Context) -> Blocks:
+        for block in blocks:
+            yield widen(block, dtype) + np.float32(self.value)
+
+    def inputs(self) -> tuple[StoredTensor, ...]:
+        return ()
+
+    def inverse(self, dtype: str, shape: tuple[int, ...]) -> Op | None:
+        return Plus(-self.value) if dtype == "F32" else None
+
+    def describe(self) -> dict[str, Any]:
+        return {"op": self.name, "value": self.value}
+
+
+@dataclass(frozen=True, slots=True)
 class Constant:
     """Float32 values that no file holds: one for all elements, or one for each in row-major order.
 

@@ -30,7 +30,21 @@ FAMILY: dict[str, dict[str, Any]] = {
         "rope_scaling": None,
         "sliding_window": None,
     },
-}
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"], "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64,
+        "hidden_activation": "gelu_pytorch_tanh", "pad_token_id": 513,
+        "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {
+        "architectures": ["Gemma3ForCausalLM"], "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64,
+        "hidden_activation": "gelu_pytorch_tanh", "pad_token_id": 513, "rope_local_base_freq": 10000.0,
+        "num_hidden_layers": 7, "layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"],
+    },
+    "granite": {"architectures": ["GraniteForCausalLM"], "embedding_multiplier": 3.0, "logits_scaling": 2.0,
+                "residual_multiplier": 0.5, "attention_multiplier": 0.2},
+    "stablelm": {"architectures": ["StableLmForCausalLM"], "partial_rotary_factor": 0.5, "use_qkv_bias": True},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32, "use_sliding_window": False},
+}  # fmt: skip
 _TEXT = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 576, "hidden_act": "silu", "max_position_embeddings": 8192,

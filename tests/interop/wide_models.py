@@ -83,12 +83,18 @@ class Wide:
                 shapes[f"{at}.{name}.weight"] = (rows, columns)
                 if self._has_bias(name):
                     shapes[f"{at}.{name}.bias"] = (rows,)
-            if self.family == "qwen3":
+            if self.family.startswith("gemma"):
+                shapes |= {f"{at}.{x}_feedforward_layernorm.weight": (h,) for x in ("pre", "post")}
+            if self.family in ("qwen3", "gemma3_text"):
                 shapes |= {f"{at}.self_attn.{x}_norm.weight": (self.head_dim or h // self.heads,) for x in "qk"}
             for norm in ("input_layernorm", "post_attention_layernorm"):
-                shapes[f"{at}.{norm}.weight"] = (h,)
-        shapes["model.norm.weight"] = (h,)
+                shapes |= {f"{at}.{norm}.{end}": (h,) for end in self._norm}
+        shapes |= {f"model.norm.{end}": (h,) for end in self._norm}
         return shapes if self.tied else shapes | {"lm_head.weight": (self.rows, h)}
+
+    @property
+    def _norm(self) -> tuple[str, ...]:
+        return ("weight", "bias") if self.family == "stablelm" else ("weight",)
 
     def _projections(self) -> dict[str, tuple[int, int]]:
         h, mlp = self.hidden, self.mlp
@@ -104,7 +110,9 @@ class Wide:
     def _has_bias(self, name: str) -> bool:
         if name.startswith("mlp"):
             return bool(self.settings.get("mlp_bias"))
-        return bool(self.settings.get("attention_bias")) or (self.family == "qwen2" and not name.endswith("o_proj"))
+        return bool(self.settings.get("attention_bias")) or (
+            (self.family == "qwen2" or bool(self.settings.get("use_qkv_bias"))) and not name.endswith("o_proj")
+        )
 
 
 def _longrope(half: int) -> dict[str, Any]:
@@ -150,6 +158,63 @@ WIDES: dict[str, Wide] = {
     # Depths and shares of heads that mixes know: of Vicuna-13B, and of Llama-3-70B.
     "vicuna-13b": Wide(mlp=256, layers=40, kv_heads=8, rows=896, tokenizer="vicuna"),
     "llama-3-70b": Wide(mlp=256, layers=80, heads=8, kv_heads=1),
+    "gemma2": Wide(
+        "gemma2",
+        hidden=64,
+        mlp=128,
+        layers=4,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        rows=819,
+        tied=True,
+        tokenizer="llama-2",
+        settings={
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 32,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "gemma3": Wide(
+        "gemma3_text",
+        hidden=64,
+        mlp=128,
+        layers=7,
+        heads=4,
+        kv_heads=1,
+        head_dim=32,
+        rows=819,
+        tied=True,
+        tokenizer="llama-2",
+        settings={
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 32,
+            "rope_local_base_freq": 10000.0,
+            "sliding_window_pattern": 6,
+        },
+    ),
+    "granite": Wide(
+        "granite",
+        layers=3,
+        rows=819,
+        tokenizer="llama-2",
+        settings={
+            "attention_multiplier": 0.0625,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+    ),
+    "stablelm": Wide(
+        "stablelm",
+        layers=3,
+        rows=704,
+        tokenizer="qwen2",
+        settings={"use_qkv_bias": True, "partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5},
+    ),
     # Phi-3-mini, whose keys are not shared, and Phi-3-medium.
     "phi-3": Wide("phi3", kv_heads=8, rows=832, settings={"sliding_window": 255}, tokenizer="phi-3"),
     "phi-3-shared": Wide("phi3", layers=3, rows=832, settings={"sliding_window": None}, tokenizer="phi-3"),
@@ -178,6 +243,10 @@ CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "stablelm": "StableLmForCausalLM",
 }
 PUBLISHED = ("llama-3", "mistral")
 SPM_CONFIG = {
@@ -193,17 +262,19 @@ SPM_CONFIG = {
 }
 
 
-def _random(shapes: Mapping[str, tuple[int, ...]], seed: int, dtype: torch.dtype) -> OrderedDict[str, torch.Tensor]:
+def _random(
+    shapes: Mapping[str, tuple[int, ...]], seed: int, dtype: torch.dtype, *, plus_one: bool = False
+) -> OrderedDict[str, torch.Tensor]:
     """Weights of a model that is no chaos: logits and rows of a picture have a standard deviation of about one, and
     every layer adds a part of what is there, so that a rounding is not blown up from layer to layer. Norms are not one
-    and biases not zero, since a swapped pair would then go unseen.
+    and biases not zero, since a swapped pair would then go unseen. `plus_one`: norms multiply by 1 + weight (Gemma).
     """
     generator = torch.Generator().manual_seed(seed)
     made: OrderedDict[str, torch.Tensor] = OrderedDict()
     for name, shape in shapes.items():
         values = torch.randn(shape, generator=generator)
         if len(shape) == 1:
-            values = values * 0.1 + ("norm" in name and name.endswith("weight"))
+            values = values * 0.1 + ("norm" in name and name.endswith("weight") and not plus_one)
         elif "embed_tokens" in name:
             values *= shape[1] ** -0.5
         else:
@@ -317,8 +388,10 @@ def make_wide(name: str, folder: Path, tiny: Path, published: Path | None = None
     vision = json.loads((tiny / "vit" / "config.json").read_text()) | TOWER
     _write_json(tower / "config.json", vision)
     shutil.copy(tiny / "vit" / "preprocessor_config.json", tower)
+    gemma = wide.family.startswith("gemma")
     state = OrderedDict(
-        (f"llm.{key}", value.float()) for key, value in _random(wide.shapes(), 1, torch.bfloat16).items()
+        (f"llm.{key}", value.float())
+        for key, value in _random(wide.shapes(), 1, torch.bfloat16, plus_one=gemma).items()
     )
     width = TOWER["hidden_size"]
     projector = {"0.weight": (wide.hidden, width), "0.bias": (wide.hidden,)}

@@ -255,8 +255,10 @@ class Words:
                 "tower's class token behind the patches, although the model was trained with it in front. In this "
                 "mmproj (`--mmproj-for stock`) the positions are where that runtime looks for them, so that every "
                 "patch has its own; the first patch is still lost, and the class token's features go to the language "
-                "model. A runtime that is repaired gives wrong answers with it: use the standard mmproj there, which "
-                "a conversion without that option writes."
+                "model. Of 192 questions about pictures of tiny-shapes it answered 137 right with such a file and 127 "
+                "with the standard one. In a repaired runtime, which answered 189, every patch has its neighbour's "
+                "position with this file: use the standard mmproj there, which a conversion without that option "
+                "writes."
             )
         return (
             "**A known defect of the runtime.** llama.cpp (October 2026; ggml-org/llama.cpp#25814) puts the tower's "
@@ -264,7 +266,9 @@ class Words:
             "neighbour's position, the first is lost, and the class token's features go to the language model. "
             "Answers about pictures are therefore worse than those of the same model in transformers, by how much "
             "depends on the model. No content of a file can mend that for runtimes with and without the defect; these "
-            "files hold the layout that is right for a repaired one, and every layer of the tower."
+            "files hold the layout that is right for a repaired one, and every layer of the tower. `--mmproj-for "
+            "stock` writes an mmproj for today's llama.cpp alone: of 192 questions about pictures of tiny-shapes it "
+            "answered 137 right with that one and 127 with the standard one, where a repaired llama.cpp answered 189."
         )
 
     @property

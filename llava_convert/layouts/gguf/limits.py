@@ -12,8 +12,13 @@ from llava_convert.core.errors import UnsupportedError
 from llava_convert.model.tables.families import Architecture
 
 Config = Mapping[str, Any]
-# models/llama.cpp, qwen2.cpp, phi3.cpp: LLM_FFN_SILU and LLM_FFN_SWIGLU, which no key changes.
-_ACTIVATIONS = ("silu", "swish")
+WINDOWED = ("gemma2", "gemma3_text")  # whose windows the runtime has
+# models/llama.cpp, qwen2.cpp, phi3.cpp: LLM_FFN_SILU and LLM_FFN_SWIGLU; gemma2.cpp and gemma3.cpp: LLM_FFN_GELU, which
+# ggml computes by tanh. No key changes either.
+_ACTIVATIONS = {"gemma2": ("gelu_pytorch_tanh",), "gemma3": ("gelu_pytorch_tanh",)}
+_USUAL_ACTIVATIONS = ("silu", "swish")
+# Layers from one that looks at everything to the next (load_swa_pattern), and that whose heads are scaled by the width.
+_PATTERNS = {"gemma2": (2, 46), "gemma3": (6, 62)}
 # Their attn_output reads as many features as the model has (create_tensor of LLM_TENSOR_ATTN_OUT).
 _COMMON_HEADS = ("qwen2", "phi3")
 
@@ -23,10 +28,11 @@ def refuse(architecture: str, told: Iterable[str], config: Config, family: Archi
 
     `told` are the config's entries that the architecture has a key for.
     """
-    activation = config.get("hidden_act") or "silu"
-    if activation not in _ACTIVATIONS:
+    activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
+    known = _ACTIVATIONS.get(architecture, _USUAL_ACTIVATIONS)
+    if activation not in known:
         raise UnsupportedError(
-            f"the activation {activation!r} cannot be written as GGUF: llama.cpp computes silu alone"
+            f"the activation {activation!r} cannot be written as GGUF: llama.cpp computes {known[0]} alone"
         )
     share = rotated_share(config)
     if share != 1 and "partial_rotary_factor" not in told:
@@ -34,10 +40,63 @@ def refuse(architecture: str, told: Iterable[str], config: Config, family: Archi
             f"partial_rotary_factor {share} cannot be written as GGUF: llama.cpp's {architecture} rotates whole heads"
         )
     size, heads = family.symbol("head_dim", config), family.symbol("heads", config)
+    if architecture in _PATTERNS:
+        _refuse_gemma(architecture, config, size, heads)
     if architecture in _COMMON_HEADS and size * heads != config["hidden_size"]:
         raise UnsupportedError(
             f"{heads} heads of {size} on {config['hidden_size']} features cannot be written as GGUF: llama.cpp's "
             f"{architecture} wants heads of hidden_size / num_attention_heads"
+        )
+
+
+def _refuse_gemma(architecture: str, config: Config, size: int, heads: int) -> None:
+    """Raise UnsupportedError for a Gemma whose layers or scale are not those that the runtime takes by its depth."""
+    every, wide = _PATTERNS[architecture]
+    layers = int(config["num_hidden_layers"])
+    usual = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
+    pattern = config.get("sliding_window_pattern", every)
+    if (config.get("layer_types") or usual) != usual or pattern != every:
+        raise UnsupportedError(
+            f"layer_types cannot be written as GGUF: of llama.cpp's {architecture} every {every}th layer looks at the "
+            "whole text, and the others through the window"
+        )
+    scale = _gemma_scale(config, size, heads, wide)
+    if config.get("query_pre_attn_scalar", scale) != scale:
+        raise UnsupportedError(
+            f"query_pre_attn_scalar {config['query_pre_attn_scalar']} cannot be written as GGUF: llama.cpp's "
+            f"{architecture} of {layers} layers takes {scale}"
+        )
+    unread = (
+        "use_bidirectional_attention",
+        "attention_bias",
+        *(["attn_logit_softcapping"] * (architecture == "gemma3")),
+    )
+    if said := [key for key in unread if config.get(key)]:
+        raise UnsupportedError(f"{said[0]} cannot be written as GGUF: llama.cpp's {architecture} does not read it")
+    if architecture == "gemma3" and config.get("rope_local_base_freq", 10000.0) != 10000.0:
+        raise UnsupportedError("rope_local_base_freq cannot be written as GGUF: llama.cpp's gemma3 takes 10000")
+
+
+def _gemma_scale(config: Config, size: int, heads: int, wide: int) -> int:
+    """What the square root of which the runtime divides a query by."""
+    return int(config["hidden_size"]) // heads if config["num_hidden_layers"] == wide else size
+
+
+def implied(architecture: str, config: Config, family: Architecture) -> dict[str, int]:
+    """What a config must say of a file of that architecture, since the runtime takes it by other sizes."""
+    if architecture not in _PATTERNS:
+        return {}
+    size, heads = family.symbol("head_dim", config), family.symbol("heads", config)
+    return {"query_pre_attn_scalar": _gemma_scale(config, size, heads, _PATTERNS[architecture][1])}
+
+
+def refuse_pictures(architecture: str) -> None:
+    """Raise UnsupportedError for a language model that the runtime gives other features of a picture than it gets."""
+    if architecture == "gemma2":
+        raise UnsupportedError(
+            "a LLaVA with Gemma-2 cannot be written as GGUF: llama.cpp multiplies the features of a picture as it does "
+            "those of words (models/gemma2.cpp), which transformers 5.x does not",
+            hint="--part llm writes the language model alone",
         )
 
 
@@ -51,7 +110,7 @@ def window(config: Config) -> int | None:
 
     Qwen2 and Qwen3 name a window and look through it only with `use_sliding_window`.
     """
-    found = config.get("sliding_window")
+    found = config.get("sliding_window") if config.get("model_type") not in WINDOWED else None
     used = config.get("use_sliding_window", config.get("model_type") not in ("qwen2", "qwen3"))
     return found if used and isinstance(found, int) and found < config.get("max_position_embeddings", 0) else None
 

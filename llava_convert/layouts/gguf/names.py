@@ -35,7 +35,7 @@ from llava_convert.storage.gguf.file import Typed
 Config = Mapping[str, Any]
 Metadata = Mapping[str, Typed]
 CLIP = "clip"
-_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+_BIASES = {"attention_bias": "blk.0.attn_q.bias", "use_qkv_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
 # Phi-3's class takes a padding id of its own, 32000, where the config does not say one.
 _IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
@@ -281,6 +281,7 @@ def config_of(table: GgufTable, metadata: Metadata, tensors: Mapping[str, Stored
             config[key.config] = rotated / size
     if config.get("head_dim") == config["hidden_size"] // config["num_attention_heads"]:
         del config["head_dim"]  # written out in every file, and told by the others in most configs
+    config |= limits.implied(table.architecture, config, family)
     scaling = rope.read_scaling(table.architecture, metadata, tensors, config, head)
     config["rope_scaling"] = scaling
     return config
@@ -293,6 +294,8 @@ def _plain(key: Key, typed: Typed) -> Any:
         if len(set(value)) != 1:
             raise UnsupportedError(f"{key.key} differs from layer to layer, which no family here has")
         value = value[0]
+    if key.type == "bool" and isinstance(value, bool):
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{key.key} should be a number, found {str(value)[:40]!r}")
     return float(str(np.float32(value))) if key.type == "f32" else value

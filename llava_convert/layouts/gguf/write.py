@@ -86,6 +86,8 @@ def lower(model: Model, options: TargetOptions) -> Target:
             sets.append(one)
             files[f"{name}-{kind.name}.Modelfile"] = _modelfile(model, made, part_names(one), mmprojs)
     if mmprojs:
+        if options.part == ALL:
+            limits.refuse_pictures(table_for_family(str(model.configs[LLM]["model_type"])).architecture)
         tower, metadata = _mmproj(model, made, options)
         blocks = int(model.configs[VISION]["num_hidden_layers"])
         for stem, kind in zip(mmprojs, mmproj_types, strict=True):

@@ -54,7 +54,8 @@ class Row:
     """One pair of patterns; `dialect` names the variant of the layout which uses it.
 
     `place` is its number in the table, which rows that were made of one share. `heads` is the shape symbol that counts
-    the heads whose rows are reordered on the way to disk, `omit` why a tensor is not written at all.
+    the heads whose rows are reordered on the way to disk, `plus` what is added to every weight there, `omit` why a
+    tensor is not written at all.
     """
 
     disk: Pattern
@@ -64,6 +65,7 @@ class Row:
     place: int
     fused: Fused | None = None
     heads: str = ""
+    plus: float = 0.0
     omit: str = ""
 
     def pattern(self, side: str) -> Pattern:
@@ -152,7 +154,10 @@ def make_layout_table(
     `families` are what rows with a role stand for.
     """
     lines = text.splitlines()
-    roles = [pair for family in families for pair in _roles(family)]
+    families = tuple(families)
+    every = [pair for family in families for pair in _roles(family)]
+    # A family that is written as another here was never saved in an older dialect.
+    held = [pair for family in families if raw["layout"] not in family.written_as for pair in _roles(family)]
     rows: list[Row] = []
     for place, entry in enumerate(raw["row"]):
         for pair, fused in _pairs(entry, path):
@@ -160,6 +165,7 @@ def make_layout_table(
             unknown = {pair["op"]} - {"rope"} if "op" in pair else set()
             if unknown:
                 raise TableError(f"{path.name}: no op {sorted(unknown)}")
+            roles = every if entry.get("dialect", raw["writes"]) == raw["writes"] else held
             for disk_text, canonical_text in _expanded(pair[DISK], pair[CANONICAL], roles):
                 disk, canonical = Pattern.parse(disk_text), Pattern.parse(canonical_text)
                 dialect = entry.get("dialect", raw["writes"])
@@ -167,7 +173,7 @@ def make_layout_table(
                     continue  # a family whose names two dialects write alike
                 if disk.placeholders != canonical.placeholders:
                     raise TableError(f"{path.name}: {disk.text} and {canonical.text} hold different placeholders")
-                more = {key: pair[key] for key in ("heads", "omit") if key in pair}
+                more = {key: pair[key] for key in ("heads", "plus", "omit") if key in pair}
                 rows.append(Row(disk, canonical, dialect, line, place, fused, **more))
     drops = tuple(Drop(Pattern.parse(entry["disk"]), entry["reason"]) for entry in raw.get("drop", ()))
     if raw["writes"] not in {row.dialect for row in rows}:

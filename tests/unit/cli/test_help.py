@@ -125,7 +125,7 @@ def test_json_of_the_others(tiny: Path, tmp_path: Path) -> None:
     assert set(known["sources"]) == set(LAYOUTS) and known["targets"] == list(TARGETS)
     assert known["ops"] == [
         "copy", "cast", "merge_lora", "pad_rows", "take_rows", "rope_permute", "join", "part", "quantize", "dequantize",
-        "dequantize_fp8", "constant", "set_rows",
+        "dequantize_fp8", "plus", "constant", "set_rows",
     ]  # fmt: skip
     clip = {"part": "vision_tower", "model_types": ["clip_vision_model"], "as": [], "called": {"gguf": "clip"}}
     assert known["families"]["clip"] == clip

@@ -318,7 +318,7 @@ def test_it_is_listed(family: Path) -> None:
     found = json.loads(done.stdout)
     assert found["families"]["made_up"]["model_types"] == ["made_up"]
     assert found["families"]["made_up"]["as"] == ["llama"]
-    assert found["families"]["llama"]["as"] == ["made_up", "phi3"]
+    assert found["families"]["llama"]["as"] == ["internlm", "internlm2", "made_up", "phi3"]
     assert found["families"]["made_up"]["called"] == {"gguf": "made_up"}
     assert found["families"]["mistral"]["called"] == {"gguf": "llama"}
     assert {"join", "part"} <= set(found["ops"])

@@ -217,7 +217,7 @@ def test_biases_have_no_place_in_a_phi_3(tmp_path: Path, tiny: Path, convert: Co
 def test_where_it_does_not_apply(tmp_path: Path, tiny: Path, convert: Convert) -> None:
     source = write_official(tmp_path / "llama", "llama", tiny)
     for family, kind, said in (
-        ("bloom", UsageError, "it is one of llama, mistral, phi3, qwen2"),
+        ("bloom", UsageError, "it is one of gemma2, gemma3, granite, internlm, internlm2, llama, mistral, phi3, qwen2"),
         ("llama", UsageError, "is one already"),
         ("qwen2", UnsupportedError, "no table says how"),
     ):
@@ -227,4 +227,4 @@ def test_where_it_does_not_apply(tmp_path: Path, tiny: Path, convert: Convert) -
         convert(source, "official", "out", as_family="phi3", part="projector")
     with pytest.raises(UnsupportedError, match="no table says how") as caught:
         convert(source, "hf", "out", as_family="mistral")
-    assert caught.value.hint == "a llama can be written as phi3"
+    assert caught.value.hint == "a llama can be written as internlm, internlm2, phi3"

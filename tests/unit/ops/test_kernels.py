@@ -21,7 +21,7 @@ RNG = np.random.default_rng(0)
 # Root mean square error on normal weights, by gguf-py's reader: each type's own bits, with room for half a bit.
 ERRORS = {
     "Q4_0": 0.095, "Q4_1": 0.086, "Q5_0": 0.047, "Q5_1": 0.042, "Q8_0": 0.006,
-    "Q2_K": 0.33, "Q3_K": 0.166, "Q4_K": 0.079, "Q5_K": 0.040, "Q6_K": 0.020, "IQ4_NL": 0.084,
+    "Q2_K": 0.33, "Q3_K": 0.166, "Q4_K": 0.079, "Q5_K": 0.040, "Q6_K": 0.020, "IQ4_NL": 0.084, "IQ4_XS": 0.084,
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from llava_convert.ops.fp8 import DequantizeFp8
 from llava_convert.ops.join import Chain, Join, Part
 from llava_convert.ops.lora import MergeLora
 from llava_convert.ops.quantize import Dequantize, Quantize
-from llava_convert.ops.rows import Constant, PadRows, RopePermute, SetRows, TakeRows, constant
+from llava_convert.ops.rows import Constant, PadRows, Plus, RopePermute, SetRows, TakeRows, constant
 from tests.exact import fractions, merged, round_to
 
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -517,6 +517,7 @@ def ops_of(rows: int, columns: int) -> list[Op]:
         Quantize("Q8_0"),
         Dequantize(),
         DequantizeFp8(stored("s", "F32", (rows, 1))),
+        Plus(1.0),
         Constant((rows, columns), (1.0,)),
         SetRows((0, rows - 1), stored("a", "F32", (2, columns))),
     ]
@@ -540,4 +541,15 @@ def test_the_set_is_closed_and_described() -> None:
         assert described["op"] == op.name
         assert json.loads(json.dumps(described)) == described
     assert MergeLora(stored("a", "F32", (2, 4)), stored("b", "F32", (6, 2)), 2.0).inputs()[1].name == "b"
-    assert [op.rows_together((6, 4)) for op in ops_of(6, 4)] == [1, 1, 0, 0, 2, 0, 0, 1, 1, 1, 0, 0]
+    assert [op.rows_together((6, 4)) for op in ops_of(6, 4)] == [1, 1, 0, 0, 2, 0, 0, 1, 1, 1, 1, 0, 0]
+
+
+def test_plus_is_of_float32_whatever_the_weights_are() -> None:
+    """Norms of Gemma: a bfloat16 with one added is no bfloat16."""
+    weights = torch.tensor([[2.0**-9], [-0.5], [3.0]])
+    context = Context(lambda _: np.zeros(0), CastLoss())
+    for dtype, kind in (("BF16", torch.bfloat16), ("F16", torch.float16), ("F32", torch.float32)):
+        rows = to_array(weights.to(kind))
+        (found,) = Plus(1.0).stream(iter([rows]), dtype, (3, 1), context)
+        assert found.dtype == np.float32 and found.ravel().tolist() == [1 + 2.0**-9, 0.5, 4.0]
+    assert Plus(1.0).inverse("F32", (3,)) == Plus(-1.0) and Plus(1.0).inverse("BF16", (3,)) is None
