@@ -14,7 +14,7 @@ import pytest
 import llava_convert
 
 ROOT = Path(llava_convert.__file__).resolve().parents[1]
-TARGETS = {"xtuner", "official", "hf", "gguf"}
+TARGETS = {"pth", "xtuner", "official", "hf", "gguf"}
 CASES = [
     (["pth", "x", "--to", ""], TARGETS),
     (["hf", "x", "--to", "g"], {"gguf"}),
