@@ -29,6 +29,8 @@ def on_disk(folder: Path) -> dict[str, int]:
     ids=["plain", "all that the record can hold", "one part"],
 )
 def test_every_size_is_known_before(tiny: Path, tmp_path: Path, to: str, options: dict[str, Any]) -> None:
+    if to == "pth":  # which the source is already, and which has no shards
+        options = {"dtype": "float16", **{name: value for name, value in options.items() if name != "max_shard_size"}}
     planned = llava_convert.convert(tiny / "iter_2.pth", to=to, out=tmp_path / "out", dry_run=True, **options)
     llava_convert.convert(tiny / "iter_2.pth", to=to, out=tmp_path / "out", **options)
     assert planned.files == on_disk(tmp_path / "out")

@@ -14,7 +14,7 @@ import pytest
 import llava_convert
 
 ROOT = Path(llava_convert.__file__).resolve().parents[1]
-TARGETS = {"xtuner", "official", "hf", "peft", "gguf"}
+TARGETS = {"pth", "xtuner", "official", "hf", "peft", "gguf"}
 CASES = [
     (["pth", "x", "--to", ""], TARGETS),
     (["hf", "x", "--to", "g"], {"gguf"}),

@@ -137,7 +137,8 @@ def test_asking(tiny: Path, tmp_path: Path) -> None:
 
 def test_layouts() -> None:
     value = checked("layouts", run("layouts"))
-    assert set(value["targets"]) == {"xtuner", "official", "hf", "peft", "gguf"} and value["families"]["llama"]["as"]
+    assert set(value["targets"]) == {"pth", "xtuner", "official", "hf", "peft", "gguf"}
+    assert value["families"]["llama"]["as"]
 
 
 def test_training_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
