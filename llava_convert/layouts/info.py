@@ -183,7 +183,10 @@ LAYOUTS = {
         ),
         LayoutInfo(
             name="official",
-            forms=(Form("haotian-liu's LLaVA and its forks"), Form("its LoRA form; `mm_projector.bin`")),
+            forms=(
+                Form("haotian-liu's LLaVA and its forks", never=("peft",)),
+                Form("its LoRA form; `mm_projector.bin`"),
+            ),
             loaders=("llava",),
             reads=frozenset({"dequantize", "config_from"}),
             help="Official LLaVA (haotian-liu).",
@@ -203,11 +206,12 @@ LAYOUTS = {
         LayoutInfo(
             name="hf",
             forms=(
-                Form("LLaVA, LLaVA-NeXT, LLaVA-OneVision, all key dialects; MLX's, not quantised"),
-                Form("`torch.distributed.checkpoint`, FSDP, verl, DeepSpeed under HF's Trainer"),
-                Form("a state dict alone, with `--config-from`"),
-                Form("a language model alone"),
-                Form("a vision tower or a projector alone", never=("gguf",)),  # an mmproj holds both
+                Form("LLaVA, all key dialects; MLX's, not quantised", never=("peft",)),
+                Form("LLaVA-NeXT and LLaVA-OneVision", never=("pth", "xtuner", "peft", "gguf")),
+                Form("`torch.distributed.checkpoint`, FSDP, verl, DeepSpeed under HF's Trainer", never=("peft",)),
+                Form("a state dict alone, with `--config-from`", never=("peft",)),
+                Form("a language model alone", never=("peft",)),
+                Form("a vision tower or a projector alone", never=("peft", "gguf")),  # an mmproj holds both
             ),
             loaders=("transformers", "vllm"),
             reads=frozenset({"dequantize", "config_from"}),
@@ -251,8 +255,8 @@ LAYOUTS = {
         LayoutInfo(
             name="gguf",
             forms=(
-                Form("language model, with or without `mmproj`"),
-                Form("a model in the stores of Ollama and LM Studio"),
+                Form("language model, with or without `mmproj`", never=("peft",)),
+                Form("a model in the stores of Ollama and LM Studio", never=("peft",)),
             ),
             loaders=("llama.cpp", "ollama"),
             reads=frozenset({"dequantize", "mmproj"}),
