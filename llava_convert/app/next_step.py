@@ -73,11 +73,12 @@ def _option_in(text: str, given: Iterable[str]) -> str | None:
     known = {option.spelling: option.flag for option in options_of(Options).values()}
     for match in _OPTION.finditer(text):
         flag = known.get(match[1])
-        if flag is None or match[1] in given:
+        is_choice = match[2] in (*flag.choices, "none") if flag is not None else False
+        if flag is None or match[1] in given or (flag.choices and not is_choice):
             continue
         if flag.metavar is None and not flag.choices:
             return match[1]
-        value = match[2] if match[2] in flag.choices or match[2] == "none" else (flag.metavar or "VALUE").split("|")[0]
+        value = match[2] if is_choice else (flag.metavar or "VALUE").split("|")[0]
         return f"{match[1]} {value}"
     return None
 

@@ -32,21 +32,15 @@ _PROJECTOR = "multi_modal_projector"
 
 
 def needs(checkpoint: Checkpoint, part: str) -> Needs:
+    """The projector, which an adapter holds whole. Raises what `lower` raises of a source without adapters."""
+    _adapters(checkpoint, part)
     whole = part in (ALL, PROJECTOR) and checkpoint.parts[PROJECTOR].state == "full"
     return Needs((PROJECTOR,) if whole else ())
 
 
 def lower(model: Model, options: TargetOptions) -> Target:
     """One adapter of all parts. Raises UnsupportedError for what it cannot hold, InputError where there is none."""
-    checkpoint = model.checkpoint
-    asked = PARTS if options.part == ALL else (options.part,)
-    adapters = {part: one for part in asked if (one := _adapter(checkpoint, part)) is not None}
-    if not any(adapter.modules for adapter in adapters.values()):
-        words = PART_WORDS[options.part] if options.part != ALL else "model"
-        raise InputError(
-            f"{checkpoint.path} holds no adapter of the {words}, and a PEFT folder holds nothing else",
-            hint="convert to hf, official or xtuner, which hold whole parts",
-        )
+    adapters = _adapters(model.checkpoint, options.part)
     outputs = [output for part, adapter in adapters.items() for output in _outputs(adapter, options)]
     outputs += [_output(name, recipe, options) for name, recipe in model.part(PROJECTOR).items()]
     config = _config(model, adapters, options)
@@ -61,6 +55,19 @@ def lower(model: Model, options: TargetOptions) -> Target:
         {ADAPTER_CONFIG: to_json(config)},
         notes=() if base else (note,),
     )
+
+
+def _adapters(checkpoint: Checkpoint, asked: str) -> dict[str, Adapter]:
+    """The adapters of all parts, or of the one asked for."""
+    parts = PARTS if asked == ALL else (asked,)
+    found = {part: one for part in parts if (one := _adapter(checkpoint, part)) is not None}
+    if not any(adapter.modules for adapter in found.values()):
+        words = PART_WORDS[asked] if asked != ALL else "model"
+        raise InputError(
+            f"{checkpoint.path} holds no adapter of the {words}, and a PEFT folder holds nothing else",
+            hint="convert to hf, official or xtuner, which hold whole parts",
+        )
+    return found
 
 
 def _adapter(checkpoint: Checkpoint, part: str) -> Adapter | None:
