@@ -106,6 +106,7 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
         path=path,
         root=path.parent,
         files=read.files,
+        whole=False,
         beside=found.beside if found.path.is_file() else folder_sidecars(path.parent),
         parts=parts,
         settings=_settings(training),
