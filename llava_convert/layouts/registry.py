@@ -200,8 +200,10 @@ def _claims(found: Found) -> tuple[dict[str, str], bool]:
     try:
         whole = _whole(found)
         return (whole, False) if whole else (_part(found), True)
-    except (InputError, UnsupportedError):
-        if (told := kinds.known(found)) is not None:
+    except (InputError, UnsupportedError) as problem:
+        # What the system did not let us read once is not judged by what it lets us read a moment later.
+        unread = isinstance(problem, InputError) and problem.unread is not None
+        if not unread and (told := kinds.known(found)) is not None:
             raise kinds.NotAModelError(found.path, told) from None
         raise
 

@@ -7,6 +7,7 @@ fork of that. Waiting is cut short there: the clients' patience with a server is
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import subprocess
@@ -84,13 +85,17 @@ def _serve(place: Path) -> None:
     import xxhash
     import yaml  # noqa: F401
 
-    import llava_convert
+    import llava_convert.cli
 
     assert huggingface_hub.HfApi and modelscope_hub.HubApi  # their submodules are imported by name only
     assert tokenizers.Tokenizer and xxhash.xxh3_128
     for module in pkgutil.walk_packages(llava_convert.__path__, "llava_convert."):
         if module.name.rpartition(".")[2] != "__main__" and "projector_code" not in module.name:
             import_module(module.name)
+    # The first command of a process imports what parses commands, and reads the tables: four times as long as the rest.
+    sys.argv = ["llava-convert", "layouts"]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        llava_convert.cli.main()
     for line in sys.stdin:
         wish = json.loads(line)
         child = os.fork()

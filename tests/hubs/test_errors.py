@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 
-from llava_convert.core.errors import HubError
+from llava_convert.core.errors import HubError, InputError
 from llava_convert.core.retry import TransientError
 from llava_convert.storage.hubs.errors import Asked, asking
 from llava_convert.storage.hubs.log import Log, overheard
@@ -53,6 +55,13 @@ def test_errors_that_may_pass(asked: Asked, problem: Exception) -> None:
     with pytest.raises(TransientError) as caught, asking(asked):
         raise problem
     assert ("not sent twice" in caught.value.hint) == asked.writing
+
+
+def test_a_file_that_the_client_does_not_find_is_no_fault_of_the_hub(tmp_path: Path) -> None:
+    sending = Asked("hf://org/m", "the Hub", "log in", "main", writing=True, sends=tmp_path)
+    with pytest.raises(InputError, match=r"gone\.json: cannot be read") as caught, asking(sending):
+        huggingface_hub.CommitOperationAdd("gone.json", tmp_path / "gone.json")
+    assert caught.value.hint
 
 
 def test_a_file_that_the_network_hides_is_not_missing() -> None:

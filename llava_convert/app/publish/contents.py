@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from llava_convert.app.card import CARD
 from llava_convert.app.convert import verify
 from llava_convert.app.options import SourceOptions
 from llava_convert.app.publish.secret_files import looks_secret
-from llava_convert.core.errors import InputError, MismatchError, UnsafeError, UsageError
+from llava_convert.core.errors import InputError, MismatchError, UnsafeError, UsageError, unreadable
 from llava_convert.core.progress import Reporter
 from llava_convert.core.text import listed
 from llava_convert.layouts.registry import open_checkpoint
@@ -41,11 +42,9 @@ def names(folder: Path, include: Collection[str] = ()) -> list[str]:
     if not folder.is_dir():
         what = "is a file; a folder is published" if folder.exists() else "does not exist"
         raise InputError(f"{folder} {what}")
-    found = [path.relative_to(folder) for path in sorted(folder.rglob("*"))]
-    inside = (path.as_posix() for path in found if not any(map(_left_out, path.parts)))
-    wanted = [name for name in inside if require_inside(folder, name).is_file()]
+    wanted = [name for name in _entries(folder) if require_inside(folder, name).is_file()]
     if not wanted:
-        raise InputError(f"{folder} holds nothing to publish")
+        raise InputError(f"{folder} holds nothing to publish", hint="give the folder of a model")
     if unknown := [name for name in include if name not in wanted]:
         raise UsageError(f"--include {unknown[0]}: {folder} has no such file", hint="name it by its path in the folder")
     if secret := [name for name in wanted if looks_secret(name) and name not in include]:
@@ -54,6 +53,19 @@ def names(folder: Path, include: Collection[str] = ()) -> list[str]:
             hint=f"move it out of the folder; or publish it by `llava-convert upload … --include {secret[0]}`",
         )
     return wanted
+
+
+def _entries(folder: Path) -> list[str]:
+    """All within a folder, links not entered, less what is left out. Raises InputError for a folder not readable."""
+
+    def refuse(problem: OSError) -> None:
+        raise unreadable(problem.filename, problem) from problem
+
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder, onerror=refuse):  # rglob passes over what it may not list
+        folders[:] = [name for name in folders if not _left_out(name)]
+        found += [Path(place, name) for name in (*folders, *files) if not _left_out(name)]
+    return [path.relative_to(folder).as_posix() for path in sorted(found)]
 
 
 def _left_out(part: str) -> bool:

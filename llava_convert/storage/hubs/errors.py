@@ -169,6 +169,9 @@ _TABLE: tuple[Row, ...] = (
     Row(lambda cause: True, "it cannot be read ({detail})", _LATER),
 )
 
+# What huggingface_hub says (`CommitOperationAdd`) where `os.path.isfile` is false, whatever the system said.
+_NO_FILE = re.compile(r"Provided path: '(.+)' is not a file on the local file system")
+
 
 @contextmanager
 def asking(asked: Asked) -> Iterator[None]:
@@ -203,6 +206,8 @@ def asking(asked: Asked) -> Iterator[None]:
 def _raise_unreadable(folder: Path | None, chain: list[BaseException]) -> None:
     """Raises InputError where an error began at a file in `folder`. Sockets have no EIO: that is a disk's."""
     for error in chain if folder is not None else ():
+        if (lost := _NO_FILE.search(str(error))) is not None:
+            raise unreadable(lost[1], ValueError("the hub's client finds no file there")) from None
         if not isinstance(error, OSError):
             continue
         name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,6 +164,25 @@ def test_a_cut_file_of_weights_is_told(hf: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes((hf / "model.safetensors").read_bytes()[:300])
     with pytest.raises(InputError, match=r"cut\.safetensors"):
         open_checkpoint(tmp_path / "cut.safetensors")
+
+
+def test_a_file_that_could_not_be_read_is_not_taken_for_something_else(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system refuses once; the next read would find tensors of an adapter there, as in each partial .pth."""
+    path, really, refused = tiny / "iter_2.pth", os.open, []
+
+    def refuse_once(wanted: Any, *args: Any, **more: Any) -> int:
+        if not refused and not isinstance(wanted, int) and Path(os.fsdecode(wanted)) == path:
+            refused.append(wanted)
+            raise OSError(errno.EIO, "Input/output error", os.fspath(path))
+        return really(wanted, *args, **more)
+
+    monkeypatch.setattr(os, "open", refuse_once)
+    with pytest.raises(InputError, match="cannot be read: Input/output error"):
+        recognise(path)
+    assert refused
+    assert recognise(path).layout == "pth"
 
 
 def test_another_layout_is_named_with_the_path_as_it_was_given(tiny: Path) -> None:
