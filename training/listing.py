@@ -24,7 +24,7 @@ def listing() -> list[dict[str, str]]:
         found.append(
             {
                 "name": name,
-                "stage": f"{len(stages)} stages" if len(stages) > 1 else "2" if model.pretrained else "1",
+                "stage": "1 and 2" if len(stages) > 1 else "2" if model.pretrained else "1",
                 "trains": what,
                 "model": f"{Path(model.llm).name}{' in 4 bits' if model.quantization else ''} + "
                 f"{Path(model.visual_encoder).name}",

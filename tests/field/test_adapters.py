@@ -103,6 +103,16 @@ def test_every_release_and_factor(models: Models, hf: Tensors, tmp_path: Path, r
     assert llava_convert.verify(source, tmp_path / "out")
 
 
+def test_a_merge_keeps_the_dtype_in_a_pth(models: Models, hf: Tensors, tmp_path: Path) -> None:
+    """It is computed in float64, and was stored so."""
+    source = write_adapter(tmp_path / "adapter", models["hf"], lora(hf, {Q: NAMES["5.24"][Q]}))
+    llava_convert.convert(source, to="pth", out=tmp_path / "out")
+    state = torch.load(tmp_path / "out" / "model.pth", weights_only=True)["state_dict"]
+    assert {value.dtype for value in state.values()} == {torch.float16}
+    wanted = merged(hf[f"{Q}.weight"], *pair(hf, Q), 2)
+    assert np.array_equal(state["llm.model.layers.1.self_attn.q_proj.weight"].numpy(), wanted)
+
+
 def test_what_is_trained_whole(models: Models, hf: Tensors, tmp_path: Path) -> None:
     """modules_to_save, biases, and single tokens."""
     rows = np.random.default_rng(5).normal(size=(2, 32)).astype(np.float32)
