@@ -77,7 +77,10 @@ def _option_in(text: str, given: Iterable[str]) -> str | None:
             continue
         if flag.metavar is None and not flag.choices:
             return match[1]
-        value = match[2] if match[2] in flag.choices or match[2] == "none" else (flag.metavar or "VALUE").split("|")[0]
+        said = match[2] in flag.choices or match[2] == "none"
+        if flag.choices and not said:
+            continue  # which of its values would help, the text does not say
+        value = match[2] if said else (flag.metavar or "VALUE").split("|")[0]
         return f"{match[1]} {value}"
     return None
 

@@ -216,8 +216,37 @@ def test_what_zero3_left_empty_is_named(models: Models, hf: Tensors, tmp_path: P
 def test_a_base_that_has_it_already(models: Models, hf: Tensors, tmp_path: Path) -> None:
     source = write_adapter(tmp_path / "adapter", models["hf"], lora(hf, {Q: Q}))
     llava_convert.convert(source, to="hf", out=tmp_path / "out")
-    with pytest.raises(UnsupportedError, match="merged in already"):
-        llava_convert.convert(source, to="official", out=tmp_path / "twice", base=str(tmp_path / "out"))
+    for base in (tmp_path / "out", source):
+        with pytest.raises(UnsupportedError, match="merged in already"):
+            llava_convert.convert(source, to="official", out=tmp_path / "twice", base=str(base))
+
+
+def test_the_base_is_an_adapter_over_its_own(models: Models, hf: Tensors, tmp_path: Path) -> None:
+    one, two = (
+        write_adapter(tmp_path / str(seed), models["hf"], lora(hf, {Q: NAMES["5.24"][Q]}, seed=seed)) for seed in (1, 2)
+    )
+    llava_convert.convert(two, to="hf", out=tmp_path / "out", base=str(one))
+    weight = hf[f"{Q}.weight"].astype(np.float64)
+    for seed in (1, 2):
+        a, b = (side.astype(np.float64) for side in pair(hf, Q, seed=seed))
+        weight = weight + 2 * (b @ a)
+    check(tmp_path / "out", hf, {f"{Q}.weight": weight.astype(np.float16)})
+
+
+def test_the_model_in_the_place_of_the_adapter(models: Models, hf: Tensors, tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "adapter", models["hf"], lora(hf, {Q: Q}))
+    with pytest.raises(InputError, match="holds no adapter") as refused:
+        llava_convert.merge(source, adapter=[models["hf"]], out=tmp_path / "out")
+    assert "the base comes first" in str(refused.value.hint)
+
+
+def test_a_projector_over_a_converted_model(tiny: Path, tmp_path: Path) -> None:
+    """Whose rows for <image> and <pad> were added by the conversion: they come with their tokens."""
+    llava_convert.convert(tiny / "iter_2.pth", to="hf", out=tmp_path / "hf")
+    trained = load_file(tmp_path / "hf" / "model.safetensors")
+    torch.save(bridge(trained, "model.mm_projector."), tmp_path / "mm_projector.bin")
+    llava_convert.convert(tmp_path / "mm_projector.bin", to="hf", out=tmp_path / "out", base=str(tmp_path / "hf"))
+    check(tmp_path / "out", with_bridge(trained), {})
 
 
 def test_what_is_no_adapter_does_not_become_one(models: Models, tmp_path: Path) -> None:
