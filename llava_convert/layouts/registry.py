@@ -17,6 +17,7 @@ from typing import cast
 from llava_convert.core.errors import ConvertError, InputError, UnsupportedError
 from llava_convert.core.text import printable
 from llava_convert.layouts import kinds
+from llava_convert.layouts.adapter_folder import is_adapter
 from llava_convert.layouts.base import Found, Layout, OpenOptions
 from llava_convert.layouts.info import LAYOUTS
 from llava_convert.layouts.trainer_run import followed, has_weights
@@ -95,8 +96,8 @@ def look(path: Path, config_from: Path | None = None) -> Found:
 
 def _config_folder(path: Path, names: frozenset[str]) -> Path:
     """The folder of a model's small files: its own, or that around (verl: within) what processes saved in shares."""
-    if CONFIG in names or recognise_shares(path, names) is None:
-        return path
+    if CONFIG in names or is_adapter(names) or recognise_shares(path, names) is None:
+        return path  # an adapter's own settings lie beside it, and its layout looks for the run's config itself
     around = (path / "huggingface", path.parent, path.parent.parent)
     return next((folder for folder in around if (folder / CONFIG).is_file()), path)
 
