@@ -24,12 +24,16 @@ def listing() -> list[dict[str, str]]:
         found.append(
             {
                 "name": name,
-                "stage": f"{len(stages)} stages" if len(stages) > 1 else "2" if model.pretrained else "1",
+                "stage": "1 and 2" if len(stages) > 1 else "2" if model.pretrained else "1",
                 "trains": what,
                 "model": f"{Path(model.llm).name}{' in 4 bits' if model.quantization else ''} + "
                 f"{Path(model.visual_encoder).name}",
                 "data": "made by itself" if last.build else ", ".join(one.name for one in last.data.sets),
-                "memory": f"{(size.weights + size.optimizer) / 1e9:.0f} GB" if size else "small",
+                "memory": f"{(size.weights + size.optimizer) / 1e9:.0f} GB"
+                if size
+                else "small"
+                if last.build
+                else "memory unknown",
             }
         )
     return found

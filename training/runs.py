@@ -22,6 +22,14 @@ def require_packages() -> None:
         raise UsageError(f"training needs {' and '.join(missing)}", hint="pip install 'llava-convert[train]'")
 
 
+def require_word(deepspeed: str) -> None:
+    """Raises UsageError for what --deepspeed does not take; a dry run asks for nothing more of it."""
+    from .distributed import WORDS
+
+    if deepspeed and deepspeed not in WORDS:
+        raise UsageError(f"--deepspeed {deepspeed}: it is one of {', '.join(WORDS)}")
+
+
 def run(stages: Sequence[Recipe], work_dir: Path | None, *, resume: bool, deepspeed: str, say: Reporter) -> Path:
     """Train every stage; each starts from the last checkpoint of the one before. Returns the last one.
 

@@ -189,7 +189,10 @@ def with_adapters(checkpoint: Checkpoint, asked: Iterable[str], session: Session
     for name in names if NONE not in names else ():
         top = as_adapter(reach(name, session)).open(OpenOptions())
         if not any(part.adapters for part in top.parts.values()):
-            raise InputError(f"{name} holds no adapter ({', '.join(_FILES[1:])})", hint="give an adapter by --adapter")
+            raise InputError(
+                f"{name} holds no adapter ({', '.join(_FILES[1:])})",
+                hint="give an adapter's folder; in `llava-convert merge BASE ADAPTER` the base comes first",
+            )
         checkpoint = with_adapter(checkpoint, top, name)
     return checkpoint
 
@@ -219,8 +222,10 @@ def _folders(model: Model) -> Iterable[tuple[str, Path]]:
     """Where whole weights come from: the source's own folder or that of its base, and those of base models."""
     checkpoint = model.checkpoint
     if checkpoint.parts[LLM].state == "full":
-        below = [layer.root for layer in checkpoint.layers if layer.role == "base"]
-        yield from ((LLM, root) for root in (below or [checkpoint.root] * checkpoint.path.is_dir()))
+        below = [layer for layer in checkpoint.layers if layer.role == "base"]
+        # A base may be an adapter over a base of its own, and is merged then.
+        whole = [layer.root for layer in below if not any(file.name in _FILES for file in layer.files)]
+        yield from ((LLM, root) for root in (whole if below else [checkpoint.root] * checkpoint.path.is_dir()))
     for part, base in model.bases.items():
         if any(r.origin == "base" for r in model.part(part).values()):
             yield part, base.folder

@@ -257,6 +257,11 @@ def assembled(
     if options.to not in TARGETS:
         raise UsageError(f"--to {options.to}: this version writes {', '.join(TARGETS)}")
     _check_options(options)
+    if TARGETS[options.to].adapters_alone and options.base is not None and not is_id(options.base):
+        raise UsageError(
+            f"--base {options.base} does not apply: an adapter holds the name of its base alone",
+            hint="give the hub id that the adapter is to name, or leave it out",
+        )
     opened = opened or open_source(source, options, session, dequantize=options.dequantize)
     checkpoint, why, told = _open(opened, options, session, options.to)
     if is_already(checkpoint, options):
@@ -289,7 +294,7 @@ def assembled(
         optional_configs=need.optional_configs,
         vocab=options.vocab,
     )
-    if checkpoint.layout != options.to and not need.keep_added:
+    if checkpoint.vocabulary_layout != options.to and not need.keep_added:
         model = without_added(model)
     if options.vocab is not None and (tokenizer := Artefacts(model, target_options).tokenizer) is not None:
         model = with_rows_for(model, tokenizer.size, options.vocab)
@@ -411,11 +416,6 @@ def _open(
     target = None if to is None else LAYOUTS[to].target
     if target is None or not target.adapters_alone:
         checkpoint = with_base(checkpoint, options, session)
-    elif options.base is not None and not is_id(options.base):
-        raise UsageError(
-            f"--base {options.base} does not apply: an adapter holds the name of its base alone",
-            hint="give the hub id that the adapter is to name, or leave it out",
-        )
     checkpoint = with_adapters(checkpoint, options.adapters, session)
     checkpoint, told = with_stage_one(checkpoint, options.pretrained_pth, session)
     return checkpoint, why, told

@@ -169,7 +169,10 @@ def _part(checkpoint: Checkpoint, name: str) -> PartFound:
     if part.adapter is not None:
         ranks = sorted({module.rank for module in part.adapter.modules.values()})
         alpha = part.adapter.settings.lora_alpha if part.adapter.settings else "unknown"
-        detail += f"LoRA r={'/'.join(map(str, ranks))} alpha={alpha} on {len(part.adapter.modules)} modules; "
+        if ranks:
+            detail += f"LoRA r={'/'.join(map(str, ranks))} alpha={alpha} on {len(part.adapter.modules)} modules; "
+        else:
+            detail += "trained whole, beside an adapter; "
     if part.state != "full" and name != "projector":
         base = part.base or (checkpoint.base if checkpoint.bare else None)
         detail += f"base model {base}" if base else f"base model not named: --{PART_WORDS[name]}"
@@ -204,7 +207,8 @@ def _problem(source: str | Path, opened: tuple[Checkpoint, str], options: Option
     """
     files = opened[0].parts[LLM].files
     try:
-        if files is None or (files.in_folder and mounted(files.where) is None):
+        beside = files is None or (files.in_folder and mounted(files.where) is None)
+        if beside or TARGETS[options.to].adapters_alone:  # which writes none of them
             prepare(source, options, session, opened)
         else:
             refuse_quantised(assembled(source, options, session, opened).model.recipes)

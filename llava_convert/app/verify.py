@@ -196,7 +196,7 @@ def compare_checkpoints(
     )
     embedding = model.embedding if LLM in model.configs else ""
     kept = need.keep_added and _rows(every, embedding) == _rows([source], embedding)
-    if source.layout != every[0].layout and not kept:
+    if source.vocabulary_layout != every[0].layout and not kept:
         # Of a target that keeps added rows, OUT may still have been made of the model before they were added.
         model = without_added(model)
     model = _alike(fitted(model, every[0].layout), every)

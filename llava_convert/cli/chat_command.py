@@ -53,7 +53,7 @@ def _converse(job: ChatJob, output: Output) -> None:
                     return
                 if word == "/reset":
                     found.conversation.reset()
-                elif word == "/image":
+                elif word == "/image" and rest.strip():
                     found.conversation.show(rest.strip())
                 elif word.startswith("/"):
                     output.note(HELP)

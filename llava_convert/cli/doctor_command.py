@@ -27,6 +27,6 @@ def _doctor(job: DoctorJob, output: Output) -> None:
         if output.verbose or not (trouble.fixable or trouble.fixed):
             output.line(f"  known from: {trouble.source}")
         if trouble.hint and not trouble.fixed and not trouble.fixable:
-            output.line(f"  {trouble.hint.replace('DIR', found.folder)}")
+            output.line(f"  {found.command(trouble)}")
     found.refuse()
     output.line(f"{found.folder}: nothing {'is left ' if found.troubles else ''}that {found.consumer} would trip over")

@@ -109,6 +109,7 @@ def train(
             stages = training("recipe").load_recipe(recipe, words)
             runs = training("runs")
             runs.require_packages()
+            runs.require_word(deepspeed)
             if dry_run:
                 seen: list[Any] = []
                 for stage in stages:

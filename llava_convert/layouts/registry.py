@@ -17,7 +17,7 @@ from typing import cast
 from llava_convert.core.errors import ConvertError, InputError, UnsupportedError
 from llava_convert.core.text import printable
 from llava_convert.layouts import kinds
-from llava_convert.layouts.adapter_folder import ADAPTER_CONFIG
+from llava_convert.layouts.adapter_folder import is_adapter
 from llava_convert.layouts.base import Found, Layout, OpenOptions
 from llava_convert.layouts.info import LAYOUTS
 from llava_convert.layouts.trainer_run import followed, has_weights
@@ -95,12 +95,9 @@ def look(path: Path, config_from: Path | None = None) -> Found:
 
 
 def _config_folder(path: Path, names: frozenset[str]) -> Path:
-    """The folder of a model's small files: its own, or that around (verl: within) what processes saved in shares.
-
-    An adapter's are its own, whatever a training saved beside it.
-    """
-    if not names.isdisjoint((CONFIG, ADAPTER_CONFIG)) or recognise_shares(path, names) is None:
-        return path
+    """The folder of a model's small files: its own, or that around (verl: within) what processes saved in shares."""
+    if CONFIG in names or is_adapter(names) or recognise_shares(path, names) is None:
+        return path  # an adapter's own settings lie beside it, and its layout looks for the run's config itself
     around = (path / "huggingface", path.parent, path.parent.parent)
     return next((folder for folder in around if (folder / CONFIG).is_file()), path)
 

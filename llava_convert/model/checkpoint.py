@@ -193,7 +193,7 @@ class Checkpoint:
 
     `base` names the model that it was trained from, where that may be a whole LLaVA. It is `bare` where it has nothing
     but adapters: the files beside them are then the base's. It is `settled` where it says how the parts work together.
-    `layers` are the others that it is made of by now (`model.layers`).
+    `layers` are the others that it is made of by now (`model.layers`); `record` is that of the layout `record_of`.
     """
 
     layout: str
@@ -225,6 +225,12 @@ class Checkpoint:
     bare: bool = False
     settled: bool = True
     layers: tuple[Layer, ...] = ()
+    record_of: str | None = None
+
+    @property
+    def vocabulary_layout(self) -> str:
+        """The layout that `record` tells of, which rows and tokens may have been added for."""
+        return self.record_of or self.layout
 
     def with_tower(self, config: Mapping[str, Any]) -> tuple[Checkpoint, dict[str, Any]]:
         """The checkpoint once the config of its tower is known, and the config of the tower that it uses.

@@ -30,6 +30,7 @@ def laid_over(top: Checkpoint, base: Checkpoint, asked: str) -> Checkpoint:
             settings=said.settings,
             settled=said.settled,
             record=base.record,
+            record_of=base.vocabulary_layout,
             default_part=base.default_part,
             whole=base.whole,
         )
@@ -73,9 +74,10 @@ def _over(own: Part, base: Part) -> Part:
 
 
 def refuse_second_merge(top: Checkpoint, base: Checkpoint) -> None:
-    """Raise UnsupportedError (exit 4) for a base whose conversion.json tells of a merge of this very adapter."""
-    if merged_already(base.beside, top.files):
+    """Raise UnsupportedError (exit 4) for a base that is the adapter, or whose conversion.json tells of its merge."""
+    below = {*base.files, *(file for layer in base.layers for file in layer.files)}
+    if merged_already(base.beside, top.files) or below & set(top.files):
         raise UnsupportedError(
             f"the base {base.path} has the adapter of {top.path} merged in already",
-            hint="give the model that it was trained on by --base",
+            hint="give the model that it was trained on as the base",
         )

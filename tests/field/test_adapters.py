@@ -103,6 +103,16 @@ def test_every_release_and_factor(models: Models, hf: Tensors, tmp_path: Path, r
     assert llava_convert.verify(source, tmp_path / "out")
 
 
+def test_a_merge_keeps_the_dtype_in_a_pth(models: Models, hf: Tensors, tmp_path: Path) -> None:
+    """It is computed in float64, and was stored so."""
+    source = write_adapter(tmp_path / "adapter", models["hf"], lora(hf, {Q: NAMES["5.24"][Q]}))
+    llava_convert.convert(source, to="pth", out=tmp_path / "out")
+    state = torch.load(tmp_path / "out" / "model.pth", weights_only=True)["state_dict"]
+    assert {value.dtype for value in state.values()} == {torch.float16}
+    wanted = merged(hf[f"{Q}.weight"], *pair(hf, Q), 2)
+    assert np.array_equal(state["llm.model.layers.1.self_attn.q_proj.weight"].numpy(), wanted)
+
+
 def test_what_is_trained_whole(models: Models, hf: Tensors, tmp_path: Path) -> None:
     """modules_to_save, biases, and single tokens."""
     rows = np.random.default_rng(5).normal(size=(2, 32)).astype(np.float32)
@@ -206,8 +216,37 @@ def test_what_zero3_left_empty_is_named(models: Models, hf: Tensors, tmp_path: P
 def test_a_base_that_has_it_already(models: Models, hf: Tensors, tmp_path: Path) -> None:
     source = write_adapter(tmp_path / "adapter", models["hf"], lora(hf, {Q: Q}))
     llava_convert.convert(source, to="hf", out=tmp_path / "out")
-    with pytest.raises(UnsupportedError, match="merged in already"):
-        llava_convert.convert(source, to="official", out=tmp_path / "twice", base=str(tmp_path / "out"))
+    for base in (tmp_path / "out", source):
+        with pytest.raises(UnsupportedError, match="merged in already"):
+            llava_convert.convert(source, to="official", out=tmp_path / "twice", base=str(base))
+
+
+def test_the_base_is_an_adapter_over_its_own(models: Models, hf: Tensors, tmp_path: Path) -> None:
+    one, two = (
+        write_adapter(tmp_path / str(seed), models["hf"], lora(hf, {Q: NAMES["5.24"][Q]}, seed=seed)) for seed in (1, 2)
+    )
+    llava_convert.convert(two, to="hf", out=tmp_path / "out", base=str(one))
+    weight = hf[f"{Q}.weight"].astype(np.float64)
+    for seed in (1, 2):
+        a, b = (side.astype(np.float64) for side in pair(hf, Q, seed=seed))
+        weight = weight + 2 * (b @ a)
+    check(tmp_path / "out", hf, {f"{Q}.weight": weight.astype(np.float16)})
+
+
+def test_the_model_in_the_place_of_the_adapter(models: Models, hf: Tensors, tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "adapter", models["hf"], lora(hf, {Q: Q}))
+    with pytest.raises(InputError, match="holds no adapter") as refused:
+        llava_convert.merge(source, adapter=[models["hf"]], out=tmp_path / "out")
+    assert "the base comes first" in str(refused.value.hint)
+
+
+def test_a_projector_over_a_converted_model(tiny: Path, tmp_path: Path) -> None:
+    """Whose rows for <image> and <pad> were added by the conversion: they come with their tokens."""
+    llava_convert.convert(tiny / "iter_2.pth", to="hf", out=tmp_path / "hf")
+    trained = load_file(tmp_path / "hf" / "model.safetensors")
+    torch.save(bridge(trained, "model.mm_projector."), tmp_path / "mm_projector.bin")
+    llava_convert.convert(tmp_path / "mm_projector.bin", to="hf", out=tmp_path / "out", base=str(tmp_path / "hf"))
+    check(tmp_path / "out", with_bridge(trained), {})
 
 
 def test_what_is_no_adapter_does_not_become_one(models: Models, tmp_path: Path) -> None:

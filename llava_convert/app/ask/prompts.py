@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ def _opened(made: Artefacts) -> Any:
     """transformers' tokenizer of the model's own files, those that an earlier conversion added left out."""
     from transformers import AutoTokenizer
 
+    # Of each tokenizer of byte pairs it warns that it does not clean up spaces, which none should.
+    logging.getLogger("transformers.tokenization_utils_tokenizers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="llava-convert-") as folder:
         for name, data in made.tokenizer_files().items():
             (Path(folder) / name).write_bytes(data)

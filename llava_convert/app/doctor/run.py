@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_convert.app.doctor.folder import Folder
-from llava_convert.app.doctor.rules import CONSUMERS, RULES, Rule
+from llava_convert.app.doctor.rules import CONSUMERS, RULES, TRANSFORMERS, VLLM, Rule
 from llava_convert.core.errors import InputError, MismatchError, OutputError, UsageError
 from llava_convert.core.progress import Reporter
 from llava_convert.layouts.base import OpenOptions
 from llava_convert.layouts.info import layout_named
 from llava_convert.layouts.registry import recognise
-from llava_convert.model.checkpoint import Checkpoint
+from llava_convert.model.checkpoint import PART_NAMES, Checkpoint
+from llava_convert.model.options import ALL
 from llava_convert.storage.output.staging import exchange
 
 if TYPE_CHECKING:
@@ -63,10 +66,13 @@ class Diagnosis:
         if not self.left:
             return
         fixable = sum(trouble.fixable for trouble in self.left)
-        hint = f"--fix repairs {fixable} of them in place" if fixable else self.left[0].hint
-        raise MismatchError(
-            f"{self.folder}: {self.consumer} would trip over {len(self.left)} things", hint=hint or None
-        )
+        hint = f"--fix repairs {fixable} of them in place" if fixable else self.command(self.left[0])
+        things = "1 thing" if len(self.left) == 1 else f"{len(self.left)} things"
+        raise MismatchError(f"{self.folder}: {self.consumer} would trip over {things}", hint=hint or None)
+
+    def command(self, trouble: Trouble) -> str:
+        """The hint of a trouble, with the folder in its command."""
+        return re.sub(r"\bDIR\b", lambda _: shlex.quote(self.folder), trouble.hint)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -89,12 +95,16 @@ def diagnose(job: DoctorJob, say: Reporter) -> Diagnosis:
     found = recognise(path)
     wanted = layout_named(consumer)
     if found.layout != wanted.name:
-        hint = f"llava-convert convert {path} --to {wanted.name} -o OUT"
+        hint = f"llava-convert convert {shlex.quote(str(path))} --to {wanted.name} -o OUT"
         what = f"{consumer} does not load the {found.layout} layout"
-        return Diagnosis(
-            str(path), found.layout, job.consumer, (Trouble("layout", what, wanted.help, False, False, hint),)
-        )
+        source = f"it loads the {wanted.name} layout"
+        return Diagnosis(str(path), found.layout, job.consumer, (Trouble("layout", what, source, False, False, hint),))
     folder = Folder(found.open(OpenOptions(dequantize=True)))
+    alone = folder.checkpoint.default_part
+    if alone != ALL and consumer in (TRANSFORMERS, VLLM):
+        raise InputError(
+            f"{path} is a {PART_NAMES[alone]} alone", hint="doctor looks at a whole LLaVA: give its folder"
+        )
     rules = [rule for rule in RULES if rule.concerns(consumer, version)]
     troubles = _examined(folder, rules, fix=job.fix)
     changed = {name: data for name, data in folder.changed.items() if not _as_it_was(folder, name, data)}

@@ -11,7 +11,10 @@ from llava_convert.app.logits.compare import Logits, compare_models
 from llava_convert.app.options import AskOptions, SourceOptions
 from llava_convert.core.progress import Reporter
 from llava_convert.core.tensors import QUANTS, TORCH_NAMES
+from llava_convert.layouts.info import LAYOUTS
+from llava_convert.layouts.registry import recognise
 from llava_convert.model.recipe import Model
+from llava_convert.storage.remote.reach import reach
 from llava_convert.storage.remote.session import Session
 
 _PRECISION = ("BF16", "F16", "F32")  # the fewest bits first; a merge, in float64, is as exact as float32 here
@@ -27,15 +30,22 @@ def compare_answers(
     asked = {one.name: getattr(options, one.name) for one in fields(SourceOptions)}
     # What helps to read a training checkpoint, and what is merged into it, is of the source alone.
     bases = {name: asked[name] for name in ("llm", "visual_encoder", "cache")}
-    sides = ((source, AskOptions(**asked)), (out, AskOptions(**bases)))
     models, runtimes = [], []
     with ExitStack() as stack:
-        for path, ask in sides:
+        for path, side in ((source, asked), (out, bases)):
             session = stack.enter_context(Session())
+            if side is bases and _is_adapter(path, session, cache=options.cache):
+                bases["base"] = asked["base"]  # without which it answers nothing
+            ask = AskOptions(**side)
             model, made = whole(opened(path, ask, say, session), ask, say, session)
             models.append(model)
             runtimes.append(load(model, made, say, device=device, dtype="float32", four_bit=False))
         return compare_models(runtimes[0], runtimes[1], narrowest(*models))
+
+
+def _is_adapter(path: str | Path, session: Session, *, cache: bool) -> bool:
+    target = LAYOUTS[recognise(reach(path, session, cache=cache)).layout].target
+    return target is not None and target.adapters_alone
 
 
 def narrowest(source: Model, out: Model) -> str:

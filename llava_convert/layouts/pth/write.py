@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from llava_convert.assets.bundle import Artefacts
+from llava_convert.core.arrays import FLOATS
 from llava_convert.core.errors import InputError
 from llava_convert.core.tensors import FROM_TORCH_NAMES, TORCH_NAMES
 from llava_convert.layouts.base import Needs
@@ -55,12 +56,20 @@ def lower(model: Model, options: TargetOptions) -> Target:
             hint="convert to official or hf, which carry the base model's weights",
         )
     dtype = None if asked is None else FROM_TORCH_NAMES[asked]
-    tensors = [Output(o.name, o.canonical, o.recipe, dtype or o.recipe.dtype, o.members) for o in tensors]
+    tensors = [Output(o.name, o.canonical, o.recipe, dtype or _kept(o.recipe, model), o.members) for o in tensors]
     loaded = asked or (TORCH_NAMES.get(llm_dtype(model)) if held[LLM] == "full" else None)
     meta = {"cfg": config_text(made, held, loaded), "epoch": 0, "iter": 0}
     files = FileSet(tuple(tensors), stem=STEM, container="torch", around={"meta": meta}, key="state_dict")
     notes = made.notes(*(part for part in PARTS if part != PROJECTOR and held[part] != "absent"))
     return Target(NAME, (files,), {_POINTER: f"{STEM}.pth".encode()}, notes=notes)
+
+
+def _kept(recipe: Recipe, model: Model) -> str:
+    """The dtype that a tensor had on disk, also where a merge, made in float64, is on the way; of FP8 the model's."""
+    if recipe.dtype != "F64":
+        return recipe.dtype
+    stored = recipe.tensor.dtype
+    return stored if stored in FLOATS else llm_dtype(model)
 
 
 def _adapter(adapter: Adapter) -> Iterable[Output]:

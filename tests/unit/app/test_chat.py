@@ -122,6 +122,8 @@ def test_the_command(tiny: Path, tmp_path: Path) -> None:
     talk = CliRunner().invoke(app, words, input=said)
     assert (talk.exit_code, talk.stdout) == (0, f"{SAID}\n{SAID}\n"), talk.output
     assert "absent.png: No such file" in talk.stderr
+    alone = CliRunner().invoke(app, words[:2], input="/image\n/exit\n")
+    assert alone.stderr.count("/image FILE|URL shows a picture") == 2 and "warning" not in alone.stderr
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,25 @@ def test_gguf(tiny: Path, tmp_path: Path) -> None:
     assert {t.rule for t in llava_convert.doctor(out, consumer="llama.cpp").left} == {"mmproj"}
 
 
+@pytest.mark.parametrize(("part", "name"), [("llm", "language model"), ("vit", "vision tower")])
+def test_a_part_is_left_as_it_is(tiny: Path, tmp_path: Path, part: str, name: str) -> None:
+    folder = tmp_path / part
+    shutil.copytree(tiny / part, folder)
+    with pytest.raises(InputError, match=f"is a {name} alone"):
+        llava_convert.doctor(folder, consumer="vllm", fix=True)
+    assert {p.name for p in folder.iterdir()} == {p.name for p in (tiny / part).iterdir()}
+
+
+def test_the_command_in_an_error_has_the_folder(good: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a model"
+    shutil.copytree(good, folder)
+    (folder / "adapter_config.json").write_text("{}")
+    ran = CliRunner().invoke(app, ["doctor", str(folder), "--for", "vllm"])
+    command = f"llava-convert convert '{folder}' --adapter '{folder}' --to hf -o OUT"
+    assert (ran.exit_code, ran.stdout.count(command), ran.stderr.count(command)) == (7, 1, 1), ran.output
+    assert "would trip over 1 thing\n" in ran.stderr
+
+
 def test_another_layout_is_one_trouble(good: Path) -> None:
     (trouble,) = llava_convert.doctor(good, consumer="llama.cpp").troubles
     assert trouble.what == "llama.cpp does not load the hf layout" and "--to gguf" in trouble.hint

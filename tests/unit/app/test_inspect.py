@@ -41,6 +41,12 @@ def test_a_training_checkpoint(tiny: Path) -> None:
     assert found.settings["feature layer"] == -2
 
 
+def test_a_gguf_becomes_no_adapter(made: Path, tmp_path: Path) -> None:
+    llava_convert.convert(made / "hf", to="gguf", out=tmp_path / "gguf")
+    why_not = llava_convert.inspect(tmp_path / "gguf").targets["peft"]
+    assert why_not is not None and "was trained whole" in why_not
+
+
 @pytest.mark.parametrize("layout", ["xtuner", "official", "hf"])
 def test_each_layout(made: Path, layout: str) -> None:
     found = llava_convert.inspect(made / layout)

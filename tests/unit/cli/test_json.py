@@ -145,6 +145,10 @@ def test_training_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     planned = checked("train", run("train", "tiny-shapes", "--dry-run"))
     assert planned["done"] is False and planned["out"] is None and planned["stages"][0]["steps"] > 0
+    run("train", "tiny-shapes", "--dry-run", "--deepspeed", "zero9", code=2)
+    listed = {one["name"]: one for one in checked("train", run("train", "--list"))["recipes"]}
+    assert (listed["tiny-shapes"]["stage"], listed["tiny-shapes"]["memory"]) == ("1 and 2", "small")
+    assert listed["llava_internlm2_chat_20b_clip_vit_large_p14_336_e1_gpu8_finetune"]["memory"] == "memory unknown"
     checked("data-check", run("data", "check", "tiny-shapes"))
     missing = checked("data-check", run("data", "check", "llava_v15_7b_finetune", code=3))
     assert missing["sets"][0]["problem"]
