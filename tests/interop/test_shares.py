@@ -37,8 +37,8 @@ def test_shares_of_real_writers(model: Path, tmp_path: Path, form: str, processe
     script = CHECKOUT / "tests" / "peers" / "save_shares.py"
     command = [sys.executable, script, form, model, tmp_path / "saved", str(processes)]
     subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=600)
-    own = (tmp_path / "saved" / "config.json").is_file()
-    config = None if own else model
+    complete = (tmp_path / "saved" / "tokenizer.json").is_file()
+    config = None if complete else model
     llava_convert.convert(tmp_path / "saved", to="official", out=tmp_path / "official", config_from=config)
     verdict = llava_convert.verify(model, tmp_path / "official")
     assert verdict, verdict

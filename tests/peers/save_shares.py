@@ -114,8 +114,12 @@ def ranks(folder: str, out: Path, count: int) -> None:
 
 def hf_dcp(folder: str, out: Path, count: int) -> None:
     """`save_pretrained(distributed_checkpoint=True)`."""
-    model = model_at(folder)
-    fully_shard(model, mesh=init_device_mesh("cpu", (count,)))
+    from transformers.distributed import DistributedConfig
+
+    shared = DistributedConfig(fsdp_size=count)
+    model = LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.bfloat16, distributed_config=shared, device_map="cpu"
+    )
     model.save_pretrained(out, distributed_checkpoint=True)
 
 
