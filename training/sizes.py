@@ -74,6 +74,7 @@ class Shape:
 KNOWN = {
     "meta-llama/Meta-Llama-3-8B-Instruct": Shape(4096, 14336, 32, 1024, 128256),
     "lmsys/vicuna-7b-v1.5": Shape(4096, 11008, 32, 4096, 32000),
+    "lmsys/vicuna-13b-v1.5": Shape(5120, 13824, 40, 5120, 32000),
     "microsoft/Phi-3-mini-4k-instruct": Shape(3072, 8192, 32, 3072, 32064, fused=True),
     "openai/clip-vit-large-patch14-336": Shape(1024, 4096, 24, 1024, positions=577, patch=14),
 }

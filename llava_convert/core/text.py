@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Any
 
 # The longest tensor name seen in a real model has 107 characters.
 _LONGEST_SHOWN = 120
+_LONGEST_PATH = 400  # of a file that is there: it may be put into other words as a whole
 _LISTED = 8
 # Surrogates but for those by which os.fsdecode stands in for bytes that are not text (PEP 383).
 _NO_ESCAPED_BYTE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
@@ -39,12 +41,12 @@ def printable(name: object) -> str:
 
     The end stays, since of a path it is what tells files apart.
     """
-    text = str(name)
-    shown = escaped(text[: _LONGEST_SHOWN + 1])
-    if len(shown) <= _LONGEST_SHOWN:
+    text, longest = str(name), _LONGEST_PATH if isinstance(name, PurePath) else _LONGEST_SHOWN
+    shown = escaped(text[: longest + 1])
+    if len(shown) <= longest:
         return shown
-    tail = escaped(text[-_LONGEST_SHOWN:])[-_LONGEST_SHOWN * 2 // 3 :]
-    return f"{shown[: _LONGEST_SHOWN // 3]}…{tail} ({len(text)} characters)"
+    tail = escaped(text[-longest:])[-longest * 2 // 3 :]
+    return f"{shown[: longest // 3]}…{tail} ({len(text)} characters)"
 
 
 def listed(names: Iterable[object], limit: int = _LISTED) -> str:

@@ -202,6 +202,9 @@ CONFIGS = {
     "lmsys/vicuna-7b-v1.5": LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
     ),
+    "lmsys/vicuna-13b-v1.5": LlamaConfig(
+        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, vocab_size=32000
+    ),
     "microsoft/Phi-3-mini-4k-instruct": Phi3Config(
         hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=32, vocab_size=32064,
         pad_token_id=32000,
@@ -214,9 +217,12 @@ CONFIGS = {
 
 
 def test_every_recipe_has_a_known_size() -> None:
+    """But for InternLM, whose classes are code of its own: `train --list` says that the memory is unknown."""
+    assert set(CONFIGS) == set(sizes.KNOWN)
     for name in recipes.recipe_names():
         (chosen, *_) = recipes.load_recipe(name)
-        assert chosen.build or {chosen.model.llm, chosen.model.visual_encoder} <= set(CONFIGS) == set(sizes.KNOWN)
+        named = {chosen.model.llm, chosen.model.visual_encoder}
+        assert chosen.build or {one for one in named if not one.startswith("internlm/")} <= set(CONFIGS)
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
@@ -369,6 +369,7 @@ def test_printable_escapes_and_cuts() -> None:
     assert printable("x" * 300) == "x" * 40 + "…" + "x" * 80 + " (300 characters)"
     assert printable("\x00" * 300) == "\\x00" * 10 + "…" + "\\x00" * 20 + " (300 characters)"
     assert printable(f"/{'a' * 200}/config.json").endswith("/config.json (213 characters)")
+    assert printable(PurePath("/", "a" * 200, "config.json")) == f"/{'a' * 200}/config.json"
 
 
 def test_lookup_error_names_count_groups_and_the_nearest() -> None:
