@@ -15,10 +15,12 @@ class TableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """One dotted name with placeholders."""
+    """One dotted name with placeholders: `head` is its text before the first, `tail` that behind the last."""
 
     text: str
     segments: tuple[str, ...]
+    head: str
+    tail: str
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
@@ -30,7 +32,7 @@ class Pattern:
         whole = all(_SEGMENT.fullmatch(s) for s in segments)
         if len(rests) > 1 or len(set(names)) != len(names) or not whole:
             raise TableError(f"bad pattern {text!r}")
-        return cls(text, segments)
+        return cls(text, segments, text.partition("{")[0], text.rpartition("}")[2])
 
     @property
     def placeholders(self) -> frozenset[str]:
@@ -38,8 +40,9 @@ class Pattern:
 
     def match(self, name: str) -> Bindings | None:
         """What each placeholder stands for in `name`, or None if it is another name."""
-        parts = name.split(".")
-        return _match(self.segments, parts)
+        if not (name.startswith(self.head) and name.endswith(self.tail)):  # nearly all that are asked are another name
+            return None
+        return _match(self.segments, name.split("."))
 
     def fill(self, bindings: Bindings) -> str:
         return ".".join(bindings[s] if s.startswith("{") else s for s in self.segments)
