@@ -42,6 +42,11 @@ def with_base(checkpoint: Checkpoint, options: SourceOptions, session: Session, 
     stays a base of one part. Raises InputError (exit 3) where what is needed cannot be had, UsageError where `--base`
     has no use.
     """
+    if checkpoint.bare and NONE in options.adapters:
+        raise UsageError(
+            f"--adapter {NONE} does not apply: {checkpoint.path.name} is an adapter itself",
+            hint="leave it out, or convert the base model",
+        )
     given = options.base or (options.llm if checkpoint.base is not None else None)
     asked = given or checkpoint.base
     if asked is None:

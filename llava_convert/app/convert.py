@@ -391,9 +391,13 @@ def _open_options(options: SourceOptions, session: Session, dequantize: bool) ->
 
 def recognised(source: str | Path, options: SourceOptions, session: Session) -> Recognised:
     """The source, looked at. Raises what `recognise` and `reach` raise."""
-    cache, other = options.bases.cache, options.config_from
-    around = reach(other, session, cache=cache) if other is not None else None
-    return recognise(reach(source, session, cache=cache), options.source_layout, around)
+    path = reach(source, session, cache=options.bases.cache)
+    return recognise(path, options.source_layout, _config_from(options, session))
+
+
+def _config_from(options: SourceOptions, session: Session) -> Path | None:
+    """The folder that `--config-from` names, for weights without a config."""
+    return None if options.config_from is None else reach(options.config_from, session, cache=options.bases.cache)
 
 
 def open_whole(
@@ -552,7 +556,7 @@ def _verify(
 ) -> Verdict:
     found = recognised(source, options, session)
     out = reach(theirs, session, cache=options.bases.cache)
-    other = recognise(out)
+    other = recognise(out, None, _config_from(options, session) if out.is_file() else None)
     # In another layout quantised weights have become floats.
     opened = found.open(_open_options(options, session, found.layout != other.layout)), found.why
     checkpoint, _, told = _open(opened, options, session, other.layout)

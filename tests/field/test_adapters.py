@@ -249,9 +249,29 @@ def test_a_projector_over_a_converted_model(tiny: Path, tmp_path: Path) -> None:
     check(tmp_path / "out", with_bridge(trained), {})
 
 
+def test_none_is_no_choice_for_an_adapter_itself(models: Models, hf: Tensors, tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "adapter", models["hf"], lora(hf, {Q: Q}))
+    with pytest.raises(UsageError, match="does not apply: adapter is an adapter itself"):
+        llava_convert.convert(source, to="hf", out=tmp_path / "out", adapter="none")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_projector_beside_a_config_of_transformers(models: Models, hf: Tensors, tmp_path: Path) -> None:
+    """The hint is followed."""
+    torch.save(bridge(hf, "model.mm_projector."), tmp_path / "mm_projector.bin")
+    with pytest.raises(UnsupportedError, match="the config is that of a transformers LLaVA") as refused:
+        llava_convert.convert(tmp_path / "mm_projector.bin", to="hf", out=tmp_path / "out", config_from=models["hf"])
+    assert "base" in str(refused.value.hint)
+    llava_convert.convert(tmp_path / "mm_projector.bin", to="hf", out=tmp_path / "out", base=str(models["hf"]))
+    check(tmp_path / "out", with_bridge(hf), {})
+
+
 def test_what_is_no_adapter_does_not_become_one(models: Models, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="the language model was trained whole"):
+    with pytest.raises(UnsupportedError, match="holds no adapter of the model"):
         llava_convert.convert(models["official"], to="peft", out=tmp_path / "out")
+    with pytest.raises(UnsupportedError, match="the language model was trained whole") as refused:
+        llava_convert.convert(models["pth"], to="peft", out=tmp_path / "out")
+    assert "part='visual-encoder'" in str(refused.value.hint) and not (tmp_path / "out").exists()
     llava_convert.convert(models["pth"], to="peft", out=tmp_path / "tower", part="visual-encoder")
     assert llava_convert.verify(models["pth"], tmp_path / "tower", part="visual-encoder")
     config = json.loads((tmp_path / "tower" / "adapter_config.json").read_text())

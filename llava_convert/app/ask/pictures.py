@@ -63,9 +63,12 @@ def decoded(data: bytes, where: str) -> Image:
         with Image.open(io.BytesIO(data)) as opened:
             return opened.convert("RGB")
     except UnidentifiedImageError:
-        raise InputError(f"{printable(where)}: no picture that pillow can read ({len(data)} bytes)") from None
+        raise InputError(
+            f"{printable(where)}: no picture that pillow can read ({len(data)} bytes)",
+            hint="give a PNG, JPEG, WebP or BMP file",
+        ) from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
-        raise InputError(f"{printable(where)}: a broken picture: {problem}") from problem
+        raise InputError(f"{printable(where)}: a broken picture: {problem}", hint="get it again") from problem
 
 
 def _fetched(url: str) -> bytes:

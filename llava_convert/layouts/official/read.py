@@ -212,6 +212,11 @@ def _text_type(config: Mapping[str, Any], path: Path) -> str:
 
     Raises UnsupportedError (exit 4) where the two name different families, or none that is known.
     """
+    if "text_config" in config:
+        raise UnsupportedError(
+            f"{path}: the config is that of a transformers LLaVA, and the tensors have official LLaVA's names",
+            hint="give the config.json of official LLaVA; over a whole model of any layout they go by --base MODEL",
+        )
     kind, classes = str(config.get("model_type")), config.get("architectures")
     named = str(classes[0]) if isinstance(classes, list) and classes else ""
     known = [table for table in architectures().values() if table.official]

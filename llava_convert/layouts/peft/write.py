@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.errors import UnsupportedError
 from llava_convert.core.hub_names import is_id
 from llava_convert.core.tensors import FROM_TORCH_NAMES
 from llava_convert.core.text import to_json
@@ -39,7 +39,7 @@ def needs(checkpoint: Checkpoint, part: str) -> Needs:
 
 
 def lower(model: Model, options: TargetOptions) -> Target:
-    """One adapter of all parts. Raises UnsupportedError for what it cannot hold, InputError where there is none."""
+    """One adapter of all parts. Raises UnsupportedError for what it cannot hold, and where there is none."""
     adapters = _adapters(model.checkpoint, options.part)
     outputs = [output for part, adapter in adapters.items() for output in _outputs(adapter, options)]
     outputs += [_output(name, recipe, options) for name, recipe in model.part(PROJECTOR).items()]
@@ -58,14 +58,15 @@ def lower(model: Model, options: TargetOptions) -> Target:
 
 
 def _adapters(checkpoint: Checkpoint, asked: str) -> dict[str, Adapter]:
-    """The adapters of all parts, or of the one asked for."""
+    """The adapters of all parts, or of the one asked for. Raises UnsupportedError (exit 4) where there is none."""
     parts = PARTS if asked == ALL else (asked,)
-    found = {part: one for part in parts if (one := _adapter(checkpoint, part)) is not None}
+    held = any(adapter.modules for part in parts for adapter in checkpoint.parts[part].adapters)
+    found = {part: one for part in parts if (one := _adapter(checkpoint, part)) is not None} if held else {}
     if not any(adapter.modules for adapter in found.values()):
         words = PART_WORDS[asked] if asked != ALL else "model"
-        raise InputError(
+        raise UnsupportedError(
             f"{checkpoint.path} holds no adapter of the {words}, and a PEFT folder holds nothing else",
-            hint="convert to hf, official or xtuner, which hold whole parts",
+            hint="give a checkpoint that was trained by LoRA; hf, official and xtuner hold whole parts",
         )
     return found
 
@@ -76,11 +77,11 @@ def _adapter(checkpoint: Checkpoint, part: str) -> Adapter | None:
     if part == PROJECTOR and own.state == "full":
         return None
     merged = "convert to hf, which merges them" if len(own.adapters) > 1 else "convert to hf, which holds all of it"
+    alone = [PART_WORDS[name] for name, other in checkpoint.parts.items() if name != part and other.state == "lora"]
+    merged += f", or write one adapter alone by --part {alone[0]}" if alone else ""
     if len(own.adapters) > 1 or own.state == "full":
         what = f"has {len(own.adapters)} adapters" if len(own.adapters) > 1 else "was trained whole"
-        raise UnsupportedError(
-            f"the {PART_NAMES[part]} {what}, which one PEFT adapter does not hold", hint=f"{merged}, or --part"
-        )
+        raise UnsupportedError(f"the {PART_NAMES[part]} {what}, which one PEFT adapter does not hold", hint=merged)
     if own.adapter is not None and not checkpoint.bare:
         _refuse_rows(own.adapter)
     return own.adapter

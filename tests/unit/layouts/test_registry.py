@@ -81,6 +81,7 @@ def test_a_state_dict_alone_takes_the_config_of_another_folder(hf: Path, tmp_pat
     assert set(found.tensors()) == set(tensors(hf))
     llava_convert.convert(file, to="official", out=tmp_path / "official", config_from=hf)
     assert llava_convert.verify(hf, tmp_path / "official")
+    assert llava_convert.verify(hf, file, config_from=hf) and llava_convert.verify(file, hf, config_from=hf)
 
 
 def test_a_folder_without_a_config_is_no_source_of_it(tiny: Path, hf: Path, tmp_path: Path) -> None:
