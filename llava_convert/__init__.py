@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from llava_convert.app.inspect import Inspection, PartFound
     from llava_convert.app.mmbench.run import MMBenchResult
     from llava_convert.app.publish.release import ReleaseItem
-    from llava_convert.app.verify import Verdict
+    from llava_convert.app.verdict import Verdict
     from llava_convert.core.errors import (
         ConvertError,
         HubError,

@@ -25,7 +25,7 @@ from llava_convert.app.jobs import (
 )
 from llava_convert.app.mmbench.run import MMBenchResult
 from llava_convert.app.publish.release import ReleaseItem
-from llava_convert.app.verify import Verdict
+from llava_convert.app.verdict import Verdict
 from llava_convert.core.errors import ConvertError, system_errors
 from llava_convert.core.flags import in_keywords, options_of
 from llava_convert.core.progress import Reporter, reporter

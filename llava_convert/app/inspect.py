@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.app.adapters import ignored_note
-from llava_convert.app.convert import assembled, open_source, prepare
 from llava_convert.app.next_step import to_try
 from llava_convert.app.options import Options, SourceOptions
+from llava_convert.app.planning import assembled, prepare
 from llava_convert.app.session import job_session
+from llava_convert.app.source import open_source
 from llava_convert.core.errors import ConvertError
 from llava_convert.core.tensors import TORCH_NAMES
 from llava_convert.engine.record import dropped_texts

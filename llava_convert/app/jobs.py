@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from llava_convert.app.mmbench.compare import Compared
     from llava_convert.app.mmbench.run import MMBenchResult
     from llava_convert.app.publish.release import ReleaseItem
-    from llava_convert.app.verify import Verdict
+    from llava_convert.app.verdict import Verdict
     from llava_convert.engine.report import Published, Report
 
 _SOURCE = Flag(
@@ -147,7 +147,7 @@ class VerifyJob(SourceOptions, PartOption):
             raise UsageError("--logits does not apply to a part", hint="leave --part out: a model answers as a whole")
 
     def run(self, say: Reporter) -> Verdict:
-        from llava_convert.app.convert import verify
+        from llava_convert.app.verify import verify
 
         verdict = verify(self.source, self.out, self, say, part=self.part)
         if self.logits:

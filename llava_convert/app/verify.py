@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from llava_convert.app.adapters import with_whole_bases
+from llava_convert.app.extras import without_extra
 from llava_convert.app.facts import fitted
 from llava_convert.app.judge import judge
-from llava_convert.app.logits.compare import Logits
+from llava_convert.app.options import SourceOptions
+from llava_convert.app.planning import part_asked
+from llava_convert.app.session import job_session, tell_unchecked
+from llava_convert.app.source import bases_left, config_from, made_whole, open_options, recognised
+from llava_convert.app.verdict import Verdict
 from llava_convert.core.arrays import FLOATS
-from llava_convert.core.errors import MismatchError
+from llava_convert.core.progress import Reporter, Silence
 from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.engine.compare import Difference, compare, merged_in_float32, nonfinite_after
 from llava_convert.engine.shards import PlannedTensor
-from llava_convert.layouts.registry import layout
+from llava_convert.layouts.registry import layout, recognise
 from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PARTS, Checkpoint
 from llava_convert.model.configs import family
-from llava_convert.model.facts import spelled
 from llava_convert.model.judgement import FactDifference, Judgement
 from llava_convert.model.options import ALL, TargetOptions, part_named
 from llava_convert.model.quantized import dequantized, refuse_packed
@@ -27,139 +32,17 @@ from llava_convert.model.recipe import Bases, Model
 from llava_convert.model.record import read_options
 from llava_convert.model.reshape import relation, reshaped
 from llava_convert.model.tables.families import known_architecture
-from llava_convert.model.tables.names import grouped
 from llava_convert.model.target import Output
 from llava_convert.ops import steps
 from llava_convert.ops.base import Op
 from llava_convert.ops.rows import PadRows
 from llava_convert.storage.ranges import FilePool
+from llava_convert.storage.remote.reach import reach
 from llava_convert.storage.remote.session import Session
 from llava_convert.storage.sidecars import Sidecars
 
 _SHOWN = 6  # facts in a message
 _SHAPING = ("prompt_template", "image_processor", "pre")
-
-
-@dataclass(frozen=True, repr=False)
-class Verdict:
-    """What `verify SOURCE OUT` found; false where the models differ.
-
-    Names are canonical ones; where OUT holds several files of one model, after the file's. `synthetic` are tensors that
-    SOURCE's layout never has: OUT's are not compared. `quantised` of the `equal` ones are blocks in OUT and were floats
-    in SOURCE: they equal its quantisation, recomputed. `rounded` are tensors of merged LoRA, of which some elements are
-    the exact merge but for what a merge in float32, as others do it, rounds otherwise: mostly by the last bit.
-
-    `added_rows` of a vocabulary are in OUT alone, by tensor; those that OUT's record tells of are compared with what it
-    says, `unrecorded_rows` are only looked at for NaN. `facts` differ: what configs, tokenizer, processor and metadata
-    say that decides how a model computes, is prompted or stops. `harmless` keys differ and decide nothing, each with
-    the reason. `not_compared` is what OUT or SOURCE cannot tell. `defects` are what readers of OUT choke on.
-    `logits` is what both models made of the same pictures and prompts, where that was asked for.
-    """
-
-    source: str
-    out: str
-    layouts: tuple[str, str]
-    equal: int
-    different: dict[str, Difference]
-    missing: tuple[str, ...]
-    extra: tuple[str, ...]
-    added_rows: dict[str, int] = field(default_factory=dict)
-    unrecorded_rows: dict[str, int] = field(default_factory=dict)
-    facts: dict[str, FactDifference] = field(default_factory=dict)
-    harmless: dict[str, str] = field(default_factory=dict)
-    not_compared: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    defects: tuple[str, ...] = ()
-    synthetic: tuple[str, ...] = ()
-    quantised: int = 0
-    rounded: dict[str, Difference] = field(default_factory=dict)
-    logits: Logits | None = None
-
-    @property
-    def same(self) -> bool:
-        alike = not (self.different or self.missing or self.extra or self.facts or self.defects)
-        return alike and (self.logits is None or self.logits.same)
-
-    def __bool__(self) -> bool:
-        return self.same
-
-    def __repr__(self) -> str:
-        counts = {"different": self.different, "missing": self.missing, "extra": self.extra}
-        said = "".join(f", {word}={len(found)}" for word, found in counts.items())
-        more = "".join(f", {word}={list(found)}" for word in ("facts", "defects") if (found := getattr(self, word)))
-        return f"Verdict(same={self.same}, equal={self.equal}{said}{more})"
-
-    def sentence(self) -> str:
-        """What was found of a model that is the same."""
-        parts = [f"{self.equal - self.quantised} tensors equal bit for bit"] if self.equal > self.quantised else []
-        if self.quantised:
-            parts.append(f"{self.quantised} equal the quantisation of the source, recomputed")
-        if self.rounded:
-            count = sum(difference.elements for difference in self.rounded.values())
-            parts.append(
-                f"{len(self.rounded)} but for {count} elements, which a merge of LoRA in float32 rounds otherwise"
-            )
-        said = f"the same: {', '.join(parts) or 'no tensor'}, and all that configs, tokenizer and processor say"
-        rows = max(self.added_rows.values(), default=0)
-        unknown = max(self.unrecorded_rows.values(), default=0)
-        if rows and not unknown:
-            said += f"; {rows} rows that were added are as the record says"
-        elif unknown:
-            said += f"; plus {unknown} unrecorded rows of the vocabulary, which are not compared"
-        return said if self.logits is None else f"{said}; {self.logits.sentence()}"
-
-    def refuse(self, *, strict: bool = False) -> None:
-        """Raise MismatchError (exit 7) unless all is equal; `strict`: and every row of OUT's vocabulary is known."""
-        if self.same:
-            if strict and self.unrecorded_rows:
-                raise MismatchError(f"{self.out} is not {self.source} alone: {self.sentence()}")
-            return
-        said = [f"{len(self.different)} tensors differ: {grouped(self.different)}"] if self.different else []
-        if self.different:
-            shaped = {name: d.shapes for name, d in self.different.items() if d.shapes is not None}
-            gaps = [d.largest for d in self.different.values() if not math.isnan(d.largest) and d.shapes is None]
-            said[0] += f" (largest difference {max(gaps):.3g})" if gaps else ""
-            for name, (mine, theirs) in list(shaped.items())[:3]:
-                said.append(f"{name} is {list(mine)} in the source, {list(theirs)} in OUT")
-        if self.missing:
-            said.append(f"{len(self.missing)} are missing: {grouped(self.missing)}")
-        if self.extra:
-            said.append(f"{len(self.extra)} are not in the source: {grouped(self.extra)}")
-        said += [f"{name} is {spelled(d.source)} in the source, {spelled(d.out)} in OUT" for name, d in self._shown()]
-        if len(self.facts) > _SHOWN:
-            said.append(f"and {len(self.facts) - _SHOWN} more facts differ (--json lists them)")
-        if self.logits is not None and not self.logits.same:
-            said.append(self.logits.sentence())
-        if said:
-            raise MismatchError(f"{self.out} is not {self.source}: " + "; ".join([*said, *self.defects]))
-        raise MismatchError(f"{self.out} holds the weights of {self.source}, but: " + "; ".join(self.defects))
-
-    def _shown(self) -> list[tuple[str, FactDifference]]:
-        return list(self.facts.items())[:_SHOWN]
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "source": self.source,
-            "layout": self.layouts[0],
-            "out": self.out,
-            "to": self.layouts[1],
-            "same": self.same,
-            "equal": self.equal,
-            "different": {name: d.as_json() for name, d in sorted(self.different.items())},
-            "rounded": {name: d.as_json() for name, d in sorted(self.rounded.items())},
-            "missing": list(self.missing),
-            "extra": list(self.extra),
-            "added_rows": self.added_rows,
-            "unrecorded_rows": self.unrecorded_rows,
-            "facts": {name: {"source": d.source, "out": d.out} for name, d in sorted(self.facts.items())},
-            "harmless": dict(sorted(self.harmless.items())),
-            "not_compared": list(self.not_compared),
-            "warnings": list(self.notes),
-            "defects": list(self.defects),
-            "synthetic": list(self.synthetic),
-            "quantised": self.quantised,
-            "logits": None if self.logits is None else self.logits.as_json(),
-        }
 
 
 def compare_checkpoints(
@@ -405,3 +288,50 @@ def _between(dtype: str, to: str) -> tuple[Op, ...]:
     if dtype in QUANTS and to in QUANTS:
         return (*steps(dtype, "F32"), *steps("F32", to))
     return steps(dtype, to)
+
+
+def verify(
+    source: str | Path,
+    out: str | Path,
+    options: SourceOptions | None = None,
+    say: Reporter | None = None,
+    *,
+    part: str = ALL,
+) -> Verdict:
+    """Compare OUT with SOURCE, tensor by tensor; the caller decides what a difference means."""
+    say = say or Silence()
+    with job_session(options) as session:
+        return _verify(source, out, options or SourceOptions(), say, part_asked(part), session)
+
+
+def _verify(
+    source: str | Path, theirs: str | Path, options: SourceOptions, say: Reporter, part: str, session: Session
+) -> Verdict:
+    found = recognised(source, options, session)
+    out = reach(theirs, session, cache=options.bases.cache)
+    other = recognise(out, None, config_from(options, session) if out.is_file() else None)
+    # In another layout quantised weights have become floats.
+    opened = found.open(open_options(options, session, found.layout != other.layout)), found.why
+    checkpoint, _, told = made_whole(opened, options, session, other.layout)
+    checkpoint = without_extra(checkpoint, part if part != ALL else checkpoint.default_part, options.extra)
+    for text in map(session.called, told):
+        say.warn(text)
+    total = out.stat().st_size if out.is_file() else sum(p.stat().st_size for p in out.rglob("*"))
+    target = TargetOptions(part=part, lora_alpha=options.bases.lora_alpha)
+    verdict = compare_checkpoints(
+        checkpoint,
+        other.open_each(),
+        session,
+        bases=with_whole_bases(bases_left(options.bases, checkpoint), options, session),
+        options=target,
+        vocab=options.vocab,
+        progress=say.start("comparing", total),
+    )
+    tell_unchecked(session, say)
+    return replace(
+        verdict,
+        source=session.called(checkpoint.path),
+        out=session.called(out),
+        notes=tuple(map(session.called, verdict.notes)),
+        defects=tuple(map(session.called, verdict.defects)),
+    )

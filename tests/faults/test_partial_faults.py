@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import llava_convert
-from llava_convert.app.convert import prepare
 from llava_convert.app.options import Options
+from llava_convert.app.planning import prepare
 from llava_convert.core.errors import InputError
 from llava_convert.engine.record import stored_of
 from llava_convert.storage.remote.session import Session

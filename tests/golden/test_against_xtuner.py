@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from llava_convert.app.convert import convert, verify
+from llava_convert.app.convert import convert
 from llava_convert.app.options import Options
+from llava_convert.app.verify import verify
 from llava_convert.cli import app
 from tests.golden.oracle import assert_same_weights, load, merges
 from tests.golden.zero_oracle import load_states

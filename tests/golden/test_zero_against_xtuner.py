@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_convert.app.convert import convert, verify
+from llava_convert.app.convert import convert
 from llava_convert.app.inspect import inspect
 from llava_convert.app.options import Options
+from llava_convert.app.verify import verify
 from tests.golden.oracle import assert_same_weights, load
 from tests.golden.zero_oracle import masters
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from llava_convert.app.adapters import refuse_ignored
 from llava_convert.app.ask.runtimes import LLAMA_CPP, Runtime
-from llava_convert.app.convert import open_whole
 from llava_convert.app.options import AskOptions
+from llava_convert.app.source import open_whole
 from llava_convert.assets.bundle import Artefacts
 from llava_convert.core.errors import InputError, UsageError
 from llava_convert.core.progress import Reporter

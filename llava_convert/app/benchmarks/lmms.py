@@ -14,7 +14,7 @@ from typing import Any
 
 from llava_convert.app.ask.prompts import IMAGE
 from llava_convert.app.ask.runtimes import Runtime
-from llava_convert.core.errors import InputError, UsageError
+from llava_convert.core.errors import InputError, UnsupportedError, UsageError
 
 _LIMIT = 1024  # tokens, where a task names no limit, as lmms-eval's models have it
 
@@ -93,12 +93,19 @@ def _model(runtime: Runtime, advance: Callable[[int], Callable[[int], None]]) ->
             return answers
 
         def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-            raise NotImplementedError("a benchmark of several rounds")
+            raise _unfit("asks in several rounds")
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-            raise NotImplementedError("a benchmark by likelihood")
+            raise _unfit("scores likelihoods")
 
     return Model()
+
+
+def _unfit(why: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"a benchmark that {why} cannot be run: answers are generated, one to a question",
+        hint="take another benchmark, or run lmms-eval itself on the hf layout",
+    )
 
 
 def _answer(runtime: Runtime, context: str, visuals: Sequence[Any], settings: Mapping[str, Any]) -> str:

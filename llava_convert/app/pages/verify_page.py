@@ -12,7 +12,7 @@ from llava_convert.model.facts import spelled
 
 if TYPE_CHECKING:
     from llava_convert.app.logits.compare import Logits
-    from llava_convert.app.verify import Verdict
+    from llava_convert.app.verdict import Verdict
     from llava_convert.engine.compare import Difference
 
 _LAYER = re.compile(r"(?<=\.)(\d+)(?=\.)")

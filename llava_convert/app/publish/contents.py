@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.app.card import CARD
-from llava_convert.app.convert import verify
 from llava_convert.app.options import SourceOptions
 from llava_convert.app.publish.secret_files import looks_secret
+from llava_convert.app.verify import verify
 from llava_convert.core.errors import InputError, MismatchError, UnsafeError, UsageError, unreadable
 from llava_convert.core.progress import Reporter
 from llava_convert.core.text import listed

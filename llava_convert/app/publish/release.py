@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava_convert.app import convert as engine
-from llava_convert.app.convert import Prepared
 from llava_convert.app.documents import Documents
 from llava_convert.app.jobs import ReleaseJob
 from llava_convert.app.options import Options
+from llava_convert.app.planning import Prepared, is_already, prepare
 from llava_convert.app.publish.contents import names, proven
 from llava_convert.app.publish.publish import check, publish
 from llava_convert.app.session import job_session
+from llava_convert.app.source import open_source
 from llava_convert.app.stage_one import stage_one
 from llava_convert.core.errors import ConvertError, HubError, MismatchError, OutputError, UsageError
 from llava_convert.core.progress import Reporter, Silence
@@ -133,7 +134,7 @@ def plan(release: ReleaseJob) -> list[ReleaseItem]:
 def _plan(release: ReleaseJob, session: Session) -> list[ReleaseItem]:
     check_name(release.name)
     rows = _rows(release.layouts)
-    opened = engine.open_source(release.source, release, session)
+    opened = open_source(release.source, release, session)
     items = []
     for row in rows:
         try:
@@ -187,13 +188,13 @@ def _item(release: ReleaseJob, row: Row, opened: tuple[Checkpoint, str], session
         # What is told of the later stage does not hold of the first.
         source = first
         options = replace(options, config=None, pretrained_pth=None, lora_alpha=None, part="projector")
-    elif engine.is_already(opened[0], options):
+    elif is_already(opened[0], options):
         if not source.is_dir():
             raise UsageError(f"{source} is of this layout, and a folder is published", hint="give its folder")
         if (remote := mounted(source)) is not None:
             raise UsageError(f"{remote.address} is of this layout, and is not here", hint="--cache fetches it")
         return ReleaseItem(row, release.name + row.suffix, source, source, options)
-    ready = engine.prepare(source, options, session, None if row.stage_one else opened)
+    ready = prepare(source, options, session, None if row.stage_one else opened)
     made = engine.documents(ready, options)
     there = _is_there(ready, made)
     if ready.out.exists() and not there:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import llava_convert
-from llava_convert.app.convert import Prepared, prepare
 from llava_convert.app.options import Options
+from llava_convert.app.planning import Prepared, prepare
 from llava_convert.core.errors import UsageError
 from llava_convert.model import towers
 from llava_convert.model.checkpoint import VISION

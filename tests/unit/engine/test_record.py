@@ -141,8 +141,8 @@ def test_a_record_of_other_rows_is_not_believed(folders: dict[str, Path], tmp_pa
 
 
 def test_drops_are_told_once_a_reason(tiny: Path) -> None:
-    from llava_convert.app.convert import prepare
     from llava_convert.app.options import Options
+    from llava_convert.app.planning import prepare
 
     checkpoint = prepare(tiny / "iter_2.pth", Options(to="official"), Session()).checkpoint
     drops = [Dropped("a.inv_freq", "a buffer"), Dropped("b.inv_freq", "a buffer"), Dropped("c", "no use")]
