@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch.utils.data import Dataset
 
+from llava_convert.assets.processor import squared
 from llava_convert.core.errors import InputError
 
 from .conversations import (
@@ -64,16 +64,6 @@ class Pictures:
     def blank(self) -> torch.Tensor:
         """What a text-only sample sends through the tower, so that every process runs the same graph."""
         return torch.zeros(3, self.size, self.size)
-
-
-def squared(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """The picture in the middle of a square of that colour."""
-    side = max(picture.size)
-    if picture.size == (side, side):
-        return picture
-    square = Image.new(picture.mode, (side, side), colour)
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    return square
 
 
 class Conversations(Dataset[Any]):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_convert.assets.tokenizer.llava_tokens import IMAGE_TOKEN, VIDEO_TOKEN
 from llava_convert.core.errors import InputError, UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _CLIP_MEAN, _CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 _BICUBIC = 3
@@ -165,3 +168,15 @@ def _check_size(config: Mapping[str, Any], side: int) -> None:
             f"the image processor makes pictures of {last}, the vision tower takes {side} x {side}",
             hint="give the vision tower that the checkpoint was trained with by --visual-encoder",
         )
+
+
+def squared(picture: Image, colour: tuple[int, ...]) -> Image:
+    """The picture in the middle of a square of that colour (xtuner 0.1.23, dataset/utils.py, expand2square)."""
+    from PIL import Image as pillow  # of the extras that look at pictures
+
+    side = max(picture.size)
+    if picture.size == (side, side):
+        return picture
+    square = pillow.new(picture.mode, (side, side), colour)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square

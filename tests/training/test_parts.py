@@ -15,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import llava_convert
+from llava_convert.assets.processor import squared
 from llava_convert.assets.prompts import prompt_template
 from llava_convert.cli import app
 from llava_convert.core.errors import InputError, UsageError
@@ -198,7 +199,7 @@ def test_plain_is_the_picture_and_the_caption() -> None:
 
 
 def test_pictures_become_squares() -> None:
-    wide = data.squared(Image.new("RGB", (6, 2), "red"), (1, 2, 3))
+    wide = squared(Image.new("RGB", (6, 2), "red"), (1, 2, 3))
     assert wide.size == (6, 6) and wide.getpixel((0, 0)) == (1, 2, 3) and wide.getpixel((0, 3)) == (255, 0, 0)
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_convert.assets.processor import squared
 from llava_convert.core.errors import HubError, InputError, UnsupportedError, UsageError
 from llava_convert.core.text import printable
 
@@ -88,18 +89,6 @@ def _fetched(url: str) -> bytes:
     if len(data) > _MOST_BYTES:
         raise InputError(f"{printable(url)}: more than {_MOST_BYTES // 10**6} MB, which no picture has")
     return data
-
-
-def squared(picture: Image, colour: tuple[int, ...]) -> Image:
-    """The picture in the middle of a square of that colour (xtuner 0.1.23, dataset/utils.py, expand2square)."""
-    from PIL import Image as pillow
-
-    side = max(picture.size)
-    if picture.size == (side, side):
-        return picture
-    square = pillow.new(picture.mode, (side, side), colour)
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    return square
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 import llava_convert
 from llava_convert.app.ask.chat import Conversation
-from llava_convert.app.ask.pictures import Eyes, open_picture, squared
+from llava_convert.app.ask.pictures import Eyes, open_picture
 from llava_convert.app.ask.prompts import Message
 from llava_convert.app.ask.runtimes import Answer, Stream
+from llava_convert.assets.processor import squared
 from llava_convert.cli import app
 from llava_convert.core.errors import HubError, InputError, UnsupportedError, UsageError
 from training.tiny import image_processor
