@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sys
@@ -33,6 +34,11 @@ def _hook(event: str, arguments: tuple[object, ...]) -> None:
     counts[os.path.relpath(path, root)] += 1
 
 
+@functools.cache  # there is no way to take a hook off, and a process of pytest-xdist may make these fixtures twice
+def _add_hook() -> None:
+    sys.addaudithook(_hook)
+
+
 @pytest.fixture(scope="module")
 def models(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model in every layout, `NAME/`, and its bases; the .pth is `pth/iter_2.pth`."""
@@ -44,7 +50,7 @@ def models(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     bases = {"llm": str(root / "llm"), "visual_encoder": str(root / "vit")}
     for to in ("xtuner", "official", "hf", "gguf"):
         llava_convert.convert(root / "pth" / "iter_2.pth", to=to, out=root / to, max_shard_size="100kB", **bases)
-    sys.addaudithook(_hook)  # for good: there is no way to take one off
+    _add_hook()
     return root
 
 
