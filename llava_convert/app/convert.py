@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +24,13 @@ from llava_convert.core.flags import AUTO, options_of
 from llava_convert.core.progress import Reporter, Silence
 from llava_convert.core.tensors import TORCH_NAMES
 from llava_convert.core.text import utf8
-from llava_convert.engine.check import check_full, check_quick
+from llava_convert.engine.check import check_full, check_headers, check_quick
 from llava_convert.engine.execute import execute
 from llava_convert.engine.plan import Plan
 from llava_convert.engine.record import record, stored_of
 from llava_convert.engine.report import Report, part_story, peak_memory
 from llava_convert.engine.run import Outcome
+from llava_convert.engine.shards import Shard
 from llava_convert.layouts.info import TARGETS
 from llava_convert.layouts.registry import recognise
 from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS
@@ -48,12 +49,22 @@ if TYPE_CHECKING:
 
 
 def convert(source: str | Path, options: Options, say: Reporter | None = None) -> Report:
-    """Convert a checkpoint; returns what was done.
+    """Convert a checkpoint, or write one share of its files; returns what was done.
 
     OUT appears whole or not at all. Raises ConvertError, whose `exit_code` says which kind.
     """
+    if options.executor is not None:
+        from llava_convert.app.cluster import convert_there
+
+        return convert_there(source, options, say or Silence())
     with job_session(options) as session:
         return _convert(_prepared(source, options, session), options, say or Silence(), session)
+
+
+def write_files(source: str | Path, options: Options, names: Collection[str]) -> Report:
+    """Write these files of the output alone, as a share of it; what is there already stays. Raises as `convert`."""
+    with job_session(options) as session:
+        return _convert(_prepared(source, options, session), options, Silence(), session, names)
 
 
 def plan(source: str | Path, options: Options) -> Report:
@@ -75,50 +86,87 @@ def _prepared(source: str | Path, options: Options, session: Session) -> Prepare
     return replace(ready, notes=(f"{options.asked} loads the {options.to} layout: that is made", *ready.notes))
 
 
-def _convert(ready: Prepared, options: Options, say: Reporter, session: Session) -> Report:
+def _convert(
+    ready: Prepared, options: Options, say: Reporter, session: Session, names: Collection[str] | None = None
+) -> Report:
     for text in map(session.called, ready.notes):
         say.note(text)
     for text in map(session.called, ready.warnings):
         say.warn(text)
-    if options.resume and options.digest:
-        say.note("--digest reads every tensor, so that --resume keeps nothing")
     reads = sorted({extent.path for t in ready.plan.tensors for s in stored_of(t) for extent in s.extents})
     snapshot = _snapshot(ready, reads)
-    warnings = list(ready.warnings)
     made = documents(ready, options)
     planned = report(ready, options, made, session)
-    with (
-        FilePool() as pool,
-        _staging(ready, options, planned.bytes_written, _stamp(ready.plan, snapshot), say) as stage,
-    ):
-        total = sum(t.nbytes for t in ready.plan.tensors)
+    if names is not None:
+        planned = replace(planned, share=tuple(names))
+    with FilePool() as pool, _staging(ready, options, planned, _stamp(ready.plan, snapshot), say) as stage:
         outcome = execute(
             ready.plan,
             stage,
             pool,
+            names=planned.share,
             threads=options.threads,
             digest=options.digest,
-            progress=say.start("converting", total),
+            progress=say.start("converting", sum(t.nbytes for shard in _written(planned) for t in shard.tensors)),
         )
         snapshot.recheck()
-        if options.level != OFF:
-            written = check_quick(ready.plan, stage.path)
-            _check_facts(ready, stage.path)
-            if options.level == FULL:
-                bad = check_full(ready.plan, written, pool, progress=say.start("verifying", total))
-                outcome = _with_nonfinite(outcome, bad)
-        extra = _nonfinite_warning(outcome)
-        if extra:
-            say.warn(extra)
-            warnings.append(extra)
+        _verify(ready, options, planned, stage, pool, outcome, say)
+        warnings = list(filter(None, [_nonfinite_warning(outcome)]))
+        for text in warnings:
+            say.warn(text)
         if outcome.flushed:
             say.note(f"{outcome.flushed:,} nonzero values became zero in the cast")
-        files = stage.contents(ready.plan.sizes) if made.vouches else {}
-        for name, data in made.completed(outcome.digests, files).items():
-            stage.write_bytes(name, data)
-        stage.commit()
+        if planned.share is not None:
+            for name in planned.share:
+                stage.tell(name, {**outcome.of(name), "verified": options.level})
+            stage.settle()
+        else:
+            files = stage.contents(ready.plan.sizes) if made.vouches else {}
+            for name, data in made.completed(outcome.digests, files).items():
+                stage.write_bytes(name, data)
+            stage.commit()
     tell_unchecked(session, say)
-    return replace(planned, done=True, flushed=outcome.flushed, warnings=tuple(warnings), fetched=session.fetched)
+    return replace(
+        planned,
+        done=planned.share is None,
+        flushed=outcome.flushed,
+        warnings=(*ready.warnings, *warnings),
+        fetched=session.fetched,
+    )
+
+
+def _written(planned: Report) -> list[Shard]:
+    """The shards that this run writes."""
+    return [shard for shard in planned.plan.shards if planned.share is None or shard.name in planned.share]
+
+
+def _verify(
+    ready: Prepared,
+    options: Options,
+    planned: Report,
+    stage: Staging | RemoteStaging,
+    pool: FilePool,
+    outcome: Outcome,
+    say: Reporter,
+) -> None:
+    """Hold what was written against the plan, as far as is asked. Raises MismatchError (exit 7).
+
+    What a share was verified by, the run that finishes need not do again.
+    """
+    if options.level == OFF:
+        return
+    shards = _written(planned)
+    if planned.share is None:
+        written = check_quick(ready.plan, stage.path)
+        _check_facts(ready, stage.path)
+    else:
+        written = check_headers(shards, stage.path)
+    if options.level != FULL:
+        return
+    left = [shard for shard in shards if stage.found.get(shard.name, {}).get("verified") != FULL]
+    done = say.start("verifying", sum(tensor.nbytes for shard in left for tensor in shard.tensors))
+    for key, count in check_full(left, written, pool, progress=done).items():
+        outcome.losses.setdefault(key, CastLoss(nonfinite=count))
 
 
 def _snapshot(ready: Prepared, reads: list[Path]) -> Snapshot:
@@ -175,35 +223,63 @@ def documents(ready: Prepared, options: Options) -> Documents:
     )
 
 
-def _staging(ready: Prepared, options: Options, needed: int, stamp: str, say: Reporter) -> Staging | RemoteStaging:
-    """Where the output is built, by where it goes."""
-    resume = options.resume and not options.digest  # taken while a shard is written: kept ones would have none
+def _staging(ready: Prepared, options: Options, planned: Report, stamp: str, say: Reporter) -> Staging | RemoteStaging:
+    """Where the output is built, by where it goes, and by whether others build at it, too."""
+    resume = options.resume or options.finish
+    needs = [shard.name for shard in ready.plan.shards] if options.finish else []
     url = url_of(ready.out)
     if url is not None:
         from llava_convert.storage.output.remote_staging import RemoteStaging  # fsspec is for those who need it
 
         largest = max(sum(shard.size for shard in batch) for batch in ready.plan.batches)
-        return RemoteStaging(url, stamp, force=options.force, resume=resume, needed_bytes=largest, say=say.note)
+        return RemoteStaging(
+            url,
+            stamp,
+            force=options.force,
+            resume=resume,
+            needed_bytes=largest,
+            say=say.note,
+            share=planned.share,
+            needs=needs,
+        )
     reads = [
         ready.checkpoint.root if ready.checkpoint.path.is_dir() else ready.checkpoint.path,
         *(base.folder for base in ready.model.bases.values()),
     ]
+    if planned.share is not None:
+        from llava_convert.storage.output.shared import SharedStaging
+
+        return SharedStaging(
+            ready.out,
+            stamp,
+            planned.share,
+            force=options.force,
+            needed_bytes=sum(shard.size for shard in _written(planned)),
+            reads=reads,
+            say=say.note,
+            warn=say.warn,
+        )
     return Staging(
         ready.out,
         stamp,
         force=options.force,
         resume=resume,
-        needed_bytes=needed,
+        needed_bytes=planned.bytes_written,
         reads=reads,
         say=say.note,
         warn=say.warn,
+        needs=needs,
     )
 
 
 def _stamp(plan: Plan, snapshot: Snapshot) -> str:
-    """What a resumed run must have in common with the killed one: the plan, and sources that nobody touched since."""
+    """What runs that take up each other's files have in common: the plan, and sources that nobody touched since.
+
+    It says the same on every machine that sees the sources under the same paths, with the same times.
+    """
     states = [
-        [address_of(path) or str(path), s.size, s.mtime_ns, s.inode, s.version] for path, s in snapshot.states.items()
+        [address_of(path) or str(path), state.size, state.mtime_ns, state.version, what["sha256"]]
+        for (path, state), what in zip(snapshot.states.items(), snapshot.identity, strict=True)
     ]
     return hashlib.sha256(json.dumps([plan.hash, states]).encode()).hexdigest()
 
@@ -234,6 +310,7 @@ def report(ready: Prepared, options: Options, made: Documents, session: Session)
         fetched=session.fetched,
         dropped=(*ready.checkpoint.dropped, *model.dropped),
         unchecked=session.unchecked,
+        share=None if options.share is None else tuple(shard.name for shard in plan.share(*options.share)),
     )
 
 
@@ -256,13 +333,6 @@ def recorded_options(options: Options) -> dict[str, Any]:
     found = options_of(OutputOptions).values()
     given = {option.spelling.strip("-").replace("-", "_"): getattr(target, option.name) for option in found}
     return defaults | {name: value for name, value in given.items() if value is not None} | {"part": target.part}
-
-
-def _with_nonfinite(outcome: Outcome, found: Mapping[str, int]) -> Outcome:
-    for name, count in found.items():
-        if name not in outcome.losses:
-            outcome.losses[name] = CastLoss(nonfinite=count)
-    return outcome
 
 
 def _nonfinite_warning(outcome: Outcome) -> str | None:

@@ -32,6 +32,7 @@ PathLike = str | Path
 BOTH = "both"  # what `--hub` calls every row of HUBS
 
 # What may be the name of a file: no separator of any system, no control character, and more than dots.
+_SHARE = re.compile(r"(\d{1,6})/(\d{1,6})")
 _NAME = re.compile(r"(?![. ]*$)[^/\\\x00-\x1f\x7f]+")
 _ALPHAS = ("llm", "visual-encoder")
 
@@ -298,6 +299,19 @@ class Options(PushOptions, OutputOptions, PartOption, NamedBases, OutOptions):
     digest: Annotated[bool, Flag("Record an xxh3-128 digest of each tensor.", CHECKS)] = False
     force: Annotated[bool, Flag("Replace OUT; the old one survives any failure.", CHECKS)] = False
     resume: Annotated[bool, Flag("Keep the finished shards of a killed run of the same plan.", CHECKS)] = False
+    files: Annotated[
+        str | None,
+        Flag("Write one share of the files alone, of several runs that share OUT.", CHECKS, metavar="I/N"),
+    ] = None
+    finish: Annotated[bool, Flag("Check that every share is there, and complete OUT.", CHECKS)] = False
+    executor: Annotated[
+        str | None,
+        Flag(
+            "Who writes the files: a Dask scheduler, or `dask://local?workers=N` on this machine.",
+            CHECKS,
+            metavar="dask://HOST:PORT",
+        ),
+    ] = None
     threads: Annotated[int, Flag("Threads; 0: one a core, at most 4. Changes no byte.", CHECKS, metavar="N")] = 0
     asked: str | None = field(default=None, init=False)
 
@@ -313,6 +327,29 @@ class Options(PushOptions, OutputOptions, PartOption, NamedBases, OutOptions):
             raise UsageError(
                 "--hub, --private, --revision and --create-pr say how to publish", hint="--push REPO publishes"
             )
+        if self.files is not None:
+            number, count = self.share or (0, 0)
+            if not 1 <= number <= count:
+                raise UsageError(f"--files {self.files}: it is the number of a share and how many there are, as 3/16")
+            if self.resume:
+                raise UsageError(
+                    f"--resume does not apply to a share (--files {self.files})",
+                    hint="leave it out: a share keeps what is there already",
+                )
+            if self.finish or self.push is not None:
+                flag = "--finish" if self.finish else "--push"
+                raise UsageError(
+                    f"{flag} does not apply to a share (--files {self.files})",
+                    hint="run it once all shares are there: the same command with --finish in place of --files",
+                )
+        if self.executor is not None and (self.files is not None or self.finish):
+            flag = "--finish" if self.finish else "--files"
+            raise UsageError(f"{flag} does not apply with --executor", hint="leave it out: the executor does all of it")
+        if self.finish and self.resume:
+            raise UsageError(
+                "--finish and --resume do not go together",
+                hint="--finish completes OUT; --resume makes what is missing, too",
+            )
         if self.push is not None and self.verify == QUICK:
             raise UsageError(
                 f"--push with --verify {QUICK}: what is published is verified in full", hint=f"or --verify {OFF}"
@@ -322,6 +359,12 @@ class Options(PushOptions, OutputOptions, PartOption, NamedBases, OutOptions):
     def level(self) -> str:
         """How much is verified."""
         return self.verify or (QUICK if self.push is None else FULL)
+
+    @property
+    def share(self) -> tuple[int, int] | None:
+        """Which share of the files is written, from 1, and of how many; None for all of them."""
+        found = _SHARE.fullmatch(self.files or "")
+        return None if found is None else (int(found[1]), int(found[2]))
 
     @property
     def allowed_keys(self) -> tuple[str, ...]:

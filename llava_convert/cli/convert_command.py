@@ -49,7 +49,8 @@ def _print_plan(found: Report, output: Output) -> None:
         output.line(f"  {part:<15} {story}")
     output.line(f"  {len(plan.tensors)} tensors, {human_bytes(plan.bytes_read)} to read")
     for shard in plan.shards:
-        output.line(f"  {shard.name:<40} {len(shard.tensors):>5} tensors  {human_bytes(shard.size):>9}")
+        mine = "  in this share" if found.share is not None and shard.name in found.share else ""
+        output.line(f"  {shard.name:<40} {len(shard.tensors):>5} tensors  {human_bytes(shard.size):>9}{mine}")
     for name in sorted(found.files.keys() - {shard.name for shard in plan.shards}):
         output.line(f"  {name:<40} {'':>13}  {human_bytes(found.files[name]):>9}")
     output.line(f"disk {human_bytes(found.bytes_written)}, memory about {human_bytes(found.memory)}")
@@ -67,6 +68,14 @@ def _print_plan(found: Report, output: Output) -> None:
 def _print_done(found: Report, output: Output) -> None:
     plan = found.plan
     checked = {"quick": "headers and files checked", "full": "every byte checked", "off": "not checked"}
+    if found.share is not None:
+        sizes = sum(found.files[name] for name in found.share)
+        output.line(
+            f"{found.out}: {len(found.share)} of {len(plan.shards)} files, {human_bytes(sizes)}, "
+            f"{checked[found.verified]}"
+        )
+        output.note("next, once every share is written: the same command with --finish in place of --files")
+        return
     output.line(
         f"{found.out}: {found.layouts[1]}, {len(plan.tensors)} tensors, {found.dtypes}, "
         f"{human_bytes(found.bytes_written)}, {checked[found.verified]}"

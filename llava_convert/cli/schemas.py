@@ -71,7 +71,7 @@ class Convert(Document):
     why: Annotated[str, "how it was recognised"]
     out: Annotated[str, "the output"]
     to: Annotated[str, "the layout of the output"]
-    done: Annotated[bool, "false for a dry run"]
+    done: Annotated[bool, "whether OUT is complete: false for a dry run, and for a share of it"]
     dtype: Annotated[str, "of the language model in the output; several are joined by commas"]
     source_dtype: Annotated[str, "of most of the language model in the source"]
     parts: Annotated[Mapping[str, Story], "by part: llm, visual-encoder, projector"]
@@ -83,6 +83,7 @@ class Convert(Document):
     bytes_fetched: Annotated[int, "over the network"]
     unchecked: Annotated[list[str], "files of a hub that were read in parts, so that their sha256 was not compared"]
     peak_memory: Annotated[int, "an estimate, in bytes"]
+    share: Annotated[list[str] | None, "with `--files`: the files of the share"]
     verified: Annotated[Literal["quick", "full", "off"], "how much was verified, or would be"]
     flushed_to_zero: Annotated[int, "values that became zero in a cast"]
     dropped: Annotated[list[Dropped], "tensors of the source that are not in the output"]
@@ -304,7 +305,7 @@ class Release(Document):
     source: str
     name: Annotated[str, "ORG/NAME"]
     hubs: Annotated[list[str], "as `--hub` names them"]
-    done: Annotated[bool, "false for a dry run"]
+    done: Annotated[bool, "whether OUT is complete: false for a dry run, and for a share of it"]
     layouts: list[ReleaseLayout]
 
 
@@ -364,7 +365,7 @@ class Known(TypedDict):
 class Train(Document):
     """What `train` did, or with `--dry-run` would do."""
 
-    done: Annotated[bool, "false for a dry run"]
+    done: Annotated[bool, "whether OUT is complete: false for a dry run, and for a share of it"]
     out: Annotated[str | None, "the last checkpoint; null for a dry run"]
     stages: Annotated[list[Stage], "what a dry run counts stands beside the name"]
     recipes: NotRequired[Annotated[list[Known], "with --list"]]

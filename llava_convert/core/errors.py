@@ -37,11 +37,19 @@ class ConvertError(Exception):
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Whole in another process, which an exception with a keyword of its own is not by itself."""
+        return _again, (type(self), *self.args), vars(self)
+
     def reword(self, words: Callable[[str], str]) -> None:
         """Say it otherwise: a folder by the address that the user knows it by, say."""
         self.message = words(self.message)
         self.hint = self.hint if self.hint is None else words(self.hint)
         self.args = (self.message,)
+
+
+def _again(kind: type[ConvertError], *arguments: object) -> ConvertError:
+    return kind.__new__(kind, *arguments)
 
 
 class UsageError(ConvertError):

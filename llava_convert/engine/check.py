@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from llava_convert.core.errors import MismatchError
@@ -19,7 +19,7 @@ from llava_convert.storage.torch.file import read_torch, state_dict
 
 def check_quick(plan: Plan, folder: Path) -> dict[str, dict[str, StoredTensor]]:
     """Reopen a written output by its headers; returns each shard's tensors. Raises MismatchError (exit 7)."""
-    written = {shard.name: _check_shard(shard, folder / shard.name) for shard in plan.shards}
+    written = check_headers(plan.shards, folder)
     for name, data in {**plan.files, **plan.indexes}.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != len(data):
@@ -29,6 +29,11 @@ def check_quick(plan: Plan, folder: Path) -> dict[str, dict[str, StoredTensor]]:
     for name in plan.indexes:
         _check_index(name, folder, written)
     return written
+
+
+def check_headers(shards: Iterable[Shard], folder: Path) -> dict[str, dict[str, StoredTensor]]:
+    """Reopen written shards by their headers; returns the tensors of each. Raises MismatchError (exit 7)."""
+    return {shard.name: _check_shard(shard, folder / shard.name) for shard in shards}
 
 
 def _check_shard(shard: Shard, path: Path) -> dict[str, StoredTensor]:
@@ -61,16 +66,20 @@ def _check_index(name: str, folder: Path, written: dict[str, dict[str, StoredTen
 
 
 def check_full(
-    plan: Plan, written: dict[str, dict[str, StoredTensor]], pool: FilePool, *, progress: Callable[[int], None]
-) -> dict[str, int]:
+    shards: Iterable[Shard],
+    written: Mapping[str, Mapping[str, StoredTensor]],
+    pool: FilePool,
+    *,
+    progress: Callable[[int], None],
+) -> dict[tuple[str, str], int]:
     """Reread both sides: copies compared directly, every op recomputed. Raises MismatchError (exit 7).
 
-    Returns how many NaN or infinite values each tensor holds, where there are any.
+    Returns how many NaN or infinite values each tensor holds, by shard and name, where there are any.
     """
-    nonfinite: dict[str, int] = {}
-    for shard in plan.shards:
+    nonfinite: dict[tuple[str, str], int] = {}
+    for shard in shards:
         found = compare(shard.tensors, written[shard.name], pool, progress=progress)
-        nonfinite |= found.nonfinite
+        nonfinite |= {(shard.name, name): count for name, count in found.nonfinite.items()}
         if found.differences:
             name, gap = next(iter(found.differences.items()))
             raise MismatchError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 
@@ -26,17 +26,26 @@ from llava_convert.storage.remote.mounts import remote_of
 
 
 def execute(
-    plan: Plan, stage: Stage, pool: FilePool, *, threads: int = 0, digest: bool = False, progress: Progress
+    plan: Plan,
+    stage: Stage,
+    pool: FilePool,
+    *,
+    names: Collection[str] | None = None,
+    threads: int = 0,
+    digest: bool = False,
+    progress: Progress,
 ) -> Outcome:
-    """Write every shard of the plan into the stage, then its files, indexes last.
+    """Write the shards of the plan that are called `names` into the stage; without `names` all, and then its files.
 
     Raises InputError when a source changes or ends early, OutputError when the disk refuses, MismatchError when a
     cast overflows. The caller commits.
     """
     outcome = Outcome()
+    batches = [[shard for shard in batch if names is None or shard.name in names] for batch in plan.batches]
     with one_thread(), ThreadPoolExecutor(threads or thread_count(plan.tensors)) as workers:
-        for batch in plan.batches:
+        for batch in batches:
             for shard in (shard for shard in batch if stage.finished(shard.name)):
+                outcome.take(shard.name, stage.found.get(shard.name, {}))
                 progress(sum(t.nbytes for t in shard.tensors))
             left = [shard for shard in batch if not stage.finished(shard.name)]
             with ExitStack() as opened:
@@ -50,7 +59,8 @@ def execute(
                 outcome.refuse_overflow()  # before the files count as finished, which a resumed run would keep
                 for shard in left:
                     _write_checks(workers, shard, files[shard.name], sink)
-    for small in (plan.files, plan.indexes):
+                    stage.tell(shard.name, outcome.of(shard.name))
+    for small in (plan.files, plan.indexes) if names is None else ():
         for name, data in small.items():
             stage.write_bytes(name, data)
     return outcome

@@ -65,6 +65,20 @@ class Plan:
             held.insert(place, names)
         return tuple(map(tuple, batches))
 
+    def share(self, number: int, count: int) -> tuple[Shard, ...]:
+        """Share `number`, from 1, of `count` about equal ones; empty where there are more shares than shards.
+
+        The largest goes first to whoever has least, so that it depends on the plan alone who gets what.
+        """
+        loads = [0] * count
+        mine = set()
+        for shard in sorted(self.shards, key=lambda one: (-one.size, one.name)):
+            least = min(range(count), key=lambda i: (loads[i], i))
+            loads[least] += shard.size
+            if least == number - 1:
+                mine.add(shard.name)
+        return tuple(shard for shard in self.shards if shard.name in mine)
+
     @property
     def bytes_read(self) -> int:
         """Bytes of tensors that are read; a source of several outputs is read once for a batch."""

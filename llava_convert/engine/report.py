@@ -61,9 +61,10 @@ class Report:
     source_dtype: str = ""  # of most of the language model
     dropped: tuple[Dropped, ...] = ()
     unchecked: tuple[str, ...] = ()  # files of a hub that were read in parts, so that their sha256 was not compared
+    share: tuple[str, ...] | None = None  # the files that were written, where several runs share an output
 
     def __repr__(self) -> str:
-        what = "done" if self.done else "a plan"
+        what = "done" if self.done else "a plan" if self.share is None else "a share"
         counts = f"{len(self.notes)} notes, {len(self.warnings)} warnings"
         return f"Report({self.layouts[0]} → {self.layouts[1]}, {what}, {len(self.files)} files, {counts})"
 
@@ -109,6 +110,7 @@ class Report:
             "bytes_fetched": self.fetched.bytes,
             "unchecked": list(self.unchecked),
             "peak_memory": self.memory,
+            "share": None if self.share is None else list(self.share),
             "verified": self.verified,
             "flushed_to_zero": self.flushed,
             "dropped": [{"name": one.name, "reason": one.reason} for one in self.dropped],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from llava_convert.core.arrays import Array, raw
 from llava_convert.core.errors import MismatchError
 from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.core.text import printable
+from llava_convert.engine.shards import PlannedTensor
 from llava_convert.engine.sinks import Sink
 from llava_convert.engine.tasks import Assembly, Copy, Task, Work
 from llava_convert.ops.base import Blocks, CastLoss, Context, Op
@@ -22,15 +23,31 @@ from llava_convert.storage.streams import BLOCK, blocks, read_bytes, read_whole,
 
 @dataclass(slots=True)
 class Outcome:
-    """What a run found: cast losses by tensor, content digests by shard and tensor."""
+    """What a run found: cast losses and content digests, each by shard and tensor."""
 
-    losses: dict[str, CastLoss] = field(default_factory=dict)
+    losses: dict[tuple[str, str], CastLoss] = field(default_factory=dict)
     digests: dict[tuple[str, str], str] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def lose(self, name: str, loss: CastLoss) -> None:
+    def lose(self, tensor: PlannedTensor, loss: CastLoss) -> None:
         with self._lock:
-            self.losses.setdefault(name, CastLoss()).add(loss)
+            self.losses.setdefault((tensor.shard, tensor.name), CastLoss()).add(loss)
+
+    def of(self, shard: str) -> dict[str, Any]:
+        """What was found about one shard, as JSON has it; `take` takes it back."""
+        losses = {
+            name: astuple(loss) for (one, name), loss in self.losses.items() if one == shard and any(astuple(loss))
+        }
+        digests = {name: digest for (one, name), digest in self.digests.items() if one == shard}
+        return {key: value for key, value in (("losses", losses), ("digests", digests)) if value}
+
+    def take(self, shard: str, found: Mapping[str, Any]) -> None:
+        """What an earlier run found about a shard. Raises ValueError and TypeError for what `of` does not give."""
+        losses = {(shard, str(name)): CastLoss(*map(int, loss)) for name, loss in found.get("losses", {}).items()}
+        digests = {(shard, str(name)): str(digest) for name, digest in found.get("digests", {}).items()}
+        with self._lock:
+            self.losses |= losses
+            self.digests |= digests
 
     @property
     def flushed(self) -> int:
@@ -38,11 +55,16 @@ class Outcome:
 
     @property
     def nonfinite(self) -> dict[str, int]:
-        return {name: loss.nonfinite for name, loss in self.losses.items() if loss.nonfinite}
+        """By tensor; what several shards hold of one counts once."""
+        found: dict[str, int] = {}
+        for (_, name), loss in self.losses.items():
+            if loss.nonfinite:
+                found[name] = max(found.get(name, 0), loss.nonfinite)
+        return found
 
     def refuse_overflow(self) -> None:
         """Raise MismatchError (exit 7) when a cast made a finite value infinite."""
-        bad = {name: loss.overflowed for name, loss in self.losses.items() if loss.overflowed > 0}
+        bad = {name: loss.overflowed for (_, name), loss in self.losses.items() if loss.overflowed > 0}
         if bad:
             name = min(bad)
             more = f" (and {len(bad) - 1} more tensors)" if len(bad) > 1 else ""
@@ -97,7 +119,7 @@ def run_task(
         outcome.digests[tensor.shard, tensor.name] = hasher.hexdigest()
     for tensor, loss in zip(task.tensors, losses, strict=True):
         if tensor.ops:
-            outcome.lose(tensor.name, loss)
+            outcome.lose(tensor, loss)
 
 
 def _hasher() -> Any:

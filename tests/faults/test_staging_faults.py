@@ -737,11 +737,11 @@ def test_row_70_a_lock_that_was_removed_while_we_waited_is_not_ours(
 ) -> None:
     lock, tries = locks._lock, []
 
-    def slow(fd: int) -> bool:
+    def slow(fd: int, *, shared: bool) -> bool:
         tries.append(fd)
         if len(tries) == 1:  # the holder ends between our open and our lock
             (tmp_path / ".out.partial.lock").unlink()
-        return lock(fd)
+        return lock(fd, shared=shared)
 
     monkeypatch.setattr(locks, "_lock", slow)
     with stage(tmp_path / "out"):

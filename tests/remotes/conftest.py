@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
@@ -15,6 +15,9 @@ from tests.hubs.conftest import empty
 from tests.hubs.huggingface import HuggingFace
 from tests.hubs.modelscope import ModelScope
 from tests.hubs.runner import Runner
+
+if TYPE_CHECKING:
+    from tests.remotes.s3 import Store
 
 # As `llava-convert`, but without pauses between two tries: what is tried again is the same.
 HURRIED = "from llava_convert.core import retry\nretry.FIRST_PAUSE = 0.0\nfrom llava_convert.cli import main\nmain()\n"
@@ -28,6 +31,21 @@ class Command(Protocol):
     """The command line beside the hubs, in a process of its own, with more of an environment."""
 
     def __call__(self, *arguments: str | Path, **environment: str) -> Ran: ...
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    from tests.remotes.s3 import served  # moto takes seconds to import, and most tests need none
+
+    with served() as url:
+        yield url
+
+
+@pytest.fixture
+def s3(endpoint: str) -> Store:
+    from tests.remotes.s3 import bucket
+
+    return bucket(endpoint)
 
 
 @pytest.fixture(scope="session")

@@ -8,89 +8,18 @@ import shutil
 import signal
 import socket
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
-from werkzeug.serving import WSGIRequestHandler
 
 import llava_convert
-from tests.faults.corpus import Ran, shell, tree
+from tests.faults.corpus import shell, tree
 from tests.hubs.loopback import Answer, Loopback, Request, Status, folder_files
 from tests.remotes.conftest import HURRIED, weights_in
+from tests.remotes.s3 import SECRET, Store, read_back
 from tests.share_folders import cut, write_classic
-
-KEY, SECRET = "AKIAofTheTests", "secretOfTheTests"
-
-
-class Quiet(WSGIRequestHandler):
-    def log_request(self, code: Any = "-", size: Any = "-") -> None:
-        pass
-
-
-@dataclass
-class Store:
-    """An S3 bucket, `models`, and the command beside it."""
-
-    client: Any
-    env: dict[str, str]
-
-    def objects(self, prefix: str = "") -> dict[str, bytes]:
-        found = self.client.list_objects_v2(Bucket="models", Prefix=prefix).get("Contents", [])
-        return {
-            one["Key"].removeprefix(prefix).lstrip("/"): self.client.get_object(Bucket="models", Key=one["Key"])[
-                "Body"
-            ].read()
-            for one in found
-        }
-
-    def put(self, folder: Path, prefix: str) -> None:
-        for path in folder.rglob("*"):
-            if path.is_file():
-                key = f"{prefix}/{path.relative_to(folder).as_posix()}"
-                self.client.put_object(Bucket="models", Key=key, Body=path.read_bytes())
-
-    def run(self, cwd: Path, *arguments: str | Path, code: str = HURRIED, **more: str) -> Ran:
-        return shell(*arguments, code=code, environment={**self.env, **more}, cwd=cwd)
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def s3(endpoint: str) -> Store:
-    env = {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "1",
-    }
-    client = boto3.client(
-        "s3", endpoint_url=endpoint, aws_access_key_id=KEY, aws_secret_access_key=SECRET, region_name="us-east-1"
-    )
-    resource = boto3.resource(
-        "s3", endpoint_url=endpoint, aws_access_key_id=KEY, aws_secret_access_key=SECRET, region_name="us-east-1"
-    )
-    client.create_bucket(Bucket="models")
-    resource.Bucket("models").objects.all().delete()
-    return Store(client, env)
-
-
-def read_back(s3: Store, prefix: str) -> dict[str, bytes]:
-    return {n: d for n, d in s3.objects(prefix).items() if n not in ("", "conversion.json", "README.md")}
-
 
 # --- S3
 

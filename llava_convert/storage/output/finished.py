@@ -1,7 +1,9 @@
-"""Which files of an output are finished: a record in the staging folder, which a resumed run proves file by file.
+"""Which files of an output are finished: a record in the staging folder, which a later run proves file by file.
 
-The record is the plan's hash, then a line of JSON for each finished file: its name, its size, its digest. A file counts
-as finished for `--resume` once its line is there, and only while its content still has that digest.
+The record is the plan's hash, then a line of JSON for each finished file: its name, its size, its digest, and what the
+run found out about it. A file counts as finished once its line is there, and only while its content still has that
+digest. A run that has the folder to itself keeps one record; each of several that share it keeps its own, and all of
+them are read as one.
 
 The digest is xxh3-128 where it is installed (extra `digest`), else sha256, which takes a fifth of a conversion's time
 (2 GB renamed on two cores: 2.8 s without, 3.4 with sha256). Either is against damage and mistakes: who may write to the
@@ -16,14 +18,15 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llava_convert.core.errors import InputError
+from llava_convert.core.errors import InputError, OutputError
+from llava_convert.core.text import listed
 from llava_convert.storage.files import relative_name
 from llava_convert.storage.output.own_files import create_own, is_own, open_own
 from llava_convert.storage.ranges import read_into
@@ -36,42 +39,55 @@ _AT_ONCE = 1 << 20
 _BLOCK = 256 << 10
 
 
+class OtherPlanError(Exception):
+    """A staging folder holds files of another plan, or what is no record of ours; `str()` is the record's name."""
+
+
 class FinishedFiles:
-    """The record of one staging folder.
+    """The record of one staging folder; `share` is what tells the records of several runs apart that share it.
 
     A large file is hashed beside the writing of the next one, so that the disk does not wait for it; at most one file
     waits. What is not hashed when the output is complete need not be any more.
     """
 
-    def __init__(self, folder: Path, plan_hash: str) -> None:
-        self._folder, self._plan_hash = folder, plan_hash
+    def __init__(self, folder: Path, plan_hash: str, share: str | None = None) -> None:
+        self._folder, self._plan_hash, self._share = folder, plan_hash, share
         self._lines: dict[str, tuple[int, str]] = {}
+        self.found: dict[str, Mapping[str, Any]] = {}
         self._fd = -1
         self._mutex = threading.Lock()
         self._closing = threading.Event()
         self._hasher: ThreadPoolExecutor | None = None
         self._hashing: Future[None] | None = None
 
-    def take_over(self) -> dict[str, int] | None:
-        """Name and size of each file that a killed run of the same plan finished; None if the record is of another.
+    def take_over(self, names: Callable[[str], bool] = lambda name: True) -> dict[str, int]:
+        """Name and size of each file that runs of the same plan finished; `found` says what they found of each.
 
-        Nothing is changed. No link is followed. Raises OSError for a record that cannot be read.
+        Nothing is changed. No link is followed. `names` says which files to prove, all by default; the rest are left
+        out. Raises OtherPlanError, and OSError for a record that cannot be read.
         """
-        recorded = self._read()
-        if recorded is None:
-            return None
-        self._lines = {
-            name: line for name, line in recorded.items() if self._is_ours(name) and self._holds(name, *line)
-        }
+        for name, (size, digest, found) in self._read().items():
+            if names(name) and self._is_ours(name) and self._holds(name, size, digest):
+                self._lines[name], self.found[name] = (size, digest), found
         return {name: size for name, (size, _) in self._lines.items()}
 
     def start(self) -> None:
-        """Begin the record anew with what was taken over; everything else in the folder is removed."""
-        self._remove_others()
-        self._fd = create_own(self._folder / RECORD)
+        """Begin a record with what was taken over; a run that has the folder to itself removes everything else.
+
+        The new record is whole before an old one goes: whoever is killed here has lost nothing.
+        """
+        name = RECORD if self._share is None else f"{RECORD}-{self._share}"
+        path, begun = self._folder / name, self._folder / f"{name}.begun"
+        with contextlib.suppress(FileNotFoundError):
+            begun.unlink()
+        self._fd = create_own(begun)
         os.write(self._fd, f"{self._plan_hash}\n".encode())
-        for name, (size, digest) in self._lines.items():
-            self._write(name, size, digest)
+        if self._share is None:
+            for finished, (size, digest) in self._lines.items():
+                self._write(finished, size, digest)
+        begun.replace(path)
+        if self._share is None:
+            self._remove_others()
 
     def add(self, name: str, size: int) -> None:
         """Note a file that is whole and durable."""
@@ -81,6 +97,14 @@ class FinishedFiles:
         self.wait()
         self._hasher = self._hasher or ThreadPoolExecutor(1, thread_name_prefix="hash")
         self._hashing = self._hasher.submit(self._hash, name, size)
+
+    def tell(self, name: str, found: Mapping[str, Any]) -> None:
+        """Keep what was found out about a file beside its line, if need be in a further line."""
+        with self._mutex:
+            self.found[name] = found
+            line = self._lines.get(name)
+        if line is not None:
+            self._write(name, *line)
 
     def wait(self) -> None:
         """Wait until each file that was added has its line. Raises what hashing raised."""
@@ -102,7 +126,9 @@ class FinishedFiles:
         algorithm = next(iter(_algorithms()))
         digest = self._digest(name, size, algorithm)
         if digest is not None:
-            self._write(name, size, f"{algorithm}:{digest}")
+            with self._mutex:
+                self._lines[name] = (size, f"{algorithm}:{digest}")
+            self._write(name, *self._lines[name])
 
     def _holds(self, name: str, size: object, digest: object) -> bool:
         """Whether a file is as its line says; not where it cannot be read, or the algorithm is not installed here."""
@@ -134,25 +160,31 @@ class FinishedFiles:
     def _write(self, name: str, size: int, digest: str) -> None:
         with self._mutex:
             if self._fd >= 0:
-                os.write(self._fd, json.dumps([name, size, digest]).encode() + b"\n")
+                os.write(self._fd, json.dumps([name, size, digest, self.found.get(name, {})]).encode() + b"\n")
 
-    def _read(self) -> dict[str, tuple[int, str]] | None:
-        """What the record says; None where it is of another plan, or no record of ours."""
-        if not _is_own_folder(self._folder) or not is_own(self._folder / RECORD):
-            return None
-        fd = open_own(self._folder / RECORD)
-        try:
-            data = os.read(fd, _MAX_RECORD_BYTES)
-        finally:
-            os.close(fd)
-        lines = data.split(b"\n")[:-1]  # the last is empty, or a torn line
-        if not lines or lines[0] != self._plan_hash.encode():
-            return None
-        found: dict[str, tuple[int, str]] = {}
-        for line in lines[1:]:
-            with contextlib.suppress(ValueError):
-                name, size, digest = json.loads(line)
-                found[str(name)] = (size, digest)
+    def _read(self) -> dict[str, tuple[Any, Any, Any]]:
+        """What the records say, of those that were begun at all."""
+        if not _is_own_folder(self._folder):
+            raise OtherPlanError(self._folder.name)
+        found: dict[str, tuple[Any, Any, Any]] = {}
+        records = sorted(path for path in self._folder.iterdir() if is_record(path.name))
+        for path in records:
+            if not is_own(path):
+                raise OtherPlanError(path.name)
+            fd = open_own(path)
+            try:
+                data = os.read(fd, _MAX_RECORD_BYTES)
+            finally:
+                os.close(fd)
+            lines = data.split(b"\n")[:-1]  # the last is empty, or a torn line
+            if not lines or lines[0] != self._plan_hash.encode():
+                raise OtherPlanError(path.name)
+            for line in lines[1:]:
+                with contextlib.suppress(ValueError, TypeError):
+                    name, size, digest, about = json.loads(line)
+                    found[str(name)] = (size, digest, dict(about))
+        if not records and self._share is None:
+            raise OtherPlanError(self._folder.name)
         return found
 
     def _is_ours(self, name: str) -> bool:
@@ -164,7 +196,7 @@ class FinishedFiles:
     def _remove_others(self) -> None:
         for folder, folders, files in os.walk(self._folder, topdown=False):  # it does not enter links
             for path in (Path(folder, name) for name in files):
-                if path.relative_to(self._folder).as_posix() not in self._lines:
+                if path.relative_to(self._folder).as_posix() not in {RECORD, *self._lines}:
                     path.unlink()
             for path in (Path(folder, name) for name in folders):
                 if path.is_symlink():
@@ -172,6 +204,28 @@ class FinishedFiles:
                 else:
                     with contextlib.suppress(OSError):  # it holds a finished file
                         path.rmdir()
+
+
+def of_another_plan(place: str | Path) -> OutputError:
+    """The error of a share that finds files of another plan where its own are to go."""
+    return OutputError(
+        f"{place} holds files of another plan: the source, its files' times, an option or the version differ",
+        hint="give each share the same source and options; remove what is there to begin anew, or choose another -o",
+    )
+
+
+def refuse_missing(needs: Collection[str], finished: Collection[str]) -> None:
+    """Raise OutputError where a file that is needed is not finished."""
+    if missing := [name for name in needs if name not in finished]:
+        raise OutputError(
+            f"{len(missing)} of {len(needs)} files are not there yet: {listed(missing)}",
+            hint="wait for their shares (--files I/N), or give --resume in place of --finish, which writes them here",
+        )
+
+
+def is_record(name: str) -> bool:
+    """Whether a file of a staging folder is a record, by its name."""
+    return name == RECORD or (name.startswith(f"{RECORD}-") and not name.endswith(".begun"))
 
 
 @cache

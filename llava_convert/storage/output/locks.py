@@ -23,15 +23,17 @@ class Lock:
 
     The file is removed by its holder only, and whoever gets a lock checks that the name still leads to the file it
     locked: so two processes can never hold "the" lock through two inodes.
+
+    Several may hold it together where it is `shared`; such holders write nothing into it, and leave it where it is.
     """
 
-    def __init__(self, path: Path, out: Path, say: Callable[[str], None]) -> None:
-        self.path, self._say = path, say
+    def __init__(self, path: Path, out: Path, say: Callable[[str], None], *, shared: bool = False) -> None:
+        self.path, self._say, self._shared = path, say, shared
         self.aside = False
         while True:
             self.fd = open_own(path)
             try:
-                locked = _lock(self.fd)
+                locked = _lock(self.fd, shared=shared)
             except OSError as exc:  # some network file systems have no locks
                 say(f"{path.parent} does not support locks ({exc.strerror}): do not start two conversions into {out}")
                 locked = True
@@ -45,8 +47,9 @@ class Lock:
                 break
             os.close(self.fd)
             if not locked:
-                holder = text.split(b"\n")[0].decode("ascii", "replace") or "unknown"
-                raise OutputError(f"{out} is in use by process {holder}", hint="wait for it, or end it")
+                holder = text.split(b"\n")[0].decode("ascii", "replace")
+                who = f"process {holder}" if holder else "another process"
+                raise OutputError(f"{out} is in use by {who}", hint="wait for it, or end it")
         if not _OURS.fullmatch(text):
             os.close(self.fd)
             raise OutputError(
@@ -54,6 +57,8 @@ class Lock:
                 hint="see what it is, and move it away; or choose another place with -o",
             )
         self.aside = text.endswith(b"\naside\n")
+        if shared:
+            return
         try:
             self.record(aside=self.aside)
         except BaseException:
@@ -71,7 +76,7 @@ class Lock:
         with contextlib.suppress(OSError):  # closed it is, whatever the system says
             if sys.platform == "win32":  # an open file cannot be removed there
                 os.close(self.fd)
-        if not keep:
+        if not keep and not self._shared:
             try:
                 if sys.platform == "win32" or self._is_at_its_name():
                     self.path.unlink()
@@ -96,18 +101,19 @@ class Lock:
             return False
 
 
-def _lock(fd: int) -> bool:
+def _lock(fd: int, *, shared: bool) -> bool:
     try:
         if sys.platform == "win32":
             import msvcrt
 
             os.lseek(fd, 1 << 20, os.SEEK_SET)  # such locks forbid reading: lock a byte far from the text
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            if not shared:  # there are no shared ones: runs that share a folder are told apart from no other there
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
             os.lseek(fd, 0, os.SEEK_SET)
         else:
             import fcntl
 
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as exc:
         if exc.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
             os.lseek(fd, 0, os.SEEK_SET)

@@ -1,8 +1,8 @@
 """An output at a URL: each file is built here, sent and removed, so that the disk need hold one shard.
 
 Nothing there appears under one name at one moment, as a folder does. A record of what was sent is written first and
-taken away last, and config.json and the indexes come after the weights: what has the record, or lacks these, is not
-finished.
+taken away last, and config.json and the indexes come after the weights: what has a record, or lacks these, is not
+finished. Each of several runs that share an output keeps a record of its own; the run that finishes reads them all.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,8 +22,9 @@ from urllib.parse import urlsplit
 from llava_convert.core.errors import HubError, Interrupted, OutputError, UsageError
 from llava_convert.core.retry import FIRST_TRIES, patiently
 from llava_convert.storage.hubs.secrets import shown
+from llava_convert.storage.output.finished import RECORD, is_record, of_another_plan, refuse_missing
 from llava_convert.storage.output.places import NO_ROOM, as_output_error
-from llava_convert.storage.output.staging import RECORD
+from llava_convert.storage.output.shared import share_token
 from llava_convert.storage.remote.files import Remote
 from llava_convert.storage.remote.session import Session
 from llava_convert.storage.remote.urls import asking, file_system
@@ -35,7 +36,8 @@ class RemoteStaging:
     """What `storage.staging.Staging` is for a folder here; a context manager with the same verbs.
 
     `path` is where the output can be read back from: what was sent, by ranges. When the network fails, what was sent
-    stays for `resume`; after any other failure it is removed.
+    stays for `resume`; after any other failure it is removed. With `share` it writes those files alone, what it has
+    sent stays however it ends, and it has no commit.
 
     Raises UsageError where nothing can be written, OutputError (exit 6) where something is there already, HubError.
     """
@@ -49,6 +51,8 @@ class RemoteStaging:
         resume: bool,
         needed_bytes: int,
         say: Callable[[str], None],
+        share: Collection[str] | None = None,
+        needs: Collection[str] = (),
     ) -> None:
         if force:
             raise UsageError(
@@ -62,7 +66,11 @@ class RemoteStaging:
         self.out = shown(url)
         self._fs, self._root = file_system(url)
         self._plan_hash, self._resume, self._needed, self._say = plan_hash, resume, needed_bytes, say
+        self._share, self._needs = share, needs
+        self._record = RECORD if share is None else f"{RECORD}-{share_token()}"
+        self._recorded = False
         self._sent: dict[str, dict[str, Any]] = {}
+        self._found: dict[str, Mapping[str, Any]] = {}
         self._small: dict[str, bytes] = {}
         self._begun: tuple[str, ...] = ()
         self._committed = False
@@ -94,16 +102,32 @@ class RemoteStaging:
         try:
             if not self._committed:
                 state = "holds what was sent, and is not finished"
-                if isinstance(problem, HubError):
+                if self._share is not None or self._needs:
+                    with contextlib.suppress(HubError):
+                        self._remove(self._begun)
+                elif isinstance(problem, HubError):
                     self._say(f"what was sent stays at {self.out}: the same command with --resume goes on from there")
                 else:
                     with contextlib.suppress(HubError):
-                        self._remove([*self._sent, *self._begun, *self._small, RECORD])
+                        self._remove([*self._sent, *self._begun, *self._small, *self._records()])
                         state = "holds nothing of it"
         finally:
             self._undo.__exit__(kind, problem, trace)
         if isinstance(problem, KeyboardInterrupt):
             raise Interrupted(f"interrupted; {self.out} {state}") from problem
+
+    @property
+    def found(self) -> Mapping[str, Mapping[str, Any]]:
+        return self._found
+
+    def tell(self, name: str, found: Mapping[str, Any]) -> None:
+        """Keep what was found out about a file, for a later run of the same plan."""
+        self._found[name] = found
+        if name in self._sent:
+            self._write_record()
+
+    def settle(self) -> None:
+        """What is sent is in the record already."""
 
     def finished(self, name: str) -> bool:
         """Whether `name` was sent whole: by this run, or by an earlier one of the same plan."""
@@ -155,35 +179,61 @@ class RemoteStaging:
         wrong = [name for name, size in wanted.items() if there.get(name) != size]
         if wrong:
             raise HubError(f"{self.out}: {len(wrong)} files did not arrive whole, among them {wrong[0]}")
-        self._remove([RECORD])
+        self._remove(self._records())
         self._committed = True
 
     def _take_leftover(self, there: dict[str, int]) -> None:
         if not there:
+            refuse_missing(self._needs, ())
             return
-        if RECORD not in there:
+        records = sorted(filter(is_record, there))
+        if not records:
             raise OutputError(f"{self.out} exists ({len(there)} files)", hint="name another place with -o")
-        plan, sent, begun = _read_record(patiently(self.out, lambda: self._read(RECORD, 0, there[RECORD])))
-        if self._resume and plan == self._plan_hash:
-            same = {name: one for name, one in sent.items() if there.get(name) == one["size"]}
+        plans: set[str] = set()
+        sent: dict[str, dict[str, Any]] = {}
+        begun: set[str] = set()
+        for record in records:
+            data = patiently(self.out, lambda record=record: self._read(record, 0, there[record]))  # type: ignore[misc]
+            plan, files, next_ones = _read_record(data)
+            plans.add(plan)
+            sent |= files
+            begun.update(next_ones)
+        if (self._share is not None or self._needs) and plans != {self._plan_hash}:
+            raise of_another_plan(self.out)
+        if self._share is not None or (self._resume and plans == {self._plan_hash}):
+            mine = {name: one for name, one in sent.items() if self._share is None or name in self._share}
+            same = {name: one for name, one in mine.items() if there.get(name) == one["size"]}
             self._sent = {name: one for name, one in same.items() if self._version(name) == one["version"]}
+            self._found = {name: one["found"] for name, one in self._sent.items()}
+            refuse_missing(self._needs, self._sent)
             sizes = sum(one["size"] for one in self._sent.values())
-            self._say(f"resuming: {len(self._sent)} files are there already, {sizes:,} bytes")
+            if self._sent or self._share is None:
+                resuming = "" if self._share is not None else "resuming: "
+                self._say(f"{resuming}{len(self._sent)} files are there already, {sizes:,} bytes")
             return
         why = "it is of another plan" if self._resume else "--resume would keep what was sent"
         self._say(f"removing what an unfinished run left at {self.out} ({why})")
         self._remove([name for name in there if name in sent or name in begun])
-        if left := self._listing().keys() - {RECORD}:
+        if left := self._listing().keys() - {*records}:
             raise OutputError(f"{self.out} exists ({len(left)} files)", hint="name another place with -o")
-        self._remove([RECORD])
+        self._remove(records)
+
+    def _records(self) -> list[str]:
+        return sorted(filter(is_record, self._listing()))
 
     def _write_record(self, *begun: str) -> None:
         """What was sent whole, and what is sent next: whatever is there of either is ours."""
+        if self._share is not None and self._recorded and self._record not in self._listing():
+            raise OutputError(
+                f"{self.out} was finished or removed while this share was written", hint="see what is there"
+            )
         self._begun = begun
-        data = json.dumps({"plan": self._plan_hash, "files": self._sent, "begun": begun}).encode()
+        files = {name: {**one, "found": self._found.get(name, {})} for name, one in self._sent.items()}
+        data = json.dumps({"plan": self._plan_hash, "files": files, "begun": begun}).encode()
         local = self._temporary / "record"
         local.write_bytes(data)
-        self._put(local, RECORD)
+        self._put(local, self._record)
+        self._recorded = True
 
     # --- the store
 
@@ -237,7 +287,12 @@ def _read_record(data: bytes) -> tuple[str, dict[str, dict[str, Any]], list[str]
     try:
         found = json.loads(data)
         files = {
-            str(name): {"size": int(one["size"]), "sha256": str(one["sha256"]), "version": str(one["version"])}
+            str(name): {
+                "size": int(one["size"]),
+                "sha256": str(one["sha256"]),
+                "version": str(one["version"]),
+                "found": dict(one["found"]),
+            }
             for name, one in found["files"].items()
         }
         return str(found["plan"]), files, [str(name) for name in found["begun"]]

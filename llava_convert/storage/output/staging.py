@@ -18,16 +18,16 @@ import stat
 import sys
 import threading
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from llava_convert.core.errors import InputError, Interrupted, OutputError
 from llava_convert.storage.fingerprints import contents
-from llava_convert.storage.output.finished import RECORD, FinishedFiles
+from llava_convert.storage.output.finished import RECORD, FinishedFiles, OtherPlanError, of_another_plan, refuse_missing
 from llava_convert.storage.output.locks import Lock
 from llava_convert.storage.output.own_files import create_own
 from llava_convert.storage.output.places import NO_ROOM, as_output_error, check_name, place, refuse_overlap
@@ -42,7 +42,15 @@ UNFINISHED = ".unfinished"
 
 
 class Stage(Protocol):
-    """What an output is built on, wherever it goes."""
+    """What an output is built on, wherever it goes.
+
+    `found` is what runs of the same plan found out about finished files, by name, as they told it.
+    """
+
+    @property
+    def found(self) -> Mapping[str, Mapping[str, Any]]: ...
+
+    def tell(self, name: str, found: Mapping[str, Any]) -> None: ...
 
     def finished(self, name: str) -> bool: ...
 
@@ -58,6 +66,8 @@ class Staging:
     late for that is raised at the block's end, and says that OUT is complete (Interrupted). `plan_hash` says what is
     being built, so that `resume` can keep what a killed run of the same plan had finished. `reads` are the sources.
     `warn` hears of what stays behind and of what may be lost, `say` of the rest.
+    `needs` are files that earlier runs must have finished: it refuses to begin without, and what is there stays in any
+    case. `share` sets the names of this run apart from those of others that build there (`SharedStaging`).
     A `kind="file"` output is the one staged file which carries OUT's name. Missing parents of OUT are created, and
     removed again on failure.
 
@@ -77,6 +87,8 @@ class Staging:
         say: Callable[[str], None],
         warn: Callable[[str], None] | None = None,
         kind: Literal["folder", "file"] = "folder",
+        share: str | None = None,
+        needs: Collection[str] = (),
     ) -> None:
         self.out = place(out)
         self.path = self.out.with_name(f".{self.out.name}.partial")
@@ -88,7 +100,9 @@ class Staging:
         self._names: dict[str, str] = {}  # as a case-insensitive file system sees them -> as given
         self._loose: set[Path] = set()  # small files, whose fsync waits for commit
         self._open: set[int] = set()
-        self._record = FinishedFiles(self.path, plan_hash)
+        self._share, self._needs = share, needs
+        self._unfinished = UNFINISHED if share is None else f"{UNFINISHED}-{share}"
+        self._record = FinishedFiles(self.path, plan_hash, share)
         self._lock: Lock | None = None
         self._made: list[Path] = []
         self._owned = self._committed = self._lost = self._taken_over = False
@@ -101,7 +115,8 @@ class Staging:
                 folder.mkdir()
                 self._made.append(folder)
             with uninterrupted():  # a lock taken but not yet ours to release would stay
-                self._lock = Lock(self.path.with_name(self.path.name + ".lock"), self.out, self._warn)
+                lock = self.path.with_name(self.path.name + ".lock")
+                self._lock = Lock(lock, self.out, self._warn, shared=self._share is not None)
             self._recover(self._lock)
             self._refuse_existing()  # again, now that nobody else can make it
             self._take_leftover()
@@ -140,6 +155,14 @@ class Staging:
                 f"{self.out / name} cannot be read again while it is built: {exc.message}", hint=hint
             ) from exc
 
+    @property
+    def found(self) -> Mapping[str, Mapping[str, Any]]:
+        return self._record.found
+
+    def tell(self, name: str, found: Mapping[str, Any]) -> None:
+        """Keep what was found out about a file, for a later run of the same plan."""
+        self._record.tell(name, found)
+
     def finished(self, name: str) -> bool:
         """Whether `name` is whole and durable: written by this run, or kept from a killed one of the same plan."""
         return name in self._finished
@@ -153,7 +176,7 @@ class Staging:
         Raises OutputError when the file cannot be written.
         """
         target = self._claim(name)
-        unfinished = target.with_name(target.name + UNFINISHED)
+        unfinished = target.with_name(target.name + self._unfinished)
         with self._writing(name):
             target.parent.mkdir(parents=True, exist_ok=True)
             fd = create_own(unfinished)
@@ -189,6 +212,11 @@ class Staging:
     def contents(self, names: Iterable[str]) -> dict[str, dict[str, str | int]]:
         """Size and sha256 of staged files. Raises InputError where one cannot be read."""
         return contents(self.path, names)
+
+    def settle(self) -> None:
+        """Wait until what is finished is in the record. Raises OutputError."""
+        with self._writing(""):
+            self._record.wait()
 
     def commit(self) -> None:
         """Make everything durable and put it in OUT's place. Raises OutputError; what was at OUT is then still there.
@@ -232,15 +260,21 @@ class Staging:
 
     def _take_leftover(self) -> None:
         if not os.path.lexists(self.path):
+            refuse_missing(self._needs, ())
             return
-        kept = self._record.take_over() if self._resume else None
-        if kept is None:
-            why = "it belongs to another plan" if self._resume else "--resume would keep its finished files"
-            self._say(f"discarding {self.path}, left by a killed run ({why})")
-            _remove(self.path)
-            return
-        self._finished, self._taken_over = kept, True
-        self._say(f"resuming: {len(kept)} finished files kept, {sum(kept.values()):,} bytes")
+        why = "--resume would keep its finished files"
+        if self._resume:
+            with contextlib.suppress(OtherPlanError):
+                self._finished, self._taken_over = self._record.take_over(), True
+                refuse_missing(self._needs, self._finished)
+                kept, what = self._finished, "finishing" if self._needs else "resuming"
+                self._say(f"{what}: {len(kept)} finished files kept, {sum(kept.values()):,} bytes")
+                return
+            if self._needs:
+                raise of_another_plan(self.path)
+            why = "it belongs to another plan"
+        self._say(f"discarding {self.path}, left by a killed run ({why})")
+        _remove(self.path)
 
     def _start(self) -> None:
         self._owned = True
@@ -250,7 +284,8 @@ class Staging:
         fail_beyond_size_limit()
 
     def _interrupted(self) -> Interrupted:
-        state = f"{self.out} is complete" if self._committed else "nothing was left behind"
+        left = f"what was written stays in {self.path}" if self._needs else "nothing was left behind"
+        state = f"{self.out} is complete" if self._committed else left
         return Interrupted(f"interrupted; {state}")
 
     def _claim(self, name: str) -> Path:
@@ -283,7 +318,7 @@ class Staging:
             return None
         path = Path(os.fsdecode(path))
         if path.is_relative_to(self.path):
-            name = path.relative_to(self.path).as_posix().removesuffix(UNFINISHED)
+            name = path.relative_to(self.path).as_posix().removesuffix(self._unfinished)
             return "" if name == "." else name
         return "" if path in (self.out, self._aside, self.out.parent) else None
 
@@ -337,9 +372,9 @@ class Staging:
             with contextlib.suppress(OSError):
                 os.close(self._open.pop())
         self._record.close()
-        if self._owned:  # after an exchange the old output is here
+        if self._owned and (self._committed or not self._needs):  # after an exchange the old output is here
             self._remove_or_say(self.path)
-            self._owned = False
+        self._owned = False
         if self._lost:
             self._warn(f"the old {self.out} is at {self._aside}; the next run moves it back")
         if self._lock is not None:

@@ -1,0 +1,134 @@
+"""A conversion by the workers of a Dask cluster: a task for each file of the output, then the end of it here.
+
+Scheduling, queues, retries of what a lost worker had, and the wire are `distributed`'s. What makes it safe is the
+shared staging: each worker writes whole files and notes them, so that a file that is done is not done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, urlsplit
+
+from llava_convert.app.convert import convert, plan, write_files
+from llava_convert.app.options import Options
+from llava_convert.core.errors import ConvertError, HubError, Interrupted, UsageError
+from llava_convert.core.flags import options_of
+from llava_convert.core.progress import Reporter
+from llava_convert.engine.report import Report
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+_SCHEME = "dask"
+_LOCAL = "local"
+_PATIENCE = 10  # seconds to wait for the scheduler
+_NEXT = "see the workers' logs; the same command goes on from the files that are there"
+
+
+def convert_there(source: str | Path, options: Options, say: Reporter) -> Report:
+    """Convert by the workers that `options.executor` names; OUT and sources have to be where each of them sees them.
+
+    Raises UsageError for an address that is none, HubError (exit 8) where the scheduler or the workers are gone, and
+    what `convert` raises, here or there.
+    """
+    scheduler = _scheduler(str(options.executor))
+    source, here = _absolute(source), _everywhere(options)
+    planned = plan(source, here)
+    here = replace(here, out=planned.out if isinstance(planned.out, str) else planned.out.absolute())
+    sizes = {shard.name: shard.size for shard in planned.plan.shards}
+    with _client(scheduler) as client:
+        from distributed import as_completed
+
+        say.note(f"{len(sizes)} files, {len(client.scheduler_info()['workers'])} workers")
+        done = say.start("converting", sum(sizes.values()))
+        share = replace(here, push=None, hub=None, private=False, revision=None, create_pr=False, verify=here.level)
+        futures = {
+            client.submit(_write, source, share, name, key=f"{name}-{planned.plan.hash}", pure=True): name
+            for name in sizes
+        }
+        try:
+            for future in as_completed(futures, loop=client.loop):  # type: ignore[no-untyped-call]
+                _result(future, futures[future])
+                done(sizes[futures[future]])
+        except KeyboardInterrupt as stopped:
+            raise Interrupted("interrupted; files that were finished stay: the same command goes on") from stopped
+        finally:
+            client.cancel(list(futures), force=True)  # type: ignore[no-untyped-call]
+    return convert(source, replace(here, finish=True, resume=False), say)
+
+
+def _write(source: str, options: Options, name: str) -> None:
+    """The task: one file of the output."""
+    write_files(source, options, [name])
+
+
+def _result(future: Any, name: str) -> None:
+    from distributed import KilledWorker
+    from distributed.client import FutureCancelledError
+    from distributed.comm.core import CommClosedError
+
+    try:
+        future.result()
+    except ConvertError:
+        raise
+    except (KilledWorker, FutureCancelledError, CommClosedError) as problem:
+        raise HubError(f"{name}: no worker of the cluster finished it ({problem})", hint=_NEXT) from problem
+
+
+def _scheduler(address: str) -> str | int:
+    """The scheduler's address, or how many workers to start here. Raises UsageError."""
+    parts = urlsplit(address)
+    if parts.scheme != _SCHEME or not parts.netloc:
+        raise UsageError(f"--executor {address}: it is dask://HOST:PORT, or dask://local?workers=N")
+    if parts.netloc != _LOCAL:
+        return f"tcp://{parts.netloc}"
+    given = parse_qs(parts.query, keep_blank_values=True)
+    count = given.pop("workers", ["2"])[-1]
+    if given or not count.isdigit() or not 1 <= int(count) <= 1024:
+        raise UsageError(f"--executor {address}: it is dask://local?workers=N, with N from 1 on")
+    return int(count)
+
+
+@contextlib.contextmanager
+def _client(scheduler: str | int) -> Iterator[Client]:
+    """A connection to a scheduler; to one of this process with so many workers, which end with it."""
+    try:
+        from distributed import Client, LocalCluster
+    except ModuleNotFoundError as missing:
+        raise UsageError(
+            "--executor needs distributed, which is not installed", hint="pip install 'llava-convert[dask]'"
+        ) from missing
+    with contextlib.ExitStack() as opened:
+        place: Any = scheduler
+        if isinstance(scheduler, int):
+            cluster: Any = LocalCluster
+            quiet = {"dashboard_address": None, "silence_logs": logging.CRITICAL}
+            place = opened.enter_context(cluster(n_workers=scheduler, threads_per_worker=1, **quiet))
+        try:
+            client = opened.enter_context(Client(place, set_as_default=False, timeout=_PATIENCE))  # type: ignore[no-untyped-call]
+        except (OSError, ValueError) as problem:
+            raise HubError(
+                f"{scheduler}: no scheduler answers ({problem})",
+                hint="start one by `dask scheduler`, and workers for it by `dask worker`",
+            ) from problem
+        yield client
+
+
+def _everywhere(options: Options) -> Options:
+    """The options of the conversion alone, with paths of this machine made absolute: workers run in other folders."""
+    given: dict[str, Any] = {one.name: getattr(options, one.name) for one in fields(Options) if one.init}
+    for name, option in options_of(Options).items():
+        if Path in option.types and given[name] is not None:
+            several = isinstance(given[name], tuple | list)
+            given[name] = tuple(map(_absolute, given[name])) if several else _absolute(given[name])
+    return Options(**(given | {"executor": None}))
+
+
+def _absolute(path: Any) -> str:
+    there = Path(str(path)).expanduser()
+    return str(there.absolute()) if there.exists() else str(path)
