@@ -33,6 +33,7 @@ __all__ = [
     "Reply",
     "Report",
     "Reporter",
+    "SweepItem",
     "UnsafeError",
     "UnsupportedError",
     "UsageError",
@@ -45,17 +46,19 @@ __all__ = [
     "mmbench",
     "plan",
     "release",
+    "sweep",
     "upload",
     "verify",
 ]
 
 if TYPE_CHECKING:
-    from llava_convert.api import chat, convert, doctor, inspect, merge, mmbench, plan, release, upload, verify
+    from llava_convert.api import chat, convert, doctor, inspect, merge, mmbench, plan, release, sweep, upload, verify
     from llava_convert.app.ask.chat import Reply
     from llava_convert.app.doctor.run import Diagnosis
     from llava_convert.app.inspect import Inspection, PartFound
     from llava_convert.app.mmbench.run import MMBenchResult
     from llava_convert.app.publish.release import ReleaseItem
+    from llava_convert.app.sweep import SweepItem
     from llava_convert.app.verdict import Verdict
     from llava_convert.core.errors import (
         ConvertError,
@@ -80,6 +83,7 @@ _HOMES = {
     "Reply": "app.ask.chat",
     "Report": "engine.report",
     "Reporter": "core.progress",
+    "SweepItem": "app.sweep",
     "Verdict": "app.verify",
 }
 

@@ -20,11 +20,13 @@ from llava_convert.app.jobs import (
     MMBenchJob,
     PlanJob,
     ReleaseJob,
+    SweepJob,
     UploadJob,
     VerifyJob,
 )
 from llava_convert.app.mmbench.run import MMBenchResult
 from llava_convert.app.publish.release import ReleaseItem
+from llava_convert.app.sweep import SweepItem
 from llava_convert.app.verdict import Verdict
 from llava_convert.core.errors import ConvertError, system_errors
 from llava_convert.core.flags import in_keywords, options_of
@@ -35,7 +37,19 @@ P = ParamSpec("P")
 J = TypeVar("J")
 R = TypeVar("R")
 
-_JOBS = (ChatJob, ConvertJob, DoctorJob, InspectJob, MergeJob, MMBenchJob, PlanJob, ReleaseJob, UploadJob, VerifyJob)
+_JOBS = (
+    ChatJob,
+    ConvertJob,
+    DoctorJob,
+    InspectJob,
+    MergeJob,
+    MMBenchJob,
+    PlanJob,
+    ReleaseJob,
+    SweepJob,
+    UploadJob,
+    VerifyJob,
+)
 # Messages name options by their flags, since most are read in a terminal. Here they become keywords, all in one place.
 _in_keywords = in_keywords(option for job in _JOBS for option in options_of(job).values())
 # What of a result is text for people.
@@ -195,5 +209,15 @@ def release(job: ReleaseJob) -> tuple[ReleaseItem, ...]:
     """Convert a model to every layout, and publish each in a repository of its own; returns one item a layout.
 
     What an earlier run finished is left as it is. `progress` as for `convert`. Raises `ConvertError`.
+    """
+    return job.run(_InKeywords(reporter(job.progress)))
+
+
+@_keywords(SweepJob)
+def sweep(job: SweepJob) -> tuple[SweepItem, ...]:
+    """Convert every checkpoint that a pattern finds, each once; returns one item a checkpoint.
+
+    One that cannot be converted says why in its item, and does not stop the others. `progress` as for `convert`.
+    Raises `ConvertError` where nothing is found, or nothing can be written.
     """
     return job.run(_InKeywords(reporter(job.progress)))

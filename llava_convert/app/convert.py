@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from llava_convert.core.tensors import TORCH_NAMES
 from llava_convert.core.text import utf8
 from llava_convert.engine.check import check_full, check_headers, check_quick
 from llava_convert.engine.execute import execute
-from llava_convert.engine.plan import Plan
+from llava_convert.engine.plan import Plan, shard_hash
 from llava_convert.engine.record import record, stored_of
 from llava_convert.engine.report import Report, part_story, peak_memory
 from llava_convert.engine.run import Outcome
@@ -64,7 +64,22 @@ def convert(source: str | Path, options: Options, say: Reporter | None = None) -
 def write_files(source: str | Path, options: Options, names: Collection[str]) -> Report:
     """Write these files of the output alone, as a share of it; what is there already stays. Raises as `convert`."""
     with job_session(options) as session:
-        return _convert(_prepared(source, options, session), options, Silence(), session, names)
+        return _convert(_prepared(source, options, session), options, Silence(), session, dict.fromkeys(names))
+
+
+def write_twins(source: str | Path, options: Options, twins: Mapping[str, Path]) -> Report:
+    """Write these files of the output alone, as copies of files that hold the same. Raises as `convert`."""
+    with job_session(options) as session:
+        return _convert(_prepared(source, options, session), options, Silence(), session, twins)
+
+
+def stamped(source: str | Path, options: Options) -> tuple[str, dict[str, str]]:
+    """What the output would be made of: a stamp of all of it, and of each file with weights. Raises as `plan`."""
+    with job_session(options) as session:
+        ready = _prepared(source, options, session)
+        snapshot = _snapshot(ready, _reads(ready.plan.shards))
+        files = {one.name: _stamp(shard_hash(one), snapshot, _reads([one])) for one in ready.plan.shards}
+        return _stamp(ready.plan.hash, snapshot), files
 
 
 def plan(source: str | Path, options: Options) -> Report:
@@ -87,24 +102,29 @@ def _prepared(source: str | Path, options: Options, session: Session) -> Prepare
 
 
 def _convert(
-    ready: Prepared, options: Options, say: Reporter, session: Session, names: Collection[str] | None = None
+    ready: Prepared,
+    options: Options,
+    say: Reporter,
+    session: Session,
+    files: Mapping[str, Path | None] | None = None,
 ) -> Report:
+    """`files` are those to write alone, by name, each with one that holds the same where there is one."""
     for text in map(session.called, ready.notes):
         say.note(text)
     for text in map(session.called, ready.warnings):
         say.warn(text)
-    reads = sorted({extent.path for t in ready.plan.tensors for s in stored_of(t) for extent in s.extents})
-    snapshot = _snapshot(ready, reads)
+    snapshot = _snapshot(ready, _reads(ready.plan.shards))
     made = documents(ready, options)
     planned = report(ready, options, made, session)
-    if names is not None:
-        planned = replace(planned, share=tuple(names))
-    with FilePool() as pool, _staging(ready, options, planned, _stamp(ready.plan, snapshot), say) as stage:
+    if files is not None:
+        planned = replace(planned, share=tuple(files))
+    with FilePool() as pool, _staging(ready, options, planned, _stamp(ready.plan.hash, snapshot), say) as stage:
         outcome = execute(
             ready.plan,
             stage,
             pool,
             names=planned.share,
+            twins={name: twin for name, twin in (files or {}).items() if twin is not None},
             threads=options.threads,
             digest=options.digest,
             progress=say.start("converting", sum(t.nbytes for shard in _written(planned) for t in shard.tensors)),
@@ -121,8 +141,8 @@ def _convert(
                 stage.tell(name, {**outcome.of(name), "verified": options.level})
             stage.settle()
         else:
-            files = stage.contents(ready.plan.sizes) if made.vouches else {}
-            for name, data in made.completed(outcome.digests, files).items():
+            contents = stage.contents(ready.plan.sizes) if made.vouches else {}
+            for name, data in made.completed(outcome.digests, contents).items():
                 stage.write_bytes(name, data)
             stage.commit()
     tell_unchecked(session, say)
@@ -167,6 +187,13 @@ def _verify(
     done = say.start("verifying", sum(tensor.nbytes for shard in left for tensor in shard.tensors))
     for key, count in check_full(left, written, pool, progress=done).items():
         outcome.losses.setdefault(key, CastLoss(nonfinite=count))
+
+
+def _reads(shards: Iterable[Shard]) -> list[Path]:
+    """The files that shards are made of."""
+    return sorted(
+        {extent.path for shard in shards for t in shard.tensors for s in stored_of(t) for extent in s.extents}
+    )
 
 
 def _snapshot(ready: Prepared, reads: list[Path]) -> Snapshot:
@@ -272,16 +299,19 @@ def _staging(ready: Prepared, options: Options, planned: Report, stamp: str, say
     )
 
 
-def _stamp(plan: Plan, snapshot: Snapshot) -> str:
-    """What runs that take up each other's files have in common: the plan, and sources that nobody touched since.
+def _stamp(planned: str, snapshot: Snapshot, files: Iterable[Path] | None = None) -> str:
+    """What runs that take up each other's files have in common: a plan's hash, and sources that nobody touched since.
 
-    It says the same on every machine that sees the sources under the same paths, with the same times.
+    It says the same on every machine that sees the sources under the same paths, with the same times. `files` are the
+    sources that count, all by default.
     """
+    wanted = snapshot.states.keys() if files is None else {*files}
     states = [
         [address_of(path) or str(path), state.size, state.mtime_ns, state.version, what["sha256"]]
         for (path, state), what in zip(snapshot.states.items(), snapshot.identity, strict=True)
+        if path in wanted
     ]
-    return hashlib.sha256(json.dumps([plan.hash, states]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([planned, states]).encode()).hexdigest()
 
 
 def report(ready: Prepared, options: Options, made: Documents, session: Session) -> Report:

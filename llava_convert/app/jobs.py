@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from llava_convert.app.mmbench.compare import Compared
     from llava_convert.app.mmbench.run import MMBenchResult
     from llava_convert.app.publish.release import ReleaseItem
+    from llava_convert.app.sweep import SweepItem
     from llava_convert.app.verdict import Verdict
     from llava_convert.engine.report import Published, Report
 
@@ -100,6 +101,39 @@ class MergeJob(ConvertJob):
         Flag("Adapters, merged in this order.", argument=True, metavar="ADAPTER", repeated=True),
     ] = field()
     to: Annotated[str, Flag("Layout to convert to.", choices=tuple(TARGETS))] = MERGED
+
+
+@dataclass(frozen=True)
+class SweepJob(Options):
+    """Every checkpoint of a run, each converted once."""
+
+    source: Annotated[
+        str,
+        Flag(
+            "What the checkpoints are called, quoted: 'run/iter_*.pth', 's3://runs/*/iter_*.pth'.",
+            argument=True,
+            metavar="PATTERN",
+        ),
+    ]
+    _: KW_ONLY
+    watch: Annotated[
+        int | None, Flag("Look for new ones every so many seconds, until Ctrl-C.", RUN, metavar="SECONDS")
+    ] = None
+    dry_run: Annotated[bool, Flag("Say what is to do; write nothing.", CHECKS)] = False
+    progress: Reporter | OnBytes | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.watch is not None and self.watch < 1:
+            raise UsageError(f"--watch {self.watch}: it is a number of seconds, from 1 on")
+        for flag, given in (("--files", self.files), ("--finish", self.finish), ("--resume", self.resume)):
+            if given:
+                raise UsageError(f"{flag} does not apply to a sweep", hint="leave it out: a sweep goes on by itself")
+
+    def run(self, say: Reporter) -> tuple[SweepItem, ...]:
+        from llava_convert.app.sweep import sweep
+
+        return tuple(sweep(self, say))
 
 
 @dataclass(frozen=True)

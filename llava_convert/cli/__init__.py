@@ -19,6 +19,7 @@ from llava_convert.cli import (
     inspect_command,
     layouts_command,
     release_command,
+    sweep_command,
     train_command,
     upload_command,
     verify_command,
@@ -34,6 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 convert_command.add_to(app)
+sweep_command.add_to(app)
 inspect_command.add_to(app)
 verify_command.add_to(app)
 doctor_command.add_to(app)

@@ -305,8 +305,27 @@ class Release(Document):
     source: str
     name: Annotated[str, "ORG/NAME"]
     hubs: Annotated[list[str], "as `--hub` names them"]
-    done: Annotated[bool, "whether OUT is complete: false for a dry run, and for a share of it"]
+    done: Annotated[bool, "false for a dry run"]
     layouts: list[ReleaseLayout]
+
+
+class SweepCheckpoint(TypedDict):
+    """One checkpoint of a sweep."""
+
+    source: str
+    out: str
+    state: Literal["converted", "there already", "not complete", "refused", "to convert"]
+    said: Annotated[str, "why, where it was not converted"]
+    copied: Annotated[int, "how many files are those of an earlier step"]
+    exit_code: Annotated[int, "that of its conversion alone"]
+
+
+class Sweep(Document):
+    """What `sweep` did, or with `--dry-run` would do."""
+
+    source: Annotated[str, "the pattern"]
+    done: Annotated[bool, "false for a dry run"]
+    checkpoints: list[SweepCheckpoint]
 
 
 Family = TypedDict(
@@ -365,7 +384,7 @@ class Known(TypedDict):
 class Train(Document):
     """What `train` did, or with `--dry-run` would do."""
 
-    done: Annotated[bool, "whether OUT is complete: false for a dry run, and for a share of it"]
+    done: Annotated[bool, "false for a dry run"]
     out: Annotated[str | None, "the last checkpoint; null for a dry run"]
     stages: Annotated[list[Stage], "what a dry run counts stands beside the name"]
     recipes: NotRequired[Annotated[list[Known], "with --list"]]
@@ -411,6 +430,7 @@ DOCUMENTS: Mapping[str, Any] = {
     "eval-compare": EvalCompare,
     "upload": Upload,
     "release": Release,
+    "sweep": Sweep,
     "layouts": Layouts,
     "train": Train,
     "data-check": DataCheck,

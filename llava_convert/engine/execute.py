@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from pathlib import Path
 
 from llava_convert.engine.plan import Plan
 from llava_convert.engine.run import Outcome, run_task
@@ -31,11 +32,14 @@ def execute(
     pool: FilePool,
     *,
     names: Collection[str] | None = None,
+    twins: Mapping[str, Path] | None = None,
     threads: int = 0,
     digest: bool = False,
     progress: Progress,
 ) -> Outcome:
     """Write the shards of the plan that are called `names` into the stage; without `names` all, and then its files.
+
+    `twins` are files that hold what some of the shards will, by the shard's name: these are copied.
 
     Raises InputError when a source changes or ends early, OutputError when the disk refuses, MismatchError when a
     cast overflows. The caller commits.
@@ -48,6 +52,10 @@ def execute(
                 outcome.take(shard.name, stage.found.get(shard.name, {}))
                 progress(sum(t.nbytes for t in shard.tensors))
             left = [shard for shard in batch if not stage.finished(shard.name)]
+            for shard in [shard for shard in left if twins is not None and shard.name in twins]:
+                left.remove(shard)
+                with stage.new_file(shard.name, shard.size) as fd:
+                    pool.copy_to((twins or {})[shard.name], 0, fd, 0, shard.size, progress=progress)
             with ExitStack() as opened:
                 files = {shard.name: opened.enter_context(stage.new_file(shard.name, shard.size)) for shard in left}
                 for shard in left:

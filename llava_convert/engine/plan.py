@@ -94,16 +94,27 @@ class Plan:
         """sha256 over what will be written and from where; equal plans write equal bytes."""
         digest = hashlib.sha256(json.dumps(self.tags, sort_keys=True).encode())
         for shard in self.shards:
-            digest.update(f"{shard.name}\0{shard.size}\0".encode() + shard.header)
-            for _, piece in shard.pieces:
-                digest.update(piece)
-            for t in shard.tensors:
-                stored = [t.source, *(i for op in t.ops for i in op.inputs())]
-                places = [[s.dtype, s.shape, s.strides, *map(_place, s.extents)] for s in stored]
-                digest.update(json.dumps([t.describe(), places]).encode())
+            _add(digest, shard)
         for name, data in sorted({**self.files, **self.indexes}.items()):
             digest.update(name.encode() + b"\0" + hashlib.sha256(data).digest())
         return digest.hexdigest()
+
+
+def shard_hash(shard: Shard) -> str:
+    """sha256 over what one file will be and from where."""
+    digest = hashlib.sha256()
+    _add(digest, shard)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, shard: Shard) -> None:
+    digest.update(f"{shard.name}\0{shard.size}\0".encode() + shard.header)
+    for _, piece in shard.pieces:
+        digest.update(piece)
+    for t in shard.tensors:
+        stored = [t.source, *(i for op in t.ops for i in op.inputs())]
+        places = [[s.dtype, s.shape, s.strides, *map(_place, s.extents)] for s in stored]
+        digest.update(json.dumps([t.describe(), places]).encode())
 
 
 def _place(extent: Extent) -> list[Any]:

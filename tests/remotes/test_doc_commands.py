@@ -26,7 +26,7 @@ WORDS = {
 }  # fmt: skip
 # What is not run here, and why.
 LEFT = {
-    r"s3://": "tests/remotes/test_urls.py does, beside a store",
+    r"s3://": "tests/remotes/test_urls.py, test_shares.py and test_sweep.py do, beside a store",
     r"llava-fp8|mine\.toml": "tests/field/test_quantised.py and test_unknown_modules.py do",
     r"train ": "minutes; tests/training trains, and makes dry runs",
     r"data check RECIPE --set data\.root|data fix-ocrvqa": "wants the data sets",
@@ -49,7 +49,8 @@ def folder(layouts: dict[str, Path], tiny: Path, tmp_path: Path) -> Path:
     """A folder with everything that the pages name."""
     for name in ("llm", "vit"):
         shutil.copytree(tiny / name, tmp_path / "tiny" / name)
-    for name in ("iter_N.pth", "iter_39620.pth", "work_dirs/llava_llama3/iter_39620.pth"):
+    runs = ("work_dirs/llava_llama3/iter_39620.pth", "work_dirs/run/iter_1000.pth", "run/iter_2000.pth")
+    for name in ("iter_N.pth", "iter_39620.pth", *runs):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(tiny / "iter_2.pth", tmp_path / name)
     shutil.copytree(tiny, tmp_path / "fixtures" / "tiny")

@@ -15,7 +15,16 @@ import pytest
 import typer
 
 import llava_convert
-from llava_convert.app.jobs import ChatJob, ConvertJob, DoctorJob, MMBenchJob, ReleaseJob, UploadJob, VerifyJob
+from llava_convert.app.jobs import (
+    ChatJob,
+    ConvertJob,
+    DoctorJob,
+    MMBenchJob,
+    ReleaseJob,
+    SweepJob,
+    UploadJob,
+    VerifyJob,
+)
 from llava_convert.cli import app
 from llava_convert.core.errors import ConvertError, InputError, OutputError, UnsupportedError, UsageError
 from llava_convert.core.flags import in_keywords, options_of
@@ -31,6 +40,7 @@ FUNCTIONS = {
     "mmbench": (llava_convert.mmbench, "eval mmbench"),
     "upload": (llava_convert.upload, "upload"),
     "release": (llava_convert.release, "release"),
+    "sweep": (llava_convert.sweep, "sweep"),
 }
 # What a command says by its name, or by its exit code; and what only Python can give.
 ONLY_PYTHON = {"source_layout", "progress", "check"}
@@ -42,7 +52,7 @@ def test_names() -> None:
     assert errors == [f"{kind}Error" for kind in kinds]
     results = {
         "Diagnosis", "Inspection", "MMBenchResult", "PartFound", "Published", "ReleaseItem", "Reply", "Report",
-        "Reporter", "Verdict",
+        "Reporter", "SweepItem", "Verdict",
     }  # fmt: skip
     assert set(llava_convert.__all__) == {*errors, *results, *FUNCTIONS}
     assert dir(llava_convert) == sorted([*llava_convert.__all__, "__version__"])
@@ -206,7 +216,7 @@ def every_flag() -> list[tuple[str, str, bool]]:
 
 @pytest.mark.parametrize(("flag", "keyword", "switch"), every_flag())
 def test_each_flag_in_a_message_is_its_keyword(flag: str, keyword: str, switch: bool) -> None:
-    jobs = (ChatJob, ConvertJob, DoctorJob, MMBenchJob, ReleaseJob, UploadJob, VerifyJob)
+    jobs = (ChatJob, ConvertJob, DoctorJob, MMBenchJob, ReleaseJob, SweepJob, UploadJob, VerifyJob)
     words = in_keywords(o for job in jobs for o in options_of(job).values())
     said = f"{keyword}=True" if switch else keyword
     assert words(f"give it by {flag}, or leave it out") == f"give it by {said}, or leave it out"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -95,6 +95,41 @@ def open(url: str) -> tuple[Remote, str]:
             return _version(fs.info(found[name]["name"]))
 
     return Remote(address, {name: int(size) for name, size in sizes.items()}, read, version), file
+
+
+def matching(pattern: str) -> list[str]:
+    """The addresses in a store that a pattern (`s3://runs/*/iter_*.pth`) is of. Raises HubError, UsageError."""
+    fs, path = file_system(pattern)
+    scheme = pattern.partition("://")[0]
+
+    def ask() -> list[str]:
+        with asking(shown(pattern)):
+            return [f"{scheme}://{found}" for found in fs.glob(path)]
+
+    return patiently(shown(pattern), ask, tries=FIRST_TRIES)
+
+
+def read_small(url: str) -> bytes | None:
+    """A small file in a store, None where there is none. Raises HubError, UsageError."""
+    fs, path = file_system(url)
+
+    def ask() -> bytes | None:
+        with asking(shown(url)), suppress(FileNotFoundError):
+            return bytes(fs.cat_file(path, start=0, end=MOST))
+        return None
+
+    return patiently(shown(url), ask, tries=FIRST_TRIES)
+
+
+def write(url: str, data: bytes) -> None:
+    """Write a small file in a store. Raises HubError, UsageError."""
+    fs, path = file_system(url)
+
+    def ask() -> None:
+        with asking(shown(url)):
+            fs.pipe_file(path, data)
+
+    patiently(shown(url), ask, tries=FIRST_TRIES)
 
 
 def _on_the_web(fs: Any, url: str) -> tuple[str, dict[str, dict[str, Any]]]:

@@ -61,7 +61,7 @@ def documents() -> str:
 def test_the_commands() -> None:
     assert set(COMMANDS) == {
         *LAYOUTS, "convert", "merge", "inspect", "verify", "layouts", "chat", "doctor", "eval mmbench", "eval tasks",
-        "eval compare", "train", "data check", "data fix-ocrvqa", "upload", "release",
+        "eval compare", "train", "data check", "data fix-ocrvqa", "upload", "release", "sweep",
     }  # fmt: skip
 
 

@@ -1,0 +1,32 @@
+"""`llava-convert sweep PATTERN --to LAYOUT -o TARGET/{name}`: every checkpoint of a run."""
+
+from __future__ import annotations
+
+import typer
+
+from llava_convert.app.jobs import SweepJob
+from llava_convert.cli._options import command
+from llava_convert.cli._output import Output
+
+
+def add_to(app: typer.Typer) -> None:
+    make = app.command(
+        "sweep",
+        help="Convert every checkpoint that a pattern finds, each once, with or without waiting for more.",
+        rich_help_panel="Convert",
+    )
+    make(command("sweep", SweepJob, _sweep))
+
+
+def _sweep(job: SweepJob, output: Output) -> None:
+    from llava_convert.app.sweep import refuse
+
+    items = job.run(output)
+    output.stop()
+    width = max(len(item.source) for item in items)
+    for item in items:
+        output.line(f"{item.source:<{width}}  {item.state:<13}  {item.out}")
+    output.result(
+        {"source": job.source, "done": not job.dry_run, "checkpoints": [item.as_json() for item in items]},
+    )
+    refuse(items)
