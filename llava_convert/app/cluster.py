@@ -1,4 +1,4 @@
-"""A conversion by the workers of a Dask cluster: a task for each file of the output, then the end of it here.
+"""A conversion by the workers of a Dask cluster: shares of its files are the tasks; then the end of it, here.
 
 Scheduling, queues, retries of what a lost worker had, and the wire are `distributed`'s. What makes it safe is the
 shared staging: each worker writes whole files and notes them, so that a file that is done is not done again.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 _SCHEME = "dask"
 _LOCAL = "local"
 _PATIENCE = 10  # seconds to wait for the scheduler
+# Each task plans anew, about a second for 8B. So there are not more of them than keep every worker busy to the end.
+_TASKS_EACH, _TASKS = 4, 32
 _NEXT = "see the workers' logs; the same command goes on from the files that are there"
 
 
@@ -40,21 +43,24 @@ def convert_there(source: str | Path, options: Options, say: Reporter) -> Report
     source, here = _absolute(source), _everywhere(options)
     planned = plan(source, here)
     here = replace(here, out=planned.out if isinstance(planned.out, str) else planned.out.absolute())
-    sizes = {shard.name: shard.size for shard in planned.plan.shards}
     with _client(scheduler) as client:
         from distributed import as_completed
 
-        say.note(f"{len(sizes)} files, {len(client.scheduler_info()['workers'])} workers")
-        done = say.start("converting", sum(sizes.values()))
-        share = replace(here, push=None, hub=None, private=False, revision=None, create_pr=False, verify=here.level)
+        workers = len(client.scheduler_info()["workers"])
+        count = min(len(planned.plan.shards), max(_TASKS, _TASKS_EACH * workers))
+        shares = [planned.plan.share(number, count) for number in range(1, count + 1)]
+        say.note(f"{len(planned.plan.shards)} files, {workers} workers")
+        done = say.start("converting", sum(shard.size for shard in planned.plan.shards))
+        run = secrets.token_hex(8)  # of its own: a scheduler does not do a key again that it has done for somebody
         futures = {
-            client.submit(_write, source, share, name, key=f"{name}-{planned.plan.hash}", pure=True): name
-            for name in sizes
+            client.submit(_write, source, here, names, key=f"{names[0]}-{run}"): share
+            for share in shares
+            if (names := [shard.name for shard in share])
         }
         try:
             for future in as_completed(futures, loop=client.loop):  # type: ignore[no-untyped-call]
-                _result(future, futures[future])
-                done(sizes[futures[future]])
+                _result(future, futures[future][0].name)
+                done(sum(shard.size for shard in futures[future]))
         except KeyboardInterrupt as stopped:
             raise Interrupted("interrupted; files that were finished stay: the same command goes on") from stopped
         finally:
@@ -62,9 +68,9 @@ def convert_there(source: str | Path, options: Options, say: Reporter) -> Report
     return convert(source, replace(here, finish=True, resume=False), say)
 
 
-def _write(source: str, options: Options, name: str) -> None:
-    """The task: one file of the output."""
-    write_files(source, options, [name])
+def _write(source: str, options: Options, names: list[str]) -> None:
+    """The task: some files of the output."""
+    write_files(source, options, names)
 
 
 def _result(future: Any, name: str) -> None:
