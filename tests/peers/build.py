@@ -164,7 +164,7 @@ RECIPES: dict[str, Recipe] = {
         (
             Install(
                 (
-                    *("transformers==4.57.6", "peft==0.18.1", "accelerate==1.11.0", "trl==0.24.0", "datasets==4.0.0"),
+                    *("transformers==4.57.6", "peft==0.18.1", "accelerate==1.11.0", "trl==0.24.0", "datasets==4.8.4"),
                     *("numpy<2.4", "pillow", "sentencepiece", "protobuf", "tiktoken", "pandas", "scipy", "einops"),
                     *("omegaconf", "pydantic", "pyyaml", "av<=16.0.0", "torchdata<=0.11.0", "fire", "tyro<0.9.0"),
                     *("modelscope", "addict", "attrdict", "json-repair", "binpacking", "dacite", "simplejson"),
@@ -174,10 +174,11 @@ RECIPES: dict[str, Recipe] = {
             ),
             Install(("llamafactory==0.9.5", "ms-swift==4.6.0"), ("--no-deps",)),
         ),
-        stand_ins=tuple(TORCHVISION_STAND_IN.items()),
-        imports=("llamafactory", "swift"),
+        # LLaMA-Factory imports torchaudio, which is not called for pictures.
+        stand_ins=(*TORCHVISION_STAND_IN.items(), ("torchaudio/__init__.py", '__version__ = "0.0.0"\n')),
+        imports=("llamafactory.train.tuner", "swift"),
     ),
-    # For the merge of one shard after another alone, which `make bench` times: its other commands want a GPU's libraries.
+    # For its merge by shards alone, which `make bench` times: other commands want a GPU's libraries.
     "axolotl": Recipe(
         (
             Install(
