@@ -18,6 +18,7 @@ from llava_convert.layouts.adapter_folder import (
     PREFIX,
     STEM,
     adapter_settings,
+    config_of_run,
     is_adapter,
     read_adapter_config,
     trained_beside,
@@ -64,6 +65,8 @@ def detect(found: Found) -> str | None:
         return f"it is LLaVA's projector alone ({PROJECTOR_FILE})"
     if any(_PROJECTOR in name for name in trained_beside(found)):
         return "it is a checkpoint of official LLaVA's LoRA training (adapter_config.json and a DeepSpeed folder)"
+    if any(key in (config_of_run(found) or {}) for key in _NEITHER):
+        return f"it is a checkpoint of official LLaVA's LoRA training (adapter_config.json, and the run's {CONFIG})"
     if ADAPTER_CONFIG in found.names and (names := _whole_names(found)) and any(_PROJECTOR in name for name in names):
         return "its tensors have the names of official LLaVA under peft"
     return None
