@@ -14,8 +14,10 @@ Tensors = dict[str, np.ndarray]
 
 
 def stored(name: str) -> str:
-    """The name under which a LLaVA of transformers keeps what it calls `name` in memory, in whichever release."""
+    """The name under which a LLaVA of transformers keeps a tensor: of its name in memory, of any release or LLaVA."""
     name = name.removeprefix("model.")
+    for index, linear in (("0", "linear_1"), ("2", "linear_2")):
+        name = name.replace(f"mm_projector.{index}.", f"multi_modal_projector.{linear}.")
     if not name.startswith("language_model.") and name.startswith(("lm_head", "layers.", "embed_tokens", "norm.")):
         name = f"language_model.{name}"
     name = re.sub(r"^language_model\.(layers|embed_tokens|norm)\b", r"language_model.model.\1", name)

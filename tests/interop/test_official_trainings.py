@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 import llava_convert
 from llava_convert.core.errors import InputError
+from tests.field.conftest import edit
 from tests.interop.adapter_recipe import Tensors, recipe
 from tests.interop.conftest import gap
 from tests.interop.peer_programs import in_peer
@@ -42,6 +43,7 @@ class Bases:
         for model in (self.llm, self.llava):
             path = model / "tokenizer_config.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), "unk_token": "<|reserved_special_token_9|>"}))
+        edit(self.llava, mm_vision_tower=str(self.tower))  # which its loader takes for a folder alone by a whole path
 
     def tensors(self, base: Path, trained: Path) -> Tensors:
         """All by the names of transformers, in float32: base, tower as it is loaded, and the trained projector."""
@@ -120,7 +122,7 @@ def test_lora_over_a_language_model(bases: Bases, tmp_path: Path, bias: str) -> 
     assert "projector" in str(refused.value.hint)
     given = run / "non_lora_trainables.bin"
     llava_convert.convert(run / "checkpoint-1", to="hf", out=tmp_path / "half", dtype="float32", projector=given)
-    found = load_file(next((tmp_path / "half").glob("*.safetensors")))
+    found = {n: v for file in (tmp_path / "half").glob("*.safetensors") for n, v in load_file(file).items()}
     half = recipe(bases.tensors(bases.llm, given), run / "checkpoint-1")
     name = "language_model.model.layers.1.mlp.up_proj.weight"
     assert np.array_equal(found[name], half[name]) and not np.array_equal(half[name], want[name])
