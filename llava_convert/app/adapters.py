@@ -96,7 +96,9 @@ def with_projector(checkpoint: Checkpoint, options: SourceOptions, session: Sess
     """
     if options.projector is None:
         return checkpoint
-    if checkpoint.parts[PROJECTOR].state != "absent":
+    own = checkpoint.parts[PROJECTOR]
+    # Training with `lora_bias all` saves the biases beside the adapter, and the weights at its end alone.
+    if own.adapters or any(name.endswith(".weight") for name in own.weights):
         raise UsageError(f"--projector does not apply: {checkpoint.path.name} has a projector", hint="leave it out")
     found = recognise(reach(options.projector, session, cache=options.cache)).open(OpenOptions())
     part = found.parts[PROJECTOR]
@@ -105,7 +107,7 @@ def with_projector(checkpoint: Checkpoint, options: SourceOptions, session: Sess
             f"{options.projector} holds no projector", hint="give mm_projector.bin, or a LLaVA, by --projector"
         )
     return replace(
-        checkpoint.with_part(PROJECTOR, part),
+        checkpoint.with_part(PROJECTOR, replace(part, weights={**part.weights, **own.weights})),
         image_newline=checkpoint.image_newline or found.image_newline,
         layers=(*checkpoint.layers, Layer("projector", str(options.projector), found.root, found.files)),
     )

@@ -18,6 +18,7 @@ def stored(name: str) -> str:
     name = name.removeprefix("model.")
     for index, linear in (("0", "linear_1"), ("2", "linear_2")):
         name = name.replace(f"mm_projector.{index}.", f"multi_modal_projector.{linear}.")
+    name = name.replace("vision_tower.vision_tower.", "vision_tower.")
     if not name.startswith("language_model.") and name.startswith(("lm_head", "layers.", "embed_tokens", "norm.")):
         name = f"language_model.{name}"
     name = re.sub(r"^language_model\.(layers|embed_tokens|norm)\b", r"language_model.model.\1", name)

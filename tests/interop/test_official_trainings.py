@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 import llava_convert
 from llava_convert.core.errors import InputError
 from tests.field.conftest import edit
-from tests.interop.adapter_recipe import Tensors, recipe
+from tests.interop.adapter_recipe import Tensors, recipe, stored
 from tests.interop.conftest import gap
 from tests.interop.peer_programs import in_peer
 from tests.interop.test_transformers import load_hf
@@ -46,14 +46,10 @@ class Bases:
         edit(self.llava, mm_vision_tower=str(self.tower))  # which its loader takes for a folder alone by a whole path
 
     def tensors(self, base: Path, trained: Path) -> Tensors:
-        """All by the names of transformers, in float32: base, tower as it is loaded, and the trained projector."""
-        found = {
-            f"language_model.{name}": np.asarray(value, np.float32)
-            for file in base.glob("*.safetensors")
-            for name, value in _load(file).items()
-            if name.startswith(("model.layers", "model.norm", "model.embed", "lm_head"))
-        }
-        found |= {f"vision_tower.{name}": value for name, value in _load(self.tower / "model.safetensors").items()}
+        """All by the names of transformers, in float32: of the base, the tower beside it, and the trained projector."""
+        found = {f"vision_tower.{name}": value for name, value in _load(self.tower / "model.safetensors").items()}
+        for file in base.glob("*.safetensors"):
+            found |= {stored(n): value for n, value in _load(file).items() if "mm_projector" not in n}
         return found | bridge(trained)
 
 
