@@ -1,4 +1,4 @@
-"""`make bench`: time conversions against `cp`, the real xtuner and llama.cpp. Figures depend on machine and load."""
+"""`make bench`: time conversions against `cp` and the peers. Figures depend on machine and load."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import gguf_jobs
+from benchmarks import gguf_jobs, merge_jobs
 from benchmarks.jobs import planned
 from benchmarks.report import as_json, show
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ("xtuner", "gguf", *(job.name for job in gguf_jobs.JOBS))
+PEERS = ("xtuner", "merge", "gguf", *(job.name for job in gguf_jobs.JOBS))
 JOBS = ("help", "inspect", "rename", "pth32", "pth16", *PEERS)
 
 
@@ -35,6 +35,10 @@ def main() -> None:
     if "xtuner" in chosen.jobs and not xtuner.exists():
         console.print("xtuner is left out: `make peers` builds its environment")
     steps = planned(chosen.jobs, chosen.sizes, chosen.repeats, cache, xtuner)
+    merges = merge_jobs.planned(chosen.jobs, chosen.sizes, chosen.repeats, cache)
+    if merges and merge_jobs.missing():
+        console.print(merge_jobs.missing())
+    steps += merges
     wanted = gguf_jobs.planned(chosen.jobs, chosen.sizes, chosen.repeats, cache)
     if wanted and gguf_jobs.missing():
         console.print(gguf_jobs.missing())

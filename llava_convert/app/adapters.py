@@ -96,7 +96,9 @@ def with_projector(checkpoint: Checkpoint, options: SourceOptions, session: Sess
     """
     if options.projector is None:
         return checkpoint
-    if checkpoint.parts[PROJECTOR].state != "absent":
+    own = checkpoint.parts[PROJECTOR]
+    # Training with `lora_bias all` saves the biases beside the adapter, and the weights at its end alone.
+    if own.adapters or any(name.endswith(".weight") for name in own.weights):
         raise UsageError(f"--projector does not apply: {checkpoint.path.name} has a projector", hint="leave it out")
     found = recognise(reach(options.projector, session, cache=options.cache)).open(OpenOptions())
     part = found.parts[PROJECTOR]
@@ -105,7 +107,7 @@ def with_projector(checkpoint: Checkpoint, options: SourceOptions, session: Sess
             f"{options.projector} holds no projector", hint="give mm_projector.bin, or a LLaVA, by --projector"
         )
     return replace(
-        checkpoint.with_part(PROJECTOR, part),
+        checkpoint.with_part(PROJECTOR, replace(part, weights={**part.weights, **own.weights})),
         image_newline=checkpoint.image_newline or found.image_newline,
         layers=(*checkpoint.layers, Layer("projector", str(options.projector), found.root, found.files)),
     )
@@ -146,12 +148,17 @@ def with_whole_bases(bases: Bases, options: SourceOptions, session: Session) -> 
     given: dict[str, Base] = {}
     for part in (LLM, VISION):
         asked = bases.asked(part)
-        path = local_base(asked, Path(), explicit=True) if asked is not None else None
-        if asked is None or path is None:
-            continue  # of a hub's: `--base` takes a whole one
+        if asked is None:
+            continue
+        path = local_base(asked, Path(), explicit=True)
+        address = parse(asked) if path is None and is_id(asked) else None
         try:
-            if _is_part(part, path, asked, session):
+            if address is not None:  # its config first, which may lie alone in the hub's cache
+                path = on_hub(address, session, weights=False, cache=bases.cache)
+            if path is None or _is_part(part, path, asked, session, cache=bases.cache):
                 continue
+            if address is not None:
+                path = on_hub(address, session, cache=bases.cache)
             found = recognise(path)
         except ConvertError:
             continue  # said where it is read as the part alone
@@ -168,16 +175,21 @@ def with_whole_bases(bases: Bases, options: SourceOptions, session: Session) -> 
             )
         files = held.files or opened.beside
         given[part] = Base(
-            part, path if path.is_dir() else path.parent, asked, False, files, held=replace(held, config=config)
+            part,
+            path if path.is_dir() else path.parent,
+            asked,
+            address is not None,
+            files,
+            held=replace(held, config=config),
         )
     return replace(bases, given=given) if given else bases
 
 
-def _is_part(part: str, path: Path, asked: str, session: Session) -> bool:
+def _is_part(part: str, path: Path, asked: str, session: Session, *, cache: bool) -> bool:
     """Whether a folder's config.json is that of the part alone, which `assemble` then reads; it is read once."""
     if not (path / CONFIG).is_file():
         return False
-    files = find_base(part, asked, Path(), session, explicit=True, weights=False).files
+    files = find_base(part, asked, Path(), session, explicit=True, weights=False, cache=cache).files
     kind = files.read_object(CONFIG).get("model_type")
     return known_architecture(part, kind) is not None
 

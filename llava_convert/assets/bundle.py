@@ -132,7 +132,7 @@ class Artefacts:
                 return published_id(name), None
         files = model.files(part)
         # A LLaVA's own tower is at none of the addresses that a loader of towers can take.
-        own_tower = part == VISION and base is None
+        own_tower = part == VISION and (base is None or base.held is not None)
         if files is not None and not own_tower and (found := published(files.where).get("repo")) is not None:
             return found, None
         if part == VISION and (by_shape := id_by_shape(config)) is not None:

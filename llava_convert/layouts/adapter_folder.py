@@ -20,11 +20,12 @@ from llava_convert.model.checkpoint import (
     VISION,
     Dropped,
 )
+from llava_convert.model.tables.facts import CONFIG
 from llava_convert.model.tables.names import LayoutTable, grouped, layout_table
 from llava_convert.model.tables.types import read_config
 from llava_convert.model.training import LoraSettings
 from llava_convert.storage.headers import Headers
-from llava_convert.storage.sidecars import Sidecars
+from llava_convert.storage.sidecars import Sidecars, folder_sidecars
 from llava_convert.storage.weights import open_weights
 from llava_convert.storage.zero.folder import LATEST
 
@@ -58,6 +59,25 @@ def trained_beside(found: Found) -> Mapping[str, StoredTensor]:
         return {name: tensor for name, tensor in zero.tensors.items() if name in zero.trained and ".lora_" not in name}
 
     return found.beside.once(trained_beside, read)
+
+
+def config_of_run(found: Found) -> Mapping[str, Any] | None:
+    """The config.json of the run that an adapter without one is a checkpoint of, None where it is of no such run.
+
+    Both name the model that the run began with: its trainer copies the name from the one to the other
+    (`_name_or_path`, `base_model_name_or_path`). Raises InputError for a broken one.
+    """
+
+    def read() -> Mapping[str, Any] | None:
+        if not is_adapter(found.names) or CONFIG in found.names:
+            return None
+        around = folder_sidecars(found.path.absolute().parent)
+        config = around.read_json(CONFIG) if around.has(CONFIG) else None
+        base = (read_adapter_config(found.beside) or {}).get("base_model_name_or_path")
+        of_run = isinstance(config, dict) and base and config.get("_name_or_path") == base
+        return config if of_run else None
+
+    return found.beside.once(config_of_run, read)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,12 @@ class Base:
 
     @property
     def id(self) -> str | None:
-        """The hub id, when the name or the folder gives one for certain."""
+        """The hub id, when the name or the folder gives one for certain.
+
+        A LLaVA's own tower has none: a loader of towers can take it from no address.
+        """
+        if self.held is not None and self.part != LLM:
+            return None
         return published_id(self.asked) if self.from_hub else cached_id(self.folder)
 
     @cached_property

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import llava_convert
 from llava_convert.core.errors import ConvertError, InputError, UnsupportedError, UsageError
-from tests.field.conftest import Models, Tensors
+from tests.field.conftest import Models, Tensors, edit
 
 RANK, ALPHA = 4, 8
 Q, FC1, LINEAR = (
@@ -406,6 +406,28 @@ def test_half_way_through_a_training(official: Path, hf: Tensors, tmp_path: Path
     assert any("checkpoint-50 is taken" in note for note in report.notes)
     assert any("config.json is that of the run" in note for note in report.notes)
     old_rows(tmp_path / "out", expected(hf, Q, FC1, LINEAR))
+
+
+def test_half_way_without_deepspeed(official: Path, models: Models, hf: Tensors, tiny: Path, tmp_path: Path) -> None:
+    """The run's config says that it is a LLaVA's; over a language model, the rest is not left out in silence."""
+    checkpoint = official / "checkpoint-50"
+    checkpoint.mkdir()
+    base = {"base_model_name_or_path": str(tiny / "llm")}
+    text = {n: v for n, v in load_file(official / "adapter_model.safetensors").items() if ".model.layers." in n}
+    save_file(text, checkpoint / "adapter_model.safetensors")
+    adapter = json.loads((official / "adapter_config.json").read_text())
+    (checkpoint / "adapter_config.json").write_text(json.dumps(adapter | base))
+    edit(official, _name_or_path=base["base_model_name_or_path"], mm_vision_tower=str(models.tower))
+    found = llava_convert.inspect(checkpoint)
+    assert found.layout == "official" and "the run's config.json" in found.why
+    with pytest.raises(InputError, match="there is no projector"):
+        llava_convert.convert(checkpoint, to="hf", out=tmp_path / "out")
+    given = official / "non_lora_trainables.bin"
+    llava_convert.convert(checkpoint, to="hf", out=tmp_path / "out", projector=given, dtype="float32")
+    linear = "multi_modal_projector.linear_1.weight"
+    assert np.array_equal(load(tmp_path / "out")[linear], with_bridge(hf)[linear].astype(np.float32))
+    edit(official, _name_or_path="lmsys/vicuna-7b-v1.5")  # a folder around it of another model
+    assert llava_convert.inspect(checkpoint).layout == "peft"
 
 
 def write_zero2(folder: Path, trained: dict[str, torch.Tensor]) -> None:

@@ -145,6 +145,52 @@ RECIPES: dict[str, Recipe] = {
         ),
         imports=("deepspeed", "accelerate", "peft"),
     ),
+    # What people train LLaVA with. Each release of transformers is beside a peft of its time.
+    "peft-4.46": _transformers("4.46.3", "accelerate==1.1.1", "peft==0.12.0"),
+    "trl": Recipe(
+        (
+            Install(
+                _pinned(
+                    *("transformers", "tokenizers", "huggingface_hub", "safetensors", "peft", "accelerate", "pillow"),
+                    *("numpy", "packaging", "psutil", "tqdm", "Jinja2", "pandas"),
+                )
+            ),
+            Install(("trl==1.16.0", "datasets==4.8.4")),
+        ),
+        imports=("trl", "peft"),
+    ),
+    # Both want one release of transformers and peft; their own requirements are web servers and much else.
+    "trainers-4.57": Recipe(
+        (
+            Install(
+                (
+                    *("transformers==4.57.6", "peft==0.18.1", "accelerate==1.11.0", "trl==0.24.0", "datasets==4.8.4"),
+                    *("numpy<2.4", "pillow", "sentencepiece", "protobuf", "tiktoken", "pandas", "scipy", "einops"),
+                    *("omegaconf", "pydantic", "pyyaml", "av<=16.0.0", "torchdata<=0.11.0", "fire", "tyro<0.9.0"),
+                    *("modelscope", "addict", "attrdict", "json-repair", "binpacking", "dacite", "simplejson"),
+                    *("sortedcontainers", "nltk", "rouge", "aiohttp", "requests", "tqdm", "openai", "zstandard"),
+                    *("matplotlib", "importlib-metadata", "fastapi", "uvicorn", "tensorboard"),
+                )
+            ),
+            Install(("llamafactory==0.9.5", "ms-swift==4.6.0"), ("--no-deps",)),
+        ),
+        # LLaMA-Factory imports torchaudio, which is not called for pictures.
+        stand_ins=(*TORCHVISION_STAND_IN.items(), ("torchaudio/__init__.py", '__version__ = "0.0.0"\n')),
+        imports=("llamafactory.train.tuner", "swift"),
+    ),
+    # For its merge by shards alone, which `make bench` times: other commands want a GPU's libraries.
+    "axolotl": Recipe(
+        (
+            Install(
+                (
+                    *("transformers==5.16.1", "tokenizers==0.23.1", "huggingface_hub==1.17.0", "peft==0.20.0"),
+                    *("accelerate==1.13.0", "safetensors", "numpy<3", "packaging", "tqdm", "colorama", "pillow"),
+                )
+            ),
+            Install(("axolotl==0.19.0",), ("--no-deps",)),
+        ),
+        imports=("axolotl.utils.logging",),
+    ),
     "transformers-4.37": _transformers("4.37.2", "accelerate==0.27.2", numpy="numpy<2"),
     "transformers-4.46": _transformers("4.46.3", "accelerate==1.1.1"),
     "transformers-4.57": _transformers("4.57.6", "accelerate"),

@@ -18,12 +18,14 @@ from llava_convert.layouts.adapter_folder import (
     PREFIX,
     STEM,
     adapter_settings,
+    config_of_run,
     is_adapter,
     read_adapter_config,
     trained_beside,
 )
 from llava_convert.layouts.base import Found, OpenOptions
 from llava_convert.layouts.naming import sort_tensors
+from llava_convert.layouts.official import delta
 from llava_convert.model.adapter import Adapter
 from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION, Checkpoint, Part, Settings
 from llava_convert.model.configs import kinds_that_fit, old_flavour
@@ -64,6 +66,8 @@ def detect(found: Found) -> str | None:
         return f"it is LLaVA's projector alone ({PROJECTOR_FILE})"
     if any(_PROJECTOR in name for name in trained_beside(found)):
         return "it is a checkpoint of official LLaVA's LoRA training (adapter_config.json and a DeepSpeed folder)"
+    if any(key in (config_of_run(found) or {}) for key in _NEITHER):
+        return f"it is a checkpoint of official LLaVA's LoRA training (adapter_config.json, and the run's {CONFIG})"
     if ADAPTER_CONFIG in found.names and (names := _whole_names(found)) and any(_PROJECTOR in name for name in names):
         return "its tensors have the names of official LLaVA under peft"
     return None
@@ -89,7 +93,7 @@ def _whole_names(found: Found) -> Iterable[str]:
 def open(found: Found, options: OpenOptions) -> Checkpoint:
     """Open a folder of shards, a LoRA folder with non_lora_trainables.bin, or a projector alone.
 
-    Raises what the readers raise; UnsupportedError for names that the layout does not have.
+    Raises what the readers raise; UnsupportedError for names that the layout does not have, NotAModelError for a delta.
     """
     path, beside = found.path, found.beside
     config, notes = _config(beside)
@@ -109,6 +113,7 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
     has_llm = parts[LLM].state == "full"
     if has_llm and text is not None:
         _check_family(text, config or {}, parts[LLM], path)
+    delta.refuse(path, parts[LLM].weights, parts[PROJECTOR].weights)
     parts[LLM] = Part(
         parts[LLM].weights,
         parts[LLM].adapter,

@@ -8,7 +8,7 @@ of the hf layout's table.
 
 from __future__ import annotations
 
-from llava_convert.layouts.adapter_folder import is_adapter, read_adapter_folder, trained_beside
+from llava_convert.layouts.adapter_folder import config_of_run, is_adapter, read_adapter_folder, trained_beside
 from llava_convert.layouts.base import Found, OpenOptions
 from llava_convert.model.checkpoint import PARTS, Checkpoint, Part, Settings
 
@@ -21,7 +21,7 @@ def detect(found: Found) -> str | None:
         return None
     if any(name.startswith(("model", "pytorch_model", "non_lora_trainables", "mm_projector")) for name in found.names):
         return None
-    if found.config is not None and "mm_vision_tower" in found.config:
+    if "mm_vision_tower" in (found.config or config_of_run(found) or {}):
         return None
     if any(".mm_projector." in name for name in trained_beside(found)):
         return None
