@@ -50,8 +50,8 @@ def _of_unknown_family(part: str, where: str, what: str) -> UnsupportedError:
     known = sorted(table.name for table in architectures().values() if table.part == part)
     return UnsupportedError(
         f"{where}: the {PART_NAMES[part]} is {what}, a family that this tool does not convert",
-        hint=f"known: {', '.join(known)}; --part projector (or llm, visual-encoder) takes another part alone; a new family "
-        "is one table, which --table FILE.toml adds",
+        hint=f"known: {', '.join(known)}; --part projector (or llm, visual-encoder) takes another part alone; a new "
+        "family is one table, which --table FILE.toml adds",
     )
 
 

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import llava_convert
+from llava_convert.core.errors import UnsupportedError
 from llava_convert.model.checkpoint import LLM
 from llava_convert.model.tables.families import architectures
 from tests.interop.conftest import Converter
-from tests.interop.fact_models import Made, write
-from tests.interop.llama_cpp import LlamaCpp, llm_file, mmproj_file
+from tests.interop.fact_models import FAMILY, Made, write
+from tests.interop.llama_cpp import LlamaCpp, llm_file, mmproj_file, tensors
 from tests.interop.test_internlm import CONFIGS, checkpoint, forward, made
 from tests.interop.test_llama_cpp import MARKER, prompt
 from tests.interop.test_llama_cpp import ids_of as ids_of_text
@@ -119,18 +121,65 @@ def test_twenty_tokens_in_llama_cpp(
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("family", [*OF_THEIR_OWN, *NO_PICTURES_IN_GGUF])
+@pytest.mark.parametrize("family", OF_THEIR_OWN)
 def test_twenty_tokens_of_text_in_llama_cpp(
     converted: Converter, llama_cpp: LlamaCpp, tiny: Path, tmp_path: Path, family: str
 ) -> None:
-    """Of those without a picture there, or without a class in transformers."""
+    """Of those without a class in transformers."""
     source = source_of(family, tmp_path, converted, tiny)
+    assert asked(converted, llama_cpp, source) == written_by_its_own(family, TEXT, set())
+
+
+TEXT = [448, *range(300, 331)]
+
+
+def asked(converted: Converter, llama_cpp: LlamaCpp, source: Path) -> list[int]:
+    """What llama.cpp writes after TEXT with the language model of a source."""
     ours = converted.onward(source, "gguf", outtype="f32", part="llm")
-    ids = [448, *range(300, 331)]
-    task = {"kind": "generate", "model": llm_file(ours, "f32"), "ids": ids, "count": TOKENS}
-    found = llama_cpp.ask(text=task)["text"]["ids"]
-    wanted = written(source, ids, [], None) if family in NO_PICTURES_IN_GGUF else written_by_its_own(family, ids, set())
-    assert len(found) == TOKENS and found == wanted
+    task = {"kind": "generate", "model": llm_file(ours, "f32"), "ids": TEXT, "count": TOKENS}
+    found: list[int] = llama_cpp.ask(text=task)["text"]["ids"]
+    return found
+
+
+def with_head(folder: Path, converted: Converter, family: str, tied: bool) -> Path:
+    head = {"tie_word_embeddings": tied}
+    return write(folder, converted("tiny", "hf"), Made(head, text=head, family=family))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILY)
+def test_a_head_tied_or_not_in_llama_cpp(
+    converted: Converter, llama_cpp: LlamaCpp, tmp_path: Path, family: str, tied: bool
+) -> None:
+    """Its architectures differ in whether they take the embedding for a head, and whether they read one at all."""
+    source = with_head(tmp_path / "source", converted, family, tied)
+    if (family, tied) == ("gemma2", False):
+        with pytest.raises(UnsupportedError, match="takes the embedding for it"):
+            asked(converted, llama_cpp, source)
+        return
+    assert asked(converted, llama_cpp, source) == written(source, TEXT, [], None)
+
+
+def test_a_tied_head_where_the_runtime_wants_one(converted: Converter, tmp_path: Path) -> None:
+    """StableLM's is written from the embedding; the model is still the same, and comes back."""
+    source = with_head(tmp_path / "source", converted, "stablelm", True)
+    llava_convert.convert(source, to="gguf", out=tmp_path / "gguf", outtype="f32,q4_0", verify="full")
+    found = tensors(next((tmp_path / "gguf").glob("gguf-f32.gguf")))
+    assert found["output.weight"].data == found["token_embd.weight"].data
+    file = tmp_path / "gguf" / "gguf-f32.gguf"
+    assert llava_convert.verify(source, file)
+    llava_convert.convert(file, to="hf", out=tmp_path / "hf", dtype="float32")
+    first, last = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "hf"))
+    words = "language_model.model.embed_tokens.weight"
+    assert torch.equal(last[words][:576], first[words])
+
+
+def test_a_head_that_the_runtime_does_not_read(converted: Converter, tmp_path: Path) -> None:
+    source = with_head(tmp_path / "source", converted, "gemma2", False)
+    with pytest.raises(UnsupportedError, match="a head of its own") as refused:
+        llava_convert.convert(source, to="gguf", out=tmp_path / "gguf", part="llm")
+    assert refused.value.exit_code == 4 and "xtuner" in str(refused.value.hint)
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
