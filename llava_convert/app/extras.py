@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llava_convert.core.errors import UnsupportedError
-from llava_convert.model.checkpoint import Checkpoint, Dropped
+from llava_convert.model.checkpoint import LLM, VISION, Checkpoint, Dropped
+from llava_convert.model.checks import refuse_unknown_family
 from llava_convert.model.options import ALL, DROP
 
 ASKED = "no table has it, and --extra drop leaves it out"
@@ -15,8 +16,10 @@ _OTHER_PART = "no table has it, and one part alone is asked for"
 def without_extra(checkpoint: Checkpoint, part: str, extra: str) -> Checkpoint:
     """The checkpoint less the tensors that no table has, which it then lists as dropped.
 
-    Raises UnsupportedError (exit 4) where the whole is wanted and nobody said that they may go.
+    Raises UnsupportedError (exit 4) where the whole is wanted and nobody said that they may go, and for a part of a
+    family that no table has.
     """
+    refuse_unknown_family(checkpoint, [one for one in (LLM, VISION) if part in (ALL, one)])
     if checkpoint.extra is None:
         return checkpoint
     if part == ALL and extra != DROP:

@@ -33,6 +33,7 @@ from llava_convert.model.checks import (
     check_projector,
     check_shapes,
     refuse_unknown,
+    refuse_unknown_base,
 )
 from llava_convert.model.configs import family, named_config
 from llava_convert.model.projector import projector_config
@@ -69,7 +70,11 @@ def assemble(
     warnings: list[str] = []
     for part in (LLM, VISION):
         if part in wanted or part in tuple(configs):
-            _add_part(checkpoint, part, asked, session, bases, found_configs)
+            try:
+                _add_part(checkpoint, part, asked, session, bases, found_configs)
+            except InputError:
+                refuse_unknown_base(part, asked.asked(part) or checkpoint.parts[part].base or "")
+                raise
         elif part in tuple(optional_configs):
             try:
                 _add_part(checkpoint, part, asked, session, bases, found_configs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -17,8 +17,42 @@ from llava_convert.model.projector import projector_config
 from llava_convert.model.recipe import Recipe
 from llava_convert.model.record import merged_already
 from llava_convert.model.tables.facts import facts
-from llava_convert.model.tables.families import Expected
+from llava_convert.model.tables.families import Expected, architecture_for, architectures
 from llava_convert.model.tables.names import grouped
+from llava_convert.model.tables.unknown_families import by_id, by_tensors
+
+
+def refuse_unknown_family(checkpoint: Checkpoint, parts: Iterable[str]) -> None:
+    """Raise UnsupportedError (exit 4) for a part of a family that no table has, by the family's own name.
+
+    It is told by the model type of the part's config, else by the names of its tensors; those that no layout gives a
+    meaning may be the language model's, or a tower's where there is no other.
+    """
+    for part in parts:
+        own = checkpoint.parts[part]
+        if own.config is not None and isinstance(kind := own.config.get("model_type"), str):
+            architecture_for(part, kind)
+        adapted = {f"{module}.weight" for adapter in own.adapters for module in adapter.modules}
+        names = own.names | adapted | {name for adapter in own.adapters for name in adapter.overrides}
+        if checkpoint.extra is not None and (part == LLM or not names):
+            names |= set(checkpoint.extra.names)
+        if (what := by_tensors(part, names)) is not None:
+            raise _of_unknown_family(part, str(checkpoint.path), what)
+
+
+def refuse_unknown_base(part: str, name: str) -> None:
+    """Raise UnsupportedError (exit 4) for a base that cannot be had, whose name is that of a family no table has."""
+    if (what := by_id(part, name)) is not None:
+        raise _of_unknown_family(part, f"the base {printable(name)}", what)
+
+
+def _of_unknown_family(part: str, where: str, what: str) -> UnsupportedError:
+    known = sorted(table.name for table in architectures().values() if table.part == part)
+    return UnsupportedError(
+        f"{where}: the {PART_NAMES[part]} is {what}, a family that this tool does not convert",
+        hint=f"known: {', '.join(known)}; --part projector (or llm, visual-encoder) takes another part alone; a new "
+        "family is one table, which --table FILE.toml adds",
+    )
 
 
 def refuse_unknown(checkpoint: Checkpoint, part: str, known: Mapping[str, Expected]) -> None:

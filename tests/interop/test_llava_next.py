@@ -155,18 +155,33 @@ class Tokenized:
         return int(self.processor._get_number_of_features(size[1], size[0], SIDE, SIDE)) - less
 
 
-@torch.inference_mode()
-def logits(folder: Path, kind: Kind, name: str, before: list[int], after: list[int]) -> torch.Tensor:
-    """transformers' own, from files to logits."""
-    kindred = getattr(transformers, f"{kind.name}ForConditionalGeneration")
-    model, report = kindred.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    told = Tokenized(folder, kind)
-    inputs = told.images(picture(name), return_tensors="pt")
-    ids = [*before, *[model.config.image_token_index] * told.features(SIZES[name]), *after]
-    more = {"pixel_values": inputs["pixel_values"], "image_sizes": inputs["image_sizes"]}
-    found: torch.Tensor = model.eval()(input_ids=torch.tensor([ids]), **more).logits[0]
-    return found
+class Loaded:
+    """transformers' own, from files to features and logits."""
+
+    def __init__(self, folder: Path, kind: Kind) -> None:
+        kindred = getattr(transformers, f"{kind.name}ForConditionalGeneration")
+        self.model, report = kindred.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        self.model.eval()
+        self.told = Tokenized(folder, kind)
+
+    def inputs(self, name: str) -> dict[str, Any]:
+        found = self.told.images(picture(name), return_tensors="pt")
+        return {"pixel_values": found["pixel_values"], "image_sizes": found["image_sizes"]}
+
+    @torch.inference_mode()
+    def features(self, name: str) -> torch.Tensor:
+        """What the language model gets of a picture: (features, width)."""
+        found = self.model.get_image_features(**self.inputs(name))
+        rows = getattr(found, "pooler_output", found)
+        one: torch.Tensor = rows[0]
+        return one
+
+    @torch.inference_mode()
+    def logits(self, name: str, before: list[int], after: list[int]) -> torch.Tensor:
+        ids = [*before, *[self.model.config.image_token_index] * self.told.features(SIZES[name]), *after]
+        found: torch.Tensor = self.model(input_ids=torch.tensor([ids]), **self.inputs(name)).logits[0]
+        return found
 
 
 BEFORE, AFTER = [448, 300, 301], [302, 303, 304, 305, 306]
@@ -179,11 +194,13 @@ def test_official_to_hf_and_back(sources: dict[str, Path], converted: Converter,
     official = converted.onward(source, "official", dtype="float32")
     back = converted.onward(official, "hf", dtype="float32")
     reference = Official(official, published_tower(source))
-    told = Tokenized(back, kind)
+    loaded = Loaded(back, kind)
     for size in SIZES:
+        seen = reference.features(picture(size))
+        assert loaded.told.features(SIZES[size]) == len(seen), size
+        assert gap(loaded.features(size), seen) <= TOLERANCE, size
         mine = reference.logits(picture(size), BEFORE, AFTER)
-        assert told.features(SIZES[size]) == len(mine) - len(BEFORE) - len(AFTER), size
-        theirs = logits(back, kind, size, BEFORE, AFTER)
+        theirs = loaded.logits(size, BEFORE, AFTER)
         assert gap(theirs[:, :TOKENS], mine[:, :TOKENS]) <= TOLERANCE, size
     first, last = (load_file(folder / "model.safetensors") for folder in (source, back))
     assert first.keys() == last.keys()

@@ -19,6 +19,8 @@ _ACTIVATIONS = {"gemma2": ("gelu_pytorch_tanh",), "gemma3": ("gelu_pytorch_tanh"
 _USUAL_ACTIVATIONS = ("silu", "swish")
 # Layers from one that looks at everything to the next (load_swa_pattern), and that whose heads are scaled by the width.
 _PATTERNS = {"gemma2": (2, 46), "gemma3": (6, 62)}
+# models/gemma2.cpp reads no output.weight, models/stablelm.cpp does not take the embedding where there is none.
+_NO_HEAD, _OWN_HEAD = ("gemma2",), ("stablelm",)
 # Their attn_output reads as many features as the model has (create_tensor of LLM_TENSOR_ATTN_OUT).
 _COMMON_HEADS = ("qwen2", "phi3")
 
@@ -42,6 +44,12 @@ def refuse(architecture: str, told: Iterable[str], config: Config, family: Archi
     size, heads = family.symbol("head_dim", config), family.symbol("heads", config)
     if architecture in _PATTERNS:
         _refuse_gemma(architecture, config, size, heads)
+    if architecture in _NO_HEAD and config.get("tie_word_embeddings") is False:
+        raise UnsupportedError(
+            f"a head of its own (tie_word_embeddings: false) cannot be written as GGUF: llama.cpp's {architecture} "
+            "takes the embedding for it",
+            hint="hf and xtuner hold it",
+        )
     if architecture in _COMMON_HEADS and size * heads != config["hidden_size"]:
         raise UnsupportedError(
             f"{heads} heads of {size} on {config['hidden_size']} features cannot be written as GGUF: llama.cpp's "
@@ -88,6 +96,11 @@ def implied(architecture: str, config: Config, family: Architecture) -> dict[str
         return {}
     size, heads = family.symbol("head_dim", config), family.symbol("heads", config)
     return {"query_pre_attn_scalar": _gemma_scale(config, size, heads, _PATTERNS[architecture][1])}
+
+
+def has_tied_heads(architecture: str) -> bool:
+    """Whether a head that is tied to the embedding need not be in the file."""
+    return architecture not in _OWN_HEAD
 
 
 def refuse_pictures(architecture: str) -> None:

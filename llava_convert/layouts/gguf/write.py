@@ -168,7 +168,8 @@ def _limit(options: TargetOptions) -> int | None:
 def _language_model(model: Model, made: Artefacts, options: TargetOptions) -> tuple[list[Renamed], dict[str, Typed]]:
     config = model.configs[LLM]
     table = table_for_family(str(config["model_type"]))
-    recipes = {name: recipe for name, recipe in model.part(LLM).items() if not (model.tied and name == model.head)}
+    shared = {model.head} if model.tied and limits.has_tied_heads(table.architecture) else set()
+    recipes = {name: recipe for name, recipe in model.part(LLM).items() if name not in shared}
     rows = recipes[model.embedding].shape[0]
     config = {**config, "vocab_size": rows, "tie_word_embeddings": model.tied}
     found = table.written(recipes, config)
