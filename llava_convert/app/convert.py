@@ -21,11 +21,12 @@ from llava_convert.app.planning import Prepared, prepare
 from llava_convert.app.session import job_session, tell_unchecked
 from llava_convert.core.errors import MismatchError
 from llava_convert.core.flags import AUTO, options_of
-from llava_convert.core.progress import Reporter, Silence
+from llava_convert.core.progress import Reporter, Silence, names_files, stage
 from llava_convert.core.tensors import TORCH_NAMES
 from llava_convert.core.text import utf8
 from llava_convert.engine.check import check_full, check_quick
-from llava_convert.engine.execute import execute
+from llava_convert.engine.estimate import seconds
+from llava_convert.engine.execute import execute, thread_count
 from llava_convert.engine.plan import Plan
 from llava_convert.engine.record import record, stored_of
 from llava_convert.engine.report import Report, part_story, peak_memory
@@ -37,9 +38,10 @@ from llava_convert.model.facts import spelled
 from llava_convert.model.options import FULL, OFF, OutputOptions
 from llava_convert.ops.base import CastLoss
 from llava_convert.storage.fingerprints import Snapshot, State
+from llava_convert.storage.output.places import free_bytes
 from llava_convert.storage.output.staging import Staging
 from llava_convert.storage.ranges import FilePool
-from llava_convert.storage.remote.mounts import address_of
+from llava_convert.storage.remote.mounts import address_of, remote_of
 from llava_convert.storage.remote.reach import url_of
 from llava_convert.storage.remote.session import Session
 
@@ -53,7 +55,9 @@ def convert(source: str | Path, options: Options, say: Reporter | None = None) -
     OUT appears whole or not at all. Raises ConvertError, whose `exit_code` says which kind.
     """
     with job_session(options) as session:
-        return _convert(_prepared(source, options, session), options, say or Silence(), session)
+        say = say or Silence()
+        stage(say, "opening")
+        return _convert(_prepared(source, options, session), options, say, session)
 
 
 def plan(source: str | Path, options: Options) -> Report:
@@ -89,23 +93,26 @@ def _convert(ready: Prepared, options: Options, say: Reporter, session: Session)
     planned = report(ready, options, made, session)
     with (
         FilePool() as pool,
-        _staging(ready, options, planned.bytes_written, _stamp(ready.plan, snapshot), say) as stage,
+        _staging(ready, options, planned.bytes_written, _stamp(ready.plan, snapshot), say) as staged,
     ):
         total = sum(t.nbytes for t in ready.plan.tensors)
         outcome = execute(
             ready.plan,
-            stage,
+            staged,
             pool,
             threads=options.threads,
             digest=options.digest,
             progress=say.start("converting", total),
+            on_file=names_files(say),
         )
+        stage(say, "checking")
         snapshot.recheck()
         if options.level != OFF:
-            written = check_quick(ready.plan, stage.path)
-            _check_facts(ready, stage.path)
+            written = check_quick(ready.plan, staged.path)
+            _check_facts(ready, staged.path)
             if options.level == FULL:
-                bad = check_full(ready.plan, written, pool, progress=say.start("verifying", total))
+                advance = say.start("verifying", total)
+                bad = check_full(ready.plan, written, pool, progress=advance, on_file=names_files(say))
                 outcome = _with_nonfinite(outcome, bad)
         extra = _nonfinite_warning(outcome)
         if extra:
@@ -113,10 +120,11 @@ def _convert(ready: Prepared, options: Options, say: Reporter, session: Session)
             warnings.append(extra)
         if outcome.flushed:
             say.note(f"{outcome.flushed:,} nonzero values became zero in the cast")
-        files = stage.contents(ready.plan.sizes) if made.vouches else {}
+        files = staged.contents(ready.plan.sizes) if made.vouches else {}
         for name, data in made.completed(outcome.digests, files).items():
-            stage.write_bytes(name, data)
-        stage.commit()
+            staged.write_bytes(name, data)
+        stage(say, "finishing")
+        staged.commit()
     tell_unchecked(session, say)
     return replace(planned, done=True, flushed=outcome.flushed, warnings=tuple(warnings), fetched=session.fetched)
 
@@ -230,11 +238,20 @@ def report(ready: Prepared, options: Options, made: Documents, session: Session)
         verified=options.level,
         done=False,
         memory=peak_memory(plan),
+        seconds=_seconds(plan, options.threads) if isinstance(out, Path) else None,
+        disk_free=free_bytes(out) if isinstance(out, Path) else None,
         parts={PART_WORDS[part]: part_story(model, plan, part) for part in PARTS},
         fetched=session.fetched,
         dropped=(*ready.checkpoint.dropped, *model.dropped),
         unchecked=session.unchecked,
     )
+
+
+def _seconds(plan: Plan, threads: int) -> float | None:
+    """How long it may take; None where a network decides."""
+    if any(remote_of(extent.path) is not None for t in plan.tensors for s in stored_of(t) for extent in s.extents):
+        return None
+    return seconds(plan, threads or thread_count(plan.tensors))
 
 
 def _source_dtype(plan: Plan) -> str:

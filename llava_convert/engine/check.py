@@ -61,7 +61,12 @@ def _check_index(name: str, folder: Path, written: dict[str, dict[str, StoredTen
 
 
 def check_full(
-    plan: Plan, written: dict[str, dict[str, StoredTensor]], pool: FilePool, *, progress: Callable[[int], None]
+    plan: Plan,
+    written: dict[str, dict[str, StoredTensor]],
+    pool: FilePool,
+    *,
+    progress: Callable[[int], None],
+    on_file: Callable[[str], None] = lambda _: None,
 ) -> dict[str, int]:
     """Reread both sides: copies compared directly, every op recomputed. Raises MismatchError (exit 7).
 
@@ -69,6 +74,7 @@ def check_full(
     """
     nonfinite: dict[str, int] = {}
     for shard in plan.shards:
+        on_file(shard.name)
         found = compare(shard.tensors, written[shard.name], pool, progress=progress)
         nonfinite |= found.nonfinite
         if found.differences:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 
@@ -26,10 +26,18 @@ from llava_convert.storage.remote.mounts import remote_of
 
 
 def execute(
-    plan: Plan, stage: Stage, pool: FilePool, *, threads: int = 0, digest: bool = False, progress: Progress
+    plan: Plan,
+    stage: Stage,
+    pool: FilePool,
+    *,
+    threads: int = 0,
+    digest: bool = False,
+    progress: Progress,
+    on_file: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
     """Write every shard of the plan into the stage, then its files, indexes last.
 
+    `on_file` is called with the name of each file, before the first byte of it.
     Raises InputError when a source changes or ends early, OutputError when the disk refuses, MismatchError when a
     cast overflows. The caller commits.
     """
@@ -39,6 +47,8 @@ def execute(
             for shard in (shard for shard in batch if stage.finished(shard.name)):
                 progress(sum(t.nbytes for t in shard.tensors))
             left = [shard for shard in batch if not stage.finished(shard.name)]
+            if left:
+                on_file(left[0].name if len(left) == 1 else f"{left[0].name} +{len(left) - 1}")
             with ExitStack() as opened:
                 files = {shard.name: opened.enter_context(stage.new_file(shard.name, shard.size)) for shard in left}
                 for shard in left:
