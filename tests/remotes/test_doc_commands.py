@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+import llava_convert
 from tests.hubs.huggingface import HuggingFace
 from tests.hubs.modelscope import ModelScope
 from tests.interop.printed_commands import words
@@ -28,7 +30,7 @@ WORDS = {
 LEFT = {
     r"s3://": "tests/remotes/test_urls.py does, beside a store",
     r"llava-fp8|mine\.toml": "tests/field/test_quantised.py and test_unknown_modules.py do",
-    r"train ": "minutes; tests/training trains, and makes dry runs",
+    r"train (?!.*(--dry-run|--list|my-data))": "minutes; tests/training trains",
     r"data check RECIPE --set data\.root|data fix-ocrvqa": "wants the data sets",
 }
 
@@ -57,7 +59,27 @@ def folder(layouts: dict[str, Path], tiny: Path, tmp_path: Path) -> Path:
     for name in ("llava-v1.5-7b-hf", "my-llava", "the-output"):
         shutil.copytree(layouts["hf"], tmp_path / name)
     shutil.copy(layouts["gguf"] / "tiny-f16.gguf", tmp_path / "llava-f16.gguf")
+    _adapter(layouts["hf"], tiny, tmp_path)
+    _own_data(tiny, tmp_path)
     return tmp_path
+
+
+def _adapter(whole: Path, tiny: Path, folder: Path) -> None:
+    """A base, and an adapter for it."""
+    shutil.copytree(whole, folder / "llava-base")
+    (folder / "llava-base" / "conversion.json").unlink()  # which would say that the adapter is merged in already
+    llava_convert.convert(tiny / "iter_2.pth", to="peft", part="visual-encoder", out=folder / "my-lora")
+
+
+def _own_data(tiny: Path, folder: Path) -> None:
+    """The files that the tutorial on training asks its reader to write, as the page has them."""
+    page = (ROOT / "docs" / "tutorials" / "train-your-own-data.md").read_text(encoding="utf-8")
+    row, recipe = (re.findall(rf"```{kind}\n(.*?)```", page, re.S) for kind in ("json", "toml"))
+    images = folder / "my-data" / "images"
+    images.mkdir(parents=True)
+    shutil.copy(tiny / "picture.png", images / json.loads(row[0])["image"])
+    (folder / "my-data" / "train.jsonl").write_text(row[0])
+    (folder / "my-data.toml").write_text(recipe[0])
 
 
 @pytest.mark.slow
@@ -66,6 +88,7 @@ def test_every_command_of_a_page(
     page: Path, command: Command, hf: HuggingFace, ms: ModelScope, folder: Path, layouts: dict[str, Path], tiny: Path
 ) -> None:
     hf.add("org/llava-8b", layouts["hf"])
+    hf.add("liuhaotian/llava-v1.5-7b", layouts["official"])
     for line in commands(page):
         if any(re.search(left, line) for left in LEFT):
             continue
