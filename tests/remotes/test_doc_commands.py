@@ -17,7 +17,9 @@ from tests.remotes.conftest import Command
 
 ROOT = Path(__file__).resolve().parents[2]
 # What inspect-forty.md shows is made of the commands, and tests/docs/test_forty.py goes on from there.
-PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").rglob("*.md")) if p.stem != "inspect-forty")]
+# The Chinese pages have the same commands, by tests/docs/test_chinese.py.
+ENGLISH = [p for p in sorted((ROOT / "docs").rglob("*.md")) if "zh" not in p.parts and p.stem != "inspect-forty"]
+PAGES = [ROOT / "README.md", *ENGLISH]
 BLOCK = re.compile(r"```console\n(.*?)```", re.S)
 COMMAND = re.compile(r"^\$ (llava-convert(?:[^\n]*\\\n)*[^\n]*)$", re.M)
 
