@@ -15,8 +15,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "python-api.md"
 HEAD = """\
 # Python API
 
-Every public name of `llava_convert`, with its docstring. `make docs` makes this page of them. Examples, and how keywords
-relate to options: [from Python](python.md).
+Every public name of `llava_convert`, with its docstring; `make docs` makes this page of them.
+Examples, and how keywords relate to options: [from Python](python.md).
 """
 _SECTIONS = ("Functions", "Results", "Errors")
 
