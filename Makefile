@@ -11,7 +11,7 @@ ARGS ?=
 SECONDS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test manifest docs lint format bench bench-8b peers test-peers test-lowest test-python faults fuzz clean
+.PHONY: help install demo test manifest docs dist lint format bench bench-8b peers test-peers test-lowest test-python faults fuzz clean
 
 help:  ## list these verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,13 +28,21 @@ manifest: $(STAMP)  ## say which files of every golden conversion changed; ARGS=
 	$(PY) -m tests.golden.manifest $(ARGS)
 
 docs: $(STAMP)  ## make the pages of docs that are made of tables and commands, then the site, under site/
+	$(PY) -m tests.docs.api_page
 	$(PY) -m tests.docs.cli_page
 	$(PY) -m tests.docs.facts_page
 	$(PY) -m tests.docs.families_page
 	$(PY) -m tests.docs.json_page
 	$(PY) -m tests.docs.readme_table
 	$(PY) -m tests.docs.forty
+	$(PY) -m tests.docs.picture
 	$(PY) -m mkdocs build
+
+dist: $(STAMP)  ## build what goes to PyPI, under dist/, and check it as PyPI does
+	rm -rf dist
+	$(PY) -m hatchling build
+	@$(PY) -c 'import twine' 2>/dev/null || $(PIP) twine
+	$(PY) -m twine check --strict dist/*
 
 lint: $(STAMP)  ## ruff (rules and format), the rooms' contracts and mypy, as .ci/run does
 	$(PY) -m ruff check .

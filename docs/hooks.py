@@ -19,6 +19,14 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def _bars(code: re.Match[str]) -> str:
+    return code[0].replace("\\|", "|")
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links out of `docs` lead to the pages of the site that hold what lies there."""
-    return re.sub(r"\]\(\.\./([A-Z]+\.md)", lambda found: f"]({BESIDE[found[1]]}", markdown)
+    """Links out of `docs` lead to the pages of the site that hold what lies there.
+
+    A bar within code in a table is written with a backslash for GitHub; Python-Markdown would show that.
+    """
+    markdown = re.sub(r"^\|.*$", lambda row: re.sub(r"`[^`]+`", _bars, row[0]), markdown, flags=re.M)
+    return re.sub(r"\]\((?:\.\./)+([A-Z]+\.md)", lambda found: f"]({BESIDE[found[1]]}", markdown)

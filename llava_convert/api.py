@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect as signatures
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, get_type_hints
@@ -30,7 +31,7 @@ from llava_convert.app.sweep import SweepItem
 from llava_convert.app.verdict import Verdict
 from llava_convert.core.errors import ConvertError, system_errors
 from llava_convert.core.flags import in_keywords, options_of
-from llava_convert.core.progress import Reporter, reporter
+from llava_convert.core.progress import OnBytes, Reporter, reporter
 from llava_convert.engine.report import Published, Report
 
 P = ParamSpec("P")
@@ -60,10 +61,29 @@ class _InKeywords:
     """A reporter whose notes and warnings speak of keywords."""
 
     def __init__(self, to: Reporter) -> None:
+        self._to = to
         self.start = to.start
         self.note: Callable[[str], None] = lambda text: to.note(_in_keywords(text))
         self.warn: Callable[[str], None] = lambda text: to.warn(_in_keywords(text))
-        self.shows_progress = bool(getattr(to, "shows_progress", False))
+
+    def __getattr__(self, name: str) -> Any:
+        """What a reporter can show beyond the three: stages without a total, files."""
+        return getattr(self._to, name)
+
+
+@contextmanager
+def _telling(progress: Reporter | OnBytes | bool | None) -> Iterator[Reporter]:
+    """What a job reports to, of what a caller gives; a line of progress is taken away at the end."""
+    if progress is not True:
+        yield _InKeywords(reporter(progress or None))
+        return
+    from llava_convert.app.progress_line import Shown
+
+    shown = Shown()
+    try:
+        yield _InKeywords(shown)
+    finally:
+        shown.stop()
 
 
 def _keywords(job: Callable[P, J]) -> Callable[[Callable[[J], R]], Callable[P, R]]:
@@ -127,10 +147,12 @@ def _reworded(value: Any) -> Any:
 def convert(job: ConvertJob) -> Report:
     """Convert a checkpoint to another layout; with `push`, publish it afterwards.
 
-    `progress` is a Reporter, or a function that is called with the bytes done and the total of each stage. Raises
+    `progress` is True for a line that shows stage, percent, rate and time left, a Reporter, or a function that is
+    called with the bytes done and the total of each stage. Raises
     `ConvertError`.
     """
-    return job.run(_InKeywords(reporter(job.progress)))
+    with _telling(job.progress) as say:
+        return job.run(say)
 
 
 @_keywords(MergeJob)
@@ -139,7 +161,8 @@ def merge(job: MergeJob) -> Report:
 
     `progress` as for `convert`. Raises `ConvertError`.
     """
-    return job.run(_InKeywords(reporter(job.progress)))
+    with _telling(job.progress) as say:
+        return job.run(say)
 
 
 @_keywords(PlanJob)
@@ -165,7 +188,8 @@ def verify(job: VerifyJob) -> Verdict:
     The verdict is true where it does. With `check` a difference raises `MismatchError`. `progress` as for `convert`.
     Raises `ConvertError`.
     """
-    return job.run(_InKeywords(reporter(job.progress)))
+    with _telling(job.progress) as say:
+        return job.run(say)
 
 
 @_keywords(ChatJob)
@@ -192,7 +216,8 @@ def mmbench(job: MMBenchJob) -> MMBenchResult:
 
     Answers, scores and what is submitted are left in `work_dir`. `progress` as for `convert`. Raises `ConvertError`.
     """
-    return job.run(_InKeywords(reporter(job.progress)))
+    with _telling(job.progress) as say:
+        return job.run(say)
 
 
 @_keywords(UploadJob)
@@ -201,7 +226,8 @@ def upload(job: UploadJob) -> tuple[Published, ...]:
 
     `progress` as for `convert`. Raises `ConvertError`.
     """
-    return job.run(_InKeywords(reporter(job.progress)))
+    with _telling(job.progress) as say:
+        return job.run(say)
 
 
 @_keywords(ReleaseJob)
@@ -210,7 +236,8 @@ def release(job: ReleaseJob) -> tuple[ReleaseItem, ...]:
 
     What an earlier run finished is left as it is. `progress` as for `convert`. Raises `ConvertError`.
     """
-    return job.run(_InKeywords(reporter(job.progress)))
+    with _telling(job.progress) as say:
+        return job.run(say)
 
 
 @_keywords(SweepJob)
@@ -220,4 +247,5 @@ def sweep(job: SweepJob) -> tuple[SweepItem, ...]:
     One that cannot be converted says why in its item, and does not stop the others. `progress` as for `convert`.
     Raises `ConvertError` where nothing is found, or nothing can be written.
     """
-    return job.run(_InKeywords(reporter(job.progress)))
+    with _telling(job.progress) as say:
+        return job.run(say)

@@ -21,11 +21,12 @@ from llava_convert.app.planning import Prepared, prepare
 from llava_convert.app.session import job_session, tell_unchecked
 from llava_convert.core.errors import MismatchError
 from llava_convert.core.flags import AUTO, options_of
-from llava_convert.core.progress import Reporter, Silence
+from llava_convert.core.progress import Reporter, Silence, names_files, stage
 from llava_convert.core.tensors import TORCH_NAMES
 from llava_convert.core.text import utf8
 from llava_convert.engine.check import check_full, check_headers, check_quick
-from llava_convert.engine.execute import execute
+from llava_convert.engine.estimate import seconds
+from llava_convert.engine.execute import execute, thread_count
 from llava_convert.engine.plan import Plan, shard_hash
 from llava_convert.engine.record import record, stored_of
 from llava_convert.engine.report import Report, part_story, peak_memory
@@ -38,9 +39,10 @@ from llava_convert.model.facts import spelled
 from llava_convert.model.options import FULL, OFF, OutputOptions
 from llava_convert.ops.base import CastLoss
 from llava_convert.storage.fingerprints import Snapshot, State
+from llava_convert.storage.output.places import free_bytes
 from llava_convert.storage.output.staging import Staging
 from llava_convert.storage.ranges import FilePool
-from llava_convert.storage.remote.mounts import address_of
+from llava_convert.storage.remote.mounts import address_of, remote_of
 from llava_convert.storage.remote.reach import url_of
 from llava_convert.storage.remote.session import Session
 
@@ -58,7 +60,9 @@ def convert(source: str | Path, options: Options, say: Reporter | None = None) -
 
         return convert_there(source, options, say or Silence())
     with job_session(options) as session:
-        return _convert(_prepared(source, options, session), options, say or Silence(), session)
+        say = say or Silence()
+        stage(say, "opening")
+        return _convert(_prepared(source, options, session), options, say, session)
 
 
 def write_files(source: str | Path, options: Options, names: Collection[str]) -> Report:
@@ -118,33 +122,36 @@ def _convert(
     planned = report(ready, options, made, session)
     if files is not None:
         planned = replace(planned, share=tuple(files))
-    with FilePool() as pool, _staging(ready, options, planned, _stamp(ready.plan.hash, snapshot), say) as stage:
+    with FilePool() as pool, _staging(ready, options, planned, _stamp(ready.plan.hash, snapshot), say) as staged:
         outcome = execute(
             ready.plan,
-            stage,
+            staged,
             pool,
             names=planned.share,
             twins={name: twin for name, twin in (files or {}).items() if twin is not None},
             threads=options.threads,
             digest=options.digest,
             progress=say.start("converting", sum(t.nbytes for shard in _written(planned) for t in shard.tensors)),
+            on_file=names_files(say),
         )
+        stage(say, "checking")
         snapshot.recheck()
-        _verify(ready, options, planned, stage, pool, outcome, say)
+        _verify(ready, options, planned, staged, pool, outcome, say)
         warnings = list(filter(None, [_nonfinite_warning(outcome)]))
         for text in warnings:
             say.warn(text)
         if outcome.flushed:
             say.note(f"{outcome.flushed:,} nonzero values became zero in the cast")
+        stage(say, "finishing")
         if planned.share is not None:
             for name in planned.share:
-                stage.tell(name, {**outcome.of(name), "verified": options.level})
-            stage.settle()
+                staged.tell(name, {**outcome.of(name), "verified": options.level})
+            staged.settle()
         else:
-            contents = stage.contents(ready.plan.sizes) if made.vouches else {}
+            contents = staged.contents(ready.plan.sizes) if made.vouches else {}
             for name, data in made.completed(outcome.digests, contents).items():
-                stage.write_bytes(name, data)
-            stage.commit()
+                staged.write_bytes(name, data)
+            staged.commit()
     tell_unchecked(session, say)
     return replace(
         planned,
@@ -164,7 +171,7 @@ def _verify(
     ready: Prepared,
     options: Options,
     planned: Report,
-    stage: Staging | RemoteStaging,
+    staged: Staging | RemoteStaging,
     pool: FilePool,
     outcome: Outcome,
     say: Reporter,
@@ -177,15 +184,15 @@ def _verify(
         return
     shards = _written(planned)
     if planned.share is None:
-        written = check_quick(ready.plan, stage.path)
-        _check_facts(ready, stage.path)
+        written = check_quick(ready.plan, staged.path)
+        _check_facts(ready, staged.path)
     else:
-        written = check_headers(shards, stage.path)
+        written = check_headers(shards, staged.path)
     if options.level != FULL:
         return
-    left = [shard for shard in shards if stage.found.get(shard.name, {}).get("verified") != FULL]
+    left = [shard for shard in shards if staged.found.get(shard.name, {}).get("verified") != FULL]
     done = say.start("verifying", sum(tensor.nbytes for shard in left for tensor in shard.tensors))
-    for key, count in check_full(left, written, pool, progress=done).items():
+    for key, count in check_full(left, written, pool, progress=done, on_file=names_files(say)).items():
         outcome.losses.setdefault(key, CastLoss(nonfinite=count))
 
 
@@ -336,12 +343,21 @@ def report(ready: Prepared, options: Options, made: Documents, session: Session)
         verified=options.level,
         done=False,
         memory=peak_memory(plan),
+        seconds=_seconds(plan, options.threads) if isinstance(out, Path) else None,
+        disk_free=free_bytes(out) if isinstance(out, Path) else None,
         parts={PART_WORDS[part]: part_story(model, plan, part) for part in PARTS},
         fetched=session.fetched,
         dropped=(*ready.checkpoint.dropped, *model.dropped),
         unchecked=session.unchecked,
         share=None if options.share is None else tuple(shard.name for shard in plan.share(*options.share)),
     )
+
+
+def _seconds(plan: Plan, threads: int) -> float | None:
+    """How long it may take; None where a network decides."""
+    if any(remote_of(extent.path) is not None for t in plan.tensors for s in stored_of(t) for extent in s.extents):
+        return None
+    return seconds(plan, threads or thread_count(plan.tensors))
 
 
 def _source_dtype(plan: Plan) -> str:

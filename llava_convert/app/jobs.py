@@ -22,7 +22,7 @@ from llava_convert.app.options import (
 )
 from llava_convert.core.errors import UsageError
 from llava_convert.core.flags import AUTO, CHECKS, OUTPUT, PUBLISH, RUN, Flag, Flagged, as_names
-from llava_convert.core.progress import OnBytes, Reporter
+from llava_convert.core.progress import OnBytes, Reporter, stage
 from llava_convert.layouts.info import MERGED, TARGETS
 from llava_convert.model.options import ALL, FULL, OFF, PartOption, TypesOption
 
@@ -63,7 +63,7 @@ class ConvertJob(Options):
     source: Annotated[PathLike, _SOURCE]
     _: KW_ONLY
     dry_run: Annotated[bool, Flag("Print the plan; write nothing.", CHECKS)] = False
-    progress: Reporter | OnBytes | None = None
+    progress: Reporter | OnBytes | bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,7 +120,7 @@ class SweepJob(Options):
         int | None, Flag("Look for new ones every so many seconds, until Ctrl-C.", RUN, metavar="SECONDS")
     ] = None
     dry_run: Annotated[bool, Flag("Say what is to do; write nothing.", CHECKS)] = False
-    progress: Reporter | OnBytes | None = None
+    progress: Reporter | OnBytes | bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,6 +145,7 @@ class InspectJob(SourceOptions):
     def run(self, say: Reporter) -> Inspection:
         from llava_convert.app.inspect import inspect
 
+        stage(say, "reading headers")
         return inspect(self.source, self)
 
 
@@ -170,7 +171,7 @@ class VerifyJob(SourceOptions, PartOption):
         None
     )
     check: bool = False
-    progress: Reporter | OnBytes | None = None
+    progress: Reporter | OnBytes | bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -244,7 +245,7 @@ class MMBenchJob(AskOptions):
         PathLike | None, Flag("Write a page with the scores, pictures and answers.", RUN, metavar="FILE.html")
     ] = None
     max_new_tokens: Annotated[int, Flag("The most tokens of an answer.", RUN, metavar="N")] = 100
-    progress: Reporter | OnBytes | None = None
+    progress: Reporter | OnBytes | bool | None = None
 
     def run(self, say: Reporter) -> MMBenchResult:
         from llava_convert.app.mmbench.run import run_mmbench
@@ -286,7 +287,7 @@ class EvalJob(AskOptions):
     include: Annotated[PathLike | None, Flag("A folder with tasks of your own (YAML).", RUN, metavar="DIR")] = None
     limit: Annotated[int | None, Flag("The first N questions of each task alone.", RUN, metavar="N")] = None
     card: Annotated[bool, Flag("Write the table into the README.md of SOURCE, too.", RUN)] = False
-    progress: Reporter | OnBytes | None = None
+    progress: Reporter | OnBytes | bool | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -322,6 +323,7 @@ class DoctorJob(Flagged):
     def run(self, say: Reporter) -> Diagnosis:
         from llava_convert.app.doctor.run import diagnose
 
+        stage(say, "looking")
         return diagnose(self, say)
 
 
@@ -348,7 +350,7 @@ class UploadJob(SourceOptions, BranchOptions):
             repeated=True,
         ),
     ] = ()
-    progress: Reporter | OnBytes | None = None
+    progress: Reporter | OnBytes | bool | None = None
 
     def run(self, say: Reporter) -> tuple[Published, ...]:
         from llava_convert.app.publish.upload import upload
@@ -390,7 +392,7 @@ class ReleaseJob(NamedBases, HubOptions, TypesOption):
         PathLike | None, Flag("Holds one folder a layout. Default: ./NAME.", OUTPUT, metavar="DIR", short="-o")
     ] = None
     dry_run: Annotated[bool, Flag("Print the table; write nothing, send nothing.", CHECKS)] = False
-    progress: Reporter | OnBytes | None = None
+    progress: Reporter | OnBytes | bool | None = None
 
     @property
     def layouts(self) -> tuple[str, ...]:

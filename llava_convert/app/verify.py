@@ -17,7 +17,7 @@ from llava_convert.app.session import job_session, tell_unchecked
 from llava_convert.app.source import bases_left, config_from, made_whole, open_options, recognised
 from llava_convert.app.verdict import Verdict
 from llava_convert.core.arrays import FLOATS
-from llava_convert.core.progress import Reporter, Silence
+from llava_convert.core.progress import Reporter, Silence, stage
 from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.engine.compare import Difference, compare, merged_in_float32, nonfinite_after
 from llava_convert.engine.shards import PlannedTensor
@@ -307,6 +307,7 @@ def verify(
 def _verify(
     source: str | Path, theirs: str | Path, options: SourceOptions, say: Reporter, part: str, session: Session
 ) -> Verdict:
+    stage(say, "opening")
     found = recognised(source, options, session)
     out = reach(theirs, session, cache=options.bases.cache)
     other = recognise(out, None, config_from(options, session) if out.is_file() else None)

@@ -19,6 +19,7 @@ def run(action: Callable[[], None], output: Output) -> int:
     try:
         with system_errors():
             action()
+        output.finish()
     except ConvertError as problem:
         if output.verbose:
             _traceback()

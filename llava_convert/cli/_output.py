@@ -10,12 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from llava_convert.app.progress_line import LOG_EVERY, Shown, clock
 from llava_convert.cli.schemas import SCHEMA
 from llava_convert.core.errors import OutputError
+from llava_convert.core.text import human_bytes
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from llava_convert.engine.report import Published
     from llava_convert.storage.remote.files import Traffic
 
@@ -29,8 +29,11 @@ class Output:
     verbose: bool = False
     command: str | None = None
     started: float = field(default_factory=time.monotonic)
-    _progress: Progress | None = field(default=None, repr=False)
     _told: bool = field(default=False, repr=False)
+    _shown: Shown = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._shown = Shown(self.note, shows=not self.quiet and not self.as_json)
 
     def note(self, text: str) -> None:
         if not self.quiet:
@@ -61,6 +64,7 @@ class Output:
 
     def result(self, value: Mapping[str, Any]) -> None:
         """The run's data, when it was asked for as JSON."""
+        self.stop()
         if self.as_json and not self._told:
             self._told = True  # one document: an error after the report has its exit code and its line on stderr
             about = {"schema": SCHEMA, "command": self.command, "seconds": round(time.monotonic() - self.started, 3)}
@@ -68,51 +72,46 @@ class Output:
 
     def line(self, text: str) -> None:
         """A line of the result, for people."""
+        self.stop()
         if not self.as_json and not self.quiet:
             _print(text)
 
     def piece(self, text: str) -> None:
         """A piece of a line of the result, for people, at once."""
+        self.stop()
         if not self.as_json and not self.quiet and text:
             _print(text, end="")
 
     @property
     def shows_progress(self) -> bool:
-        return not self.quiet and not self.as_json and sys.stderr.isatty()
+        return self._shown.shows_progress
+
+    def stage(self, what: str | None) -> None:
+        """A stage begins, and nobody knows how long it takes; None where something else shows what goes on."""
+        self._shown.stage(what)
 
     def start(self, what: str, total: int) -> Callable[[int], None]:
-        """A bar for `total` bytes with rate and time left; returns what advances it."""
-        if not self.shows_progress:
-            return lambda done: None
-        from rich.progress import DownloadColumn, TransferSpeedColumn
-
-        return self._bar(what, total, (DownloadColumn(), TransferSpeedColumn()))
+        """A stage of `total` bytes begins; returns what advances it."""
+        return self._shown.start(what, total)
 
     def count(self, what: str, total: int) -> Callable[[int], None]:
-        """A bar for `total` things, with the time left."""
-        if not self.shows_progress:
-            return lambda done: None
-        from rich.progress import MofNCompleteColumn
+        """A stage of `total` things begins; returns what advances it."""
+        return self._shown.count(what, total)
 
-        self.stop()  # a bar of bytes has other columns
-        return self._bar(what, total, (MofNCompleteColumn(),))
-
-    def _bar(self, what: str, total: int, figures: tuple[Any, ...]) -> Callable[[int], None]:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        if self._progress is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), *figures, TimeRemainingColumn())
-            self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._progress.start()
-        progress, task = self._progress, self._progress.add_task(what, total=total)
-        return lambda done: progress.advance(task, done)
+    def file(self, name: str) -> None:
+        """The file that is worked on now."""
+        self._shown.file(name)
 
     def stop(self) -> None:
-        """Take the bar away, before anything else is said."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        """Take the line of progress away, before anything else is said."""
+        self._shown.stop()
+
+    def finish(self) -> None:
+        """The last line of a job that took its time, or that was watched: how long, and how fast."""
+        self.stop()
+        seconds = time.monotonic() - self.started
+        if self._shown.ended and (self.shows_progress or seconds > LOG_EVERY):
+            self.note(f"took {clock(seconds)}: {', '.join(self._shown.ended)}")
 
     def _talk(self, text: str, style: str | None = None) -> None:
         # A closed pipe or a full disk must not hide what the command did.
@@ -121,7 +120,8 @@ class Output:
                 from rich.console import Console
                 from rich.text import Text
 
-                Console(stderr=True, highlight=False).print(Text(text, style=style), soft_wrap=True)
+                console = self._shown.console or Console(stderr=True, highlight=False)
+                console.print(Text(text, style=style), soft_wrap=True)
             else:
                 print(text, file=sys.stderr)
 
@@ -133,13 +133,3 @@ def _print(text: str, end: str = "\n") -> None:
         raise
     except OSError as problem:
         raise OutputError(f"the result cannot be printed: {problem.strerror or problem}") from problem
-
-
-def human_bytes(count: int) -> str:
-    """`16.1 GB`: decimal, as disks and hubs count."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    raise AssertionError("unreachable")

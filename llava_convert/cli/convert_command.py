@@ -8,8 +8,9 @@ import typer
 
 from llava_convert.app.jobs import ConvertJob, MergeJob
 from llava_convert.cli._options import command
-from llava_convert.cli._output import Output, human_bytes
+from llava_convert.cli._output import Output
 from llava_convert.core.flags import options_of
+from llava_convert.core.text import human_bytes
 from llava_convert.layouts.info import LAYOUTS, TARGETS, reading
 
 if TYPE_CHECKING:
@@ -53,7 +54,11 @@ def _print_plan(found: Report, output: Output) -> None:
         output.line(f"  {shard.name:<40} {len(shard.tensors):>5} tensors  {human_bytes(shard.size):>9}{mine}")
     for name in sorted(found.files.keys() - {shard.name for shard in plan.shards}):
         output.line(f"  {name:<40} {'':>13}  {human_bytes(found.files[name]):>9}")
-    output.line(f"disk {human_bytes(found.bytes_written)}, memory about {human_bytes(found.memory)}")
+    free = "" if found.disk_free is None else f" of {human_bytes(found.disk_free)} free"
+    took = "" if found.seconds is None else f", time about {_about(found.seconds)}"
+    output.line(f"disk {human_bytes(found.bytes_written)}{free}, memory about {human_bytes(found.memory)}{took}")
+    if found.disk_free is not None and found.disk_free < found.bytes_written:
+        output.warn("the disk is too small for it: make room, or choose another place with -o")
     if output.verbose:
         for tensor in plan.tensors:
             ops = " → ".join(op.name for op in tensor.ops) or "copy"
@@ -63,6 +68,11 @@ def _print_plan(found: Report, output: Output) -> None:
     for text in found.warnings:
         output.warn(text)
     output.note("nothing was written (--dry-run)")
+
+
+def _about(seconds: float) -> str:
+    """An estimate as people say it."""
+    return f"{max(1, round(seconds))} s" if seconds < 90 else f"{round(seconds / 60)} min"
 
 
 def _print_done(found: Report, output: Output) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import typer
 
 from llava_convert.cli import _options as opt
@@ -12,7 +14,7 @@ from llava_convert.cli._output import Output
 def add_to(app: typer.Typer) -> None:
     app.command(
         "layouts",
-        help="List the layouts, model families and ops that this version knows.",
+        help="List what this version knows: layouts, model families, types, prompt templates and recipes.",
         rich_help_panel="Look and check",
     )(_layouts)
 
@@ -21,16 +23,21 @@ def _layouts(as_json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.V
     output = Output(as_json, quiet, verbose, "layouts")
 
     def action() -> None:
-        from llava_convert.layouts.info import TARGETS
+        from llava_convert.assets.prompts import prompt_templates
+        from llava_convert.core.resources import training
+        from llava_convert.layouts.gguf.mixes import ALIASES, OUTTYPES
+        from llava_convert.layouts.info import LAYOUTS, TARGETS
         from llava_convert.layouts.registry import SOURCES, dialects, family_names
         from llava_convert.model.reshape import relation
         from llava_convert.model.tables.families import architectures
+        from llava_convert.model.tables.quantization import methods
         from llava_convert.ops import OPS
 
         names = {name: dialects(name) for name in SOURCES}
         families = {a.name: [a.part, *a.model_types] for a in architectures().values()}
         known = [a for a in architectures().values() if a.embedding]
         related = {a.name: [b.name for b in known if a in known and relation(a, b)] for a in architectures().values()}
+        recipes = training("listing").listing()
         output.result(
             {
                 "sources": names,
@@ -39,19 +46,63 @@ def _layouts(as_json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.V
                     name: {"part": f[0], "model_types": f[1:], "as": related[name], "called": family_names(f[1])}
                     for name, f in families.items()
                 },
+                "outtypes": list(OUTTYPES),
+                "quantizations": [{"name": m.name, "becomes_floats": bool(m.scales)} for m in methods()],
+                "templates": list(prompt_templates()),
+                "recipes": [one["name"] for one in recipes],
                 "ops": ["copy", *(op.name for op in OPS)],
             }
         )
-        output.line("layouts (source → target)")
-        for name in SOURCES:
-            targets = ", ".join(t for t in TARGETS if t != name)
-            output.line(f"  {name:<10} → {targets:<22} names: {', '.join(names[name])}")
-        output.line("families")
-        for name, (part, *kinds) in families.items():
-            more = f"; --as {', '.join(related[name])}" if related[name] else ""
-            output.line(f"  {name:<10} {part:<15} model_type {', '.join(kinds)}{more}")
-        output.line("ops")
-        for op in OPS:
-            output.line(f"  {op.name:<10} {(op.__doc__ or '').splitlines()[0]}")
+        _table(
+            output,
+            "layout, can become, loaded by",
+            [
+                (name, " ".join(t for t in TARGETS if t != name), " ".join(LAYOUTS[name].loaders) or "-")
+                for name in SOURCES
+            ],
+        )
+        _table(
+            output,
+            "family, part, model_type, --as",
+            [
+                (name, part.replace("_", " "), " ".join(kinds), " ".join(related[name]) or "-")
+                for name, (part, *kinds) in families.items()
+            ],
+        )
+        _table(
+            output,
+            "--outtype, type of most weights, also called",
+            [
+                (name, kind.base, " ".join(other for other, of in ALIASES.items() if of == name) or "-")
+                for name, kind in OUTTYPES.items()
+            ],
+        )
+        _table(
+            output,
+            "quantised by, can be read as floats",
+            [(method.name, "yes" if method.scales else "no") for method in methods()],
+        )
+        _table(
+            output,
+            "prompt template, stop words",
+            [(name, " ".join(one.stop_words) or "-") for name, one in prompt_templates().items()],
+        )
+        _table(
+            output,
+            "recipe, stage, trains, memory",
+            [(one["name"], one["stage"], one["trains"], one["memory"]) for one in recipes],
+        )
+        if output.verbose:
+            _table(output, "op, what it does", [(op.name, (op.__doc__ or "").splitlines()[0]) for op in OPS])
 
     raise typer.Exit(run(action, output))
+
+
+def _table(output: Output, heads: str, rows: Sequence[Sequence[str]]) -> None:
+    """Rows in columns that are as wide as their widest cell, and an empty line."""
+    every = [heads.upper().split(", "), *rows]
+    widths = [max(len(row[i]) for row in every) for i in range(len(every[0]) - 1)]
+    for row in every:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        output.line("  ".join([*cells, row[-1]]))
+    output.line("")

@@ -84,6 +84,8 @@ class Convert(Document):
     unchecked: Annotated[list[str], "files of a hub that were read in parts, so that their sha256 was not compared"]
     peak_memory: Annotated[int, "an estimate, in bytes"]
     share: Annotated[list[str] | None, "with `--files`: the files of the share"]
+    estimated_seconds: Annotated[float | None, "how long it may take; null where a network decides"]
+    disk_free: Annotated[int | None, "bytes that are free where the output goes; null for a store"]
     verified: Annotated[Literal["quick", "full", "off"], "how much was verified, or would be"]
     flushed_to_zero: Annotated[int, "values that became zero in a cast"]
     dropped: Annotated[list[Dropped], "tensors of the source that are not in the output"]
@@ -339,12 +341,23 @@ Family = TypedDict(
 )
 
 
+class Quantized(TypedDict):
+    """A way in which other programs pack weights."""
+
+    name: str
+    becomes_floats: Annotated[bool, "whether `--dequantize` makes floats of it"]
+
+
 class Layouts(Document):
     """What this version knows."""
 
     sources: Annotated[Mapping[str, list[str]], "by layout, the dialects of its names"]
     targets: list[str]
     families: Mapping[str, Family]
+    outtypes: Annotated[list[str], "types of GGUF files, as `--outtype` names them"]
+    quantizations: Annotated[list[Quantized], "what other programs pack weights with, as far as it is known by name"]
+    templates: Annotated[list[str], "prompt templates, as `--prompt-template` names them"]
+    recipes: Annotated[list[str], "recipes of `train`"]
     ops: list[str]
 
 

@@ -26,6 +26,19 @@ class Reporter(Protocol):
 OnBytes = Callable[[int, int], object]
 
 
+def stage(say: Reporter, what: str | None) -> None:
+    """Report a stage that has no total, to a reporter that can show one. None ends it: something else is shown now."""
+    begin: Callable[[str | None], None] | None = getattr(say, "stage", None)
+    if begin is not None:
+        begin(what)
+
+
+def names_files(say: Reporter) -> Callable[[str], None]:
+    """What is called with the name of each file as the work on it begins."""
+    name: Callable[[str], None] = getattr(say, "file", lambda _: None)
+    return name
+
+
 def counted(say: Reporter, what: str, total: int) -> Callable[[int], None]:
     """Progress that counts things and no bytes, where the reporter can show it; else what `start` makes of it."""
     count: Callable[[str, int], Callable[[int], None]] = getattr(say, "count", say.start)

@@ -71,6 +71,7 @@ def check_full(
     pool: FilePool,
     *,
     progress: Callable[[int], None],
+    on_file: Callable[[str], None] = lambda _: None,
 ) -> dict[tuple[str, str], int]:
     """Reread both sides: copies compared directly, every op recomputed. Raises MismatchError (exit 7).
 
@@ -78,6 +79,7 @@ def check_full(
     """
     nonfinite: dict[tuple[str, str], int] = {}
     for shard in shards:
+        on_file(shard.name)
         found = compare(shard.tensors, written[shard.name], pool, progress=progress)
         nonfinite |= {(shard.name, name): count for name, count in found.nonfinite.items()}
         if found.differences:

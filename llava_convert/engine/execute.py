@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,11 +36,13 @@ def execute(
     threads: int = 0,
     digest: bool = False,
     progress: Progress,
+    on_file: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
     """Write the shards of the plan that are called `names` into the stage; without `names` all, and then its files.
 
     `twins` are files that hold what some of the shards will, by the shard's name: these are copied.
 
+    `on_file` is called with the name of each file, before the first byte of it.
     Raises InputError when a source changes or ends early, OutputError when the disk refuses, MismatchError when a
     cast overflows. The caller commits.
     """
@@ -54,8 +56,11 @@ def execute(
             left = [shard for shard in batch if not stage.finished(shard.name)]
             for shard in [shard for shard in left if twins is not None and shard.name in twins]:
                 left.remove(shard)
+                on_file(shard.name)
                 with stage.new_file(shard.name, shard.size) as fd:
                     pool.copy_to((twins or {})[shard.name], 0, fd, 0, shard.size, progress=progress)
+            if left:
+                on_file(left[0].name if len(left) == 1 else f"{left[0].name} +{len(left) - 1}")
             with ExitStack() as opened:
                 files = {shard.name: opened.enter_context(stage.new_file(shard.name, shard.size)) for shard in left}
                 for shard in left:

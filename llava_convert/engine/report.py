@@ -55,6 +55,8 @@ class Report:
     done: bool
     flushed: int = 0
     memory: int = 0
+    seconds: float | None = None  # an estimate; None where a network decides
+    disk_free: int | None = field(default=None, compare=False)  # bytes, where the output goes; None for a store
     parts: Mapping[str, str] = field(default_factory=dict)
     fetched: Traffic = field(default_factory=Traffic)
     published: tuple[Published, ...] = ()
@@ -111,6 +113,8 @@ class Report:
             "unchecked": list(self.unchecked),
             "peak_memory": self.memory,
             "share": None if self.share is None else list(self.share),
+            "estimated_seconds": None if self.seconds is None else round(self.seconds, 1),
+            "disk_free": self.disk_free,
             "verified": self.verified,
             "flushed_to_zero": self.flushed,
             "dropped": [{"name": one.name, "reason": one.reason} for one in self.dropped],

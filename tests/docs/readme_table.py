@@ -1,4 +1,4 @@
-"""The table of sources and targets in README.md: `python -m tests.docs.readme_table` writes it of `layouts/info.py`."""
+"""The table of sources and targets in both READMEs, of `layouts/info.py`: `python -m tests.docs.readme_table`."""
 
 from __future__ import annotations
 
@@ -31,4 +31,5 @@ def page(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(page(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for one in (README, README.with_suffix(".zh-CN.md")):
+        one.write_text(page(one.read_text(encoding="utf-8")), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,3 +16,5 @@ def test_it_is_built(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "not included in the" not in done.stderr
     assert (tmp_path / "site" / "security" / "index.html").is_file()
+    pages = {path: path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.html")}
+    assert [path for path, text in pages.items() if re.search(r"<code>[^<]*\\\|", text)] == []  # meant for GitHub alone

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+import llava_convert
 from tests.hubs.huggingface import HuggingFace
 from tests.hubs.modelscope import ModelScope
 from tests.interop.printed_commands import words
@@ -15,7 +17,9 @@ from tests.remotes.conftest import Command
 
 ROOT = Path(__file__).resolve().parents[2]
 # What inspect-forty.md shows is made of the commands, and tests/docs/test_forty.py goes on from there.
-PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").rglob("*.md")) if p.stem != "inspect-forty")]
+# The Chinese pages have the same commands, by tests/docs/test_chinese.py.
+ENGLISH = [p for p in sorted((ROOT / "docs").rglob("*.md")) if "zh" not in p.parts and p.stem != "inspect-forty"]
+PAGES = [ROOT / "README.md", *ENGLISH]
 BLOCK = re.compile(r"```console\n(.*?)```", re.S)
 COMMAND = re.compile(r"^\$ (llava-convert(?:[^\n]*\\\n)*[^\n]*)$", re.M)
 
@@ -28,7 +32,7 @@ WORDS = {
 LEFT = {
     r"s3://": "tests/remotes/test_urls.py, test_shares.py and test_sweep.py do, beside a store",
     r"llava-fp8|mine\.toml": "tests/field/test_quantised.py and test_unknown_modules.py do",
-    r"train ": "minutes; tests/training trains, and makes dry runs",
+    r"train (?!.*(--dry-run|--list|my-data))": "minutes; tests/training trains",
     r"data check RECIPE --set data\.root|data fix-ocrvqa": "wants the data sets",
 }
 
@@ -58,7 +62,27 @@ def folder(layouts: dict[str, Path], tiny: Path, tmp_path: Path) -> Path:
     for name in ("llava-v1.5-7b-hf", "my-llava", "the-output"):
         shutil.copytree(layouts["hf"], tmp_path / name)
     shutil.copy(layouts["gguf"] / "tiny-f16.gguf", tmp_path / "llava-f16.gguf")
+    _adapter(layouts["hf"], tiny, tmp_path)
+    _own_data(tiny, tmp_path)
     return tmp_path
+
+
+def _adapter(whole: Path, tiny: Path, folder: Path) -> None:
+    """A base, and an adapter for it."""
+    shutil.copytree(whole, folder / "llava-base")
+    (folder / "llava-base" / "conversion.json").unlink()  # which would say that the adapter is merged in already
+    llava_convert.convert(tiny / "iter_2.pth", to="peft", part="visual-encoder", out=folder / "my-lora")
+
+
+def _own_data(tiny: Path, folder: Path) -> None:
+    """The files that the tutorial on training asks its reader to write, as the page has them."""
+    page = (ROOT / "docs" / "tutorials" / "train-your-own-data.md").read_text(encoding="utf-8")
+    row, recipe = (re.findall(rf"```{kind}\n(.*?)```", page, re.S) for kind in ("json", "toml"))
+    images = folder / "my-data" / "images"
+    images.mkdir(parents=True)
+    shutil.copy(tiny / "picture.png", images / json.loads(row[0])["image"])
+    (folder / "my-data" / "train.jsonl").write_text(row[0])
+    (folder / "my-data.toml").write_text(recipe[0])
 
 
 @pytest.mark.slow
@@ -67,6 +91,7 @@ def test_every_command_of_a_page(
     page: Path, command: Command, hf: HuggingFace, ms: ModelScope, folder: Path, layouts: dict[str, Path], tiny: Path
 ) -> None:
     hf.add("org/llava-8b", layouts["hf"])
+    hf.add("liuhaotian/llava-v1.5-7b", layouts["official"])
     for line in commands(page):
         if any(re.search(left, line) for left in LEFT):
             continue

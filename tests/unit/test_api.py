@@ -138,7 +138,7 @@ def test_dry_run_writes_nothing(tiny: Path, tmp_path: Path) -> None:
     real = llava_convert.convert(tiny / "iter_2.pth", to="hf", out=tmp_path / "o")
     assert real.plan.hash == planned.plan.hash
     assert planned.files == {p.name: p.stat().st_size for p in (tmp_path / "o").iterdir()}
-    assert real.as_json() | {"done": False} == planned.as_json()
+    assert real.as_json() | {"done": False, "disk_free": planned.disk_free} == planned.as_json()
 
 
 def test_default_out_is_the_stem_and_the_layout(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,6 +274,13 @@ def test_progress_calls_a_function(tiny: Path, tmp_path: Path) -> None:
     assert seen[starts[1] - 1] == seen[-1] == (total, total)
     done = [done for done, _ in seen[: starts[1]]]
     assert done == sorted(done)
+
+
+def test_progress_true_prints_notes_and_leaves_no_line(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = llava_convert.convert(tiny / "iter_2.pth", to="official", out=tmp_path / "o", progress=True)
+    assert capsys.readouterr().err.splitlines() == [*report.notes, *(f"warning: {w}" for w in report.warnings)]
 
 
 def test_a_reporter_hears_notes_and_stages(tiny: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from llava_convert.app.ask.load import opened, whole
 from llava_convert.app.logits.compare import Logits, compare_models
 from llava_convert.app.options import AskOptions, SourceOptions
-from llava_convert.core.progress import Reporter
+from llava_convert.core.progress import Reporter, stage
 from llava_convert.core.tensors import QUANTS, TORCH_NAMES
 from llava_convert.layouts.info import LAYOUTS
 from llava_convert.layouts.registry import recognise
@@ -40,6 +40,7 @@ def compare_answers(
             model, made = whole(opened(path, ask, say, session), ask, say, session)
             models.append(model)
             runtimes.append(load(model, made, say, device=device, dtype="float32", four_bit=False))
+        stage(say, "asking both")
         return compare_models(runtimes[0], runtimes[1], narrowest(*models))
 
 

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from llava_convert.core.errors import HubError, TransferInterrupted, UsageError
 from llava_convert.core.hub_names import Address
-from llava_convert.core.progress import Reporter, Silence
+from llava_convert.core.progress import Reporter, Silence, stage
 from llava_convert.core.retry import FIRST_TRIES, patiently
 from llava_convert.core.text import listed
 from llava_convert.engine.report import Published
@@ -67,6 +67,7 @@ def _publish(name: str, parcel: Parcel, say: Reporter) -> Published:
         writing=True,
         sends=parcel.folder,
     )
+    stage(say, f"asking {chosen.TITLE}")
     url = _ask(asked, lambda: chosen.place(to))
     revision = to.revision or chosen.BRANCH
     there = _listing(chosen, asked, to, revision)
@@ -74,12 +75,14 @@ def _publish(name: str, parcel: Parcel, say: Reporter) -> Published:
     sent = Sent(revision)
     if lacking:
         size = sum(parcel.files[path].size for path in lacking)
+        stage(say, None)  # the client has bars of its own
         say.note(f"{chosen.TITLE}: {len(lacking)} of {len(parcel.files)} files to {to.repo}, {size:,} bytes")
         # A pull request would be opened anew by each attempt.
         tries = 1 if to.create_pr else chosen.TRIES
         sent = _ask(asked, lambda: _interruptible(lambda: chosen.send(parcel, lacking)), tries)
     elif to.create_pr:
         say.note(f"{chosen.TITLE}: {to.repo} has all of it, so there is no pull request to open")
+    stage(say, f"asking {chosen.TITLE}")
     there = _listing(chosen, asked, to, sent.revision) if lacking else there
     left = _lacking(parcel, there) if there is not None else []
     if there is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -36,6 +37,15 @@ def as_output_error(exc: OSError, path: Path) -> OutputError:
     reason = exc.strerror or str(exc)
     hint = _HINTS.get(errno.errorcode.get(exc.errno or 0, ""), "choose another place with -o")
     return OutputError(f"{path} cannot be written: {reason}", hint=hint)
+
+
+def free_bytes(out: Path) -> int | None:
+    """What is free on the disk on which `out` is to lie; None where the system cannot tell."""
+    there = next((folder for folder in out.absolute().parents if folder.is_dir()), None)
+    try:
+        return None if there is None else shutil.disk_usage(there).free
+    except OSError:
+        return None
 
 
 def check_name(name: str) -> None:

@@ -122,6 +122,8 @@ def test_json_of_the_others(tiny: Path, tmp_path: Path) -> None:
     compared = json.loads(run("verify", tiny / "iter_2.pth", tmp_path / "o", "--json").stdout)
     assert (compared["same"], compared["equal"], compared["missing"]) == (True, 80, [])
     known = json.loads(run("layouts", "--json").stdout)
+    assert "q4_k_m" in known["outtypes"] and "llama3_chat" in known["templates"] and "tiny-shapes" in known["recipes"]
+    assert [one["name"] for one in known["quantizations"] if one["becomes_floats"]] == ["compressed-tensors", "FP8"]
     assert set(known["sources"]) == set(LAYOUTS) and known["targets"] == list(TARGETS)
     assert known["ops"] == [
         "copy", "cast", "merge_lora", "pad_rows", "take_rows", "rope_permute", "join", "part", "quantize", "dequantize",
@@ -131,6 +133,15 @@ def test_json_of_the_others(tiny: Path, tmp_path: Path) -> None:
     assert known["families"]["clip"] == clip
     assert known["families"]["phi3"]["as"] == ["llama"] and known["families"]["siglip"]["called"] == {"gguf": "clip"}
     assert set(known["sources"]["hf"]) == {"classic", "new", "flat", "newflat", "doubled", "tinyllava"}
+
+
+def test_layouts_are_columns_for_people() -> None:
+    blocks = [block.splitlines() for block in run("layouts").stdout.strip().split("\n\n")]
+    heads = ["LAYOUT", "FAMILY", "--OUTTYPE", "QUANTISED BY", "PROMPT TEMPLATE", "RECIPE"]
+    assert [re.split("  +", block[0])[0] for block in blocks] == heads
+    for head, *rows in blocks:
+        second = head.index(re.split("  +", head)[1])
+        assert rows and all(row[second - 2 : second] == "  " and row[second] != " " for row in rows)
 
 
 def test_people_get_lines(tiny: Path, tmp_path: Path) -> None:
@@ -168,6 +179,9 @@ def test_dry_run(tiny: Path, tmp_path: Path) -> None:
     assert "merge_lora → cast" in found.stdout
     assert re.search(r"^  README\.md +[\d.]+ kB$", found.stdout, re.M)
     assert re.search(r"^  conversion\.json +[\d.]+ kB$", found.stdout, re.M)
+    assert re.search(
+        r"^disk 488\.\d kB of [\d.]+ [GT]B free, memory about [\d.]+ MB, time about 1 s$", found.stdout, re.M
+    )
     assert "nothing was written (--dry-run)" in found.stderr
     value = json.loads(run("pth", tiny / "iter_2.pth", "--to", "hf", "--dry-run", "--json").stdout)
     assert value["done"] is False

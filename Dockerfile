@@ -1,0 +1,21 @@
+# docker build -t llava-convert .
+# docker run --rm -v "$PWD:/work" llava-convert pth iter_N.pth --to hf
+# With the caches of the hubs: -v "$HOME/.cache:/home/user/.cache". As yourself: --user "$(id -u):$(id -g)".
+
+FROM python:3.11-slim AS build
+WORKDIR /src
+RUN python -m venv /opt/venv
+# torch alone first: the build without CUDA is a tenth of the size, and nothing here computes on a GPU.
+COPY constraints.txt .
+RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch
+COPY . .
+RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt ".[digest,https,llamacpp,modelscope,s3]"
+
+FROM python:3.11-slim
+COPY --from=build /opt/venv /opt/venv
+RUN useradd --create-home user
+USER user
+WORKDIR /work
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
+ENTRYPOINT ["llava-convert"]
+CMD ["--help"]
