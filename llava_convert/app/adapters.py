@@ -72,7 +72,7 @@ def with_base(checkpoint: Checkpoint, options: SourceOptions, session: Session, 
             return checkpoint  # said where it turns out to be needed
         raise
     plain = SourceOptions(cache=options.cache)
-    base = with_base(opened, plain, session, depth=depth + 1)
+    base = _with_places(with_base(opened, plain, session, depth=depth + 1))
     made = laid_over(checkpoint, base, asked)
     if not checkpoint.bare and checkpoint.parts[PROJECTOR].state == "absent" and base.parts[PROJECTOR].weights:
         told = (
@@ -87,6 +87,16 @@ def with_base(checkpoint: Checkpoint, options: SourceOptions, session: Session, 
         )
         made = replace(made, warnings=(*made.warnings, told))
     return made
+
+
+def _with_places(base: Checkpoint) -> Checkpoint:
+    """A base that names bases of its parts by folders around it: by where those are, seen from anywhere."""
+    for name in (LLM, VISION):
+        part = base.parts[name]
+        place = local_base(part.base, base.path, explicit=False) if part.base is not None else None
+        if place is not None:
+            base = base.with_part(name, replace(part, base=str(place)))
+    return base
 
 
 def with_projector(checkpoint: Checkpoint, options: SourceOptions, session: Session) -> Checkpoint:

@@ -246,7 +246,7 @@ LAYOUTS = {
                 whole=_ADAPTER,
                 language_model=_ADAPTER,
                 vision_tower=_ADAPTER,
-                projector=None,
+                projector=_ADAPTER,
                 repo_suffix="-peft",
                 adapters_alone=True,
             ),

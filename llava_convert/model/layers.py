@@ -11,16 +11,19 @@ from dataclasses import replace
 
 from llava_convert.core.errors import UnsupportedError
 from llava_convert.core.hub_names import last_name
-from llava_convert.model.checkpoint import PARTS, Checkpoint, Layer, Part
+from llava_convert.core.text import listed
+from llava_convert.model.adapter import Adapter
+from llava_convert.model.checkpoint import PART_NAMES, PARTS, Checkpoint, Layer, Part
 from llava_convert.model.record import merged_already
 
 
 def laid_over(top: Checkpoint, base: Checkpoint, asked: str) -> Checkpoint:
     """What the source `top` stands for: its base, which it or the user calls `asked`, with what it holds on top.
 
-    Raises UnsupportedError (exit 4) for a base that has the adapter merged in already.
+    Raises UnsupportedError (exit 4) for a base that has the adapter merged in already, or lacks a part of it.
     """
     refuse_second_merge(top, base)
+    _refuse_without_part(top, base)
     if top.bare:
         made = replace(base, path=top.path, root=top.root, files=top.files, bare=False)
     else:
@@ -31,7 +34,6 @@ def laid_over(top: Checkpoint, base: Checkpoint, asked: str) -> Checkpoint:
             settled=said.settled,
             record=base.record,
             record_of=base.vocabulary_layout,
-            default_part=base.default_part,
             whole=base.whole,
         )
     return replace(
@@ -50,6 +52,7 @@ def laid_over(top: Checkpoint, base: Checkpoint, asked: str) -> Checkpoint:
 def with_adapter(base: Checkpoint, top: Checkpoint, asked: str) -> Checkpoint:
     """The source `base` with an adapter on top, which the user calls `asked`. Raises what `laid_over` raises."""
     refuse_second_merge(top, base)
+    _refuse_without_part(top, base)
     return replace(
         base,
         parts={name: _over(top.parts[name], base.parts[name]) for name in PARTS},
@@ -81,3 +84,24 @@ def refuse_second_merge(top: Checkpoint, base: Checkpoint) -> None:
             f"the base {base.path} has the adapter of {top.path} merged in already",
             hint="give the model that it was trained on as the base",
         )
+
+
+def _refuse_without_part(top: Checkpoint, base: Checkpoint) -> None:
+    """Raise UnsupportedError (exit 4) for an adapter of parts that a base, which is one part alone, does not have."""
+    if base.default_part not in PARTS or not top.bare:
+        return
+    counts = {PART_NAMES[name]: sum(map(_trained, top.parts[name].adapters)) for name in PARTS}
+    alone = PART_NAMES[base.default_part]
+    without = [f"{count} of the {name}" for name, count in counts.items() if count and name != alone]
+    if without:
+        raise UnsupportedError(
+            f"of {sum(counts.values())} modules that {top.path.name} holds, {listed(without)} are not in the base "
+            f"{base.path.name}, which is a {alone} alone",
+            hint="give the LLaVA that it was trained on as the base",
+        )
+
+
+def _trained(adapter: Adapter) -> int:
+    """The modules that an adapter changes: by factors, or whole."""
+    whole = {name.rpartition(".")[0] for name in adapter.overrides}
+    return len(whole | {name.removesuffix(".weight") for name in adapter.modules})

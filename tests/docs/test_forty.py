@@ -22,7 +22,7 @@ FILLED = {
     "CHECKPOINT.pth": str(TINY / "iter_2.pth"),
     "LLAVA": "official",
     "MODEL": "hf",
-    "PATH": str(TINY / "vit"),
+    "PATH": str(TINY / "llm"),
     "RECIPE": "tiny-shapes",
 }
 # Those of other programs, which are not here, and those that ask a hub.

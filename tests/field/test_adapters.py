@@ -430,6 +430,42 @@ def test_half_way_without_deepspeed(official: Path, models: Models, hf: Tensors,
     assert llava_convert.inspect(checkpoint).layout == "peft"
 
 
+def test_a_base_of_one_part_alone(models: Models, official: Path, hf: Tensors, tiny: Path, tmp_path: Path) -> None:
+    """An adapter of more parts is refused with counts; official LLaVA's is a LLaVA, whatever it was laid over."""
+    source = write_adapter(tmp_path / "adapter", models["hf"], lora(hf, {Q: Q, FC1: FC1, LINEAR: LINEAR}))
+    for base in (tiny / "llm", tiny / "vit"):
+        with pytest.raises(UnsupportedError, match=r"of 3 modules .* 1 of the .* 1 of the .* are not in the base"):
+            llava_convert.convert(source, to="hf", out=tmp_path / "out", base=str(base))
+        with pytest.raises(UnsupportedError, match="are not in the base"):
+            llava_convert.merge(base, adapter=[source], out=tmp_path / "out")
+    text = write_adapter(tmp_path / "text", models["hf"], lora(hf, {Q: Q}))
+    llava_convert.convert(text, to="hf", out=tmp_path / "llm", base=str(tiny / "llm"))
+    edit(official, mm_vision_tower=str(models.tower))
+    kept = {n: v for n, v in load_file(official / "adapter_model.safetensors").items() if ".vision_tower." not in n}
+    (official / "adapter_model.safetensors").unlink()
+    save_file(kept, official / "adapter_model.safetensors")
+    llava_convert.convert(official, to="hf", out=tmp_path / "whole", dtype="float16", base=str(tiny / "llm"))
+    found = load(tmp_path / "whole")
+    assert found.keys() == hf.keys() and np.array_equal(found[f"{LINEAR}.bias"], with_bridge(hf)[f"{LINEAR}.bias"])
+
+
+def test_the_bases_of_a_base_lie_beside_it(models: Models, hf: Tensors, tiny: Path, tmp_path: Path) -> None:
+    """Where a training names them by folders; the adapter is elsewhere."""
+    source = write_adapter(tmp_path / "adapter", "gone", lora(hf, {FC1: FC1}))
+    elsewhere = shutil.copytree(tiny, tmp_path / "elsewhere" / "tiny")
+    llava_convert.convert(source, to="hf", out=tmp_path / "out", base=str(elsewhere / "iter_2.pth"))
+    assert not np.array_equal(load(tmp_path / "out")[f"{FC1}.weight"], hf[f"{FC1}.weight"])
+    assert str(tmp_path) not in (tmp_path / "out" / "conversion.json").read_text()
+
+
+def test_the_projector_of_an_adapter_alone(models: Models, hf: Tensors, tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "adapter", models["hf"], lora(hf, {Q: Q, LINEAR: LINEAR}))
+    llava_convert.convert(source, to="peft", out=tmp_path / "part", part="projector")
+    llava_convert.convert(tmp_path / "part", to="hf", out=tmp_path / "out", base=str(models["hf"]))
+    weight = f"{LINEAR}.weight"
+    check(tmp_path / "out", hf, {weight: merged(hf[weight], *pair(hf, LINEAR), ALPHA / RANK)})
+
+
 def write_zero2(folder: Path, trained: dict[str, torch.Tensor]) -> None:
     """What one rank of ZeRO-2 leaves (deepspeed 0.14.4, runtime/engine.py `_save_checkpoint`)."""
     folder.mkdir()
