@@ -43,7 +43,8 @@ def refuse_lost(model: Model, to: str, part: str, allowed: Iterable[str] = ()) -
     """Raise UnsupportedError (exit 4) for a fact that the target cannot state, and for keys that no table knows."""
     checkpoint = model.checkpoint
     about = _ABOUT[part] if part != VISION or PROJECTOR not in _parts(model) else (*_ABOUT[VISION], *_ABOUT[PROJECTOR])
-    refuse_unsayable(checkpoint.layout, to, model.facts, TARGETS, about=about)
+    whole = [name for name, target in TARGETS.items() if not target.adapters_alone]
+    refuse_unsayable(checkpoint.layout, to, model.facts, whole, about=about)
     if part == ALL:
         _refuse_keys(checkpoint.unknown_keys, (), str(checkpoint.path), allowed)
     for name, config in model.configs.items():

@@ -18,9 +18,8 @@ from llava_convert.model.towers import towers
 from tests.field.conftest import Models, edit
 
 TOWER = "model.vision_tower.vision_tower."
-# Names from the families' own code: EVA-CLIP's eva_vit_model.py, transformers' Dinov2Model, Dinov2's
-# vision_transformer.py, PixtralVisionModel, InternViT's modeling_intern_vit.py, timm's ConvNeXt, segment-anything's
-# image_encoder.py, MoonViT's modeling_moonvit.py, transformers' Swin and ViT.
+# Names from the families' own code: EVA-CLIP's eva_vit_model.py, InternViT's modeling_intern_vit.py, timm's ConvNeXt,
+# segment-anything's image_encoder.py, MoonViT's modeling_moonvit.py; transformers' DINOv2, Pixtral, Swin and ViT.
 TOWERS = {
     "an EVA": ["patch_embed.proj.weight", "blocks.0.attn.q_bias", "blocks.0.attn.v_bias", "blocks.0.mlp.fc1.weight"],
     "a DINOv2": ["embeddings.cls_token", "encoder.layer.0.layer_scale1.lambda1", "encoder.layer.0.norm1.weight"],
@@ -32,8 +31,7 @@ TOWERS = {
     "a Swin": ["encoder.layers.0.blocks.0.attention.self.relative_position_bias_table", "layernorm.weight"],
     "a ViT": ["embeddings.cls_token", "encoder.layer.0.attention.attention.query.weight"],
 }
-# transformers' FalconForCausalLM, MambaForCausalLM, MixtralForCausalLM, DeepseekV2ForCausalLM; Baichuan's and QWen's
-# own.
+# transformers' Falcon, Mamba, Mixtral and DeepSeek-V2; Baichuan's and QWen's own.
 LANGUAGE_MODELS = {
     "falcon": ["transformer.word_embeddings.weight", "transformer.h.0.self_attention.query_key_value.weight"],
     "mamba": ["backbone.embeddings.weight", "backbone.layers.0.mixer.A_log"],

@@ -20,7 +20,8 @@ import llava_convert
 from llava_convert.core.errors import UnsupportedError
 from tests.interop.conftest import Converter, gap
 from tests.interop.fact_models import TOKENS, ids_of
-from tests.interop.llama_cpp import LlamaCpp, llm_file
+from tests.interop.llama_cpp import LlamaCpp, differing, llm_file, tensors
+from tests.interop.made_tokenizers import learnt_pieces, model_file
 
 TOLERANCE = 1e-5
 SIZES = {
@@ -225,3 +226,21 @@ def test_in_llama_cpp(tiny: Path, tmp_path: Path, converted: Converter, llama_cp
     words = state["model.tok_embeddings.weight" if "internlm2" in name else "model.embed_tokens.weight"]
     wanted = forward(state, CONFIGS[name], words[torch.tensor(ids)])
     assert gap(torch.from_numpy(found), wanted) <= TOLERANCE
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("outtype", ["f32", "f16", "q8_0"])
+def test_tensors_of_their_converter(
+    tiny: Path, tmp_path: Path, converted: Converter, llama_cpp: LlamaCpp, outtype: str
+) -> None:
+    """Theirs has an architecture of its own, in which the parts of wqkv have the names and the bytes of ours."""
+    source = checkpoint(tmp_path / "source", tiny, "internlm2")
+    ours = converted.onward(source, "gguf", outtype=outtype, part="llm")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(tmp_path / "source" / "llm" / file, theirs)
+    (theirs / "tokenizer.model").write_bytes(model_file(learnt_pieces()))
+    found, wanted = tensors(llm_file(ours, outtype)), tensors(llama_cpp.convert(theirs, outtype))
+    assert differing(found, wanted) == {}
+    assert len(found) == 3 + 2 * 9

@@ -21,9 +21,13 @@ from transformers import AutoImageProcessor, AutoTokenizer, LlavaNextProcessor, 
 
 import llava_convert
 from llava_convert.core.errors import UnsupportedError, UsageError
+from tests.gguf_models import CLIP_KEYS, vision_tensors
+from tests.gguf_models import write as write_gguf
 from tests.interop.conftest import Converter, gap
 from tests.interop.fact_models import TOKENS, Made, config_of, fill
-from tests.interop.next_reference import Official
+from tests.interop.llama_cpp import LlamaCpp, llm_file
+from tests.interop.next_reference import Official, best
+from tests.interop.test_llama_cpp import MARKER, prompt
 
 TOLERANCE = 1e-5
 SIDE = 56
@@ -244,6 +248,37 @@ def test_layouts_that_cannot_state_it(sources: dict[str, Path], tmp_path: Path, 
         llava_convert.convert(sources[name], to=to, out=tmp_path / "out")
     assert refused.value.exit_code == 4 and "official" in str(refused.value.hint)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.peers
+def test_what_llama_cpp_sees_instead(
+    sources: dict[str, Path], converted: Converter, llama_cpp: LlamaCpp, tiny: Path, tmp_path: Path
+) -> None:
+    """Why that is refused: the grid keys and image_newline are read, and the features are others, by their number.
+
+    A picture that is no larger than a tile gets no tiles; of others no border is taken off, and no row of tiles ends.
+    """
+    tensors = vision_tensors(tiny / "vit") | {"v.image_newline": np.ones(64, dtype=np.float32)}
+    grid = [length for size in NEXT for length in size]
+    keys = {"clip.vision.image_grid_pinpoints": grid, "clip.vision.mm_patch_merge_type": "spatial_unpad"}
+    mmproj = write_gguf(tmp_path / "mmproj.gguf", "clip", CLIP_KEYS | keys, tensors, "F32")
+    model = llm_file(converted("tiny", "gguf", outtype="f16"), "f16")
+    tasks = {}
+    for size in SIZES:
+        np.save(tmp_path / f"{size}.npy", np.asarray(picture(size)))
+        file = tmp_path / f"{size}.npy"
+        tasks[size] = {"model": model, "mmproj": mmproj, "picture": file, "prompt": prompt(MARKER), "count": 1}
+    found = llama_cpp.ask(**{size: {"kind": "picture", **task} for size, task in tasks.items()})
+    official = converted.onward(sources["next-llama"], "official", dtype="float32")
+    reference = Official(official, published_tower(sources["next-llama"]))
+    trained = {size: len(reference.features(picture(size))) for size in SIZES}
+    assert trained == {"square": 36, "wide": 42, "tall": 52, "tiny": 26, "huge": 70, "odd": 70}
+    runtime = {size: sum(one["rows"]) for size, one in found.items()}
+    whole = {size: best(pair, NEXT) for size, pair in SIZES.items() if max(pair) > SIDE}
+    tile = (SIDE // 14) ** 2
+    tiles = {size: tile * (1 + width * height // SIDE**2) for size, (width, height) in whole.items()}
+    assert runtime == {"square": tile, "tiny": tile, **tiles}
+    assert not set(runtime.items()) & set(trained.items())
 
 
 def test_merges_that_transformers_has_no_class_for(

@@ -14,11 +14,21 @@ import llava_convert
 from llava_convert.core.errors import UnsupportedError
 from tests.interop.conftest import Converter, gap
 from tests.interop.fact_models import Made, logits, write
-from tests.interop.llama_cpp import PRE, LlamaCpp, differing, llm_file, tensors
+from tests.interop.llama_cpp import PRE, LlamaCpp, differing, llm_file, metadata, tensors
+from tests.interop.test_gguf_against_llama_cpp import NAMES, UNKNOWN_ID, unequal
 from tests.interop.test_gguf_families import ids_for
 from tests.interop.wide_models import WIDES
 
 TOLERANCE = 1e-5
+# Theirs says so of every Gemma; the tokenizer here is Llama-2's, which puts a space in front.
+OF_GEMMAS_TOKENIZER = "tokenizer.ggml.add_space_prefix"
+# Keys that only ours have: an id that theirs looks up in tokenizer.json, and a rope base that the runtime takes anyway.
+MORE_KEYS: dict[str, set[str]] = {
+    "gemma2": {UNKNOWN_ID, "gemma2.rope.freq_base"},
+    "gemma3": {UNKNOWN_ID},
+    "granite": {UNKNOWN_ID},
+    "stablelm": {"stablelm.rope.freq_base"},
+}
 TIED = {"tie_word_embeddings": True}
 THROUGH = [
     ("gemma2", "xtuner"),
@@ -69,12 +79,38 @@ def test_pictures_before_gemma_2_in_llama_cpp(converted: Converter, tmp_path: Pa
     assert (said["model_type"], said["query_pre_attn_scalar"], said["attn_logit_softcapping"]) == ("gemma2", 32, 5.0)
 
 
+def test_a_local_rope_base(converted: Converter, tmp_path: Path) -> None:
+    """Gemma-3's of the layers that look through the window; the base is kept, there and back."""
+    source = write(
+        tmp_path / "source", converted("tiny", "hf"), Made(text={"rope_local_base_freq": 5000.0}, family="gemma3_text")
+    )
+    llava_convert.convert(source, to="gguf", out=tmp_path / "g", outtype="f32", mmproj_outtype="f32")
+    assert metadata(llm_file(tmp_path / "g", "f32"))["gemma3.rope.freq_base_swa"] == (("FLOAT32",), 5000.0)
+    assert llava_convert.verify(source, tmp_path / "g")
+    llava_convert.convert(tmp_path / "g", to="hf", out=tmp_path / "hf", dtype="float32")
+    said = json.loads((tmp_path / "hf" / "config.json").read_text())["text_config"]
+    assert said["rope_local_base_freq"] == 5000.0
+
+
+@pytest.mark.peers
+def test_a_local_rope_base_in_llama_cpp(converted: Converter, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "source", converted("tiny", "hf"), Made(text={"rope_local_base_freq": 50.0}, family="gemma3_text")
+    )
+    ids = [448, *range(260, 379)]
+    ours = converted.onward(source, "gguf", outtype="f32", part="llm")
+    task = {"kind": "logits", "model": llm_file(ours, "f32"), "ids": ids}
+    found = torch.from_numpy(llama_cpp.ask(text=task)["text"]["array"])
+    wanted = wanted_logits(converted, source, ids, gelu=True)
+    usual = write(tmp_path / "usual", converted("tiny", "hf"), Made(family="gemma3_text"))
+    assert gap(found, wanted) <= 3e-3 < 0.05 < gap(wanted_logits(converted, usual, ids, gelu=True), wanted)
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
         ({"query_pre_attn_scalar": 144}, "query_pre_attn_scalar 144"),
         ({"layer_types": ["full_attention"] * 7}, "layer_types"),
-        ({"rope_local_base_freq": 5000.0}, "rope_local_base_freq"),
         ({"hidden_activation": "silu"}, "'silu'"),
     ],
 )
@@ -116,6 +152,11 @@ def test_in_llama_cpp(converted: Converter, llama_cpp: LlamaCpp, name: str) -> N
     for outtype in ("f32", "q8_0"):
         theirs = llama_cpp.convert(folder, outtype, pre=PRE.get(WIDES[name].tokenizer))
         assert differing(tensors(llm_file(ours, outtype)), tensors(theirs)) == {}, outtype
+        one, other = metadata(llm_file(ours, outtype)), metadata(theirs)
+        more = MORE_KEYS[name]
+        assert more == {*one} - {*other} - {*NAMES}, outtype
+        other.pop(OF_GEMMAS_TOKENIZER, None)
+        assert list(unequal({key: one[key] for key in one if key not in more}, other)) == [], outtype
     ids = ids_for(name, 120)
     task = {"kind": "logits", "model": llm_file(ours, "f32"), "ids": ids}
     found = torch.from_numpy(llama_cpp.ask(text=task)["text"]["array"])

@@ -16,6 +16,10 @@ CONVERTER = Path(sys.prefix) / "src" / "convert_hf_to_gguf.py"
 def main() -> None:
     """Run the converter."""
     arguments = sys.argv[1:]
+    # sentencepiece's own messages want a protobuf that the converter's pins do not allow; transformers has older ones.
+    from transformers.utils import sentencepiece_model_pb2_new
+
+    sys.modules["sentencepiece.sentencepiece_model_pb2"] = sentencepiece_model_pb2_new
     sys.path.insert(0, str(CONVERTER.parent))
     if arguments[:1] == ["--pre"]:
         name, arguments = arguments[1], arguments[2:]

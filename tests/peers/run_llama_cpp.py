@@ -183,6 +183,7 @@ def picture(name: str, task: dict[str, Any]) -> dict[str, Any]:
     if m.mtmd_tokenize(eyes, chunks, ctypes.byref(text), (ctypes.c_void_p * 1)(bitmap), 1) != 0:
         raise SystemExit("mtmd_tokenize failed: " + " | ".join(COMPLAINTS))
     around: list[list[int]] = []
+    seen: list[int] = []
     length = 0
     width = c.llama_model_n_embd_inp(model.model)
     for number in range(m.mtmd_input_chunks_size(chunks)):
@@ -194,6 +195,7 @@ def picture(name: str, task: dict[str, Any]) -> dict[str, Any]:
             ids = m.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(size))
             around.append(list(ids[: size.value]))
         else:
+            seen.append(rows)
             if m.mtmd_encode_chunk(eyes, chunk) != 0:
                 raise SystemExit("mtmd_encode_chunk failed: " + " | ".join(COMPLAINTS))
             found = ctypes.cast(m.mtmd_get_output_embd(eyes), ctypes.POINTER(ctypes.c_float))
@@ -204,7 +206,7 @@ def picture(name: str, task: dict[str, Any]) -> dict[str, Any]:
         if done != 0:
             raise SystemExit("mtmd_helper_eval_chunks failed: " + " | ".join(COMPLAINTS))
         written = greedy(model, context, end.value, task["count"])
-    return {"around": around, "ids": written, "text": model.text(written)}
+    return {"around": around, "rows": seen, "ids": written, "text": model.text(written)}
 
 
 KINDS: dict[str, Callable[[str, dict[str, Any]], dict[str, Any]]] = {

@@ -81,8 +81,6 @@ def _refuse_gemma(architecture: str, config: Config, size: int, heads: int) -> N
     )
     if said := [key for key in unread if config.get(key)]:
         raise UnsupportedError(f"{said[0]} cannot be written as GGUF: llama.cpp's {architecture} does not read it")
-    if architecture == "gemma3" and config.get("rope_local_base_freq", 10000.0) != 10000.0:
-        raise UnsupportedError("rope_local_base_freq cannot be written as GGUF: llama.cpp's gemma3 takes 10000")
 
 
 def _gemma_scale(config: Config, size: int, heads: int, wide: int) -> int:
