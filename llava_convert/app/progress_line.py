@@ -87,7 +87,7 @@ class Stage:
 
 
 def _fitting(pieces: list[tuple[int, str]], width: int) -> str:
-    """The pieces in one line: those of the lowest numbers first, and each of the others for which there is room left."""
+    """The pieces in one line: the lowest numbers are taken first, then whatever still fits."""
     taken: set[int] = set()
     room = width + 2  # each piece but the first has two spaces before it
     for at in sorted(range(len(pieces)), key=lambda i: pieces[i][0]):
