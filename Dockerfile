@@ -13,8 +13,8 @@ RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt ".[digest,https,
 
 FROM python:3.11-slim
 COPY --from=build /opt/venv /opt/venv
-RUN useradd --create-home user
-USER user
+RUN useradd --uid 1000 --create-home user
+USER 1000
 WORKDIR /work
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 ENTRYPOINT ["llava-convert"]

@@ -124,7 +124,7 @@ def _list(path: Path) -> Iterator[tuple[int, Any]]:
             raise InputError(f"{place(path, window.line, number)}: {_words(problem)}", hint=_MENDED) from None
 
 
-_MENDED = "the file may have been cut while it was downloaded: get it again, or mend the row"
+_MENDED = "the file may have been cut while it was downloaded: get it again, or fix the row"
 
 
 def _words(problem: Exception) -> str:

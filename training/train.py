@@ -259,7 +259,7 @@ def _taken_up(last: Path, world: int, *, by_deepspeed: bool) -> Resumable:
     if last.is_dir() and not by_deepspeed:
         raise UsageError(f"{last} is a DeepSpeed checkpoint", hint="resume it with the same --deepspeed")
     if by_deepspeed and not last.is_dir():
-        raise UsageError(f"{last} is no DeepSpeed checkpoint", hint="resume it without --deepspeed")
+        raise UsageError(f"{last} is not a DeepSpeed checkpoint", hint="resume it without --deepspeed")
     found = read_checkpoint(last)
     if found.processes not in (None, world):
         raise UsageError(

@@ -44,7 +44,7 @@ class Inspection:
     """What `inspect` found. `targets` maps each layout to None, or to why it cannot be made as things are.
 
     `kind` is what the thing is, `use` what it can be used for, `next` the command to type next. `layout` is None for
-    what is no checkpoint that this tool converts.
+    what is not a checkpoint that this tool converts.
     """
 
     path: Path | str
@@ -131,7 +131,7 @@ def _inspect(source: str | Path, options: SourceOptions, session: Session) -> In
 
 
 def _other(problem: Told, session: Session) -> Inspection:
-    """What is no checkpoint: what it is instead."""
+    """An inspection of what is not a checkpoint: what it is instead."""
     return Inspection(
         path=session.address_of(problem.path),
         layout=None,

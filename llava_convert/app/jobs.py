@@ -156,7 +156,7 @@ class VerifyJob(SourceOptions, PartOption):
     source: Annotated[PathLike, _SOURCE]
     out: Annotated[PathLike, Flag("A checkpoint of any layout, from any converter.", argument=True)]
     _: KW_ONLY
-    strict: Annotated[bool, Flag("Unrecorded vocabulary rows are a difference.", CHECKS)] = False
+    strict: Annotated[bool, Flag("Count vocabulary rows that no record names as a difference.", CHECKS)] = False
     logits: Annotated[
         bool, Flag("Show both models the same pictures and prompts, and compare all that comes of them.", CHECKS)
     ] = False
@@ -212,7 +212,7 @@ class ChatJob(AskOptions):
     ] = None
     system: Annotated[
         str | None,
-        Flag("What the model is told before all else, if its template has room for it.", RUN, metavar="TEXT"),
+        Flag("System message, if the model's template has room for one.", RUN, metavar="TEXT"),
     ] = None
 
     @property
@@ -244,7 +244,7 @@ class MMBenchJob(AskOptions):
     report: Annotated[
         PathLike | None, Flag("Write a page with the scores, pictures and answers.", RUN, metavar="FILE.html")
     ] = None
-    max_new_tokens: Annotated[int, Flag("The most tokens of an answer.", RUN, metavar="N")] = 100
+    max_new_tokens: Annotated[int, Flag("Longest answer, in tokens.", RUN, metavar="N")] = 100
     progress: Reporter | OnBytes | bool | None = None
 
     def run(self, say: Reporter) -> MMBenchResult:
@@ -285,7 +285,7 @@ class EvalJob(AskOptions):
         Flag("results.csv and results.json. Default: work_dirs/<SOURCE>-eval.", RUN, metavar="DIR"),
     ] = None
     include: Annotated[PathLike | None, Flag("A folder with tasks of your own (YAML).", RUN, metavar="DIR")] = None
-    limit: Annotated[int | None, Flag("The first N questions of each task alone.", RUN, metavar="N")] = None
+    limit: Annotated[int | None, Flag("Only the first N questions of each task.", RUN, metavar="N")] = None
     card: Annotated[bool, Flag("Write the table into the README.md of SOURCE, too.", RUN)] = False
     progress: Reporter | OnBytes | bool | None = None
 

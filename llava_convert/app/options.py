@@ -74,7 +74,9 @@ class SourceOptions(Flagged):
     projector: Annotated[
         PathLike | None,
         Flag(
-            "The projector, where the source lacks it: of a file or a model of any layout.", SOURCE, metavar="PATH|ID"
+            "The projector, if the source lacks it: a file, or a model of any layout that holds one.",
+            SOURCE,
+            metavar="PATH|ID",
         ),
     ] = None
     pretrained_pth: Annotated[
@@ -100,7 +102,7 @@ class SourceOptions(Flagged):
     lora_alpha: Annotated[
         str | float | Mapping[str, float] | None,
         Flag(
-            "LoRA alpha, where nothing tells it or what tells it is wrong: one number, or llm=N,visual-encoder=M.",
+            "LoRA alpha, if nothing states it or the stated one is wrong: one number, or llm=N,visual-encoder=M.",
             SOURCE,
             metavar="N",
         ),
@@ -108,7 +110,7 @@ class SourceOptions(Flagged):
     adapter: Annotated[
         PathLike | Sequence[PathLike] | None,
         Flag(
-            "PEFT adapter to merge (may be given several times), or none: leave out those beside the model.",
+            "PEFT adapter to merge (may be given several times); none leaves out those beside the model.",
             SOURCE,
             metavar="DIR",
             repeated=True,
@@ -117,7 +119,7 @@ class SourceOptions(Flagged):
     extra: Annotated[
         str,
         Flag(
-            "Tensors beside the parts that no table has: an error (the default), or drop: leave them out.",
+            "Tensors that no table knows: error (the default), or drop to leave them out.",
             SOURCE,
             choices=("error", DROP),
         ),
@@ -125,7 +127,7 @@ class SourceOptions(Flagged):
     vocab: Annotated[
         str | None,
         Flag(
-            "Where rows and vocabulary differ: as many rows as the weights have, or as config and tokens ask for.",
+            "If embedding rows and vocabulary differ: rows keeps the weights' count, tokens the config's.",
             SOURCE,
             choices=("rows", "tokens"),
         ),
@@ -200,7 +202,7 @@ class AskOptions(SourceOptions):
         str | None,
         Flag("Prompt template, by xtuner's name for it. Default: the one trained with.", RUN, metavar="NAME"),
     ] = None
-    max_new_tokens: Annotated[int, Flag("The most tokens of an answer.", RUN, metavar="N")] = 512
+    max_new_tokens: Annotated[int, Flag("Longest answer, in tokens.", RUN, metavar="N")] = 512
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -232,7 +234,7 @@ class HubOptions(Flagged):
             choices=(*HUBS, BOTH),
         ),
     ] = None
-    private: Annotated[bool, Flag("Make the repository private, if it is to be made.", PUBLISH)] = False
+    private: Annotated[bool, Flag("Make the repository private when it is created.", PUBLISH)] = False
 
     @property
     def hubs(self) -> tuple[str, ...]:
@@ -285,7 +287,7 @@ class Options(PushOptions, OutputOptions, PartOption, NamedBases, OutOptions):
 
     allow_key: Annotated[
         str | Sequence[str] | None,
-        Flag("Key of a config that no table knows and that may be left behind.", SOURCE, metavar="NAME", repeated=True),
+        Flag("Leave this key of a config behind, though no table knows it.", SOURCE, metavar="NAME", repeated=True),
     ] = None
     dequantize: Annotated[bool, Flag("Make floats of a quantised source; its rounding stays.", SOURCE)] = False
     verify: Annotated[
@@ -322,7 +324,7 @@ class Options(PushOptions, OutputOptions, PartOption, NamedBases, OutOptions):
         object.__setattr__(self, "to", layout.name)
         super().__post_init__()
         if self.name is not None and not _NAME.fullmatch(self.name):
-            raise UsageError(f"--name {printable(self.name)}: it is a name, and no path", hint="-o says where")
+            raise UsageError(f"--name {printable(self.name)}: it is a name, not a path", hint="-o says where")
         if self.push is None and (self.hub or self.private or self.revision is not None or self.create_pr):
             raise UsageError(
                 "--hub, --private, --revision and --create-pr say how to publish", hint="--push REPO publishes"

@@ -46,7 +46,7 @@ class Stage:
         return (self.done - before) / (now - then) if now > then else 0.0
 
     def text(self, width: int, now: float, *, bar: str = "━") -> str:
-        """One line of at most `width` columns: what there is no room for is left out, the file's name first.
+        """One line of at most `width` columns: what there is no room for is left out.
 
         `bar` is the character of the bar, in ASCII or not; there is none without.
         """
@@ -66,8 +66,8 @@ class Stage:
         return _fitting(
             [
                 (0, self.what),
-                (6, self.file),
-                (5, bars),
+                (5, self.file),
+                (6, bars),
                 (0, f"{part:4.0%}"),
                 (4, figures),
                 (1, speed if rate else ""),
@@ -87,11 +87,15 @@ class Stage:
 
 
 def _fitting(pieces: list[tuple[int, str]], width: int) -> str:
-    """The pieces that are not empty in one line; those of the highest numbers go first where it would be too long."""
-    pieces = [piece for piece in pieces if piece[1]]
-    while sum(len(text) for _, text in pieces) + 2 * (len(pieces) - 1) > width and any(n for n, _ in pieces):
-        pieces.remove(max(pieces, key=lambda piece: piece[0]))
-    return "  ".join(text for _, text in pieces)[:width]
+    """The pieces in one line: the lowest numbers are taken first, then whatever still fits."""
+    taken: set[int] = set()
+    room = width + 2  # each piece but the first has two spaces before it
+    for at in sorted(range(len(pieces)), key=lambda i: pieces[i][0]):
+        rank, text = pieces[at]
+        if text and (rank == 0 or len(text) + 2 <= room):
+            taken.add(at)
+            room -= len(text) + 2
+    return "  ".join(text for at, (_, text) in enumerate(pieces) if at in taken)[:width]
 
 
 def clock(seconds: float) -> str:

@@ -13,7 +13,7 @@ from llava_convert.cli._output import Output
 
 
 def add_to(app: typer.Typer) -> None:
-    data = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Training data: check them, mend them.")
+    data = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Check and fix training data.")
     data.command("check", help="Are all files and pictures of a recipe there? Says how to get what is not.")(check)
     data.command("fix-ocrvqa", help="Copy OCR-VQA's pictures to names that end in .jpg, as the data sets call them.")(
         fix_ocrvqa

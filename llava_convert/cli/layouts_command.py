@@ -25,9 +25,8 @@ def _layouts(as_json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.V
     def action() -> None:
         from llava_convert.assets.prompts import prompt_templates
         from llava_convert.core.resources import training
-        from llava_convert.layouts.gguf.mixes import ALIASES, OUTTYPES
         from llava_convert.layouts.info import LAYOUTS, TARGETS
-        from llava_convert.layouts.registry import SOURCES, dialects, family_names
+        from llava_convert.layouts.registry import SOURCES, dialects, family_names, outtypes
         from llava_convert.model.reshape import relation
         from llava_convert.model.tables.families import architectures
         from llava_convert.model.tables.quantization import methods
@@ -46,7 +45,7 @@ def _layouts(as_json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.V
                     name: {"part": f[0], "model_types": f[1:], "as": related[name], "called": family_names(f[1])}
                     for name, f in families.items()
                 },
-                "outtypes": list(OUTTYPES),
+                "outtypes": list(outtypes()),
                 "quantizations": [{"name": m.name, "becomes_floats": bool(m.scales)} for m in methods()],
                 "templates": list(prompt_templates()),
                 "recipes": [one["name"] for one in recipes],
@@ -72,10 +71,7 @@ def _layouts(as_json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.V
         _table(
             output,
             "--outtype, type of most weights, also called",
-            [
-                (name, kind.base, " ".join(other for other, of in ALIASES.items() if of == name) or "-")
-                for name, kind in OUTTYPES.items()
-            ],
+            [(name, kind, " ".join(others) or "-") for name, (kind, others) in outtypes().items()],
         )
         _table(
             output,

@@ -117,7 +117,7 @@ class Inspect(Document):
     """What `inspect` found."""
 
     source: Annotated[str, "what was looked at"]
-    layout: Annotated[str | None, "its layout; null for what is no checkpoint that can be converted"]
+    layout: Annotated[str | None, "its layout; null for what is not a checkpoint that can be converted"]
     why: Annotated[str, "how it was recognised"]
     kind: Annotated[str, "what it is, in words"]
     use: Annotated[str, "what it can be used for"]

@@ -61,7 +61,10 @@ def train(
     seed: Annotated[
         int | None,
         typer.Option(
-            "--seed", metavar="N", help="Of new weights, order and dropout: train.seed.", rich_help_panel=RECIPE_PANEL
+            "--seed",
+            metavar="N",
+            help="Seed of new weights, order and dropout (train.seed).",
+            rich_help_panel=RECIPE_PANEL,
         ),
     ] = None,
     list_recipes: Annotated[

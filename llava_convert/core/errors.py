@@ -26,7 +26,7 @@ _READING_HINTS = {
 
 
 class ConvertError(Exception):
-    """Base of every error that is the user's to mend. `exit_code` is the process's exit status."""
+    """Base of every error that the user can fix. `exit_code` is the process's exit status."""
 
     exit_code = 1
 

@@ -57,6 +57,12 @@ def family_names(model_type: str) -> dict[str, str]:
     return {name: told for name, ask in asked.items() if ask is not None and (told := ask(model_type)) is not None}
 
 
+def outtypes() -> dict[str, tuple[str, list[str]]]:
+    """The types of files that can be asked for: by name the type of most weights, and other names of the same."""
+    asked = [getattr(layout(name), "file_types", None) for name in SOURCES]
+    return {name: found for ask in asked if ask is not None for name, found in ask().items()}
+
+
 def locate(path: Path) -> Path:
     """The checkpoint that a path means: itself, or what a training work_dir's `last_checkpoint` names."""
     path = path.expanduser()
@@ -73,7 +79,7 @@ def locate(path: Path) -> Path:
                 return candidate
     except (OSError, ValueError):
         pass  # no name of a file on this system, so none that is there
-    raise InputError(f"{pointer} names '{printable(name)}', which is not there", hint="give the checkpoint itself")
+    raise InputError(f"{pointer} names '{printable(name)}', which does not exist", hint="give the checkpoint itself")
 
 
 def look(path: Path, config_from: Path | None = None) -> Found:

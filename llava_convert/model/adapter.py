@@ -280,7 +280,7 @@ def _safe_regex(key: str) -> re.Pattern[str]:
     try:
         return re.compile(rf"(.*\.)?({key})")
     except re.error as problem:
-        raise InputError(f"rank_pattern or alpha_pattern key {key!r} is no regular expression: {problem}") from problem
+        raise InputError(f"rank_pattern or alpha_pattern: {key!r} is not a regular expression: {problem}") from problem
 
 
 def settings_from_json(raw: Mapping[str, Any], path: Path) -> LoraSettings:

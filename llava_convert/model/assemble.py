@@ -314,7 +314,7 @@ def _merge_one(part: str, recipes: dict[str, Recipe], adapter: Adapter, alpha: f
         ):
             raise InputError(
                 f"the adapter has new values {list(rows.values.shape)} for rows up to {max(rows.rows)} of {name}, "
-                f"which is {list(recipes[name].shape) if name in recipes else 'not there'}",
+                f"which is {list(recipes[name].shape) if name in recipes else 'missing'}",
                 hint="give the model that it was trained on by --base",
             )
         recipes[name] = recipes[name].then(rows)

@@ -64,7 +64,7 @@ def refuse_unknown(checkpoint: Checkpoint, part: str, known: Mapping[str, Expect
         if own.state == "full" and lacking:
             raise InputError(
                 f"the config and the tensors of the {PART_NAMES[part]} are of different families: the config wants "
-                f"{grouped(lacking, limit=4)}, which are not there; there are {grouped(unknown, limit=4)} instead",
+                f"{grouped(lacking, limit=4)}, which are missing; there are {grouped(unknown, limit=4)} instead",
                 hint=f"get config and weights of one model, or give the base by --{PART_WORDS[part]}",
             )
         close = get_close_matches(unknown[0], known, n=1, cutoff=0.0)

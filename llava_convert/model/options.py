@@ -131,7 +131,7 @@ class OutputOptions(TypesOption):
     mmproj_for: Annotated[
         str | None,
         Flag(
-            "stock: positions where today's llama.cpp looks for them, which puts the class token last; for it alone.",
+            "stock: an mmproj for today's llama.cpp alone, which puts the class token last.",
             OUTPUT,
             choices=("stock",),
         ),

@@ -65,7 +65,7 @@ def refuse_packed(checkpoint: Checkpoint, parts: Iterable[str]) -> None:
             continue
         why = f"{len(held)} of the {len(own.weights)} tensors of the {PART_NAMES[part]} are packed"
         if how is not None and how.method.name == "bitsandbytes" and not any("absmax" in n for n in own.weights):
-            why += ", and the scales (absmax) that would unpack them are not there"
+            why += ", and the scales (absmax) that would unpack them are missing"
         hint = "give the full-precision model that it was made of"
         if can_dequantize(checkpoint):
             hint = f"--dequantize makes floats of them, which keep the error of the quantisation; better {hint}"

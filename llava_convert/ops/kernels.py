@@ -77,7 +77,7 @@ def dequantize(dtype: str, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
 def require(dtype: str) -> None:
     """Raise UsageError (exit 2) when no kernel here makes `dtype`, naming what to install."""
     if dtype not in NUMBERS:
-        raise UsageError(f"{dtype} is no type that can be made; there are {', '.join(NUMBERS)}")
+        raise UsageError(f"{dtype} is not a type that can be made; there are {', '.join(NUMBERS)}")
     if _kernel(dtype) is None and dtype not in BY_NUMPY:
         found = _place()
         why = "xllamacpp is not installed" if found is None else f"{found} holds no function of ggml's that makes it"

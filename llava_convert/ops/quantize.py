@@ -93,7 +93,7 @@ class Dequantize:
 
     def result(self, dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
         if dtype not in QUANTS:
-            raise UnsupportedError(f"cannot dequantise {dtype}: it is no block type")
+            raise UnsupportedError(f"cannot dequantise {dtype}: it is not a block type")
         if dtype not in kernels.READABLE:
             raise UnsupportedError(f"cannot dequantise {dtype}: gguf-py does not know how")
         if len(shape) < 2:

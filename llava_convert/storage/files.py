@@ -42,7 +42,7 @@ def open_regular(path: Path) -> RawIOBase:
             stream.close()
             raise
     except FileNotFoundError as error:
-        link = " (a link to a file that is not there)" if path.is_symlink() else ""
+        link = " (a link to a file that does not exist)" if path.is_symlink() else ""
         raise unreadable(path, error, MISSING + link) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise unreadable(path, error) from error

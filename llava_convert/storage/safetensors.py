@@ -140,7 +140,7 @@ def encode_header(
     end = 0
     for name, dtype, shape in sorted(tensors, key=lambda tensor: (_RANK[tensor[1]], tensor[0])):
         if name in entries:
-            raise ValueError(f"tensor {name!r} is given twice, or is no name for a tensor")
+            raise ValueError(f"tensor {name!r} is given twice, or is not a name for a tensor")
         starts[name] = end
         end += prod(shape) * DTYPE_BITS[dtype] // 8
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [starts[name], end]}

@@ -226,7 +226,7 @@ def _read_index(path: Path) -> dict[str, Any]:
             if relative is None:
                 raise UnsafeError(
                     f"{where}: weight_map puts {printable(tensor)} into '{printable(file)}', "
-                    "which is no file of this folder",
+                    "which is not a file of this folder",
                     hint="an index of a model names files beside it; get it from a source that you trust",
                 )
             if not relative.lower().endswith((SAFETENSORS_SUFFIX, *TORCH_SUFFIXES)):

@@ -346,7 +346,7 @@ def test_fault_83_unknown_types_of_tensors(tmp_path: Path, kind: int, said: str)
 @pytest.mark.parametrize("ne, kind", [((31,), 8), ((33, 32), 8), ((16, 2), 2), ((128, 2), 12), ((), 8), ((1,), 14)])
 def test_fault_83_rows_that_are_no_whole_blocks(tmp_path: Path, ne: tuple[int, ...], kind: int) -> None:
     content = packed([], [tensor(b"a", ne, kind=kind)], bytes(9999))
-    assert f"tensor a: rows of {ne[0] if ne else 1} are no whole blocks" in refused(tmp_path, content).message
+    assert f"tensor a: rows of {ne[0] if ne else 1} are not whole blocks" in refused(tmp_path, content).message
 
 
 @pytest.mark.parametrize("name", [b"", b"\x1b[2J", b"a\nb", b"a\0", b"\xff", b"\xed\xa0\x80", "\u202e".encode()])

@@ -568,7 +568,7 @@ def test_fault_38_legacy_damage(tmp_path: Path) -> None:
     path.write_bytes(raw[:-24] + struct.pack("<q", 5) + raw[-16:])
     refusal(path, InputError, "5 elements")
     path.write_bytes(b"\x80\x02" + b"\x8a\x0a" + (123456).to_bytes(10, "little") + b".")
-    refusal(path, InputError, "no file of torch.save")
+    refusal(path, InputError, "not a file of torch.save")
 
 
 def test_fault_38_legacy_big_endian(tmp_path: Path) -> None:
@@ -765,11 +765,11 @@ def test_fault_42_quantised(tmp_path: Path) -> None:
         (b"<!DOCTYPE html><html></html>", "web page"),
         (b'{"error": "Not found"}', "web page"),
         (struct.pack("<Q", 20) + b'{"a":{}}            ', "safetensors"),
-        (b"GGUF\x03\0\0\0", "no file of torch.save"),
-        (b"\x00\x01\x02\x03" * 50, "no file of torch.save"),
+        (b"GGUF\x03\0\0\0", "not a file of torch.save"),
+        (b"\x00\x01\x02\x03" * 50, "not a file of torch.save"),
         (b"PK", "unfinished save"),
         (b"PK\x05\x06" + bytes(18), "no data.pkl"),
-        (pickle.dumps({"a": 1}), "no file of torch.save"),
+        (pickle.dumps({"a": 1}), "not a file of torch.save"),
     ],
     ids=["empty", "lfs", "html", "json", "safetensors", "gguf", "noise", "pk", "empty zip", "pickle"],
 )

@@ -444,7 +444,7 @@ def test_fault_33_impossible_names(tmp_path: Path, name: str) -> None:
 def test_fault_33_links(tmp_path: Path) -> None:
     (tmp_path / "gone").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(InputError, match="a link to a file that is not there"):
+    with pytest.raises(InputError, match="a link to a file that does not exist"):
         read_header(tmp_path / "gone")
     with pytest.raises(InputError, match="cannot be read"):
         read_header(tmp_path / "loop")

@@ -109,7 +109,7 @@ def test_latest(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         open_checkpoint(tmp_path)
     (tmp_path / "global_step2").mkdir()
-    refusal(tmp_path, InputError, "global_step2", "no file of a DeepSpeed checkpoint")
+    refusal(tmp_path, InputError, "global_step2", "has no *_model_states.pt")
 
 
 @pytest.mark.parametrize("tag", ["../other", "/tmp/other", "C:\\other", "a/../../other"])

@@ -79,7 +79,7 @@ def test_bits_without_their_scales_are_said_to_be_that(models: Models, tmp_path:
     config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     pack = lambda key, w: {key: torch.zeros(w.numel() // 2, 1, dtype=torch.uint8)}  # noqa: E731
     source = packed(models, tmp_path / "source", "hf", config, pack)
-    with pytest.raises(UnsupportedError, match=r"bitsandbytes, 4 bits.*absmax.*not there"):
+    with pytest.raises(UnsupportedError, match=r"bitsandbytes, 4 bits.*absmax.*missing"):
         llava_convert.convert(source, to="official", out=tmp_path / "out")
 
 

@@ -214,7 +214,7 @@ def test_a_name_that_leads_out_is_refused(
     files = {p.name: p for p in layouts["hf"].iterdir()}
     hf.add("org/evil", {**files, "../../escaped": b"x"})
     ran = command("inspect", "hf://org/evil", TMPDIR=str(tmp_path))
-    assert ran.code == 5 and "../../escaped is no name for a file inside a folder" in ran.stderr
+    assert ran.code == 5 and "../../escaped is not a name for a file inside a folder" in ran.stderr
     assert tree(tmp_path) == {}
 
 

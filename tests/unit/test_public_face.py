@@ -23,14 +23,14 @@ def test_every_name_is_there_and_is_documented() -> None:
     assert all((getattr(llava_convert, name).__doc__ or "").strip() for name in llava_convert.__all__)
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1, 2, 3])
 def test_the_examples_of_progress_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").symlink_to(tiny)  # the checkpoint names its bases from there
     (tmp_path / "iter_39620.pth").symlink_to(tiny / "iter_2.pth")
     exec(blocks[number], {"llava_convert": llava_convert})
-    assert (tmp_path / ("with-tqdm", "with-rich")[number - 1] / "config.json").is_file()
+    assert (tmp_path / ("with-a-line", "with-tqdm", "with-rich")[number - 1] / "config.json").is_file()
 
 
 def test_progress_is_a_function_of_bytes_or_a_reporter(tiny: Path, tmp_path: Path) -> None:

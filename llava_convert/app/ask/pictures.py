@@ -65,7 +65,7 @@ def decoded(data: bytes, where: str) -> Image:
             return opened.convert("RGB")
     except UnidentifiedImageError:
         raise InputError(
-            f"{printable(where)}: no picture that pillow can read ({len(data)} bytes)",
+            f"{printable(where)}: not a picture that pillow can read ({len(data)} bytes)",
             hint="give a PNG, JPEG, WebP or BMP file",
         ) from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:

@@ -71,7 +71,7 @@ def _evaluate(
     except (OSError, ConnectionError, ValueError) as problem:
         raise InputError(
             f"lmms-eval cannot run {', '.join(tasks)}: {problem}",
-            hint="its data sets come from the hub: see whether they can be had",
+            hint="its data sets come from the hub: check that they can be downloaded",
         ) from problem
     return found
 

@@ -137,7 +137,7 @@ def _consumer(word: str) -> tuple[str, tuple[int, ...] | None]:
     try:
         return name, tuple(int(part) for part in version.split(".")[:2]) if version else None
     except ValueError:
-        raise UsageError(f"--for {word}: {version} is no version", hint="write transformers@4.46") from None
+        raise UsageError(f"--for {word}: {version} is not a version", hint="write transformers@4.46") from None
 
 
 def _as_it_was(folder: Folder, name: str, data: bytes) -> bool:

@@ -132,7 +132,7 @@ def _compare(folder: Path, found: Mapping[str, Content], vouched: Mapping[str, A
     if problems:
         raise MismatchError(
             f"{folder} is not what was verified; {'; '.join(problems)}",
-            hint="convert it again; or --source SOURCE compares it anew, --verify off publishes it as it is",
+            hint="convert it again; or --source SOURCE compares it again, --verify off publishes it as it is",
         )
 
 

@@ -97,7 +97,7 @@ def _with(path: Path, mmproj: Path, headers: Headers) -> Files:
     """The language model at `path` and the mmproj that is named."""
     if not mmproj.is_file() or architecture_of(mmproj, headers) != VISION_ARCHITECTURE:
         raise UnsupportedError(
-            f"{printable(mmproj)} is no mmproj (a GGUF with {ARCHITECTURE} = {VISION_ARCHITECTURE})",
+            f"{printable(mmproj)} is not an mmproj (a GGUF with {ARCHITECTURE} = {VISION_ARCHITECTURE})",
             hint="give the file with vision tower and projector by --mmproj",
         )
     if path.is_dir():

@@ -48,6 +48,11 @@ def outtype(name: str, *, option: str = "--outtype") -> str:
     return found
 
 
+def file_types() -> dict[str, tuple[str, list[str]]]:
+    """Every type of file: by name the type of most weights, and other names of the same."""
+    return {name: (kind.base, [o for o, of in ALIASES.items() if of == name]) for name, kind in OUTTYPES.items()}
+
+
 def tensor_type(
     name: str,
     tensor: str,

@@ -76,13 +76,13 @@ class _Vocabulary:
     def text(self, key: str) -> str:
         value = self.get(key)
         if not isinstance(value, str):
-            raise InputError(f"the GGUF has no {key}", hint="its tokenizer is incomplete; convert the model anew")
+            raise InputError(f"the GGUF has no {key}", hint="its tokenizer is incomplete; convert the model again")
         return value
 
     def list_of(self, key: str, kind: type | tuple[type, ...], length: int | None) -> list[Any]:
         value = self.get(key)
         if not isinstance(value, list | tuple) or not all(isinstance(one, kind) for one in value):
-            raise InputError(f"the GGUF has no {key}, or it is no list of the right kind")
+            raise InputError(f"the GGUF has no {key}, or it is not a list of the right kind")
         if length is not None and len(value) != length:
             raise InputError(f"the GGUF's {key} has {len(value)} entries for {length} tokens")
         return list(value)

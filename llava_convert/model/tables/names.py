@@ -257,7 +257,7 @@ def _layout_table(
             table = make_layout_table(raw, text, path, families)
         except TableError as problem:
             where = ", ".join(str(one.path) for one in added)
-            raise InputError(f"{where}: {problem}", hint="mend the table; ours are in mappings/layouts") from None
+            raise InputError(f"{where}: {problem}", hint="fix the table; ours are in mappings/layouts") from None
     if any(row.fused or row.heads for row in table.rows):
         raise TableError(f"{path.name}: parts and heads are for the tables of a family, whose sizes are known")
     return table

@@ -80,7 +80,9 @@ def read_classic(folder: Path) -> Classic:
     for entry, name in names.items():
         for offsets, _ in wanted[name][1]:
             if (entry, offsets) not in places:
-                raise InputError(f"{where}: says of no file where {printable(entry)} at {list(offsets)} is", hint=_MEND)
+                raise InputError(
+                    f"{where}: does not say which file holds {printable(entry)} at {list(offsets)}", hint=_MEND
+                )
             parts[name, offsets] = places[entry, offsets]
     stored = _stored(parts)
     tensors: dict[str, StoredTensor] = {}
@@ -182,7 +184,9 @@ def _places(
         if file not in paths:
             plain = relative_name(file) if isinstance(file, str) else None
             if plain is None:
-                raise UnsafeError(f"{where}: puts {printable(name)} into '{printable(file)}', no file of this folder")
+                raise UnsafeError(
+                    f"{where}: puts {printable(name)} into '{printable(file)}', which is not a file of this folder"
+                )
             paths[str(file)] = require_inside(folder, plain)
         offsets = _sizes(key.get("offset"), where, str(name))
         found[str(name), offsets] = _Place(paths[str(file)], offset, length)

@@ -151,6 +151,6 @@ def _state(value: Any) -> dict[Any, Any]:
 def _placement(value: Any, told: str) -> tuple[str, int | None]:
     """The kind of a placement, and the dimension that it splits."""
     if type(value) is not Inert:
-        raise InputError(f"{told}: has a placement that is none")
+        raise InputError(f"{told}: has a placement that is not known")
     dim = _state(value).get("dim", value.args[0] if value.args else None)
     return value.name.rpartition(".")[2], dim if type(dim) is int else None

@@ -202,7 +202,7 @@ def _check_start(path: Path, head: bytes, size: int) -> None:
         if head[:4] in _OTHERS:
             raise UnsupportedError(
                 f"{where}: is in the format {_OTHERS[head[:4]]}, from before GGUF",
-                hint="get the model as GGUF, or convert it anew",
+                hint="get the model as GGUF, or convert it again",
             )
         raise InputError(f"{where}: not a GGUF file: it begins {printable(head[:4])}")
     if size < 24:
@@ -220,7 +220,7 @@ def _check_start(path: Path, head: bytes, size: int) -> None:
     if version not in READ_VERSIONS:
         raise UnsupportedError(
             f"{where}: GGUF version {version}, which llama.cpp gave up too; versions 2 and 3 are read",
-            hint="get the model in today's version, or convert it anew",
+            hint="get the model in today's version, or convert it again",
         )
 
 
@@ -275,8 +275,8 @@ def _located(
         raise InputError(f"{where}: tensor {printable(name)}: shape {printable(list(shape))} overflows")
     if not whole_blocks(dtype, shape):
         raise InputError(
-            f"{where}: tensor {printable(name)}: rows of {shape[-1] if shape else 1:,} are no whole blocks of {dtype}, "
-            f"which hold {QUANTS[dtype][0]}"
+            f"{where}: tensor {printable(name)}: rows of {shape[-1] if shape else 1:,} are not whole blocks of "
+            f"{dtype}, which hold {QUANTS[dtype][0]}"
         )
     nbytes = nbytes_of(dtype, prod(shape))
     if start + nbytes > size:

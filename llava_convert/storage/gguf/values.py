@@ -53,7 +53,7 @@ def encode_value(typed: Typed) -> bytes:
 
 def _number_of(kind: str) -> int:
     if kind != "str" and kind not in _FORMATS:
-        raise ValueError(f"{kind!r} is no kind of value in GGUF, or no kind of element")
+        raise ValueError(f"{kind!r} is not a kind of value in GGUF, or of element")
     return KINDS.index(kind)
 
 

@@ -291,7 +291,7 @@ class Staging:
     def _claim(self, name: str) -> Path:
         pure = PurePosixPath(name)
         if str(pure) != name or pure.is_absolute() or not pure.name or {"..", RECORD} & {*pure.parts} or "\0" in name:
-            raise ValueError(f"{name!r} is no name for a file inside an output")
+            raise ValueError(f"{name!r} is not a name for a file inside an output")
         for part in pure.parts:
             check_name(part)
         with self._mutex:

@@ -56,7 +56,7 @@ class Session:
         for file, size in remote.files.items():
             plain = relative_name(file)
             if plain is None:
-                raise UnsafeError(f"{remote.address}: {printable(file)} is no name for a file inside a folder")
+                raise UnsafeError(f"{remote.address}: {printable(file)} is not a name for a file inside a folder")
             try:
                 mount.place(plain, size)
             except (OSError, ValueError) as problem:  # a size that no file has; a file and a folder of one name

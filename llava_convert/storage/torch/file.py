@@ -146,7 +146,7 @@ def _refuse_other_formats(path: Path, head: bytes) -> None:
     if head[257:262] == b"ustar":
         raise UnsupportedError(
             f"{path}: is in the TAR format of PyTorch before 0.4, which is not read",
-            hint="If you trust the file, save it anew: python -c \"import torch; torch.save(torch.load('OLD', "
+            hint="If you trust the file, save it again: python -c \"import torch; torch.save(torch.load('OLD', "
             "map_location='cpu', weights_only=False), 'NEW')\"",
         )
     if head[8:9] == b"{" and struct.unpack_from("<Q", head)[0] < 1 << 40:

@@ -47,11 +47,11 @@ def _parse(path: Path, stream: RawIOBase, size: int, data: bytes) -> machine.Loa
             raise
         magic = None
     if magic is None or magic.root != _MAGIC:
-        raise InputError(f"{path}: is no file of torch.save: neither a zip file nor the older form")
+        raise InputError(f"{path}: is not a file of torch.save: neither a zip file nor the older form")
     protocol = machine.load(data, path=path, start=magic.end, operations=_HEADER_OPERATIONS)
     if protocol.root != _PROTOCOL:
         found = printable(protocol.root) if type(protocol.root) is int else "that is no number"
-        raise InputError(f"{path}: is no file of torch.save: unknown version {found}")
+        raise InputError(f"{path}: is not a file of torch.save: unknown version {found}")
     system = machine.load(data, path=path, start=protocol.end, operations=_HEADER_OPERATIONS)
     if isinstance(system.root, dict) and system.root.get("little_endian") is False:
         raise UnsupportedError(f"{path}: was saved on a big-endian machine, which is not read")

@@ -47,7 +47,7 @@ def read_zip(path: Path, stream: RawIOBase, size: int) -> machine.Loaded:
     if order is not None and read_at(path, stream, order.offset, min(order.length, 16)) != b"little":
         raise UnsupportedError(
             f"{path}: was saved on a big-endian machine, which is not read",
-            hint="Save it anew with torch.serialization.set_default_load_endianness on a little-endian machine.",
+            hint="Save it again with torch.serialization.set_default_load_endianness on a little-endian machine.",
         )
     pickled = records[f"{root}/data.pkl"]
     if pickled.length > machine.MAX_PICKLE_BYTES:
@@ -99,7 +99,7 @@ def _zip_records(path: Path, stream: RawIOBase, size: int) -> dict[str, _Record]
         try:
             name = raw.decode("utf-8" if flags & 0x800 else "cp437")
         except UnicodeDecodeError:
-            raise InputError(f"{path}: its zip directory holds a name that is no text") from None
+            raise InputError(f"{path}: its zip directory holds a name that is not text") from None
         unpacked, packed, header = _zip64_fields(path, extra, unpacked, packed, header)
         _check_record(path, name, flags, method, packed, unpacked)
         found.append((name, raw, header, packed, crc))
@@ -198,7 +198,7 @@ def _check_record(path: Path, name: str, flags: int, method: int, packed: int, u
             raise _torchscript(path)
         raise InputError(
             f"{path}: record {printable(name)} is compressed; torch.save stores its records as they are",
-            hint="The file was packed anew. Unpack it and pack it without compression (zip -0), or copy the original.",
+            hint="The file was packed again. Unpack it and pack it without compression (zip -0), or copy the original.",
         )
     if packed != unpacked:
         raise InputError(f"{path}: record {printable(name)} has two sizes, {packed:,} and {unpacked:,}")

@@ -48,13 +48,13 @@ def state_folder(folder: Path) -> Path:
     if any(map(_is_state, names)):
         return folder
     if LATEST not in names:
-        raise InputError(f"{printable(folder)}: no file of a DeepSpeed checkpoint (*_model_states.pt) in it", hint=MEND)
+        raise InputError(f"{printable(folder)}: it has no *_model_states.pt, as a DeepSpeed checkpoint has", hint=MEND)
     pointer = folder / LATEST
     with open_regular(require_inside(folder, LATEST)) as stream:
         tag = read_fully(stream, 4096, pointer).decode("utf-8", "replace").strip()
     plain = relative_name(tag)
     if plain is None:
-        raise UnsafeError(f"{printable(pointer)}: names '{printable(tag)}', which is no folder beside it")
+        raise UnsafeError(f"{printable(pointer)}: names '{printable(tag)}', which is not a folder beside it")
     target = require_inside(folder, plain)
     try:
         there_is = target.is_dir()
@@ -64,11 +64,11 @@ def state_folder(folder: Path) -> Path:
         saves = [name for name in names if (folder / name).is_dir()]
         there = f"; there are {listed(saves)}" if saves else ""
         raise InputError(
-            f"{printable(pointer)}: names {printable(plain)}, which is not there{there}",
+            f"{printable(pointer)}: names {printable(plain)}, which does not exist{there}",
             hint="give the folder of one save",
         )
     if recognise(_names(target)) is None:
-        raise InputError(f"{printable(target)}: no file of a DeepSpeed checkpoint (*_model_states.pt) in it", hint=MEND)
+        raise InputError(f"{printable(target)}: it has no *_model_states.pt, as a DeepSpeed checkpoint has", hint=MEND)
     return target
 
 

@@ -74,7 +74,7 @@ def read_model_state(path: Path) -> ModelState:
     groups = root.get("param_shapes")
     groups = [groups] if isinstance(groups, dict) else groups  # a plain dict until DeepSpeed kept groups apart
     if groups is not None and not isinstance(groups, list):
-        raise InputError(f"{printable(path)}: its param_shapes are no list of shapes")
+        raise InputError(f"{printable(path)}: its param_shapes are not a list of shapes")
     shapes = None if groups is None else tuple(_shapes(path, group) for group in groups)
     if shapes is not None and len({name for group in shapes for name in group}) < sum(map(len, shapes)):
         raise InputError(f"{printable(path)}: its param_shapes name a parameter twice")
@@ -160,7 +160,7 @@ def _tensors(value: Any) -> Entries:
 
 def _shapes(path: Path, value: Any) -> dict[str, Shape]:
     if not isinstance(value, dict):
-        raise InputError(f"{printable(path)}: its shapes of parameters are no dict")
+        raise InputError(f"{printable(path)}: its shapes of parameters are not a dict")
     shapes: dict[str, Shape] = {}
     for name, shape in value.items():
         sizes = isinstance(shape, tuple | list) and len(shape) <= 64

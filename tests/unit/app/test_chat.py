@@ -66,7 +66,7 @@ def test_pictures_are_opened_from_anywhere(tiny: Path, tmp_path: Path) -> None:
     wanted = Image.open(path).convert("RGB").tobytes()
     url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
     assert open_picture(path).tobytes() == open_picture(url).tobytes() == wanted
-    for broken, message in ((tmp_path / "absent.png", "No such file"), (tiny / "iter_2.pth", "no picture")):
+    for broken, message in ((tmp_path / "absent.png", "No such file"), (tiny / "iter_2.pth", "not a picture")):
         with pytest.raises(InputError, match=message):
             open_picture(broken)
     with pytest.raises(HubError):

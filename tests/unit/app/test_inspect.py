@@ -80,7 +80,7 @@ def test_a_work_dir(tiny: Path, tmp_path: Path) -> None:
     found = llava_convert.inspect(tmp_path)
     assert (found.layout, found.path) == ("pth", tmp_path / "iter_2.pth")
     (tmp_path / "iter_2.pth").unlink()
-    with pytest.raises(InputError, match=r"last_checkpoint names '?iter_2\.pth'?, which is not there"):
+    with pytest.raises(InputError, match=r"last_checkpoint names '?iter_2\.pth'?, which does not exist"):
         llava_convert.inspect(tmp_path)
 
 

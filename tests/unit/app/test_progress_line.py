@@ -34,6 +34,7 @@ def test_all_is_said_where_there_is_room() -> None:
 @pytest.mark.parametrize(
     ("width", "text"),
     [
+        (100, "converting  model-00002-of-00004.safetensors   50%  8.0 GB/16.0 GB  400.0 MB/s  0:20  eta 0:20"),
         (90, "converting  ━━━━━━━━━━··········   50%  8.0 GB/16.0 GB  400.0 MB/s  0:20  eta 0:20"),
         (79, "converting   50%  8.0 GB/16.0 GB  400.0 MB/s  0:20  eta 0:20"),
         (48, "converting   50%  400.0 MB/s  0:20  eta 0:20"),

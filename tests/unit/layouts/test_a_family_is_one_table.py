@@ -53,6 +53,7 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The shipped tables with one more, and nothing else changed; returns that table."""
     home = tmp_path / "home"
     shutil.copytree(CHECKOUT / "mappings", home / "mappings")
+    (home / "training").symlink_to(CHECKOUT / "training")
     table = home / "mappings" / "architectures" / "made_up.toml"
     table.write_text(MADE_UP, encoding="utf-8")
     monkeypatch.setattr(resources, "_PACKAGE", home / "llava_convert")

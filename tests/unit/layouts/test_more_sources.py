@@ -82,7 +82,7 @@ def test_two_folders(made: Path, tmp_path: Path) -> None:
     for source in (language, language.parent):
         llava_convert.convert(source, to="hf", out=tmp_path / "hf", mmproj=eyes, force=True)
         assert llava_convert.verify(made / "gguf" / "m-f16.gguf", tmp_path / "hf")
-    with pytest.raises(UnsupportedError, match="is no mmproj"):
+    with pytest.raises(UnsupportedError, match="is not an mmproj"):
         recognise(language).open(OpenOptions(mmproj=language))
     with pytest.raises(UnsupportedError, match="is an mmproj itself"):
         recognise(eyes).open(OpenOptions(mmproj=eyes))

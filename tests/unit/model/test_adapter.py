@@ -232,7 +232,7 @@ def test_a_key_of_two_quantifiers_is_taken() -> None:
 
 
 def test_a_key_that_is_no_expression() -> None:
-    with pytest.raises(InputError, match="no regular expression"):
+    with pytest.raises(InputError, match="not a regular expression"):
         settings_for(LoraSettings(rank_pattern={"[": 2}), f"{PART}.x")
 
 

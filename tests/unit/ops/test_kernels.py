@@ -173,7 +173,7 @@ def test_a_library_without_the_kernels_is_not_used(hide: Hide, tmp_path: Path) -
 
 def test_types_that_nobody_makes() -> None:
     for dtype in ("IQ2_XXS", "Q8_K", "F16"):
-        with pytest.raises(UsageError, match=f"{dtype} is no type that can be made"):
+        with pytest.raises(UsageError, match=f"{dtype} is not a type that can be made"):
             kernels.require(dtype)
     for dtype in kernels.NUMBERS:
         kernels.require(dtype)

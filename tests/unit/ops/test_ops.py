@@ -429,7 +429,7 @@ def test_what_cannot_be_quantised() -> None:
         (Quantize("Q8_0"), "F32", (64,), "only matrices"),
         (Quantize("Q8_0"), "Q4_0", (4, 64), "cannot quantise Q4_0"),
         (Quantize("Q8_0"), "I64", (4, 64), "cannot quantise I64"),
-        (Dequantize(), "F16", (4, 64), "no block type"),
+        (Dequantize(), "F16", (4, 64), "not a block type"),
         (Dequantize(), "Q8_0", (64,), "only matrices"),
         (Dequantize(), "Q8_K", (4, 256), "gguf-py does not know"),
     ]

@@ -134,7 +134,7 @@ def no_places(metadata: Any) -> None:
         (overlapping, "rows: none of its parts holds index|rows: its parts overlap"),
         (larger, "rows: 28 of its 36 elements are there: a rank's part is missing"),
         (outside, "lies outside the whole"),
-        (nowhere, r"says of no file where rows at \[3, 0\] is"),
+        (nowhere, r"does not say which file holds rows at \[3, 0\]"),
         (negative, "rows has no sound place"),
         (no_places, "has no storage_data"),
     ],
@@ -186,7 +186,7 @@ def test_a_file_elsewhere(tmp_path: Path, file: str) -> None:
     def lead_out(metadata: Any) -> None:
         of(metadata, "rows", 0).relative_path = file
 
-    with pytest.raises(UnsafeError, match="no file of this folder"):
+    with pytest.raises(UnsafeError, match="not a file of this folder"):
         read(three(tmp_path / "c", change=lead_out))
 
 

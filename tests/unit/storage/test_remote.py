@@ -279,7 +279,7 @@ def test_two_sessions_have_names_and_counts_of_their_own() -> None:
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a\\..\\x", "C:x", ""])
 def test_names_that_lead_out(name: str) -> None:
-    with Session() as session, pytest.raises(UnsafeError, match="is no name for a file inside a folder"):
+    with Session() as session, pytest.raises(UnsafeError, match="is not a name for a file inside a folder"):
         session.mount(Server(files={name: b"x"}).remote)
 
 
