@@ -16,6 +16,7 @@ URLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["pro
 RAW = URLS["Homepage"].replace("github.com", "raw.githubusercontent.com")
 
 
+@pytest.mark.slow
 def test_the_picture_is_what_is_printed() -> None:
     assert PICTURE.read_text(encoding="utf-8") == picture(), "`make docs` draws it again"
     assert PICTURE.stat().st_size < 100_000
