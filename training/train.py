@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -303,4 +304,11 @@ def _trackers(asked: Sequence[str]) -> list[str]:
     missing = [name for name in asked if find_spec(name) is None]
     if missing:
         raise UsageError(f"train.trackers: {missing[0]} is not installed", hint=f"pip install {missing[0]}")
+    for name in asked:
+        try:
+            import_module(name)
+        except ImportError as problem:  # installed without what it needs
+            raise UsageError(
+                f"train.trackers: {name} cannot be imported ({problem})", hint=f"pip install --upgrade {name}"
+            ) from problem
     return list(dict.fromkeys([*asked, *(["tensorboard"] if find_spec("tensorboard") else [])]))

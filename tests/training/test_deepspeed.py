@@ -119,6 +119,18 @@ def test_one_process(tiny: Path, tmp_path: Path, data: Path) -> None:
     assert apart(trained, checkpoint.read_checkpoint(plain).state) < 3e-5
 
 
+@pytest.mark.parametrize("word", ["deepspeed_zero2", "zero2_offload", "deepspeed_zero3_offload"])
+def test_xtuners_words_and_those_that_keep_the_optimiser_on_the_cpu(
+    tiny: Path, tmp_path: Path, data: Path, word: str
+) -> None:
+    """The optimiser is torch's own AdamW there too; DeepSpeed compiles nothing but its way between processes."""
+    chosen = recipe(tiny, data, "full_vitlora", max_iters=2)
+    training("train").train(chosen, tmp_path / "plain")
+    train(chosen, tmp_path / "zero", "--deepspeed", word, peer="deepspeed")
+    assert len(losses(tmp_path / "zero")) == 2
+    assert losses(tmp_path / "zero") == pytest.approx(losses(tmp_path / "plain"), rel=2e-6)
+
+
 def test_a_full_disk(tiny: Path, tmp_path: Path, data: Path) -> None:
     """Exit 6; the folder before it, and what points at it, stay as they are."""
     chosen = recipe(tiny, data, "full_vitlora")

@@ -185,6 +185,17 @@ def test_a_tracker(tiny: Path, tmp_path: Path) -> None:
     assert logged[4][1] == {"eval/loss": evaluations(tmp_path / "w")[0]["loss"]}
 
 
+def test_a_tracker_that_lacks_what_it_needs(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed with --no-deps, say: told before a model is loaded, as the user's to repair."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "trackio.py").write_text("import gradio_client_that_is_not_there")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    chosen = recipe(tiny, draw(tmp_path / "data"), "pretrain", trackers=("trackio",))
+    with pytest.raises(UsageError, match=r"trackio cannot be imported .*gradio_client") as refused:
+        training("train").train(chosen, tmp_path / "w")
+    assert "pip install" in str(refused.value.hint) and not (tmp_path / "w").exists()
+
+
 def test_the_attention_is_chosen(tiny: Path) -> None:
     chosen = recipes.ModelRecipe(str(tiny / "llm"), str(tiny / "vit"), attention="eager")
     assert training("model").Llava(chosen).llm.config._attn_implementation == "eager"
