@@ -17,6 +17,7 @@ from llava_convert.app.ask.runtimes import TRANSFORMERS, Answer, Stream
 from llava_convert.assets.bundle import Artefacts
 from llava_convert.core.errors import UnsupportedError, UsageError
 from llava_convert.core.progress import Reporter
+from llava_convert.core.quiet import quiet_bitsandbytes
 from llava_convert.core.tensors import FROM_TORCH_NAMES
 from llava_convert.engine.execute import in_memory
 from llava_convert.engine.plan import make_plan
@@ -120,6 +121,7 @@ def load(
     """
     import torch
 
+    quiet_bitsandbytes()
     place = _device(device)
     kind = dtype or ("float32" if place.type == "cpu" else _half(model))
     words, facts = Words.of(made), model.facts
