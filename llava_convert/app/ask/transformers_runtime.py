@@ -67,7 +67,10 @@ class TransformersRuntime:
         """A conversation as the language model sees it: (1, positions, width). Raises UsageError for other counts."""
         chunks = self.words.chunks(messages)
         if len(chunks) - 1 != len(pictures):
-            raise UsageError(f"{len(pictures)} pictures for {len(chunks) - 1} <image> in the conversation")
+            raise UsageError(
+                f"{len(pictures)} pictures for {len(chunks) - 1} <image> in the conversation",
+                hint="write one <image> for each picture",
+            )
         seen = [self.projector(self.selected(self.hidden(self.pixels(picture)))) for picture in pictures]
         return self.embedded(chunks, seen)
 

@@ -203,7 +203,10 @@ def _replace(path: Path, checkpoint: Checkpoint, changed: Mapping[str, bytes]) -
         exchange(new, path, backup)
     except OSError as problem:
         shutil.rmtree(new, ignore_errors=True)
-        raise OutputError(f"{path} cannot be repaired: {problem.strerror or problem}") from problem
+        raise OutputError(
+            f"{path} cannot be repaired: {problem.strerror or problem}",
+            hint="copy it to a place that you may write to",
+        ) from problem
     return backup
 
 
