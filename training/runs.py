@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from llava_convert.core.errors import Interrupted, UsageError
 from llava_convert.core.progress import Reporter
+from llava_convert.core.quiet import quiet_bitsandbytes
 from llava_convert.storage.output.signals import interrupt_on_sigterm
 
 from .recipe import Recipe
@@ -20,6 +20,7 @@ def require_packages() -> None:
     missing = [name for name in ("accelerate", "PIL") if find_spec(name) is None]
     if missing:
         raise UsageError(f"training needs {' and '.join(missing)}", hint="pip install 'llava-convert[train]'")
+    quiet_bitsandbytes()
 
 
 def require_word(deepspeed: str) -> None:
@@ -38,8 +39,6 @@ def run(stages: Sequence[Recipe], work_dir: Path | None, *, resume: bool, deepsp
     require_packages()
     from accelerate import PartialState
 
-    # peft imports bitsandbytes where it is installed, which on some CPUs asks for one package more.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from .checkpoint import checkpoints, stage_one
     from .rows import require_file
     from .train import train

@@ -56,12 +56,18 @@ class LlamaCppRuntime:
             "cache_prompt": False,
         }
         if left:
-            raise UsageError(f"{len(pictures)} pictures, and {len(left)} of them have no <image> in the conversation")
+            raise UsageError(
+                f"{len(pictures)} pictures, and {len(left)} of them have no <image> in the conversation",
+                hint="write one <image> for each",
+            )
         found = self._server.handle_chat_completions(body)
         if isinstance(found, str | bytes):
             found = json.loads(found)
         if "choices" not in found:
-            raise UnsupportedError(f"llama.cpp refuses the conversation: {found.get('error', found)}")
+            raise UnsupportedError(
+                f"llama.cpp refuses the conversation: {found.get('error', found)}",
+                hint="--runtime transformers asks the same weights without llama.cpp",
+            )
         choice = found["choices"][0]
         text: str = choice["message"]["content"] or ""
         if stream is not None:
@@ -80,7 +86,9 @@ def _content(text: str, pictures: list[Image]) -> Any:
         parts += [{"type": "text", "text": piece}] if piece else []
         if i < len(pieces) - 1:
             if not pictures:
-                raise UsageError("a conversation with more <image> than pictures")
+                raise UsageError(
+                    "a conversation with more <image> than pictures", hint="give a picture for each <image>"
+                )
             parts.append({"type": "image_url", "image_url": {"url": _data_url(pictures.pop(0))}})
     return parts
 

@@ -83,7 +83,10 @@ def _fetched(url: str) -> bytes:
         with urlopen(asked, timeout=_PATIENCE) as answer:
             data: bytes = answer.read(_MOST_BYTES + 1)
     except HTTPError as problem:
-        raise HubError(f"{printable(url)}: the server answers {problem.code} {problem.reason}") from problem
+        raise HubError(
+            f"{printable(url)}: the server answers {problem.code} {problem.reason}",
+            hint="download the picture, and give its file",
+        ) from problem
     except (URLError, OSError, ValueError) as problem:
         raise HubError(f"{printable(url)}: {problem}", hint="give a file by --image") from problem
     if len(data) > _MOST_BYTES:

@@ -65,7 +65,10 @@ class Words:
                 tokenize=False,
             )
         except TemplateError as problem:
-            raise UnsupportedError(f"the model's chat template refuses this conversation: {problem}") from problem
+            raise UnsupportedError(
+                f"the model's chat template refuses this conversation: {problem}",
+                hint="--prompt-template NAME asks with another one",
+            ) from problem
         return text
 
     def chunks(self, messages: Sequence[Message]) -> list[list[int]]:

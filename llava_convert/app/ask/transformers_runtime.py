@@ -17,6 +17,7 @@ from llava_convert.app.ask.runtimes import TRANSFORMERS, Answer, Stream
 from llava_convert.assets.bundle import Artefacts
 from llava_convert.core.errors import UnsupportedError, UsageError
 from llava_convert.core.progress import Reporter
+from llava_convert.core.quiet import quiet_bitsandbytes
 from llava_convert.core.tensors import FROM_TORCH_NAMES
 from llava_convert.engine.execute import in_memory
 from llava_convert.engine.plan import make_plan
@@ -66,7 +67,10 @@ class TransformersRuntime:
         """A conversation as the language model sees it: (1, positions, width). Raises UsageError for other counts."""
         chunks = self.words.chunks(messages)
         if len(chunks) - 1 != len(pictures):
-            raise UsageError(f"{len(pictures)} pictures for {len(chunks) - 1} <image> in the conversation")
+            raise UsageError(
+                f"{len(pictures)} pictures for {len(chunks) - 1} <image> in the conversation",
+                hint="write one <image> for each picture",
+            )
         seen = [self.projector(self.selected(self.hidden(self.pixels(picture)))) for picture in pictures]
         return self.embedded(chunks, seen)
 
@@ -120,6 +124,7 @@ def load(
     """
     import torch
 
+    quiet_bitsandbytes()
     place = _device(device)
     kind = dtype or ("float32" if place.type == "cpu" else _half(model))
     words, facts = Words.of(made), model.facts

@@ -290,8 +290,9 @@ class Words:
 
     @property
     def ollama_sh(self) -> str:
-        """Ollama's names are lower case, and of few characters."""
-        found = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "-" for c in self._facts.folder.lower())
+        """Ollama's names are lower case, and of few characters. Of a path the last part."""
+        folder = self._facts.folder.rstrip("/").rpartition("/")[2]
+        found = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "-" for c in folder.lower())
         return found.strip("-_.") or "llava"
 
     @property

@@ -24,6 +24,8 @@ from llava_convert.model.tables.facts import CONFIG
 TRANSFORMERS, VLLM, LLAMA_CPP, OLLAMA = "transformers", "vllm", "llama.cpp", "ollama"
 CONSUMERS = (TRANSFORMERS, VLLM, LLAMA_CPP, OLLAMA)
 _HF, _GGUFS = (TRANSFORMERS, VLLM), (LLAMA_CPP, OLLAMA)
+# The first and the last version of transformers that the rules know. No rule of another program depends on a version.
+OLDEST, NEWEST = (4, 46), (5, 23)
 
 Check = Callable[[Folder], Iterator[str]]
 Fix = Callable[[Folder], None]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_convert.app.doctor.folder import Folder
-from llava_convert.app.doctor.rules import CONSUMERS, RULES, TRANSFORMERS, VLLM, Rule
+from llava_convert.app.doctor.rules import CONSUMERS, NEWEST, OLDEST, RULES, TRANSFORMERS, VLLM, Rule
 from llava_convert.core.errors import InputError, MismatchError, OutputError, UsageError
 from llava_convert.core.progress import Reporter
 from llava_convert.layouts.base import OpenOptions
@@ -87,13 +87,17 @@ class Diagnosis:
 
 
 def diagnose(job: DoctorJob, say: Reporter) -> Diagnosis:
-    """Raises UsageError for a consumer that is not known, InputError for what is no folder; what opening raises."""
-    consumer, version = _consumer(job.consumer)
+    """Raises UsageError for a consumer or version not known, InputError for what is no folder; what opening raises."""
+    consumer, version = _consumer(job.consumer, say)
     path = Path(job.folder)
     if not path.is_dir():
         raise InputError(f"{path} is not a folder", hint="doctor looks at the folder that a program is to load")
     found = recognise(path)
     wanted = layout_named(consumer)
+    target = layout_named(found.layout).target
+    if target is not None and target.adapters_alone:
+        trouble = _adapter(found.open(OpenOptions()), consumer, wanted.name)
+        return Diagnosis(str(path), found.layout, job.consumer, (trouble,))
     if found.layout != wanted.name:
         hint = f"llava-convert convert {shlex.quote(str(path))} --to {wanted.name} -o OUT"
         what = f"{consumer} does not load the {found.layout} layout"
@@ -129,15 +133,49 @@ def _examined(folder: Folder, rules: list[Rule], *, fix: bool) -> tuple[Trouble,
     return tuple(found)
 
 
-def _consumer(word: str) -> tuple[str, tuple[int, ...] | None]:
-    """`transformers@4.46`: the program, and its version where one is named."""
+def _adapter(checkpoint: Checkpoint, consumer: str, to: str) -> Trouble:
+    """A LoRA alone, which answers nothing without its base: how to merge it, and where it is applied as it is."""
+    what = f"it is a LoRA adapter, which {consumer} does not load as a model"
+    if checkpoint.base is not None:
+        what += f"; its base is {checkpoint.base}"
+    source = "its README says how peft loads it onto its base; merged it is a whole model, for every program"
+    base = shlex.quote(checkpoint.base or "BASE")
+    return Trouble("adapter", what, source, False, False, f"llava-convert merge {base} DIR --to {to} -o OUT")
+
+
+def _consumer(word: str, say: Reporter) -> tuple[str, tuple[int, ...] | None]:
+    """`transformers@4.46`: the program, and its version where one is named.
+
+    Raises UsageError for a version of which no rule is known. A newer one is judged by the last that is known, and it
+    is said; so it is of a program whose rules are of no version.
+    """
     name, _, version = word.strip().lower().partition("@")
     if name not in CONSUMERS:
-        raise UsageError(f"--for {word}: it is one of {', '.join(CONSUMERS)}")
+        raise UsageError(f"--for {word}: no rules are known for {name}", hint=f"one of {', '.join(CONSUMERS)}")
+    if not version:
+        return name, None
+    if name != TRANSFORMERS:
+        say.note(f"the rules for {name} are the same for every version: {version} decides nothing")
+        return name, None
     try:
-        return name, tuple(int(part) for part in version.split(".")[:2]) if version else None
+        found = tuple(int(part) for part in version.split(".")[:2])
     except ValueError:
-        raise UsageError(f"--for {word}: {version} is not a version", hint="write transformers@4.46") from None
+        raise UsageError(
+            f"--for {word}: {version} is not a version", hint=f"write {TRANSFORMERS}@{_dotted(OLDEST)}"
+        ) from None
+    found = (*found, 0)[:2]  # 5 is 5.0
+    if found < OLDEST:
+        raise UsageError(
+            f"--for {word}: the rules know {TRANSFORMERS} from {_dotted(OLDEST)} to {_dotted(NEWEST)}",
+            hint=f"--for {TRANSFORMERS}@{_dotted(OLDEST)} is the oldest",
+        )
+    if found > NEWEST:
+        say.note(f"{TRANSFORMERS} {version} is judged by the rules of {_dotted(NEWEST)}, the newest that is known")
+    return name, found
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _as_it_was(folder: Folder, name: str, data: bytes) -> bool:
@@ -165,7 +203,10 @@ def _replace(path: Path, checkpoint: Checkpoint, changed: Mapping[str, bytes]) -
         exchange(new, path, backup)
     except OSError as problem:
         shutil.rmtree(new, ignore_errors=True)
-        raise OutputError(f"{path} cannot be repaired: {problem.strerror or problem}") from problem
+        raise OutputError(
+            f"{path} cannot be repaired: {problem.strerror or problem}",
+            hint="copy it to a place that you may write to",
+        ) from problem
     return backup
 
 

@@ -112,7 +112,7 @@ def _table(path: Path) -> Any:
     except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as problem:
         raise InputError(f"{path}: not a table of tab-separated cells: {str(problem).strip()}") from problem
     if not len(table):
-        raise InputError(f"{path}: it has no question")
+        raise InputError(f"{path}: it has no question", hint="give one of MMBench's TSV files, complete")
     return table
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import llava_convert
 from llava_convert.cli import app
 from llava_convert.core.errors import InputError, OutputError, UsageError
-from tests.doctor_faults import FAULTS, planted
+from tests.doctor_faults import FAULTS, edit, planted
 
 QUESTION = "What is in this picture?"
 
@@ -58,6 +58,33 @@ def test_versions_bound_the_rules(good: Path, tmp_path: Path) -> None:
     folder = planted(good, tmp_path / "o", "TokenizersBackend")
     assert llava_convert.doctor(folder, consumer="transformers@4.57").left
     assert not llava_convert.doctor(folder, consumer="transformers@5.0").left
+    assert not llava_convert.doctor(folder, consumer="transformers@5").left
+
+
+@pytest.mark.parametrize(
+    ("consumer", "said"),
+    [
+        ("transformers@99.0", "transformers 99.0 is judged by the rules of 5.23, the newest that is known"),
+        ("vllm@0.11", "the rules for vllm are the same for every version: 0.11 decides nothing"),
+        ("transformers@5.0", ""),
+    ],
+)
+def test_what_a_version_is_judged_by(good: Path, consumer: str, said: str) -> None:
+    found = CliRunner().invoke(app, ["doctor", str(good), "--for", consumer])
+    assert found.exit_code == 0 and " ".join(found.stderr.split()) == said
+
+
+@pytest.mark.parametrize("base", [None, "org/base"])
+def test_an_adapter_is_told_with_its_merge(tiny: Path, tmp_path: Path, base: str | None) -> None:
+    adapter = tmp_path / "adapter"
+    llava_convert.convert(tiny / "iter_2.pth", to="peft", part="visual-encoder", out=adapter)
+    edit(adapter, "adapter_config.json", lambda c: c.update(base_model_name_or_path=base))
+    diagnosis = llava_convert.doctor(adapter, consumer="vllm")
+    (trouble,) = diagnosis.troubles
+    assert trouble.what == "it is a LoRA adapter, which vllm does not load as a model" + (
+        f"; its base is {base}" if base else ""
+    )
+    assert diagnosis.command(trouble) == f"llava-convert merge {base or 'BASE'} {adapter} --to hf -o OUT"
 
 
 @pytest.mark.slow
@@ -160,9 +187,14 @@ def test_another_layout_is_one_trouble(good: Path) -> None:
 
 
 def test_errors(good: Path, tmp_path: Path) -> None:
-    for word in ("tgi", "transformers@new"):
-        with pytest.raises(UsageError):
+    for word, message in (
+        ("tgi", "no rules are known for tgi"),
+        ("transformers@new", "new is not a version"),
+        ("transformers@4.37", r"from 4\.46 to 5\.23"),
+    ):
+        with pytest.raises(UsageError, match=message) as refused:
             llava_convert.doctor(good, consumer=word)
+        assert "transformers" in (refused.value.hint or "")
     with pytest.raises(InputError, match="not a folder"):
         llava_convert.doctor(good / "config.json", consumer="vllm")
     folder = planted(good, tmp_path / "o", "one stop")

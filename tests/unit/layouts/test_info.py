@@ -106,7 +106,8 @@ def cards() -> list[Card]:
 
 
 def test_what_is_next_has_words_that_are_known() -> None:
-    words = [piece.partition(">>")[0] for card in cards() for piece in (card.next or "").split("<<")[1:]]
+    texts = [text for card in cards() for text in (card.next or "", *card.next_in.values())]
+    words = [piece.partition(">>")[0] for text in texts for piece in text.split("<<")[1:]]
     assert words and all(isinstance(getattr(Words, word, None), property) for word in words)
 
 
