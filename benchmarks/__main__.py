@@ -8,19 +8,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import gguf_jobs, merge_jobs
+from benchmarks import gguf_jobs, memory, merge_jobs
 from benchmarks.jobs import planned
 from benchmarks.report import as_json, show
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ("xtuner", "merge", "gguf", *(job.name for job in gguf_jobs.JOBS))
-JOBS = ("help", "inspect", "rename", "pth32", "pth16", *PEERS)
+LONG = ("memory", *PEERS)  # only where they are asked for
+JOBS = ("help", "inspect", "rename", "pth32", "pth16", *LONG)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument(
-        "--jobs", nargs="+", choices=JOBS, default=[j for j in JOBS if j not in PEERS], help="what to run"
+        "--jobs", nargs="+", choices=JOBS, default=[j for j in JOBS if j not in LONG], help="what to run"
     )
     parser.add_argument("--sizes", nargs="+", type=float, default=[0.5, 1, 2, 4], help="bytes read, in GB")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of runs a job")
@@ -39,6 +40,7 @@ def main() -> None:
     if merges and merge_jobs.missing():
         console.print(merge_jobs.missing())
     steps += merges
+    steps += memory.planned(chosen.jobs, chosen.sizes, cache)
     wanted = gguf_jobs.planned(chosen.jobs, chosen.sizes, chosen.repeats, cache)
     if wanted and gguf_jobs.missing():
         console.print(gguf_jobs.missing())

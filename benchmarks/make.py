@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import count, product
 from math import prod
 from pathlib import Path
@@ -191,14 +191,22 @@ def write_tokenizer(folder: Path, tokens: int) -> None:
     write_json(folder / "tokenizer_config.json", config)
 
 
-def make_official(folder: Path, nbytes: int, dtype: str) -> None:
+Shaped = Callable[[int, int, int], Shape]
+"""A shape for so many bytes; of the LLM's and of the tower's weights, how many each takes."""
+
+
+def make_official(folder: Path, nbytes: int, dtype: str, shaped: Shaped = shape_for) -> None:
     """An official LLaVA of one 16-bit dtype with its tower, in about four shards."""
-    shape = shape_for(nbytes, 2, 2)
+    shape = shaped(nbytes, 2, 2)
     write_official(folder, shape, dtype, nbytes // 4, Values(dtype))
-    # Official LLaVA names its tower and carries no config of it; here nothing is fetched.
-    (folder / "tower").mkdir()
-    write_json(folder / "tower" / "config.json", shape.tower_config())
-    write_json(folder / "tower" / "preprocessor_config.json", PREPROCESSOR)
+    write_tower_config(folder / "tower", shape)
+
+
+def write_tower_config(folder: Path, shape: Shape) -> None:
+    """What an official LLaVA names and does not carry; here nothing is fetched."""
+    folder.mkdir()
+    write_json(folder / "config.json", shape.tower_config())
+    write_json(folder / "preprocessor_config.json", PREPROCESSOR)
 
 
 def make_header_only(folder: Path) -> None:
@@ -259,12 +267,12 @@ def meta(config: str) -> dict[str, Any]:
     return {"cfg": config, "epoch": 0, "iter": 1}
 
 
-def make_pth(folder: Path, nbytes: int, dtype: str, *, llm_weights: bool = False) -> None:
+def make_pth(folder: Path, nbytes: int, dtype: str, shaped: Shaped = shape_for, *, llm_weights: bool = False) -> None:
     """`iter_1.pth` with a full LLM of `dtype`, a ViT LoRA and a projector in float32, beside the two bases.
 
     Pickle and base tower together take about `nbytes`.
     """
-    shape = shape_for(nbytes, DTYPES[dtype].itemsize, 4)
+    shape = shaped(nbytes, DTYPES[dtype].itemsize, 4)
     config = make_bases(folder, shape, llm_weights=llm_weights)
     values, wide = Values(dtype), Values("F32")
     state = OrderedDict((name, wide.tensor(s)) for name, s in shape.adapters().items())

@@ -135,6 +135,18 @@ def shape_for(nbytes: int, llm_itemsize: int, tower_itemsize: int) -> Shape:
     return Shape(2048, 7168, 16, 8, max(1, round((rest - vocab * row) / layer)), vocab, tower_layers)
 
 
+def deep_shape_for(nbytes: int, llm_itemsize: int, tower_itemsize: int) -> Shape:
+    """A shape that takes about `nbytes` by its layers alone: widths, tower and Llama-2's vocabulary stay.
+
+    What a conversion needs for a tokenizer grows with the vocabulary, so it is the same for all.
+    """
+    bare = Shape(2048, 7168, 16, 8, 1, 32064, 6)
+    llm = bytes_of(bare.llm(), llm_itemsize)
+    layer = llm - bytes_of(Shape(2048, 7168, 16, 8, 0, bare.vocab, 6).llm(), llm_itemsize)
+    rest = nbytes - bytes_of(bare.tower(), tower_itemsize) - bytes_of(bare.projector(), 4) - (llm - layer)
+    return Shape(2048, 7168, 16, 8, max(1, round(rest / layer)), bare.vocab, bare.tower_layers)
+
+
 def llama3_shape_for(nbytes: int) -> Shape:
     """A shape with Llama-3's vocabulary whose LLM takes about `nbytes` in 16 bits: Llama-3.2-1B's widths with a head of
     its own, or half of them where two tables of 128256 rows would leave no room for layers.

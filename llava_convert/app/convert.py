@@ -198,9 +198,7 @@ def _verify(
 
 def _reads(shards: Iterable[Shard]) -> list[Path]:
     """The files that shards are made of."""
-    return sorted(
-        {extent.path for shard in shards for t in shard.tensors for s in stored_of(t) for extent in s.extents}
-    )
+    return sorted({path for shard in shards for t in shard.tensors for s in stored_of(t) for path in s.paths})
 
 
 def _snapshot(ready: Prepared, reads: list[Path]) -> Snapshot:

@@ -5,7 +5,9 @@ Dtypes are named as safetensors names them ("F32", "BF16", ...), in every module
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from math import prod
 from pathlib import Path
 
@@ -61,6 +63,110 @@ class Extent:
 
 
 @dataclass(frozen=True, slots=True)
+class Stripe:
+    """`rounds` rounds of extents, one after another: in each round an extent begins `step` bytes further on.
+
+    So lie the rows of a matrix that was split by columns: a piece of each row in every rank's file.
+    """
+
+    rounds: int
+    pieces: tuple[tuple[Extent, int], ...]
+
+    @property
+    def width(self) -> int:
+        """Bytes of one round."""
+        return sum(extent.length for extent, _ in self.pieces)
+
+    def __iter__(self) -> Iterator[Extent]:
+        for number in range(self.rounds):
+            for extent, step in self.pieces:
+                yield Extent(extent.path, extent.offset + number * step, extent.length)
+
+    def between(self, start: int, end: int) -> Iterator[Stripe]:
+        """Bytes `start` to `end` of all rounds: whole rounds as one stripe, and the ends of those that are cut."""
+        width = self.width
+        while start < end:
+            number, inside = divmod(start, width)
+            if inside or end - start < width:
+                stop = min(end, (number + 1) * width)
+                yield from map(alone, _within(self._from(number, 1), inside, stop - number * width))
+            else:
+                stop = end // width * width
+                yield self._from(number, (stop - start) // width)
+            start = stop
+
+    def _from(self, number: int, rounds: int) -> Stripe:
+        moved = ((Extent(e.path, e.offset + number * step, e.length), step) for e, step in self.pieces)
+        return Stripe(rounds, tuple(moved))
+
+
+@dataclass(frozen=True, slots=True)
+class Striped:
+    """The extents of a tensor that lies in more of them than are to be held in memory: made when they are asked for."""
+
+    stripes: tuple[Stripe, ...]
+
+    def __iter__(self) -> Iterator[Extent]:
+        return chain.from_iterable(self.stripes)
+
+    def __len__(self) -> int:
+        return sum(stripe.rounds * len(stripe.pieces) for stripe in self.stripes)
+
+    def __getitem__(self, index: int) -> Extent:
+        return next(islice(self, index, None))
+
+
+Extents = tuple[Extent, ...] | Striped
+
+
+def alone(extent: Extent) -> Stripe:
+    """An extent as a stripe."""
+    return Stripe(1, ((extent, 0),))
+
+
+def stripes_of(extents: Extents) -> Iterable[Stripe]:
+    return extents.stripes if isinstance(extents, Striped) else map(alone, extents)
+
+
+def cut(extents: Extents, start: int, length: int) -> Iterator[Stripe]:
+    """`length` bytes from byte `start` on of what lies in the extents."""
+    for stripe in stripes_of(extents):
+        size = stripe.width * stripe.rounds
+        if start < size and length > 0:
+            take = min(size - start, length)
+            yield from stripe.between(start, start + take)
+            length -= take
+            start = 0
+        else:
+            start = max(0, start - size)
+
+
+def gathered(stripes: Iterable[Stripe]) -> Extents:
+    """The same bytes in as few extents as can be."""
+    found: list[Stripe] = []
+    for stripe in stripes:
+        (extent, _), *more = stripe.pieces
+        (last, _), *others = found[-1].pieces if found else ((None, 0),)
+        plain = stripe.rounds == 1 and not more and not others and last is not None and found[-1].rounds == 1
+        if plain and last is not None and (last.path, last.offset + last.length) == (extent.path, extent.offset):
+            found[-1] = alone(Extent(last.path, last.offset, last.length + extent.length))
+        else:
+            found.append(stripe)
+    if all(stripe.rounds == 1 for stripe in found):
+        return tuple(extent for stripe in found for extent in stripe)
+    return Striped(tuple(found))
+
+
+def _within(extents: Iterable[Extent], start: int, end: int) -> Iterator[Extent]:
+    """Bytes `start` to `end` of extents."""
+    for extent in extents:
+        first, stop = max(start, 0), min(end, extent.length)
+        if first < stop:
+            yield Extent(extent.path, extent.offset + first, stop - first)
+        start, end = start - extent.length, end - extent.length
+
+
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor as it lies on disk; holds no data.
 
@@ -73,7 +179,7 @@ class StoredTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    extents: tuple[Extent, ...]
+    extents: Extents
     strides: tuple[int, ...] | None = None
 
     @property
@@ -83,6 +189,11 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         return nbytes_of(self.dtype, self.numel)
+
+    @property
+    def paths(self) -> frozenset[Path]:
+        """The files that its bytes lie in."""
+        return frozenset(extent.path for stripe in stripes_of(self.extents) for extent, _ in stripe.pieces)
 
     def renamed(self, name: str) -> StoredTensor:
         return replace(self, name=name)

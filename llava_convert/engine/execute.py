@@ -138,7 +138,7 @@ def thread_count(tensors: Sequence[PlannedTensor]) -> int:
 
     Over the network eight, whatever the cores: each waits for its own answer.
     """
-    if any(remote_of(extent.path) is not None for t in tensors for extent in t.source.extents):
+    if any(remote_of(path) is not None for path in {path for t in tensors for path in t.source.paths}):
         return 8
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(16 if any(isinstance(op, Quantize) for t in tensors for op in t.ops) else 4, cores)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from llava_convert.core.tensors import Extent
+from llava_convert.core.tensors import Stripe, stripes_of
 from llava_convert.core.text import to_json
 from llava_convert.engine.shards import PlannedTensor, Shard, shards_of
 from llava_convert.model.target import Target
@@ -113,13 +113,14 @@ def _add(digest: Any, shard: Shard) -> None:
         digest.update(piece)
     for t in shard.tensors:
         stored = [t.source, *(i for op in t.ops for i in op.inputs())]
-        places = [[s.dtype, s.shape, s.strides, *map(_place, s.extents)] for s in stored]
+        places = [[s.dtype, s.shape, s.strides, *map(_place, stripes_of(s.extents))] for s in stored]
         digest.update(json.dumps([t.describe(), places]).encode())
 
 
-def _place(extent: Extent) -> list[Any]:
+def _place(stripe: Stripe) -> list[Any]:
     """Where bytes are, in words that mean the same to the next run: a remote file by its address."""
-    return [address_of(extent.path) or str(extent.path), extent.offset, extent.length]
+    places = [[address_of(e.path) or str(e.path), e.offset, e.length, step] for e, step in stripe.pieces]
+    return places[0][:3] if stripe.rounds == 1 and len(places) == 1 else [stripe.rounds, *places]
 
 
 def make_plan(target: Target, *, tags: Mapping[str, Any] | None = None) -> Plan:

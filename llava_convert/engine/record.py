@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert._version import __version__
-from llava_convert.core.tensors import StoredTensor
+from llava_convert.core.tensors import StoredTensor, stripes_of
 from llava_convert.core.text import utf8
 from llava_convert.engine.plan import Plan
 from llava_convert.engine.shards import PlannedTensor, Shard
@@ -30,7 +30,7 @@ TABLES = 1
 
 def sources_of(model: Model, plan: Plan) -> list[tuple[str, Path, list[Path]]]:
     """Each place that weights come from: its role, its root, the files read."""
-    used = {extent.path for t in plan.tensors for s in stored_of(t) for extent in s.extents}
+    used = {path for t in plan.tensors for s in stored_of(t) for path in s.paths}
     places: list[tuple[str, Path, list[Path]]] = []
     claimed: set[Path] = set()
     for role, root, files in [
@@ -169,12 +169,20 @@ def _relative(path: Path, root: Path) -> str:
 
 
 def _where(stored: StoredTensor, names: Mapping[Path, tuple[str, str]]) -> dict[str, Any]:
-    """Where a stored tensor's bytes are, by role and file name."""
-    spans = []
-    for extent in stored.extents:
-        role, file = names.get(extent.path, ("source", extent.path.name))
-        spans.append({"from": role, "file": file, "offset": extent.offset, "length": extent.length})
-    if len(spans) == 1:
+    """Where a stored tensor's bytes are, by role and file name.
+
+    Of a matrix that was split by columns: the spans of its first row, how many `rounds` of them follow each other, and
+    by how many bytes each span moves on (`step`).
+    """
+    spans: list[dict[str, Any]] = []
+    for stripe in stripes_of(stored.extents):
+        told: list[dict[str, Any]] = []
+        for extent, step in stripe.pieces:
+            role, file = names.get(extent.path, ("source", extent.path.name))
+            span = {"from": role, "file": file, "offset": extent.offset, "length": extent.length}
+            told.append(span if stripe.rounds == 1 else {**span, "step": step})
+        spans += told if stripe.rounds == 1 else [{"rounds": stripe.rounds, "spans": told}]
+    if len(spans) == 1 and "rounds" not in spans[0]:
         return {**spans[0], "stored": stored.dtype}
     return {"spans": spans, "stored": stored.dtype}
 

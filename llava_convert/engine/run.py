@@ -18,7 +18,7 @@ from llava_convert.engine.sinks import Sink
 from llava_convert.engine.tasks import Assembly, Copy, Task, Work
 from llava_convert.ops.base import Blocks, CastLoss, Context, Op
 from llava_convert.storage.ranges import FilePool
-from llava_convert.storage.streams import BLOCK, blocks, read_bytes, read_whole, rows_of
+from llava_convert.storage.streams import BLOCK, blocks, cuts, read_bytes, read_whole, rows_of
 
 
 @dataclass(slots=True)
@@ -136,7 +136,8 @@ def _streams(task: Work, pool: FilePool, losses: Sequence[CastLoss]) -> Iterator
     """
     tensors, source = task.tensors, task.tensors[0].source
     if all(tensor.is_copy for tensor in tensors):
-        yield from ((block,) * len(tensors) for block in _raw(pool, source))
+        row = source.nbytes // max(1, rows_of(source.shape))
+        yield from ((block,) * len(tensors) for block in _raw(pool, source, task.first * row, task.last * row))
         return
     common = 0
     for ops in zip(*(tensor.ops for tensor in tensors), strict=False):
@@ -177,11 +178,11 @@ def _through(
     return stream, dtype, shape
 
 
-def _raw(pool: FilePool, source: StoredTensor) -> Iterator[Array]:
-    """A tensor's bytes, unparsed: any dtype, block by block, and whole blocks of a quantised one."""
+def _raw(pool: FilePool, source: StoredTensor, first: int, last: int) -> Iterator[Array]:
+    """Bytes `first` to `last` of a tensor, unparsed: any dtype, block by block, and whole blocks of a quantised one."""
     size = BLOCK // QUANTS[source.dtype][1] * QUANTS[source.dtype][1] if source.dtype in QUANTS else BLOCK
     buffer = bytearray(size)
-    for start in range(0, source.nbytes, size):
-        view = memoryview(buffer)[: min(size, source.nbytes - start)]
-        read_bytes(pool, source, start, view, until=source.nbytes)
+    for start, end in cuts(first, last, size):
+        view = memoryview(buffer)[: end - start]
+        read_bytes(pool, source, start, view, until=last)
         yield np.frombuffer(view, np.uint8)

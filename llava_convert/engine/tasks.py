@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import lcm
 from pathlib import Path
 
+from llava_convert.core.tensors import Striped
 from llava_convert.engine.shards import PlannedTensor
 from llava_convert.ops.base import Op
 from llava_convert.ops.quantize import Quantize
@@ -65,7 +66,8 @@ def tasks_of(tensors: Sequence[PlannedTensor], *, whole: bool = False) -> list[T
             work.append(Assembly(tensor, tuple(one for piece in tensor.pieces for one in _work((piece,), whole=True))))
         tensors = [tensor for tensor in tensors if len(tensor.pieces) == 1]
     for group in _by_source([piece for tensor in tensors for piece in tensor.pieces]):
-        if not whole and all(tensor.is_copy for tensor in group):
+        striped = isinstance(group[0].source.extents, Striped)  # a task for each of its pieces would fill the memory
+        if not whole and not striped and all(tensor.is_copy for tensor in group):
             for tensor in group:
                 copies += _copies(tensor)
         else:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llava_convert.core.errors import UnsupportedError
-from llava_convert.core.tensors import Extent, StoredTensor, nbytes_of
+from llava_convert.core.tensors import StoredTensor, Stripe, cut, gathered, nbytes_of
 from llava_convert.ops.base import Blocks, Context, Op
 from llava_convert.ops.cast import Cast
 from llava_convert.ops.lora import MergeLora
@@ -69,8 +69,8 @@ class Part:
             return None
         row = tensor.nbytes // tensor.shape[0]
         starts = ((group * self.of + self.start) * row for group in range(self.groups))
-        spans = [span for start in starts for span in _cut(tensor.extents, start, self.rows * row)]
-        return StoredTensor(tensor.name, dtype, shape, _run(spans))
+        spans = (span for start in starts for span in cut(tensor.extents, start, self.rows * row))
+        return StoredTensor(tensor.name, dtype, shape, gathered(spans))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +146,13 @@ def joined(tensors: Sequence[StoredTensor], groups: int) -> StoredTensor | None:
     if any(tensor.strides is not None or not tensor.extents for tensor in tensors):
         return None
     columns = tensors[0].shape[1:]
-    spans: list[Extent] = []
+    spans: list[Stripe] = []
     for group in range(groups):
         for tensor in tensors:
             size = tensor.nbytes // groups
-            spans += _cut(tensor.extents, group * size, size)
+            spans += cut(tensor.extents, group * size, size)
     rows = sum(tensor.shape[0] for tensor in tensors)
-    return StoredTensor(tensors[0].name, tensors[0].dtype, (rows, *columns), _run(spans))
+    return StoredTensor(tensors[0].name, tensors[0].dtype, (rows, *columns), gathered(spans))
 
 
 def on_rows(op: Op, part: Part) -> Op | None:
@@ -179,30 +179,6 @@ def every(ops: Iterable[Op]) -> Iterator[Op]:
         if isinstance(op, Join):
             for one in op.others:
                 yield from one.ops
-
-
-def _cut(extents: Iterable[Extent], start: int, length: int) -> Iterator[Extent]:
-    """`length` bytes from byte `start` on of what lies in the extents."""
-    for extent in extents:
-        if start < extent.length and length > 0:
-            take = min(extent.length - start, length)
-            yield Extent(extent.path, extent.offset + start, take)
-            length -= take
-            start = 0
-        else:
-            start = max(0, start - extent.length)
-
-
-def _run(extents: Iterable[Extent]) -> tuple[Extent, ...]:
-    """The same bytes in as few extents as can be."""
-    found: list[Extent] = []
-    for extent in extents:
-        last = found[-1] if found else None
-        if last is not None and (last.path, last.offset + last.length) == (extent.path, extent.offset):
-            found[-1] = Extent(last.path, last.offset, last.length + extent.length)
-        else:
-            found.append(extent)
-    return tuple(found)
 
 
 def row_bytes(dtype: str, shape: tuple[int, ...]) -> int:

@@ -6,17 +6,17 @@ Nothing is read: the extents of the whole follow its rows through the boxes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
 
 from llava_convert.core.errors import InputError, UnsupportedError
-from llava_convert.core.tensors import DTYPE_BITS, Extent, StoredTensor
+from llava_convert.core.tensors import DTYPE_BITS, Extent, StoredTensor, Stripe, gathered
 from llava_convert.core.text import printable
 
-# A 70B model split by columns on eight ranks has a million pieces, of about 200 bytes each in memory.
-MAX_PIECES = 2_000_000
+# A 70B model split by columns on eight ranks has 7,000, however many rows it has; each takes about 300 bytes of memory.
+MAX_PIECES = 500_000
 _MEND = "get the files of every rank, of one save"
 
 
@@ -38,8 +38,8 @@ class Budget:
     def __init__(self, limit: int = MAX_PIECES) -> None:
         self.left = limit
 
-    def take(self, name: str) -> None:
-        self.left -= 1
+    def take(self, name: str, pieces: int) -> None:
+        self.left -= pieces
         if self.left < 0:
             raise UnsupportedError(
                 f"{printable(name)}: the tensors lie in more pieces than are read",
@@ -79,29 +79,38 @@ def put_together(
         raise InputError(f"{told}: its parts overlap", hint="save the model again: which part counts is not clear")
     if any(chunk.stored.strides is not None for chunk in unique):
         raise UnsupportedError(f"{told}: a part of it is not stored row by row", hint="save the model again")
-    extents: list[Extent] = []
     item = DTYPE_BITS[dtype] // 8
-    for chunk, first, count in _runs((), [c for c in unique if prod(c.shape)], shape, told):
-        source = chunk.stored.extents[0]
-        extent = Extent(source.path, source.offset + first * item, count * item)
-        last = extents[-1] if extents else None
-        if last is not None and last.path == extent.path and last.offset + last.length == extent.offset:
-            extents[-1] = Extent(last.path, last.offset, last.length + extent.length)
-        else:
-            budget.take(name)
-            extents.append(extent)
-    return StoredTensor(name, dtype, shape, tuple(extents))
+    stripes: list[Stripe] = []
+    for rounds, runs in _runs((), [c for c in unique if prod(c.shape)], shape, told):
+        budget.take(name, len(runs))
+        pieces = []
+        for run in runs:
+            source = run.chunk.stored.extents[0]
+            extent = Extent(source.path, source.offset + run.first * item, run.count * item)
+            pieces.append((extent, run.step * item))
+        stripes.append(Stripe(rounds, tuple(pieces)))
+    return StoredTensor(name, dtype, shape, gathered(stripes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """`count` elements of a chunk from its element `first` on; in the next round they begin `step` elements later."""
+
+    chunk: Chunk
+    first: int
+    count: int
+    step: int = 0
 
 
 def _runs(
     at: tuple[int, ...], chunks: Sequence[Chunk], shape: tuple[int, ...], told: str
-) -> Iterator[tuple[Chunk, int, int]]:
-    """The elements from index `at` on, row by row: each run's chunk, its first element there, and its length."""
+) -> Iterator[tuple[int, list[_Run]]]:
+    """The elements from index `at` on, row by row: runs, and how many rounds of them follow each other."""
     dim = len(at)
     if dim == len(shape):
         if len(chunks) != 1:
             raise InputError(f"{told}: its parts overlap", hint="save the model again: which part counts is not clear")
-        yield chunks[0], _index(chunks[0], at), 1
+        yield 1, [_Run(chunks[0], _index(chunks[0], at), 1)]
         return
     ends = sorted({0, shape[dim], *(e for c in chunks for e in (c.offsets[dim], c.offsets[dim] + c.shape[dim]))})
     for low, high in pairwise(ends):
@@ -109,9 +118,15 @@ def _runs(
         if not inside:
             raise InputError(f"{told}: none of its parts holds index {[*at, low]}", hint=_MEND)
         if len(inside) == 1 and inside[0].shape[dim + 1 :] == shape[dim + 1 :]:
-            yield inside[0], _index(inside[0], (*at, low)), (high - low) * prod(shape[dim + 1 :])
+            yield 1, [_Run(inside[0], _index(inside[0], (*at, low)), (high - low) * prod(shape[dim + 1 :]))]
             continue
-        for index in range(low, high):
+        inner = list(_runs((*at, low), inside, shape, told))
+        if all(rounds == 1 for rounds, _ in inner):
+            runs = [replace(run, step=prod(run.chunk.shape[dim + 1 :])) for _, found in inner for run in found]
+            yield high - low, runs
+            continue
+        yield from inner
+        for index in range(low + 1, high):
             yield from _runs((*at, index), inside, shape, told)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
-from llava_convert.core.tensors import Extent, StoredTensor
+from llava_convert.core.tensors import Extent, StoredTensor, Stripe, Striped
+from llava_convert.core.tensors import cut as bytes_of
 from llava_convert.storage.distributed import read_distributed, recognise
 from llava_convert.storage.distributed.chunks import Budget, Chunk, put_together
 from llava_convert.storage.headers import Headers
 from llava_convert.storage.ranges import FilePool
-from llava_convert.storage.streams import read_whole
+from llava_convert.storage.streams import read_bytes, read_whole
 from tests.share_folders import cut, write_classic
 
 NUMBERS = torch.Generator().manual_seed(5)
@@ -63,6 +65,18 @@ def test_a_box_in_eight_parts(tmp_path: Path) -> None:
         ((i, j, k), box[i : i + 2, j : j + 3, k : k + 2].contiguous()) for i in (0, 2) for j in (0, 3) for k in (0, 2)
     ]
     assert_equal(read(write_classic(tmp_path / "c", {"box": (box.shape, parts)})), {"box": box})
+
+
+def test_any_bytes_of_what_was_split_by_columns(tmp_path: Path) -> None:
+    """More rows than are read at once, from and to the middle of a row."""
+    matrix = torch.randn(5000, 130, generator=NUMBERS)
+    found = read(write_classic(tmp_path / "c", {"w": (matrix.shape, cut(matrix, 1, 3))}))["w"]
+    data = matrix.numpy().tobytes()
+    with FilePool() as pool:
+        for start, end in ((0, len(data)), (1, 700_001), (519, 522), (520, 1040), (777, len(data) - 3)):
+            buffer = bytearray(end - start)
+            read_bytes(pool, found, start, memoryview(buffer), until=len(data))
+            assert buffer == data[start:end], (start, end)
 
 
 def test_copies_of_a_part_count_once(tmp_path: Path) -> None:
@@ -190,13 +204,31 @@ def test_a_file_elsewhere(tmp_path: Path, file: str) -> None:
         read(three(tmp_path / "c", change=lead_out))
 
 
+def a_box(path: str, shape: tuple[int, ...]) -> StoredTensor:
+    return StoredTensor("", "F32", shape, (Extent(Path(path), 0, 4 * prod(shape)),))
+
+
+def test_columns_take_the_memory_of_one_row() -> None:
+    """However many rows there are: a span for each row of a model of 8B would fill the memory."""
+    left, right = Chunk((0, 0), a_box("a", (1_000_000, 1))), Chunk((0, 1), a_box("b", (1_000_000, 2)))
+    whole = put_together("w", (1_000_000, 3), [left, right], Path("c"), Budget())
+    a, b = Extent(Path("a"), 0, 4), Extent(Path("b"), 0, 8)
+    assert whole.extents == Striped((Stripe(1_000_000, ((a, 4), (b, 8))),))
+    assert len(whole.extents) == 2_000_000
+    assert whole.extents[-1 + 2 * 7] == Extent(Path("b"), 6 * 8, 8)
+    assert list(bytes_of(whole.extents, 12 * 5 + 2, 12 * 3)) == [
+        Stripe(1, ((Extent(Path("a"), 22, 2), 0),)),
+        Stripe(1, ((Extent(Path("b"), 40, 8), 0),)),
+        Stripe(2, ((Extent(Path("a"), 24, 4), 4), (Extent(Path("b"), 48, 8), 8))),
+        Stripe(1, ((Extent(Path("a"), 32, 2), 0),)),
+    ]
+
+
 def test_more_pieces_than_are_read() -> None:
-    part = StoredTensor("", "F32", (9, 1), (Extent(Path("a"), 0, 36),))
-    other = StoredTensor("", "F32", (9, 1), (Extent(Path("b"), 0, 36),))
-    halves = [Chunk((0, 0), part), Chunk((0, 1), other)]
-    assert len(put_together("w", (9, 2), halves, Path("c"), Budget(18)).extents) == 18
+    halves = [Chunk((0, 0, at), a_box(path, (9, 5, 1))) for at, path in enumerate("ab")]
+    assert len(put_together("w", (9, 5, 2), halves, Path("c"), Budget(18)).extents) == 90
     with pytest.raises(UnsupportedError, match="more pieces than are read"):
-        put_together("w", (9, 2), halves, Path("c"), Budget(17))
+        put_together("w", (9, 5, 2), halves, Path("c"), Budget(17))
 
 
 # --- safetensors with offsets ---
