@@ -353,7 +353,7 @@ def report(ready: Prepared, options: Options, made: Documents, session: Session)
 
 def _seconds(plan: Plan, threads: int) -> float | None:
     """How long it may take; None where a network decides."""
-    if any(remote_of(extent.path) is not None for t in plan.tensors for s in stored_of(t) for extent in s.extents):
+    if any(remote_of(path) is not None for path in _reads(plan.shards)):
         return None
     return seconds(plan, threads or thread_count(plan.tensors))
 
