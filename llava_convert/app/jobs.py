@@ -167,6 +167,14 @@ class VerifyJob(SourceOptions, PartOption):
             "What computes, with --logits. Default: a GPU, where there is one.", CHECKS, choices=(AUTO, "cpu", "cuda")
         ),
     ] = None
+    runtime: Annotated[
+        str | None,
+        Flag(
+            "The program that computes OUT, with --logits. Default: this package, which shows the most.",
+            CHECKS,
+            choices=(AUTO, "transformers", "official", "llama.cpp", "mlx"),
+        ),
+    ] = None
     report: Annotated[PathLike | None, Flag("Write what was found as one HTML page.", CHECKS, metavar="FILE.html")] = (
         None
     )
@@ -175,7 +183,7 @@ class VerifyJob(SourceOptions, PartOption):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for flag, given in (("--layers", self.layers), ("--device", self.device)):
+        for flag, given in (("--layers", self.layers), ("--device", self.device), ("--runtime", self.runtime)):
             if given and not self.logits:
                 raise UsageError(f"{flag} does not apply", hint="it is for --logits")
         if self.logits and self.part != ALL:
@@ -188,7 +196,10 @@ class VerifyJob(SourceOptions, PartOption):
         if self.logits:
             from llava_convert.app.logits.run import compare_answers
 
-            verdict = replace(verdict, logits=compare_answers(self.source, self.out, self, say, device=self.device))
+            verdict = replace(
+                verdict,
+                logits=compare_answers(self.source, self.out, self, say, device=self.device, runtime=self.runtime),
+            )
         if self.report is not None:
             from llava_convert.app.pages.html import write
             from llava_convert.app.pages.verify_page import verify_page

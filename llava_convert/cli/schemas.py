@@ -149,7 +149,7 @@ class Sides(TypedDict):
 class Site(TypedDict):
     """How far two models are apart at one place of the computation."""
 
-    name: Annotated[str, "prompt, pixels, a layer, features, projector or logits"]
+    name: Annotated[str, "prompt, pixels, a layer, features, projector, logits, logits of text or logits of pictures"]
     largest: Annotated[float | None, "the largest difference; null where the shapes differ"]
     relative: Annotated[float | None, "as a share of the largest value there"]
 
@@ -171,6 +171,8 @@ class Logits(TypedDict):
     same: Annotated[bool, "whether rounding explains every difference"]
     dtype: Annotated[str, "the dtype that explains it"]
     bound: Annotated[float, "how much that is, as a share of the largest value"]
+    runtime: Annotated[str, "what computed the output: this package, or the program of `--runtime`"]
+    not_shown: Annotated[str, "what that program does not show; empty where it shows all"]
     parts_at: Annotated[str | None, "the first site beyond it; null where there is none"]
     sites: list[Site]
     answers: list[Said]

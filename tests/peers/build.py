@@ -94,6 +94,9 @@ def _pinned(*names: str) -> tuple[str, ...]:
     return tuple(f"{name}=={versions[name]}" for name in names)
 
 
+# What this package imports, for environments in which it runs beside a peer from the checkout.
+OWN = _pinned("safetensors", "peft", "gguf", "typer", "rich", "fsspec", "PyYAML", "pillow", "accelerate")
+
 RECIPES: dict[str, Recipe] = {
     "xtuner": Recipe(
         (
@@ -215,6 +218,18 @@ RECIPES: dict[str, Recipe] = {
             Install(("llava-torch==1.2.2.post1",), ("--no-deps",)),
         ),
         imports=("llava.model.builder", "llava.mm_utils"),
+    ),
+    # This package with what `verify --logits --runtime` computes by. The llava package wants transformers below 5.
+    "beside-llava": Recipe(
+        (
+            Install(("transformers==4.57.6", "numpy", "sentencepiece", "protobuf", "einops", "requests", *OWN)),
+            Install(("llava-torch==1.2.2.post1",), ("--no-deps",)),
+        ),
+        imports=("llava.model.builder", "llava.mm_utils", "typer"),
+    ),
+    "beside-mlx": Recipe(
+        (Install(("mlx[cpu]==0.32.4", "mlx-vlm==0.7.10", "transformers==5.24.0", "numpy", *OWN)),),
+        imports=("mlx_vlm", "typer"),
     ),
     # Files only: Llama-3's and Mistral's tokenizers, and a small language model as GGUF.
     "models": Recipe(

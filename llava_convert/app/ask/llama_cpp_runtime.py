@@ -24,7 +24,8 @@ class LlamaCppRuntime:
 
     name = LLAMA_CPP
 
-    def __init__(self, llm: Path, mmproj: Path | None, *, gpu: bool) -> None:
+    def __init__(self, llm: Path, mmproj: Path | None, *, gpu: bool, exact: bool = False) -> None:
+        """`exact` keeps what it remembers of a text in float32, so that only the weights' types cost accuracy."""
         try:
             import xllamacpp
         except ImportError:
@@ -38,6 +39,9 @@ class LlamaCppRuntime:
             params.mmproj.path = str(mmproj)
         params.n_ctx, params.n_parallel, params.n_gpu_layers = _CONTEXT, 1, -1 if gpu else 0
         params.warmup, params.verbosity = False, -1
+        if exact:
+            params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+            params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         try:
             self._server: Any = xllamacpp.Server(params)
         except RuntimeError as problem:
@@ -48,12 +52,25 @@ class LlamaCppRuntime:
     def answer(
         self, messages: Sequence[Message], pictures: Sequence[Image], *, limit: int, stream: Stream | None = None
     ) -> Answer:
+        found = self.completion(messages, pictures, limit)
+        choice = found["choices"][0]
+        text: str = choice["message"]["content"] or ""
+        if stream is not None:
+            stream(text)
+        tokens = int((found.get("usage") or {}).get("completion_tokens", 0))
+        return Answer(text.strip(), tokens, choice.get("finish_reason") == "stop")
+
+    def completion(
+        self, messages: Sequence[Message], pictures: Sequence[Image], limit: int, **more: Any
+    ) -> dict[str, Any]:
+        """The server's own reply, with the first choice greedy; `more` goes into the request."""
         left = list(pictures)
         body: dict[str, Any] = {
             "messages": [{"role": m["role"], "content": _content(m["content"], left)} for m in messages],
             "max_tokens": limit,
             "temperature": 0,
             "cache_prompt": False,
+            **more,
         }
         if left:
             raise UsageError(
@@ -68,12 +85,7 @@ class LlamaCppRuntime:
                 f"llama.cpp refuses the conversation: {found.get('error', found)}",
                 hint="--runtime transformers asks the same weights without llama.cpp",
             )
-        choice = found["choices"][0]
-        text: str = choice["message"]["content"] or ""
-        if stream is not None:
-            stream(text)
-        tokens = int((found.get("usage") or {}).get("completion_tokens", 0))
-        return Answer(text.strip(), tokens, choice.get("finish_reason") == "stop")
+        return dict(found)
 
 
 def _content(text: str, pictures: list[Image]) -> Any:

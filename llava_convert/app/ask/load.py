@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava_convert.app.adapters import refuse_ignored
 from llava_convert.app.ask.runtimes import LLAMA_CPP, Runtime
@@ -21,6 +22,9 @@ from llava_convert.model.options import TargetOptions
 from llava_convert.model.recipe import Model
 from llava_convert.storage.remote.mounts import remote_of
 from llava_convert.storage.remote.session import Session
+
+if TYPE_CHECKING:
+    from llava_convert.app.ask.llama_cpp_runtime import LlamaCppRuntime
 
 # Measured with a model whose answers are known: 127 of 192 right there, 189 in transformers, with the same weights.
 _CLASS_TOKEN = (
@@ -44,8 +48,8 @@ def loaded(source: str | Path, options: AskOptions, say: Reporter) -> Iterator[L
     with Session() as session:
         checkpoint = opened(source, options, say, session)
         if _by_llama_cpp(checkpoint, options):
-            if (checkpoint.parts[VISION].config or {}).get("model_type") == "clip_vision_model":
-                say.note(_CLASS_TOKEN)
+            for note in llama_cpp_notes(checkpoint):
+                say.note(note)
             yield Loaded(checkpoint, _llama_cpp(checkpoint, options))
             return
         model, made = whole(checkpoint, options, say, session)
@@ -89,8 +93,6 @@ def _by_llama_cpp(checkpoint: Checkpoint, options: AskOptions) -> bool:
 
 
 def _llama_cpp(checkpoint: Checkpoint, options: AskOptions) -> Runtime:
-    from llava_convert.app.ask.llama_cpp_runtime import LlamaCppRuntime
-
     asked = {"--dtype": options.dtype, "--4bit": options.four_bit, "--prompt-template": options.prompt_template}
     for flag, value in asked.items():
         if value:
@@ -98,8 +100,21 @@ def _llama_cpp(checkpoint: Checkpoint, options: AskOptions) -> Runtime:
                 f"{flag} does not apply to llama.cpp, which takes the file as it is",
                 hint="leave it out, or add --runtime transformers",
             )
+    return llama_cpp(checkpoint, gpu=options.device != "cpu")
+
+
+def llama_cpp(checkpoint: Checkpoint, *, gpu: bool, exact: bool = False) -> LlamaCppRuntime:
+    """GGUF in llama.cpp. Raises UsageError without xllamacpp and for files elsewhere, UnsupportedError of the file."""
+    from llava_convert.app.ask.llama_cpp_runtime import LlamaCppRuntime
+
     if any(remote_of(path) is not None for path in checkpoint.files):
         raise UsageError("llama.cpp reads files of this machine", hint="add --cache, which downloads the model")
     tower = next(iter(checkpoint.parts[VISION].weights.values()), None)
     mmproj = tower.extents[0].path if tower is not None and tower.extents else None
-    return LlamaCppRuntime(checkpoint.files[0], mmproj, gpu=options.device != "cpu")
+    return LlamaCppRuntime(checkpoint.files[0], mmproj, gpu=gpu, exact=exact)
+
+
+def llama_cpp_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What llama.cpp is known to compute otherwise."""
+    clip = (checkpoint.parts[VISION].config or {}).get("model_type") == "clip_vision_model"
+    return (_CLASS_TOKEN,) if clip else ()

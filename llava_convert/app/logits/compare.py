@@ -5,22 +5,24 @@ The sites lie in the order of the computation, so that the first one beyond the 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from llava_convert.app.logits.loading import reasoned
 from llava_convert.app.logits.probes import PROBES, Probe
+from llava_convert.app.logits.shown import FEATURES, OURS, PIXELS, PROJECTOR, Shown, Shows
 
 if TYPE_CHECKING:
-    from llava_convert.app.ask.transformers_runtime import TransformersRuntime
+    from llava_convert.app.logits.by_parts import ByParts
 
 # The largest difference that rounding explains, as a share of the largest value at a site, by the narrower dtype of the
 # two sides: 16 roundings of a 16-bit dtype (2^-11, 2^-8), and of float32 what sums in another order make. They are a
 # judgement: no model of real size was measured. On the tiny one a float32 copy differs by 0, a float16 copy by 0.0012.
 BOUNDS = {"float32": 2e-5, "float16": 8e-3, "bfloat16": 6e-2}
 QUANTISED = 0.5
-ANSWER = 24  # tokens
 
-PROMPT, PIXELS, FEATURES, PROJECTOR, LOGITS = "prompt", "pixels", "features", "projector", "logits"
+PROMPT, LOGITS = "prompt", "logits"
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,14 @@ class Said:
 
 @dataclass(frozen=True)
 class Logits:
-    """What the comparison found."""
+    """What the comparison found. `runtime` computed the second model, and does not show what is `not_shown`."""
 
     dtype: str
     bound: float
     sites: tuple[Site, ...]
     said: tuple[Said, ...]
+    runtime: str = OURS
+    not_shown: str = ""
 
     @property
     def parts(self) -> Site | None:
@@ -77,6 +81,10 @@ class Logits:
             words = (
                 f"the models part at {site.name} (by {site.largest:.3g}, {site.relative:.2g} of the largest); {words}"
             )
+            if site.name == PIXELS and self.runtime != OURS:
+                words += "; a processor that crops what training padded is replaced by --image-processor llava"
+        if self.runtime != OURS:
+            words += f"; OUT by {self.runtime}" + (f", which does not show {self.not_shown}" if self.not_shown else "")
         return words
 
     def as_json(self) -> dict[str, Any]:
@@ -84,6 +92,8 @@ class Logits:
             "same": self.same,
             "dtype": self.dtype,
             "bound": self.bound,
+            "runtime": self.runtime,
+            "not_shown": self.not_shown,
             "parts_at": None if self.parts is None else self.parts.name,
             "sites": [
                 {"name": s.name, "largest": _number(s.largest), "relative": _number(s.relative)} for s in self.sites
@@ -108,7 +118,7 @@ class _Sites:
         self.order.setdefault(name, place)
         gap, scale = float("inf"), 0.0
         if mine.shape == theirs.shape:
-            mine, theirs = mine.double(), theirs.double()
+            mine, theirs = mine.cpu().double(), theirs.cpu().double()
             gap, scale = float((mine - theirs).abs().max()), float(mine.abs().max())
             gap = float("inf") if gap != gap else gap
         self.largest[name] = max(self.largest.get(name, 0.0), gap)
@@ -122,74 +132,89 @@ class _Sites:
         )
 
 
-def compare_models(mine: TransformersRuntime, theirs: TransformersRuntime, dtype: str) -> Logits:
+def coarser(one: str, other: str) -> str:
+    """Of two dtypes the one whose bound is wider; a quantised type is wider than all."""
+    return max(one, other, key=lambda dtype: BOUNDS.get(dtype, QUANTISED))
+
+
+def compare_models(mine: ByParts, theirs: Shows, dtype: str) -> Logits:
     """Show both models every probe. `dtype` is the narrower one that the two hold their weights in."""
+    sites = _Sites()
+    said = tuple(_compare_one(probe, mine, theirs, sites) for probe in PROBES)
+    return Logits(dtype, BOUNDS.get(dtype, QUANTISED), sites.all(), said, theirs.name, theirs.blind)
+
+
+def _compare_one(probe: Probe, mine: ByParts, theirs: Shows, sites: _Sites) -> Said:
     import torch
 
-    sites, said = _Sites(), []
-    with torch.inference_mode():
-        for probe in PROBES:
-            said.append(_compare_one(probe, mine, theirs, sites))
-    return Logits(dtype, BOUNDS.get(dtype, QUANTISED), sites.all(), tuple(said))
-
-
-def _compare_one(probe: Probe, mine: TransformersRuntime, theirs: TransformersRuntime, sites: _Sites) -> Said:
-    import torch
-    from torch.nn.functional import log_softmax
-
-    chunks, other = mine.words.chunks(probe.messages), theirs.words.chunks(probe.messages)
-    flat = [torch.tensor([float(i) for chunk in ids for i in [*chunk, -1]]) for ids in (chunks, other)]
-    sites.add(PROMPT, flat[0], flat[1], 0)
     # Each goes on with what it made itself: the first site that differs is then the place of the fault.
-    seen: list[list[Any]] = [[], []]
-    for picture in probe.pictures:
-        made = [_vision(runtime, picture) for runtime in (mine, theirs)]
-        _add_vision(sites, *made)
-        for side in (0, 1):
-            seen[side].append(made[side][-1][1])
-    hidden = [_thought(runtime, chunks, rows) for runtime, rows in ((mine, seen[0]), (theirs, seen[1]))]
-    for i, (ours, out) in enumerate(zip(*(h[0] for h in hidden), strict=False)):
-        sites.add("language_model.embeddings" if i == 0 else f"language_model.layers.{i - 1}", ours, out, 1000 + i)
-    if len(hidden[0][0]) != len(hidden[1][0]):
-        sites.add("language_model.layers", torch.zeros(len(hidden[0][0])), torch.zeros(len(hidden[1][0])), 1999)
-    logits = [h[1] for h in hidden]
-    rows = min(one.shape[-1] for one in logits)
-    ours, out = (one[0, :, :rows].float() for one in logits)
-    sites.add(LOGITS, ours, out, 2000)
-    kl, top1 = float("nan"), 0.0
-    if ours.shape == out.shape:
-        p, q = log_softmax(ours.double(), -1), log_softmax(out.double(), -1)
-        kl = max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
-        top1 = float((ours.argmax(-1) == out.argmax(-1)).double().mean())
-    answers = [runtime.answer(probe.messages, probe.pictures, limit=ANSWER) for runtime in (mine, theirs)]
-    first, second = (answer.ids for answer in answers)
+    with nullcontext() if theirs.name == OURS else reasoned(theirs.name, "compute", probe.name):
+        out = theirs.show(probe, mine.runtime.words.rendered(probe.messages))
+    ours = mine.show(probe, "", out.answer.ids[:-1] if theirs.answers_only else ())
+    for one, other in ((ours.prompt, out.prompt), ((ours.length,), (out.length,))):
+        if one is not None and other is not None:
+            sites.add(PROMPT, torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64), 0)
+    _add_common(sites, ours.vision, out.vision, 1)
+    _add_common(sites, ours.text, out.text, 1000)
+    if out.text and (lacks := abs(len(ours.text) - len(out.text))) and out.text.keys() > {next(iter(ours.text))}:
+        sites.add("language_model.layers", torch.zeros(lacks), torch.zeros(0), 1999)
+    kind = f"{LOGITS} of {'pictures' if probe.pictures else 'text'}" if theirs.answers_only else LOGITS
+    kl, top1 = _add_logits(sites, ours, out, kind)
+    first, second = (_unstopped(answer.ids, mine.runtime.words.stop_ids) for answer in (ours.answer, out.answer))
     length = min(len(first), len(second))
     parts_at = next((i for i in range(length) if first[i] != second[i]), None if len(first) == len(second) else length)
-    return Said(probe.name, answers[0].text, answers[1].text, kl, top1, parts_at)
+    return Said(probe.name, ours.answer.text, out.answer.text, kl, top1, parts_at)
 
 
-def _vision(runtime: TransformersRuntime, picture: Any) -> list[tuple[str, Any]]:
-    """What comes of a picture, site by site, the rows for the language model last."""
-    pixels = runtime.pixels(picture)
-    hidden = runtime.hidden(pixels)
-    features = runtime.selected(hidden)
-    # What lies behind the layer that is read decides nothing, and some layouts leave it out.
-    read = range(len(hidden))[runtime.layer] + 1
-    layers = [
-        (f"vision_tower.layers.{i - 1}" if i else "vision_tower.embeddings", h) for i, h in enumerate(hidden[:read])
-    ]
-    return [(PIXELS, pixels), *layers, (FEATURES, features), (PROJECTOR, runtime.projector(features))]
+def _unstopped(ids: tuple[int, ...], stops: tuple[int, ...]) -> tuple[int, ...]:
+    """An answer without the token that ends it, which some runtimes do not tell."""
+    return ids[:-1] if ids and ids[-1] in stops else ids
 
 
-def _add_vision(sites: _Sites, mine: list[tuple[str, Any]], theirs: list[tuple[str, Any]]) -> None:
+def _add_common(sites: _Sites, mine: dict[str, Any], theirs: dict[str, Any], place: int) -> None:
     """Compare the sites that both have: of towers that are read at different layers, the common ones."""
-    out = dict(theirs)
-    for i, (name, tensor) in enumerate(mine):
-        if name in out:
-            sites.add(name, tensor, out[name], {FEATURES: 900, PROJECTOR: 901}.get(name, 1 + i))
+    for i, (name, tensor) in enumerate(mine.items()):
+        if name in theirs:
+            sites.add(name, tensor, theirs[name], {FEATURES: 900, PROJECTOR: 901}.get(name, place + i))
 
 
-def _thought(runtime: TransformersRuntime, chunks: list[list[int]], rows: list[Any]) -> tuple[tuple[Any, ...], Any]:
-    """Every hidden state of the language model, that of the embeddings first, and the logits."""
-    made = runtime.llm(inputs_embeds=runtime.embedded(chunks, rows), output_hidden_states=True, use_cache=False)
-    return made.hidden_states, made.logits
+def _add_logits(sites: _Sites, mine: Shown, theirs: Shown, site: str) -> tuple[float, float]:
+    """Compare the logits: mean divergence in nats, share of equal first choices.
+
+    Where a runtime tells logarithms of probabilities, of the likeliest tokens, both are taken less their mean over
+    these; the others count as one for the divergence.
+    """
+    import torch
+
+    if not len(theirs.logits):
+        return float("nan"), 0.0
+    rows = min(mine.logits.shape[-1], theirs.logits.shape[-1])
+    ours, out = (each.logits[:, :rows].cpu().double() for each in (mine, theirs))
+    if site == LOGITS:
+        sites.add(LOGITS, ours, out, 2000)
+        if ours.shape != out.shape:
+            return float("nan"), 0.0
+        return _divergence(ours, out), float((ours.argmax(-1) == out.argmax(-1)).double().mean())
+    ours = ours[-len(out) :]
+    told = ~out.isnan()
+    gaps, scales, found = [], [], []
+    for one, other, known in zip(ours, out, told, strict=True):
+        a, b = one[known], other[known]
+        gaps.append(a - a.mean() - b + b.mean())
+        scales.append(a - a.mean())
+        p = torch.log_softmax(one, -1)[known]
+        rest = [torch.log1p(-each.exp().sum().clamp(max=1 - 1e-12))[None] for each in (p, b)]
+        found.append(torch.cat([p, rest[0]]).exp() @ (torch.cat([p, rest[0]]) - torch.cat([b, rest[1]])))
+    ours, gap = torch.cat(scales), torch.cat(gaps)
+    sites.add(site, ours, ours - gap, 2000 + site.endswith("pictures"))
+    top = float(
+        (mine.logits[-len(out) :, :rows].cpu().argmax(-1) == out.nan_to_num(-torch.inf).argmax(-1)).double().mean()
+    )
+    return max(0.0, float(torch.stack(found).mean())), top
+
+
+def _divergence(ours: Any, out: Any) -> float:
+    from torch.nn.functional import log_softmax
+
+    p, q = log_softmax(ours, -1), log_softmax(out, -1)
+    return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))

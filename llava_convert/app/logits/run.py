@@ -7,7 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from llava_convert.app.ask.load import opened, whole
-from llava_convert.app.logits.compare import Logits, compare_models
+from llava_convert.app.logits.compare import Logits, coarser, compare_models
+from llava_convert.app.logits.runtimes import runtime_for
+from llava_convert.app.logits.shown import Shows
 from llava_convert.app.options import AskOptions, SourceOptions
 from llava_convert.core.progress import Reporter, stage
 from llava_convert.core.tensors import QUANTS, TORCH_NAMES
@@ -22,26 +24,47 @@ QUANTISED = "a quantised type"
 
 
 def compare_answers(
-    source: str | Path, out: str | Path, options: SourceOptions, say: Reporter, *, device: str | None = None
+    source: str | Path,
+    out: str | Path,
+    options: SourceOptions,
+    say: Reporter,
+    *,
+    device: str | None = None,
+    runtime: str | None = None,
 ) -> Logits:
-    """What built-in pictures and prompts make of both models. Raises what loading raises."""
+    """What built-in pictures and prompts make of both models; `runtime` is the program that computes the second.
+
+    Raises what loading raises; UsageError for a runtime that does not read the layout, or is not installed.
+    """
     from llava_convert.app.ask.transformers_runtime import load
+    from llava_convert.app.logits.by_parts import ByParts
 
     asked = {one.name: getattr(options, one.name) for one in fields(SourceOptions)}
     # What helps to read a training checkpoint, and what is merged into it, is of the source alone.
     bases = {name: asked[name] for name in ("llm", "visual_encoder", "cache")}
-    models, runtimes = [], []
     with ExitStack() as stack:
+        sides = []
         for path, side in ((source, asked), (out, bases)):
             session = stack.enter_context(Session())
             if side is bases and _is_adapter(path, session, cache=options.cache):
                 bases["base"] = asked["base"]  # without which it answers nothing
             ask = AskOptions(**side)
-            model, made = whole(opened(path, ask, say, session), ask, say, session)
-            models.append(model)
-            runtimes.append(load(model, made, say, device=device, dtype="float32", four_bit=False))
+            checkpoint = opened(path, ask, say, session)
+            row = runtime_for(runtime, checkpoint) if runtime is not None and side is bases else None
+            model, made = whole(checkpoint, ask, say, session)
+            sides.append((model, made, row))
+        (first, made, _), (second, other, row) = sides
+        dtype = narrowest(first, second)
+        mine = ByParts(load(first, made, say, device=device, dtype="float32", four_bit=False))
+        if row is None:
+            theirs: Shows = ByParts(load(second, other, say, device=device, dtype="float32", four_bit=False))
+        else:
+            dtype = coarser(dtype, row.rounds)
+            theirs = row.load(second.checkpoint, mine.runtime.device, options.visual_encoder)
+            for note in row.notes(second.checkpoint):
+                say.note(note)
         stage(say, "asking both")
-        return compare_models(runtimes[0], runtimes[1], narrowest(*models))
+        return compare_models(mine, theirs, dtype)
 
 
 def _is_adapter(path: str | Path, session: Session, *, cache: bool) -> bool:
