@@ -288,7 +288,7 @@ def test_leaving_without_commit_leaves_nothing_and_no_parents(tmp_path: Path) ->
 def test_bugs_of_callers_are_told(tmp_path: Path) -> None:
     with stage(tmp_path / "out") as staged:
         for name in ("", "/a", "../a", "a/../b", "a//b", "./a", staging.RECORD):
-            with pytest.raises(ValueError, match="no name for a file"):
+            with pytest.raises(ValueError, match="not a name for a file"):
                 staged.write_bytes(name, b"")
         with pytest.raises(RuntimeError, match="planned with 10 bytes and has 12"), staged.new_file("a", 10) as fd:
             write_all(fd, 0, b"x" * 12)
