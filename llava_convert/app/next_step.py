@@ -15,7 +15,7 @@ from llava_convert.layouts.info import LAYOUTS
 from llava_convert.model.checkpoint import LLM, PART_WORDS, VISION
 from llava_convert.model.options import DROP
 
-_OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]+)(?: (\w+))?")
+_OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]+)(?: ([^\s,;:)`]+))?")
 
 
 def next_step(facts: Facts, source: str, options: Options, *, here: bool) -> str:
@@ -81,7 +81,8 @@ def _option_in(text: str, given: Iterable[str]) -> str | None:
             continue
         if flag.metavar is None and not flag.choices:
             return match[1]
-        value = match[2] if is_choice else (flag.metavar or "VALUE").split("|")[0]
+        named = is_choice or "/" in (match[2] or "")  # a word of the option, or the path that the reason speaks of
+        value = match[2] if named else (flag.metavar or "VALUE").split("|")[0]
         return f"{match[1]} {value}"
     return None
 

@@ -11,36 +11,30 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from llava_convert.core.arrays import FLOATS
 from llava_convert.core.tensors import StoredTensor
-from llava_convert.layouts.kinds import Known, NotAModelError
 from llava_convert.ops.cast import widen
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import read_whole
 
 _NORM = "language_model.model.norm.weight"
-_SHARE = 0.25  # of the factors
+_SHARE, _SMALL = 0.25, 0.1  # of the factors, so many not above zero; half of them smaller than this
+_OF_GEMMA = ".pre_feedforward_layernorm."  # whose norms hold what is added to 1
 
 
-def refuse(path: Path, llm: Mapping[str, StoredTensor], projector: Mapping[str, StoredTensor]) -> None:
-    """Raise NotAModelError (exit 4) for a delta. Only models of that time have a projector of one linear layer."""
+def warning(path: Path, llm: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+    """What to say of a model that seems to be a delta; nothing of another. A warning, since its weights alone tell."""
     norm = llm.get(_NORM)
-    if norm is None or norm.dtype not in FLOATS or not _one_linear(projector):
-        return
+    if norm is None or norm.dtype not in FLOATS or any(_OF_GEMMA in name for name in llm):
+        return ()
     with FilePool() as pool:
         factors = widen(read_whole(pool, norm), norm.dtype)
-    if (factors <= 0).mean() > _SHARE:
-        apply = ["python3", "-m", "llava.model.apply_delta", "--base-model-path", "LLAMA", "--target-model-path", "OUT"]
-        raise NotAModelError(
-            path,
-            Known(
-                "delta",
-                "a delta of official LLaVA, its weights less those of LLaMA",
-                "a LLaVA once they are added to the LLaMA that it was trained from",
-                shlex.join([*apply, "--delta-path", str(path)]),
-            ),
-        )
-
-
-def _one_linear(projector: Mapping[str, StoredTensor]) -> bool:
-    return {name.rpartition(".")[0] for name in projector} == {"projector.0"}
+    if not factors.size or (factors <= 0).mean() <= _SHARE or np.median(np.abs(factors)) >= _SMALL:
+        return ()
+    apply = ["python3", "-m", "llava.model.apply_delta", "--base-model-path", "LLAMA", "--target-model-path", "OUT"]
+    return (
+        f"this seems to be a delta, the weights of a LLaVA less those of its LLaMA, which answers nothing by itself: "
+        f"`{shlex.join([*apply, '--delta-path', str(path)])}` makes the model of it",
+    )

@@ -93,7 +93,7 @@ def _whole_names(found: Found) -> Iterable[str]:
 def open(found: Found, options: OpenOptions) -> Checkpoint:
     """Open a folder of shards, a LoRA folder with non_lora_trainables.bin, or a projector alone.
 
-    Raises what the readers raise; UnsupportedError for names that the layout does not have, NotAModelError for a delta.
+    Raises what the readers raise; UnsupportedError for names that the layout does not have.
     """
     path, beside = found.path, found.beside
     config, notes = _config(beside)
@@ -113,7 +113,6 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
     has_llm = parts[LLM].state == "full"
     if has_llm and text is not None:
         _check_family(text, config or {}, parts[LLM], path)
-    delta.refuse(path, parts[LLM].weights, parts[PROJECTOR].weights)
     parts[LLM] = Part(
         parts[LLM].weights,
         parts[LLM].adapter,
@@ -136,7 +135,11 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
         image_newline=sorted_.image_newline,
         dropped=tuple(dropped),
         notes=(*(note for one in sets for note in one.notes), *notes, *told),
-        warnings=(*(w for one in sets for w in one.warnings), *_tower_warning(own, parts[VISION])),
+        warnings=(
+            *(w for one in sets for w in one.warnings),
+            *_tower_warning(own, parts[VISION]),
+            *delta.warning(path, parts[LLM].weights),
+        ),
         stubs=tuple(stub for one in sets for stub in one.stubs),
         as_written=all(one.plain for one in sets),
         settled=config is not None,
