@@ -39,6 +39,9 @@ def refuse_for_source(options: Options, checkpoint: Checkpoint, model: Model) ->
         raise UsageError(f"--lora-alpha does not apply: {checkpoint.path.name} has no LoRA", hint="leave it out")
     if options.extra == DROP and not any(drop.reason == ASKED for drop in checkpoint.dropped):
         raise UsageError(f"--extra drop does not apply: tables have all of {checkpoint.path.name}", hint="leave it out")
+    for flag, given in (("--chat-template", options.chat_template), ("--stop", options.stop)):
+        if given is not None and not model.part(LLM):
+            raise UsageError(f"{flag} does not apply: no language model is written", hint="leave it out")
     if options.vocab is not None and not model.vocabulary:
         raise UsageError(
             f"--vocab {options.vocab} does not apply: rows and vocabulary of {checkpoint.path.name} agree",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from llava_convert.core.errors import UsageError
+from llava_convert.core.errors import InputError, UsageError
 from llava_convert.core.flags import AUTO, CHECKS, OUTPUT, PUBLISH, RUN, SOURCE, Flag, Flagged, as_names
 from llava_convert.core.text import printable
 from llava_convert.layouts.info import LAYOUTS, TARGETS, layout_named
@@ -23,12 +23,15 @@ from llava_convert.model.options import (
     PartOption,
     TargetOptions,
 )
+from llava_convert.storage.files import read_file
 from llava_convert.storage.hubs import HUBS, HUGGINGFACE, Destination
+from llava_convert.storage.json_files import parse_json
 
 if TYPE_CHECKING:
     from llava_convert.model.recipe import Bases
 
 PathLike = str | Path
+_MOST_TEMPLATE = 1 << 20
 BOTH = "both"  # what `--hub` calls every row of HUBS
 
 # What may be the name of a file: no separator of any system, no control character, and more than dots.
@@ -375,8 +378,9 @@ class Options(PushOptions, OutputOptions, PartOption, NamedBases, OutOptions):
 
     @property
     def target(self) -> TargetOptions:
-        """What the layout is told."""
-        return TargetOptions(part=self.part, **{one.name: getattr(self, one.name) for one in fields(OutputOptions)})
+        """What the layout is told. Raises InputError for a file of `--chat-template` that is none."""
+        told = {one.name: getattr(self, one.name) for one in fields(OutputOptions)}
+        return TargetOptions(part=self.part, **{**told, "chat_template": read_template(self.chat_template)})
 
     @classmethod
     def of(cls, source: SourceOptions, to: str, **more: Any) -> Self:
@@ -401,3 +405,23 @@ def _alphas(value: str | float | Mapping[str, float] | None) -> dict[str, float]
     if not set(found) <= set(_ALPHAS) or not all(0 < alpha < 1e9 for alpha in found.values()):
         raise UsageError(f"--lora-alpha {value}: it is a number above 0", hint="write 16, or llm=256,visual-encoder=16")
     return found
+
+
+def read_template(file: PathLike | None) -> str | None:
+    """The chat template in a file: Jinja, or the `chat_template` of a JSON file (tokenizer_config.json).
+
+    Raises InputError where it cannot be read or holds none.
+    """
+    if file is None:
+        return None
+    path = Path(file).expanduser()
+    text = read_file(path, _MOST_TEMPLATE).decode("utf-8", "replace")
+    if path.suffix == ".json":
+        found = parse_json(text.encode(), str(path))
+        text = found.get("chat_template", "") if isinstance(found, dict) else ""
+    if not isinstance(text, str) or "{" not in text:
+        raise InputError(
+            f"{printable(path)}: holds no chat template",
+            hint="give a Jinja file (chat_template.jinja), or a tokenizer_config.json that has a chat_template",
+        )
+    return text

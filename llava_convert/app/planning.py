@@ -177,6 +177,13 @@ def _check_options(options: Options) -> None:
         url_of(Path(options.out))  # which refuses a hub
     if options.target.max_shard_size not in (None, KEEP):
         parse_size(options.target.max_shard_size)
+    if options.chat_template is not None and options.prompt_template is not None:
+        raise UsageError(
+            "--chat-template and --prompt-template both say how the model is prompted",
+            hint="leave one out: --prompt-template takes a name, --chat-template a Jinja file",
+        )
+    if options.stop is not None and not options.stops:
+        raise UsageError("--stop names no token", hint="give a token or its id, or several with commas between")
     if options.threads < 0:
         raise UsageError(f"--threads {options.threads}: a count, or 0 for one a core")
     if options.digest and find_spec("xxhash") is None:

@@ -14,7 +14,7 @@ from llava_convert.model.judgement import FactDifference
 from llava_convert.model.tables.names import grouped
 
 _SHOWN = 6  # facts in a message
-_SHAPING = ("prompt_template", "image_processor", "pre")
+_SHAPING = ("prompt_template", "chat_template", "stop", "image_processor", "pre")
 
 
 @dataclass(frozen=True, repr=False)

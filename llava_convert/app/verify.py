@@ -42,7 +42,7 @@ from llava_convert.storage.remote.session import Session
 from llava_convert.storage.sidecars import Sidecars
 
 _SHOWN = 6  # facts in a message
-_SHAPING = ("prompt_template", "image_processor", "pre")
+_SHAPING = ("prompt_template", "chat_template", "stop", "image_processor", "pre")
 
 
 def compare_checkpoints(
@@ -145,7 +145,7 @@ def _as_made(options: TargetOptions, beside: Sidecars) -> TargetOptions:
     """With the options that OUT's record names, which shape its small files."""
     recorded = read_options(beside) or {}
     said: dict[str, Any] = {name: recorded.get(name) for name in _SHAPING if getattr(options, name) is None}
-    shaping: dict[str, Any] = {name: value for name, value in said.items() if isinstance(value, str)}
+    shaping: dict[str, Any] = {name: value for name, value in said.items() if isinstance(value, str | list)}
     return replace(options, **shaping)
 
 

@@ -14,9 +14,9 @@ from llava_convert.assets.processor import preprocessor_config
 from llava_convert.assets.prompts import ChatTemplates, hf_templates, stop_ids
 from llava_convert.assets.tokenizer.files import Tokenizer, has_tokenizer, open_tokenizer
 from llava_convert.assets.tokenizer.llava_tokens import AddedToken, plain_files, require_rows, without_tokens
-from llava_convert.core.errors import InputError
+from llava_convert.core.errors import InputError, UsageError
 from llava_convert.core.hub_names import is_id, last_name, published_id
-from llava_convert.core.text import to_json
+from llava_convert.core.text import printable, to_json
 from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, VISION
 from llava_convert.model.configs import without_stale
 from llava_convert.model.options import TargetOptions
@@ -24,6 +24,7 @@ from llava_convert.model.recipe import Model
 from llava_convert.model.tables.types import read_config
 from llava_convert.model.towers import id_by_shape
 from llava_convert.storage.remote.origin import published
+from llava_convert.storage.sidecars import made_sidecars
 
 # What a generation config says of its writer, and code that it asks for.
 _ABOUT = ("transformers_version", "_from_model_config", "_name_or_path", "auto_map", "custom_generate")
@@ -56,7 +57,9 @@ class Artefacts:
 
     @property
     def template_name(self) -> str | Mapping[str, Any] | None:
-        """The prompt template: as asked for, else as trained with (by name, or spelled out)."""
+        """The prompt template: as asked for, else as trained with (by name, or spelled out); none for a given Jinja."""
+        if self.options.chat_template is not None:
+            return None
         return self.options.prompt_template or self.model.checkpoint.settings.prompt_template
 
     @cached_property
@@ -64,10 +67,11 @@ class Artefacts:
         """The chat templates, for string and list content; empty when nothing says what they are."""
         if self.tokenizer is None:
             return ChatTemplates(None, None)
+        given = self.options.chat_template
         if self.template_name is None and self.model.checkpoint.default_part == LLM:
             # Of a model that never saw a picture: nothing need be made fit for them.
-            return ChatTemplates(self.tokenizer.chat_template, None)
-        return hf_templates(self.tokenizer, self.template_name)
+            return ChatTemplates(given or self.tokenizer.chat_template, None)
+        return hf_templates(self.tokenizer, self.template_name, given)
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The tokenizer as the language model's own, with a chat template.
@@ -79,7 +83,11 @@ class Artefacts:
         added = self.model.added
         if added is not None:
             tokens = [AddedToken.of(token) for token in added["tokens"]]
-            return without_tokens(self.tokenizer, tokens, added["tokenizer"])
+            files = without_tokens(self.tokenizer, tokens, added["tokenizer"])
+            if self.options.chat_template is None and self.options.prompt_template is None:
+                return files  # the template among them is the one of before
+            bare = open_tokenizer(made_sidecars(self.tokenizer.where, lambda: files))
+            return plain_files(bare, self.templates.tokenizer)
         require_rows(self.tokenizer, self.model.recipes[self.model.embedding].shape[0])
         return plain_files(self.tokenizer, self.templates.tokenizer)
 
@@ -95,11 +103,34 @@ class Artefacts:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if found.get(key) is None and config.get(key) is not None:
                 found[key] = config[key]
-        if self.tokenizer is not None:
+        if (asked := self._asked_stops()) is not None:
+            found["eos_token_id"] = asked if len(asked) > 1 else asked[0]
+        elif self.tokenizer is not None:
             stops = stop_ids(self.tokenizer, found, self.template_name)
             if stops:
                 found["eos_token_id"] = stops if len(stops) > 1 else stops[0]
         return dict(sorted(found.items()))
+
+    def _asked_stops(self) -> list[int] | None:
+        """The ids that `--stop` names; None where it does not. Raises UsageError for what is no token."""
+        if not self.options.stops:
+            return None
+        size = int(self.model.configs[LLM].get("vocab_size") or 0)
+        found: list[int] = []
+        for word in self.options.stops:
+            if word.isascii() and word.isdigit():
+                number: int | None = int(word)
+                if size and int(word) >= size:
+                    raise UsageError(f"--stop {word}: the vocabulary has {size:,} tokens", hint=f"0 to {size - 1}")
+            else:
+                number = self.tokenizer.id_of(word) if self.tokenizer is not None else None
+            if number is None:
+                raise UsageError(
+                    f"--stop {printable(word)}: is no token of the model: its text is several tokens, or none",
+                    hint="give a token as tokenizer.json spells it (<|eot_id|>, </s>), or its id",
+                )
+            found.append(number)
+        return list(dict.fromkeys(found))
 
     def preprocessor_config(self, *, for_hf: bool) -> dict[str, Any] | None:
         """How pictures are prepared, or None when the tower is not known."""
@@ -150,6 +181,9 @@ class Artefacts:
         config["torch_dtype"] = dtype
         if rows is not None:
             config["vocab_size"] = rows
+        asked = self._asked_stops()
+        if asked is not None and config.get("eos_token_id") not in asked:
+            config["eos_token_id"] = asked[0]  # some servers read it here
         config["_name_or_path"] = self.id_of(LLM)[0]
         return config
 

@@ -176,8 +176,8 @@ def same_template(one: str | None, other: str | None) -> bool:
     }
 
 
-def hf_templates(tokenizer: Tokenizer, name: str | Mapping[str, Any] | None) -> ChatTemplates:
-    """The templates for the transformers layout: of the prompt template `name`, else of the base tokenizer's own."""
+def hf_templates(tokenizer: Tokenizer, name: str | Mapping[str, Any] | None, given: str | None = None) -> ChatTemplates:
+    """The templates for the transformers layout: of the prompt template `name`, else `given`, else the tokenizer's."""
     first_bos = not tokenizer.adds_bos
     if name is not None:
         kind = str(tokenizer.config.get("tokenizer_class", "")).removesuffix("Fast")
@@ -185,7 +185,7 @@ def hf_templates(tokenizer: Tokenizer, name: str | Mapping[str, Any] | None) -> 
         return ChatTemplates(
             chat_template(name, bos_token=bos), chat_template(name, bos_token=bos, first_bos=first_bos)
         )
-    existing = tokenizer.chat_template
+    existing = given or tokenizer.chat_template
     if existing is None:
         return ChatTemplates(None, None)
     return ChatTemplates(wrap_chat_template(existing), wrap_chat_template(existing, writes_bos=first_bos))

@@ -133,7 +133,8 @@ class LayoutInfo:
 
 
 _TRAINED = frozenset({"config", "pretrained_pth"})  # of xtuner's training
-_WEIGHTS = frozenset({"dtype", "max_shard_size", "prompt_template"})
+_TALK = frozenset({"prompt_template", "chat_template", "stop"})  # how a model is prompted, and where it stops
+_WEIGHTS = frozenset({"dtype", "max_shard_size"}) | _TALK
 LAYOUTS = {
     info.name: info
     for info in (
@@ -269,9 +270,7 @@ LAYOUTS = {
             description="GGUF",
             has_shards=False,
             target=TargetInfo(
-                options=frozenset(
-                    {"outtype", "mmproj_outtype", "mmproj_for", "pre", "max_shard_size", "prompt_template"}
-                ),
+                options=frozenset({"outtype", "mmproj_outtype", "mmproj_for", "pre", "max_shard_size"}) | _TALK,
                 whole=Card(
                     sentence="This is a LLaVA as GGUF, for llama.cpp and Ollama: a model that answers questions about "
                     "pictures. It takes two files, a language model and an mmproj, which holds its eyes.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 from llava_convert.core.flags import AUTO, OUTPUT, Flag, Flagged
@@ -102,6 +103,14 @@ class OutputOptions(TypesOption):
         str | None,
         Flag("Chat template, by xtuner's name for it. Default: the one trained with.", OUTPUT, metavar="NAME"),
     ] = None
+    chat_template: Annotated[
+        str | Path | None,
+        Flag("Jinja file with the chat template, in place of the source's or of a named one.", OUTPUT, metavar="FILE"),
+    ] = None
+    stop: Annotated[
+        str | Sequence[str] | None,
+        Flag("Tokens, or their ids, at which answers end, in place of the source's.", OUTPUT, metavar="TOKEN|ID[,…]"),
+    ] = None
     dtype: Annotated[
         object,
         Flag(
@@ -151,16 +160,26 @@ class OutputOptions(TypesOption):
     ] = None
 
     @property
+    def stops(self) -> tuple[str, ...]:
+        """Where answers end, as it was asked for: a token's text or its id each."""
+        words = self.stop.split(",") if isinstance(self.stop, str) else self.stop or ()
+        return tuple(word for one in words if (word := str(one).strip()))
+
+    @property
     def mmproj_outtypes(self) -> tuple[str, ...]:
         return type_names(self.mmproj_outtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetOptions(OutputOptions):
-    """What a layout is told of its output: the user's options; the part, or all; `name`, by which files are called."""
+    """What a layout is told of its output: the user's options; the part, or all; `name`, by which files are called.
+
+    `chat_template` is the template itself.
+    """
 
     dtype: str | None = None
     max_shard_size: str | None = None
+    chat_template: str | None = None
     part: str = ALL
     name: str = ""
     ids: Mapping[str, str] = field(default_factory=dict)

@@ -14,7 +14,8 @@ from tests.conftest import CHECKOUT
 FORMS = [
     ("fsdp2", 2),
     ("fsdp2", 3),
-    ("accelerate_fsdp2", 2),
+    ("accelerate_fsdp2", 3),
+    ("accelerate_fsdp1", 3),
     ("fsdp1", 2),
     ("fsdp1_full", 2),
     ("two_ways", 3),

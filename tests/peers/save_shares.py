@@ -44,7 +44,7 @@ def fsdp2(folder: str, out: Path, count: int) -> None:
     dcp.save(state, checkpoint_id=out)
 
 
-def accelerate_fsdp2(folder: str, out: Path, count: int) -> None:
+def accelerate_saved(model: torch.nn.Module, out: Path, count: int, version: int) -> None:
     """What accelerate's `save_fsdp_model` writes (SHARDED_STATE_DICT)."""
     from accelerate import PartialState
     from accelerate.utils import save_fsdp_model
@@ -52,18 +52,29 @@ def accelerate_fsdp2(folder: str, out: Path, count: int) -> None:
     PartialState(cpu=True, backend="gloo")  # its logger asks for it
 
     class Plugin:
-        fsdp_version, state_dict_type, cpu_ram_efficient_loading = 2, StateDictType.SHARDED_STATE_DICT, False
-        state_dict_config = optim_state_dict_config = None
+        fsdp_version, state_dict_type, cpu_ram_efficient_loading = version, StateDictType.SHARDED_STATE_DICT, False
+        state_dict_config = ShardedStateDictConfig(offload_to_cpu=False) if version == 1 else None
+        optim_state_dict_config = None
 
     class Processes:
-        is_fsdp2, process_index, num_processes, is_main_process = True, dist.get_rank(), count, dist.get_rank() == 0
+        is_fsdp2, process_index, num_processes = version == 2, dist.get_rank(), count
+        is_main_process = dist.get_rank() == 0
 
         def wait_for_everyone(self) -> None:
             dist.barrier()
 
+    save_fsdp_model(Plugin(), Processes(), model, str(out))
+
+
+def accelerate_fsdp2(folder: str, out: Path, count: int) -> None:
     model = model_at(folder)
     fully_shard(model, mesh=init_device_mesh("cpu", (count,)))
-    save_fsdp_model(Plugin(), Processes(), model, str(out))
+    accelerate_saved(model, out, count, 2)
+
+
+def accelerate_fsdp1(folder: str, out: Path, count: int) -> None:
+    model = FSDP(model_at(folder), device_id=torch.device("cpu"), use_orig_params=True)
+    accelerate_saved(model, out, count, 1)
 
 
 def fsdp1(folder: str, out: Path, count: int) -> None:
@@ -137,7 +148,18 @@ def safetensors_writer(folder: str, out: Path, count: int) -> None:
 
 FORMS = {
     form.__name__: form
-    for form in (fsdp2, accelerate_fsdp2, fsdp1, fsdp1_full, two_ways, a_grid, ranks, hf_dcp, safetensors_writer)
+    for form in (
+        fsdp2,
+        accelerate_fsdp2,
+        accelerate_fsdp1,
+        fsdp1,
+        fsdp1_full,
+        two_ways,
+        a_grid,
+        ranks,
+        hf_dcp,
+        safetensors_writer,
+    )
 }
 
 

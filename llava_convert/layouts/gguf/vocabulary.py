@@ -211,7 +211,7 @@ def _special_ids(
     """The ids of special tokens, and a place for each stop id that the runtime would not know by its text."""
     named = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unknown": tokenizer.unk, "padding": tokenizer.pad}
     ids = {key: i for key, text in named.items() if text is not None and (i := tokenizer.id_of(text)) is not None}
-    if "eos" not in ids and stop_ids:
+    if stop_ids and ids.get("eos") not in stop_ids:
         ids["eos"] = stop_ids[0]
     for key in ("bos", "eos"):
         stated = config.get(f"{key}_token_id")

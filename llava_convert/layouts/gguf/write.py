@@ -187,6 +187,7 @@ def _language_model(model: Model, made: Artefacts, options: TargetOptions) -> tu
             metadata[f"general.sampling.{key}"] = Typed(kind, value)
     metadata |= metadata_of(table, config)
     template = made.templates.tokenizer if made.template_name is not None else tokenizer.chat_template
+    template = options.chat_template or template  # as it was given: llama.cpp makes strings of the parts of a message
     metadata |= tokenizer_metadata(
         tokenizer, rows, pre=options.pre, chat_template=template, stop_ids=_stop_ids(made), config=config
     )

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_convert.core.errors import InputError
+from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import StoredTensor
+from llava_convert.core.text import printable
 from llava_convert.layouts.base import Found, OpenOptions
 from llava_convert.layouts.naming import sort_tensors
 from llava_convert.layouts.training_config import load_training_config, parse_training_config
@@ -33,7 +34,8 @@ def detect(found: Found) -> str | None:
     if found.config is not None:
         return None
     if found.path.is_dir():
-        if (why := recognise(found.names)) is not None:
+        # With a config at hand it may be a DeepSpeed folder of another trainer, which only its names tell.
+        if (why := recognise(found.names)) is not None and not found.beside.has("config.json"):
             return why
         if recognise_shares(found.path, found.names) is None:
             return None
@@ -87,7 +89,13 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
     InputError when the config says that a part was trained which the file lacks.
     """
     path, read = found.path, _read(found)
-    sorted_ = sort_tensors(read.tensors, layout_table(NAME), path)
+    table = layout_table(NAME)
+    if read.tensors and not any(table.read(name) is not None for name in read.tensors):
+        raise UnsupportedError(
+            f"{path}: none of its {len(read.tensors)} tensors has a name of xtuner's ({printable(min(read.tensors))})",
+            hint="of another trainer's model, --config-from FOLDER names the folder with its config.json and tokenizer",
+        )
+    sorted_ = sort_tensors(read.tensors, table, path)
     training, warnings = _training(read.meta, path, options)
     parts: dict[str, Part] = {}
     dropped = list(sorted_.dropped)

@@ -26,7 +26,7 @@ from llava_convert.storage.files import (
 )
 from llava_convert.storage.pickle import machine
 from llava_convert.storage.pickle.machine import MAX_PICKLE_BYTES, Inert
-from llava_convert.storage.torch.tensors import is_quiet
+from llava_convert.storage.torch.tensors import DTYPES, is_quiet
 from llava_convert.storage.torch.zip import TAIL, read_zip
 
 METADATA = ".metadata"
@@ -75,6 +75,7 @@ def read_classic(folder: Path) -> Classic:
         raise UnsafeError(f"{where}: {len(entries):,} entries, more than any checkpoint")
     names = _names(entries, planner if isinstance(planner, dict) else {})
     wanted = {name: _wanted(entries[entry], where, entry) for entry, name in names.items()}
+    dtypes = {name: _dtype(entries[entry]) for entry, name in names.items()}
     places = _places(folder, _dict(state, "storage_data", where), frozenset(names), where)
     parts: dict[tuple[str, Offsets], _Place] = {}
     for entry, name in names.items():
@@ -94,6 +95,12 @@ def read_classic(folder: Path) -> Classic:
                 raise InputError(
                     f"{where}: {printable(name)} at {list(offsets)}: {list(sizes)} by the metadata, "
                     f"{list(found.shape)} in {parts[name, offsets].path.name}",
+                    hint=_MEND,
+                )
+            if dtypes[name] is not None and found.dtype != dtypes[name]:
+                raise InputError(
+                    f"{where}: {printable(name)} at {list(offsets)}: {dtypes[name]} by the metadata, "
+                    f"{found.dtype} in {parts[name, offsets].path.name}",
                     hint=_MEND,
                 )
         held = [Chunk(offsets, stored[name, offsets]) for offsets, _ in chunks]
@@ -156,6 +163,14 @@ def _wanted(entry: Any, where: Path, name: str) -> tuple[Offsets, list[tuple[Off
     return _sizes(state.get("size"), where, name), found
 
 
+def _dtype(entry: Any) -> str | None:
+    """The type that a tensor's properties state first (`TensorProperties.__getstate__`); None where they do not."""
+    properties = entry.state.get("properties")
+    state = properties.state if type(properties) is Inert else None
+    first = state[0] if isinstance(state, tuple) and state else None
+    return DTYPES.get(first.name.removeprefix("torch.")) if type(first) is Inert else None
+
+
 def _sizes(value: Any, where: Path, name: str) -> Offsets:
     if not isinstance(value, tuple) or len(value) > 64 or not all(type(n) is int and 0 <= n < 1 << 48 for n in value):
         raise InputError(f"{where}: {printable(name)} has no sound sizes")
@@ -185,7 +200,8 @@ def _places(
             plain = relative_name(file) if isinstance(file, str) else None
             if plain is None:
                 raise UnsafeError(
-                    f"{where}: puts {printable(name)} into '{printable(file)}', which is not a file of this folder"
+                    f"{where}: puts {printable(name)} into '{printable(file)}', which is not a file of this folder",
+                    hint="torch writes no such name: get the checkpoint from where it was saved",
                 )
             paths[str(file)] = require_inside(folder, plain)
         offsets = _sizes(key.get("offset"), where, str(name))

@@ -20,7 +20,7 @@ from llava_convert.storage.pickle.machine import Builder, Inert, Malformed
 MAX_EXPANDED_BYTES = 64 << 30  # of one tensor that has more elements than its storage (stride 0)
 
 # torch dtype -> the name in `spec`; torch/storage.py says which storage class stands for which.
-_DTYPES = {
+DTYPES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
     "uint16": "U16", "uint32": "U32", "uint64": "U64",
     "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "complex64": "C64",
@@ -116,7 +116,7 @@ def _is_storage(name: str) -> bool:
 
 
 def is_quiet(name: str) -> bool:
-    return name in _QUIET or name in _ODD_REBUILDS or name.removeprefix("torch.") in _DTYPES or _is_storage(name)
+    return name in _QUIET or name in _ODD_REBUILDS or name.removeprefix("torch.") in DTYPES or _is_storage(name)
 
 
 def _view(storage: Any, offset: Any, size: Any, stride: Any, dtype: str | None) -> StoredTensor | OddTensor:
@@ -172,7 +172,7 @@ def _rebuild_tensor_v3(args: tuple[Any, ...]) -> Any:
         raise Malformed("a tensor without a dtype")
     if len(args) == 8 and args[7]:
         return OddTensor("conjugated or negated view")
-    dtype = _DTYPES.get(args[6].name.removeprefix("torch."))
+    dtype = DTYPES.get(args[6].name.removeprefix("torch."))
     return OddTensor(args[6].name) if dtype is None else _view(args[0], args[1], args[2], args[3], dtype)
 
 

@@ -90,6 +90,25 @@ def test_two_folders(made: Path, tmp_path: Path) -> None:
         llava_convert.plan(made / "hf", to="official", mmproj=eyes)
 
 
+def test_a_folder_of_lm_studio(made: Path, tmp_path: Path) -> None:
+    """PUBLISHER/REPO with two files, told apart by what they hold: names and endings may be any."""
+    for number, (model, eyes) in enumerate((("Llava.Q8_0.GGUF", "mmproj-model-f16.gguf"), ("b.gguf", "a.gguf"))):
+        repo = tmp_path / str(number) / ".lmstudio" / "models" / "some one" / "LLaVA-GGUF"
+        repo.mkdir(parents=True)
+        shutil.copy(made / "gguf" / "m-q8_0.gguf", repo / model)
+        shutil.copy(made / "gguf" / "m-mmproj-f16.gguf", repo / eyes)
+        (repo / "model.lmstudio.json").write_text("{}")
+        for source in (repo, repo / model):
+            found = recognise(source).open()
+            assert llava_convert.verify(made / "gguf" / "m-q8_0.gguf", source)
+            assert {"vision_tower", "projector", "language_model"} == {n.split(".")[0] for n in found.tensors()}
+        # Another type of the model beside it: the file says which is meant, the folder does not.
+        shutil.copy(made / "gguf" / "m-f16.gguf", repo / "another.gguf")
+        assert recognise(repo / model).open().tensors().keys() == found.tensors().keys()
+        with pytest.raises(UnsupportedError, match=r"another\.gguf"):
+            recognise(repo).open()
+
+
 # --- GGUF to itself
 
 
@@ -172,6 +191,18 @@ def test_a_tower_of_newer_transformers_in_the_xtuner_layout(made: Path, tmp_path
     save_file(state, file)
     assert recognise(tmp_path / "xtuner").open().tensors().keys() == before.keys()
     llava_convert.convert(tmp_path / "xtuner", to="official", out=tmp_path / "official")
+    assert llava_convert.verify(made / "hf", tmp_path / "official")
+
+
+def test_such_a_tower_in_the_official_layout(made: Path, tmp_path: Path) -> None:
+    llava_convert.convert(made / "hf", to="official", out=tmp_path / "official")
+    file = tmp_path / "official" / "model.safetensors"
+    inner = "vision_tower.vision_tower.vision_model."
+    state = {name.replace(inner, "vision_tower.vision_tower."): tensor for name, tensor in load_file(file).items()}
+    assert not any(inner in name for name in state)
+    save_file(state, file)
+    llava_convert.convert(tmp_path / "official", to="hf", out=tmp_path / "hf")
+    assert llava_convert.verify(tmp_path / "official", tmp_path / "hf")
     assert llava_convert.verify(made / "hf", tmp_path / "official")
 
 

@@ -133,6 +133,11 @@ def test_a_deepspeed_folder_of_a_trainer(hf: Path, tmp_path: Path, stage: int) -
     for source in (folder, folder / "global_step2"):
         llava_convert.convert(source, to="official", dtype="float16", out=tmp_path / "official", force=True)
         assert llava_convert.verify(hf, tmp_path / "official")
+    alone = shutil.copytree(folder / "global_step2", tmp_path / "elsewhere" / "global_step2")
+    llava_convert.convert(alone, to="official", dtype="float16", out=tmp_path / "official", force=True, config_from=hf)
+    assert llava_convert.verify(hf, tmp_path / "official")
+    message, hint = refused(alone)
+    assert "a name of xtuner's (" in message and "--config-from FOLDER" in hint
 
 
 def test_a_folder_of_a_training_means_the_checkpoint_of_the_most_steps(tiny: Path, tmp_path: Path) -> None:
