@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_convert.cli.schemas import SCHEMA
 from llava_convert.core.errors import OutputError
+from llava_convert.core.text import human_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -133,13 +134,3 @@ def _print(text: str, end: str = "\n") -> None:
         raise
     except OSError as problem:
         raise OutputError(f"the result cannot be printed: {problem.strerror or problem}") from problem
-
-
-def human_bytes(count: int) -> str:
-    """`16.1 GB`: decimal, as disks and hubs count."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    raise AssertionError("unreachable")

@@ -8,8 +8,9 @@ import typer
 
 from llava_convert.app.jobs import ConvertJob, MergeJob
 from llava_convert.cli._options import command
-from llava_convert.cli._output import Output, human_bytes
+from llava_convert.cli._output import Output
 from llava_convert.core.flags import options_of
+from llava_convert.core.text import human_bytes
 from llava_convert.layouts.info import LAYOUTS, TARGETS, reading
 
 if TYPE_CHECKING:

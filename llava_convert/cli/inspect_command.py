@@ -6,7 +6,8 @@ import typer
 
 from llava_convert.app.jobs import InspectJob
 from llava_convert.cli._options import command
-from llava_convert.cli._output import Output, human_bytes
+from llava_convert.cli._output import Output
+from llava_convert.core.text import human_bytes
 
 
 def add_to(app: typer.Typer) -> None:

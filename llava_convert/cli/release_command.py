@@ -9,7 +9,8 @@ import typer
 
 from llava_convert.app.jobs import ReleaseJob
 from llava_convert.cli._options import command
-from llava_convert.cli._output import Output, human_bytes
+from llava_convert.cli._output import Output
+from llava_convert.core.text import human_bytes
 
 if TYPE_CHECKING:
     from llava_convert.app.publish.release import ReleaseItem

@@ -54,3 +54,13 @@ def listed(names: Iterable[object], limit: int = _LISTED) -> str:
     every = list(names)
     head = ", ".join(printable(name) for name in every[:limit])
     return head if len(every) <= limit else f"{head} and {len(every) - limit:,} more"
+
+
+def human_bytes(count: int) -> str:
+    """`16.1 GB`: decimal, as disks and hubs count."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError("unreachable")
