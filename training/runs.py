@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -38,8 +37,6 @@ def run(stages: Sequence[Recipe], work_dir: Path | None, *, resume: bool, deepsp
     require_packages()
     from accelerate import PartialState
 
-    # peft imports bitsandbytes where it is installed, which on some CPUs asks for one package more.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from .checkpoint import checkpoints, stage_one
     from .rows import require_file
     from .train import train

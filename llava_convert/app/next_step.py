@@ -18,9 +18,9 @@ from llava_convert.model.options import DROP
 _OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]+)(?: (\w+))?")
 
 
-def next_step(facts: Facts, source: str, options: SourceOptions, *, here: bool) -> str:
+def next_step(facts: Facts, source: str, options: Options, *, here: bool) -> str:
     """How to try an output; to compare it, where nothing here can load it. `facts` name it by its path, or its URL."""
-    text = facts.card.next
+    text = facts.card.next_in.get((options.asked or "").strip().lower(), facts.card.next)
     if text is not None and here and not facts.adapter:
         return filled(text, Words(facts))
     return shlex.join(["llava-convert", "verify", source, facts.name, *flags_of(options)])

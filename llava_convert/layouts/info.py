@@ -6,7 +6,8 @@ names none. To add a layout, add a `LayoutInfo` to LAYOUTS: what has no default 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from llava_convert.core.errors import UsageError
 
@@ -17,7 +18,8 @@ class Card:
 
     `quickstarts` are texts of `app/card/texts`, each on how a program uses the output, in order; one that does not fit
     an output is left out (`app/card/quickstarts.py`). `library` is the hub's `library_name`, by which it offers code,
-    and `task` its `pipeline_tag`. `next` is what to try first, with the words of the texts; None: `verify`.
+    and `task` its `pipeline_tag`. `next` is what to try first, with the words of the texts; None: `verify`. `next_in`
+    is that by program, for one that was asked for by its name.
     """
 
     sentence: str
@@ -25,6 +27,7 @@ class Card:
     quickstarts: tuple[str, ...]
     task: str = "image-text-to-text"
     next: str | None = None
+    next_in: Mapping[str, str] = field(default_factory=dict)
 
 
 # A language model or a vision tower alone is a folder that transformers reads, whichever layout it was made for.
@@ -127,6 +130,7 @@ class LayoutInfo:
         return self.target.options if self.target is not None else frozenset()
 
 
+_OLLAMA = {"ollama": "ollama create <<ollama_sh>> -f <<modelfile_sh>> && ollama run <<ollama_sh>>"}
 _TRAINED = frozenset({"config", "pretrained_pth"})  # of xtuner's training
 _WEIGHTS = frozenset({"dtype", "max_shard_size", "prompt_template"})
 LAYOUTS = {
@@ -273,12 +277,14 @@ LAYOUTS = {
                     library="gguf",
                     quickstarts=("llama_cpp", "ollama"),
                     next="llama-server -m <<llm_sh>> --mmproj <<mmproj_sh>>",
+                    next_in=_OLLAMA,
                 ),
                 language_model=replace(
                     _LANGUAGE_MODEL,
                     library="gguf",
                     quickstarts=("llama_cpp_text", "ollama_text"),
                     next="llama-server -m <<llm_sh>>",
+                    next_in=_OLLAMA,
                 ),
                 vision_tower=replace(
                     _VISION_TOWER,

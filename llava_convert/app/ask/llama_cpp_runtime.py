@@ -73,7 +73,10 @@ class LlamaCppRuntime:
             **more,
         }
         if left:
-            raise UsageError(f"{len(pictures)} pictures, and {len(left)} of them have no <image> in the conversation")
+            raise UsageError(
+                f"{len(pictures)} pictures, and {len(left)} of them have no <image> in the conversation",
+                hint="leave --image out where a model's turn is not asked about it",
+            )
         found = self._server.handle_chat_completions(body)
         if isinstance(found, str | bytes):
             found = json.loads(found)
@@ -95,7 +98,7 @@ def _content(text: str, pictures: list[Image]) -> Any:
         parts += [{"type": "text", "text": piece}] if piece else []
         if i < len(pieces) - 1:
             if not pictures:
-                raise UsageError("a conversation with more <image> than pictures")
+                raise UsageError("a conversation with more <image> than pictures", hint="give one --image for each")
             parts.append({"type": "image_url", "image_url": {"url": _data_url(pictures.pop(0))}})
     return parts
 

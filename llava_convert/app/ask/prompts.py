@@ -65,7 +65,10 @@ class Words:
                 tokenize=False,
             )
         except TemplateError as problem:
-            raise UnsupportedError(f"the model's chat template refuses this conversation: {problem}") from problem
+            raise UnsupportedError(
+                f"the model's chat template refuses this conversation: {problem}",
+                hint="--prompt-template takes another one; some have no room for --system",
+            ) from problem
         return text
 
     def chunks(self, messages: Sequence[Message]) -> list[list[int]]:
@@ -93,4 +96,7 @@ def _opened(made: Artefacts) -> Any:
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (ValueError, OSError, ImportError) as problem:
-            raise UnsupportedError(f"transformers cannot load the model's tokenizer: {problem}") from problem
+            raise UnsupportedError(
+                f"transformers cannot load the model's tokenizer: {problem}",
+                hint="--config-from takes the folder of a tokenizer that it loads",
+            ) from problem

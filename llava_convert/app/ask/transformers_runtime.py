@@ -66,7 +66,10 @@ class TransformersRuntime:
         """A conversation as the language model sees it: (1, positions, width). Raises UsageError for other counts."""
         chunks = self.words.chunks(messages)
         if len(chunks) - 1 != len(pictures):
-            raise UsageError(f"{len(pictures)} pictures for {len(chunks) - 1} <image> in the conversation")
+            raise UsageError(
+                f"{len(pictures)} pictures for {len(chunks) - 1} <image> in the conversation",
+                hint="give one --image for each",
+            )
         seen = [self.projector(self.selected(self.hidden(self.pixels(picture)))) for picture in pictures]
         return self.embedded(chunks, seen)
 
@@ -258,14 +261,19 @@ def _fill(module: Any, weights: Mapping[str, Any], prefix: str) -> None:
     if missing or unexpected:
         raise UnsupportedError(
             f"transformers' {type(module).__name__} is another one than the table's: it misses {missing[:3]}, and has "
-            f"no place for {unexpected[:3]}"
+            f"no place for {unexpected[:3]}",
+            hint="convert it, and ask it with the program of that layout",
         )
 
 
 def _quantise(llm: Any) -> None:
     """Linear layers in NF4 with double quantisation, the head aside, as xtuner's `--bits 4` does."""
+    import logging
+
     import torch
 
+    # On some CPUs it asks for one package more, and does without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes as bnb
     except ImportError:

@@ -23,6 +23,7 @@ from llava_convert.model.tables.facts import CONFIG
 
 TRANSFORMERS, VLLM, LLAMA_CPP, OLLAMA = "transformers", "vllm", "llama.cpp", "ollama"
 CONSUMERS = (TRANSFORMERS, VLLM, LLAMA_CPP, OLLAMA)
+VERSIONS = ((4, 37), (5, 24))  # of transformers, the oldest and the newest that folders were loaded in
 _HF, _GGUFS = (TRANSFORMERS, VLLM), (LLAMA_CPP, OLLAMA)
 
 Check = Callable[[Folder], Iterator[str]]

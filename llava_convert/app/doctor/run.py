@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_convert.app.doctor.folder import Folder
-from llava_convert.app.doctor.rules import CONSUMERS, RULES, TRANSFORMERS, VLLM, Rule
+from llava_convert.app.doctor.rules import CONSUMERS, RULES, TRANSFORMERS, VERSIONS, VLLM, Rule
 from llava_convert.core.errors import InputError, MismatchError, OutputError, UsageError
 from llava_convert.core.progress import Reporter
 from llava_convert.layouts.base import OpenOptions
-from llava_convert.layouts.info import layout_named
+from llava_convert.layouts.info import LAYOUTS, layout_named
 from llava_convert.layouts.registry import recognise
 from llava_convert.model.checkpoint import PART_NAMES, Checkpoint
 from llava_convert.model.options import ALL
@@ -94,6 +94,12 @@ def diagnose(job: DoctorJob, say: Reporter) -> Diagnosis:
         raise InputError(f"{path} is not a folder", hint="doctor looks at the folder that a program is to load")
     found = recognise(path)
     wanted = layout_named(consumer)
+    target = LAYOUTS[found.layout].target
+    if target is not None and target.adapters_alone:
+        what = f"it is a PEFT adapter, not a model: {consumer} needs the model that it was trained on as well"
+        source = "its base is not in it; peft loads it onto the base, and merging makes one model of both"
+        hint = f"llava-convert merge BASE {shlex.quote(str(path))} --to {wanted.name} -o OUT"
+        return Diagnosis(str(path), found.layout, job.consumer, (Trouble("adapter", what, source, False, False, hint),))
     if found.layout != wanted.name:
         hint = f"llava-convert convert {shlex.quote(str(path))} --to {wanted.name} -o OUT"
         what = f"{consumer} does not load the {found.layout} layout"
@@ -131,13 +137,26 @@ def _examined(folder: Folder, rules: list[Rule], *, fix: bool) -> tuple[Trouble,
 
 def _consumer(word: str) -> tuple[str, tuple[int, ...] | None]:
     """`transformers@4.46`: the program, and its version where one is named."""
-    name, _, version = word.strip().lower().partition("@")
+    name, at, text = word.strip().lower().partition("@")
     if name not in CONSUMERS:
-        raise UsageError(f"--for {word}: it is one of {', '.join(CONSUMERS)}")
+        raise UsageError(f"--for {word}: no program of that name is known", hint=f"it is one of {', '.join(CONSUMERS)}")
+    if not at:
+        return name, None
+    if name != TRANSFORMERS:
+        raise UsageError(
+            f"--for {word}: the rules of {name} are those of its newest version alone", hint=f"write --for {name}"
+        )
     try:
-        return name, tuple(int(part) for part in version.split(".")[:2]) if version else None
+        version = tuple(int(part) for part in text.split(".")[:2])
     except ValueError:
-        raise UsageError(f"--for {word}: {version} is no version", hint="write transformers@4.46") from None
+        raise UsageError(f"--for {word}: {text} is not a version", hint="write transformers@4.46") from None
+    oldest, newest = ("{}.{}".format(*one) for one in VERSIONS)
+    if not VERSIONS[0] <= version <= VERSIONS[1]:
+        raise UsageError(
+            f"--for {word}: rules are known of transformers {oldest} to {newest}",
+            hint=f"write --for transformers, which takes all of them, or transformers@{newest}",
+        )
+    return name, version
 
 
 def _as_it_was(folder: Folder, name: str, data: bytes) -> bool:
@@ -165,7 +184,10 @@ def _replace(path: Path, checkpoint: Checkpoint, changed: Mapping[str, bytes]) -
         exchange(new, path, backup)
     except OSError as problem:
         shutil.rmtree(new, ignore_errors=True)
-        raise OutputError(f"{path} cannot be repaired: {problem.strerror or problem}") from problem
+        raise OutputError(
+            f"{path} cannot be repaired: {problem.strerror or problem}",
+            hint="copy the folder to where you may write, and repair that",
+        ) from problem
     return backup
 
 

@@ -132,7 +132,9 @@ def _write(
             "eval needs openpyxl, which is not installed", hint="pip install 'llava-convert[eval]'"
         ) from None
     except OSError as problem:
-        raise OutputError(f"{folder}: {problem.strerror or problem}") from problem
+        raise OutputError(
+            f"{folder}: {problem.strerror or problem}", hint="--work-dir takes another folder"
+        ) from problem
 
 
 def _arguments(job: MMBenchJob) -> dict[str, Any]:

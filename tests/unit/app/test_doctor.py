@@ -159,10 +159,42 @@ def test_another_layout_is_one_trouble(good: Path) -> None:
     assert trouble.what == "llama.cpp does not load the hf layout" and "--to gguf" in trouble.hint
 
 
+def test_an_adapter_is_to_be_merged(tmp_path: Path) -> None:
+    """A folder of PEFT is no model for any program: its one trouble names the command that makes one."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    name = "base_model.model.language_model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    save_file(
+        {name.format("A"): torch.zeros(2, 64), name.format("B"): torch.zeros(64, 2)},
+        folder / "adapter_model.safetensors",
+    )
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj"],
+        "base_model_name_or_path": "x/y",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    for consumer, to in (("vllm", "hf"), ("transformers", "hf"), ("ollama", "gguf")):
+        (trouble,) = llava_convert.doctor(folder, consumer=consumer).troubles
+        assert "PEFT adapter" in trouble.what
+        assert trouble.hint == f"llava-convert merge BASE {folder} --to {to} -o OUT"
+
+
 def test_errors(good: Path, tmp_path: Path) -> None:
-    for word in ("tgi", "transformers@new"):
-        with pytest.raises(UsageError):
+    said = {
+        "tgi": "no program of that name",
+        "transformers@new": "not a version",
+        "transformers@": "not a version",
+        "transformers@9.9": r"4\.37 to 5\.24",
+        "transformers@4.36": r"4\.37 to 5\.24",
+        "vllm@0.5": "newest version alone",
+    }
+    for word, text in said.items():
+        with pytest.raises(UsageError, match=text) as refused:
             llava_convert.doctor(good, consumer=word)
+        assert refused.value.hint
     with pytest.raises(InputError, match="not a folder"):
         llava_convert.doctor(good / "config.json", consumer="vllm")
     folder = planted(good, tmp_path / "o", "one stop")
