@@ -68,3 +68,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             f"left out: {len(left)} tests against the real xtuner, DeepSpeed, LLaVA, llama.cpp and older transformers; "
             "`make test-peers` builds their environments and runs them"
         )
+    if skipped := [
+        report for report in terminalreporter.stats.get("skipped", ()) if "no chromium" in str(report.longrepr)
+    ]:
+        terminalreporter.write_line(
+            f"left out: {len(skipped)} tests of pages in a browser; `apt install chromium` has one"
+        )

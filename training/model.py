@@ -6,6 +6,7 @@ the projector; of a part under LoRA the adapter alone; of a frozen part nothing.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -285,6 +286,8 @@ def _recompute_activations(model: Any, how: dict[str, bool]) -> None:
 
 def _with_lora(part: Any, lora: Lora, *, quantised: bool, task: str | None) -> Any:
     """The part with an adapter, its own weights frozen."""
+    # peft imports bitsandbytes where it is installed, which on some CPUs asks for one package more.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if quantised:

@@ -141,12 +141,20 @@ class InspectJob(SourceOptions):
     """A look at a checkpoint."""
 
     source: Annotated[PathLike, _SOURCE]
+    _: KW_ONLY
+    html: Annotated[PathLike | None, Flag("Write what was found as one HTML page.", RUN, metavar="FILE.html")] = None
 
     def run(self, say: Reporter) -> Inspection:
         from llava_convert.app.inspect import inspect
 
         stage(say, "reading headers")
-        return inspect(self.source, self)
+        found = inspect(self.source, self)
+        if self.html is not None:
+            from llava_convert.app.pages.html import write
+            from llava_convert.app.pages.inspect_page import inspect_page
+
+            write(Path(self.html), inspect_page(found, str(self.source), self), flag="--html")
+        return found
 
 
 @dataclass(frozen=True)

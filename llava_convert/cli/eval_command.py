@@ -40,7 +40,7 @@ def add_to(app: typer.Typer) -> None:
 def _compare(job: CompareJob, output: Output) -> None:
     found = job.run(output)
     output.result(found.as_json())
-    output.line(f"{found.changed} of {found.questions} answers are others")
+    output.line(f"{found.changed} of {found.questions} answers differ")
     if found.averages is not None:
         first, second = found.averages
         output.line(f"average {100 * first:.1f} % and {100 * second:.1f} %")

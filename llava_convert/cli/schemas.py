@@ -246,7 +246,7 @@ class EvalCompare(Document):
     out: Annotated[str, "that of the other"]
     report: Annotated[str, "the page"]
     questions: int
-    changed: Annotated[int, "how many answers are others"]
+    changed: Annotated[int, "how many answers differ"]
     averages: Annotated[list[float] | None, "of each run; null for a TEST file"]
 
 

@@ -75,6 +75,16 @@ def test_the_next_step_works(tiny: Path, tmp_path: Path, to: str, part: str) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", ["all", "llm"])
+def test_ollama_is_named_where_it_was_asked_for(tiny: Path, tmp_path: Path, part: str) -> None:
+    line = printed([str(tiny / "iter_2.pth"), "--to", "Ollama", "--part", part], tmp_path)
+    create, _, start = line.partition(" && ")
+    *command, name, flag, modelfile = words(create)
+    assert (command, flag) == (["ollama", "create"], "-f") and words(start) == ["ollama", "run", name]
+    assert (tmp_path / modelfile).read_text().startswith("FROM ")
+
+
+@pytest.mark.slow
 def test_it_names_the_base_models_that_were_given(tiny: Path, tmp_path: Path) -> None:
     """Without them the checkpoint, moved away from where it was trained, cannot be read again."""
     shutil.copy(tiny / "iter_2.pth", tmp_path)

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
 import llava_convert
 from fixtures.demo import __main__ as demo
 from fixtures.demo import runtimes
+from llava_convert.app.ask.load import loaded
+from llava_convert.app.ask.prompts import IMAGE
+from llava_convert.app.options import AskOptions
+from llava_convert.core.progress import reporter
 from llava_convert.core.resources import training
+from llava_convert.storage.torch.file import read_torch
+from tests import zero_folders
 from tests.interop.peer_programs import in_peer
 
 shapes = training("shapes")
@@ -77,6 +84,43 @@ def test_gguf_and_back_answers_as_before(shown: Shown, tmp_path: Path) -> None:
     answers = [ask(question.image(), question.text) for question in shown.questions]
     assert llava_convert.verify(gguf, tmp_path / "back").same
     assert demo.differing(answers, shown.answers[demo.HF]) <= 1
+
+
+@pytest.mark.parametrize("form", ["zero", "peft"])
+def test_a_form_of_training_answers_as_the_trainer(
+    shown: Shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """As `chat` and `eval` load it, with no conversion of it on disk."""
+    monkeypatch.chdir(shown.folder)  # where the paths of its bases begin
+    pth = next((shown.runs / "finetune").glob("iter_*.pth"))
+    assert answers_of(*saved_as(form, pth, tmp_path), shown.questions) == shown.answers[demo.TRAINED]
+
+
+def saved_as(form: str, pth: Path, folder: Path) -> tuple[Path, AskOptions]:
+    """A checkpoint as DeepSpeed saves it, or as an adapter of its tower beside the model without that."""
+    state = training("checkpoint").read_checkpoint(pth).state
+    meta = {"cfg": read_torch(pth).root["meta"]["cfg"]}
+    if form == "zero":
+        save = zero_folders.Save(state, stage=3, ranks=2, meta=meta)
+        return zero_folders.write(folder / pth.name, save), AskOptions()
+    if form == "peft":
+        llava_convert.convert(pth, to="peft", out=folder / "peft", part="visual-encoder", dtype="float32")
+        bare = {n: t.zero_() if ".lora_B." in n else t for n, t in state.items()}
+        torch.save({"state_dict": bare, "meta": meta}, folder / pth.name)
+        llava_convert.convert(folder / pth.name, to="hf", out=folder / "base", dtype="float32")
+        return folder / "peft", AskOptions(base=str(folder / "base"))
+    raise AssertionError(form)
+
+
+def answers_of(source: Path, options: AskOptions, questions: list[demo.Question]) -> list[str]:
+    asked = replace(options, device="cpu", runtime="transformers")
+    with loaded(source, asked, reporter(None)) as model:
+        return [
+            model.runtime.answer(
+                [{"role": "user", "content": f"{IMAGE}\n{question.text}"}], [question.image()], limit=8
+            ).text
+            for question in questions
+        ]
 
 
 @pytest.mark.peers

@@ -19,6 +19,7 @@ from llava_convert.app.jobs import (
     ChatJob,
     ConvertJob,
     DoctorJob,
+    InspectJob,
     MMBenchJob,
     ReleaseJob,
     SweepJob,
@@ -216,7 +217,7 @@ def every_flag() -> list[tuple[str, str, bool]]:
 
 @pytest.mark.parametrize(("flag", "keyword", "switch"), every_flag())
 def test_each_flag_in_a_message_is_its_keyword(flag: str, keyword: str, switch: bool) -> None:
-    jobs = (ChatJob, ConvertJob, DoctorJob, MMBenchJob, ReleaseJob, SweepJob, UploadJob, VerifyJob)
+    jobs = (ChatJob, ConvertJob, DoctorJob, InspectJob, MMBenchJob, ReleaseJob, SweepJob, UploadJob, VerifyJob)
     words = in_keywords(o for job in jobs for o in options_of(job).values())
     said = f"{keyword}=True" if switch else keyword
     assert words(f"give it by {flag}, or leave it out") == f"give it by {said}, or leave it out"

@@ -48,7 +48,7 @@ def from_base64(text: str, where: str) -> Image:
     try:
         data = base64.b64decode(text, validate=False)
     except (binascii.Error, ValueError) as problem:
-        raise InputError(f"{where}: not base64: {problem}") from problem
+        raise InputError(f"{where}: not base64: {problem}", hint="encode the picture's file again") from problem
     return decoded(data, where)
 
 
@@ -90,7 +90,10 @@ def _fetched(url: str) -> bytes:
     except (URLError, OSError, ValueError) as problem:
         raise HubError(f"{printable(url)}: {problem}", hint="give a file by --image") from problem
     if len(data) > _MOST_BYTES:
-        raise InputError(f"{printable(url)}: more than {_MOST_BYTES // 10**6} MB, which no picture has")
+        raise InputError(
+            f"{printable(url)}: more than {_MOST_BYTES // 10**6} MB, which no picture has",
+            hint="give the address of the picture itself",
+        )
     return data
 
 

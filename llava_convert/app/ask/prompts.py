@@ -96,4 +96,7 @@ def _opened(made: Artefacts) -> Any:
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (ValueError, OSError, ImportError) as problem:
-            raise UnsupportedError(f"transformers cannot load the model's tokenizer: {problem}") from problem
+            raise UnsupportedError(
+                f"transformers cannot load the model's tokenizer: {problem}",
+                hint="--config-from takes the folder of a tokenizer that it loads",
+            ) from problem

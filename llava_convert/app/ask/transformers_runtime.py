@@ -263,14 +263,19 @@ def _fill(module: Any, weights: Mapping[str, Any], prefix: str) -> None:
     if missing or unexpected:
         raise UnsupportedError(
             f"transformers' {type(module).__name__} is another one than the table's: it misses {missing[:3]}, and has "
-            f"no place for {unexpected[:3]}"
+            f"no place for {unexpected[:3]}",
+            hint="convert it, and ask it with the program of that layout",
         )
 
 
 def _quantise(llm: Any) -> None:
     """Linear layers in NF4 with double quantisation, the head aside, as xtuner's `--bits 4` does."""
+    import logging
+
     import torch
 
+    # On some CPUs it asks for one package more, and does without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes as bnb
     except ImportError:

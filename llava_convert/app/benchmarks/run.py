@@ -68,7 +68,9 @@ def run_tasks(job: EvalJob, say: Reporter) -> EvalResult:
         if card is not None:
             card.write_bytes(utf8(with_table(card.read_text(encoding="utf-8"), result.table)))
     except OSError as problem:
-        raise OutputError(f"{folder}: {problem.strerror or problem}") from problem
+        raise OutputError(
+            f"{folder}: {problem.strerror or problem}", hint="--work-dir takes another folder"
+        ) from problem
     return result
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 # The largest difference that rounding explains, as a share of the largest value at a site, by the narrower dtype of the
 # two sides: 16 roundings of a 16-bit dtype (2^-11, 2^-8), and of float32 what sums in another order make. They are a
-# judgement: no model of real size was measured. On the tiny one a float32 copy differs by 0, a float16 copy by 0.0012.
+# judgement. On the tiny model a float32 copy differs by 0, a float16 copy by 0.0012; around SmolLM2-135M, of 30
+# layers, a bfloat16 copy by 0.011. No model of billions of weights was measured.
 BOUNDS = {"float32": 2e-5, "float16": 8e-3, "bfloat16": 6e-2}
 QUANTISED = 0.5
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Compared:
-    """How many of the answers are others, where the page is, and each run's average; None without right answers."""
+    """How many of the answers differ, where the page is, and each run's average; None without right answers."""
 
     source: str
     out: str

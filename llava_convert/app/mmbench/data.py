@@ -110,7 +110,9 @@ def _table(path: Path) -> Any:
     try:
         table = pandas.read_csv(path, sep="\t")
     except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as problem:
-        raise InputError(f"{path}: not a table of tab-separated cells: {str(problem).strip()}") from problem
+        raise InputError(
+            f"{path}: not a table of tab-separated cells: {str(problem).strip()}", hint="download the TSV again"
+        ) from problem
     if not len(table):
         raise InputError(f"{path}: it has no question", hint="give one of MMBench's TSV files, complete")
     return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 _STYLE = Path(__file__).with_name("style.css")
 _WIDEST = 360  # pixels of a picture in a page
+_SHORT = 14  # characters of a cell that stays on one line
+_SIDE_BY_SIDE = 3  # cells that a phone has room for
+_TAG = re.compile("<[^>]*>")
 
 
 def text(value: object) -> str:
@@ -46,11 +50,38 @@ def paragraph(said: object, kind: str = "") -> str:
     return f'<p class="{kind}">{text(said)}</p>' if kind else f"<p>{text(said)}</p>"
 
 
+def preformatted(said: object) -> str:
+    """A command, or what a model said, as it stands."""
+    return f"<pre>{text(said)}</pre>"
+
+
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of finished cells; nothing without rows."""
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    top = "".join(f"<th>{text(head)}</th>" for head in heads)
-    return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>' if body else ""
+    """A table of finished cells; nothing without rows.
+
+    On a phone a row of many cells is a block, with the head before each, and a short cell is never broken.
+    """
+    body = "".join("<tr>" + "".join(_cell(cell, i, heads) for i, cell in enumerate(row)) + "</tr>" for row in rows)
+    top = "".join(f"<th{' class=short' if len(head) <= _SHORT else ''}>{text(head)}</th>" for head in heads)
+    kind = ' class="stack"' if len(heads) > _SIDE_BY_SIDE else ""
+    head = f"<tr>{top}</tr>" if heads else ""
+    return f'<div class="wide"><table{kind}>{head}{body}</table></div>' if body else ""
+
+
+def _cell(cell: str, place: int, heads: Sequence[str]) -> str:
+    bare = _TAG.sub("", cell)
+    made = "<td"
+    if '<span class="bar' in cell:
+        made += ' class="bars"'
+    elif 0 < len(bare) <= _SHORT:
+        made += ' class="short"'
+    if heads and heads[place] and bare:
+        made += f' data-head="{html.escape(heads[place], quote=True)}"'
+    return f"{made}>{cell}</td>"
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """`1 fact`, `2 facts`."""
+    return f"{number:,} {one if number == 1 else many}"
 
 
 def bar(share: float, *, bad: bool = False) -> str:
@@ -73,9 +104,9 @@ def cards(every: Iterable[str]) -> str:
     return f'<div class="cards">{inner}</div>' if inner else ""
 
 
-def write(path: Path, made: str) -> None:
+def write(path: Path, made: str, *, flag: str = "--report") -> None:
     """Raises OutputError."""
     try:
         path.write_bytes(utf8(made))
     except OSError as problem:
-        raise OutputError(f"{path}: {problem.strerror or problem}", hint="--report takes a file to write") from problem
+        raise OutputError(f"{path}: {problem.strerror or problem}", hint=f"{flag} takes a file to write") from problem

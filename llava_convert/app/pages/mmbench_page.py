@@ -10,6 +10,7 @@ from llava_convert.app.mmbench.score import choice, scores
 from llava_convert.app.pages.html import cards, page, paragraph, picture, section, table, text
 
 _MOST = 200  # pictures in a page
+_WORDS = {"out": "answers in", "resumed": "answers of an earlier run"}
 
 
 def mmbench_page(benchmark: Benchmark, answers: Mapping[int, str], about: Mapping[str, Any]) -> str:
@@ -18,7 +19,7 @@ def mmbench_page(benchmark: Benchmark, answers: Mapping[int, str], about: Mappin
     left = f"{len(asked) - _MOST:,} more questions are in the worksheet" if len(asked) > _MOST else ""
     return page(
         f"{benchmark.path.name}: {about['source']}",
-        section("What was run", table(("", ""), [(text(key), text(value)) for key, value in about.items()])),
+        section("What was run", table((), [(text(_WORDS.get(key, key)), text(value)) for key, value in about.items()])),
         section("Scores", _scores(benchmark, {"": answers})),
         section("Answers", cards(_card(benchmark, q, {"": answers[q.index]}) for q in asked[:_MOST])),
         paragraph(left, "soft") if left else "",
@@ -30,7 +31,7 @@ def compare_page(benchmark: Benchmark, sides: Mapping[str, Mapping[int, str]]) -
     first, second = sides.values()
     changed = [q for q in benchmark.questions if first[q.index] != second[q.index]]
     shown = cards(_card(benchmark, q, {name: each[q.index] for name, each in sides.items()}) for q in changed[:_MOST])
-    said = f"{len(changed)} of {len(benchmark.questions)} answers are others"
+    said = f"{len(changed)} of {len(benchmark.questions)} answers differ"
     return (
         page(
             f"{benchmark.path.name}: {' and '.join(sides)}",
@@ -48,7 +49,7 @@ def _scores(benchmark: Benchmark, sides: Mapping[str, Mapping[int, str]]) -> str
     found = {name: scores(benchmark, answers) for name, answers in sides.items()}
     names = list(next(iter(found.values())))
     rows = [(text(name), *(f"{100 * each[name]:.1f} %" for each in found.values())) for name in names]
-    return table(("", *sides), rows)
+    return table(("category", *(name or "score" for name in sides)), rows)
 
 
 def _card(benchmark: Benchmark, question: Question, answers: Mapping[str, str]) -> str:
@@ -57,7 +58,9 @@ def _card(benchmark: Benchmark, question: Question, answers: Mapping[str, str]) 
     for name, answer in answers.items():
         right = choice(answer) == question.answer
         kind = "" if question.answer is None else "good" if right else "bad"
-        parts.append(paragraph(f"{name}: {answer}" if name else answer, kind))
+        mark = {"good": "✓ ", "bad": "✗ "}.get(kind, "")
+        parts += [paragraph(name, "label")] if name else []
+        parts.append(paragraph(mark + answer, kind))
     if question.answer is not None:
         parts.append(paragraph(f"right: {question.answer}", "soft"))
     return "".join(parts)

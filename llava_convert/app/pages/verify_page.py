@@ -7,7 +7,18 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from llava_convert.app.pages.html import bar, cards, page, paragraph, picture, section, table, text
+from llava_convert.app.pages.html import (
+    bar,
+    cards,
+    counted,
+    page,
+    paragraph,
+    picture,
+    preformatted,
+    section,
+    table,
+    text,
+)
 from llava_convert.model.facts import spelled
 
 if TYPE_CHECKING:
@@ -42,9 +53,10 @@ def _compared(verdict: Verdict) -> str:
         ("output", text(verdict.out), text(verdict.layouts[1])),
     ]
     counts = [
-        f"{verdict.equal} tensors equal bit for bit",
-        f"{len(verdict.different)} different, {len(verdict.missing)} missing, {len(verdict.extra)} not in the source",
-        f"{len(verdict.facts)} facts different",
+        f"{counted(verdict.equal, 'tensor', 'tensors')} equal bit for bit",
+        f"{len(verdict.different):,} different, {len(verdict.missing):,} missing, "
+        f"{len(verdict.extra):,} not in the source",
+        f"{counted(len(verdict.facts), 'fact', 'facts')} different",
     ]
     if verdict.quantised:
         counts.append(f"{verdict.quantised} of the equal ones are the source's quantisation, recomputed")
@@ -60,7 +72,9 @@ def _tensors(found: Mapping[str, Difference]) -> str:
         layer = _LAYER.search(name)
         kinds.setdefault(_LAYER.sub("N", name, count=1), []).append((int(layer[0]) if layer else -1, gap))
     largest = max((g.largest for every in kinds.values() for _, g in every if math.isfinite(g.largest)), default=0.0)
-    return table(("kind", "layers", "elements", "largest difference", ""), _kinds(kinds, largest))
+    return table(
+        ("kind", "layers", "elements", "largest difference", "beside the largest of all"), _kinds(kinds, largest)
+    )
 
 
 def _kinds(kinds: Mapping[str, list[tuple[int, Difference]]], largest: float) -> Iterator[tuple[str, ...]]:
@@ -77,7 +91,7 @@ def _names(verdict: Verdict) -> str:
     rows = [(text(name), "missing") for name in verdict.missing] + [
         (text(n), "not in the source") for n in verdict.extra
     ]
-    return table(("tensor", ""), rows)
+    return table(("tensor", "how"), rows)
 
 
 def _facts(verdict: Verdict) -> str:
@@ -105,8 +119,8 @@ def _logits(found: Logits) -> tuple[str, ...]:
         state = "the same answer" if alike else f"the answers part at token {one.parts_at}"
         image = "".join(picture(each, one.probe) for each in probes[one.probe].pictures)
         shown.append(
-            image + paragraph(probes[one.probe].text) + f"<pre>{text(one.source)}</pre>"
-            + ("" if alike else f"<pre>{text(one.out)}</pre>")
+            image + paragraph(probes[one.probe].text) + paragraph("both" if alike else "source", "label")
+            + preformatted(one.source) + ("" if alike else paragraph("output", "label") + preformatted(one.out))
             + paragraph(f"{state}; KL {one.kl:.2g}, first choices {one.top1:.1%} equal", "good" if alike else "bad")
         )  # fmt: skip
     kind = "good" if found.same else "bad"
@@ -116,7 +130,7 @@ def _logits(found: Logits) -> tuple[str, ...]:
             "How far apart, layer by layer",
             paragraph(found.sentence(), kind),
             paragraph(scale, "soft"),
-            table(("site", "largest", "share", "from 1e-6 to 1"), rows),
+            table(("site", "largest difference", "share", "share, by decades from 1e-6 to 1"), rows),
         ),
         section("What both say", cards(shown)),
     )
