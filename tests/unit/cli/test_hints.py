@@ -23,7 +23,7 @@ GROUP: Any = typer.main.get_command(app)
 COMMANDS: dict[str, dict[str, Any]] = {name: getattr(c, "commands", {}) for name, c in GROUP.commands.items()}
 RUN = [c for name, first in GROUP.commands.items() for c in (COMMANDS[name].values() or [first])]
 OPTIONS = {option for command in (GROUP, *RUN) for param in command.params for option in param.opts} | {"--help"}
-OTHERS = {"--depth", "--mmproj"}  # git's and llama-server's
+OTHERS = {"--depth", "--mmproj", "--no-deps", "--conv-mode"}  # of git, llama-server, pip and the llava package
 
 
 def texts(path: Path) -> Iterator[str]:
