@@ -103,7 +103,7 @@ def leads_out(metadata: Any) -> None:
         (wrong_type, 3, f"{HEAD} at [0, 0]: F32 by the metadata, F16 in __0_0.distcp"),
         (wrong_shape, 3, f"{HEAD} at [288, 0]: [288, 72] by the metadata, [288, 64] in __1_0.distcp"),
         (another_tensor, 3, f"{HEAD} at [288, 0]: [288, 64] by the metadata, [9, 32] in "),
-        (leads_out, 5, "no file of this folder"),
+        (leads_out, 5, "not a file of this folder"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

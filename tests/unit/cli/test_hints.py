@@ -23,8 +23,8 @@ GROUP: Any = typer.main.get_command(app)
 COMMANDS: dict[str, dict[str, Any]] = {name: getattr(c, "commands", {}) for name, c in GROUP.commands.items()}
 RUN = [c for name, first in GROUP.commands.items() for c in (COMMANDS[name].values() or [first])]
 OPTIONS = {option for command in (GROUP, *RUN) for param in command.params for option in param.opts} | {"--help"}
-# git's, llama-server's, and those of official LLaVA's apply_delta
-OTHERS = {"--depth", "--mmproj", "--base-model-path", "--target-model-path", "--delta-path"}
+# of git, llama-server, pip, the llava package, and its apply_delta
+OTHERS = {"--depth", "--mmproj", "--no-deps", "--conv-mode", "--base-model-path", "--target-model-path", "--delta-path"}
 
 
 def texts(path: Path) -> Iterator[str]:
