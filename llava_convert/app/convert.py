@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_convert.app import delta
 from llava_convert.app.applies import refuse_for_source, refuse_for_target
 from llava_convert.app.card import card
 from llava_convert.app.card.facts import Facts
@@ -123,6 +124,10 @@ def _convert(
     if files is not None:
         planned = replace(planned, share=tuple(files))
     with FilePool() as pool, _staging(ready, options, planned, _stamp(ready.plan.hash, snapshot), say) as staged:
+        left = [shard for shard in _written(planned) if not staged.finished(shard.name)]
+        doubt = delta.doubt(ready.model, pool) if left else None  # a run that is taken up reads what it needs alone
+        if doubt is not None:
+            say.warn(session.called(doubt))
         outcome = execute(
             ready.plan,
             staged,
@@ -137,9 +142,9 @@ def _convert(
         stage(say, "checking")
         snapshot.recheck()
         _verify(ready, options, planned, staged, pool, outcome, say)
-        warnings = list(filter(None, [_nonfinite_warning(outcome)]))
-        for text in warnings:
-            say.warn(text)
+        nonfinite = _nonfinite_warning(outcome)
+        if nonfinite is not None:
+            say.warn(nonfinite)
         if outcome.flushed:
             say.note(f"{outcome.flushed:,} nonzero values became zero in the cast")
         stage(say, "finishing")
@@ -157,7 +162,7 @@ def _convert(
         planned,
         done=planned.share is None,
         flushed=outcome.flushed,
-        warnings=(*ready.warnings, *warnings),
+        warnings=(*ready.warnings, *filter(None, (doubt, nonfinite))),
         fetched=session.fetched,
     )
 

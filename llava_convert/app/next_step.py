@@ -23,7 +23,7 @@ def next_step(facts: Facts, source: str, options: Options, *, here: bool) -> str
 
     To compare it, where nothing here can load it. `facts` name it by its path, or its URL.
     """
-    text = facts.card.next_in.get(options.asked or "", facts.card.next)
+    text = facts.card.next_in.get((options.asked or "").strip().lower(), facts.card.next)
     if text is not None and here and not facts.adapter:
         return filled(text, Words(facts))
     return shlex.join(["llava-convert", "verify", source, facts.name, *flags_of(options)])

@@ -99,7 +99,7 @@ def leads_out(metadata: Any) -> None:
         (outside_the_file, 3, f"__1_0.distcp: truncated: {HEAD} ends at byte"),
         (overlapping, 3, f"{HEAD}: none of its parts holds index|{HEAD}: its parts overlap"),
         (a_gap, 3, f"{HEAD}: 18,432 of its 36,864 elements are there: a rank's part is missing"),
-        (unplaced, 3, f"says of no file where {HEAD} at [288, 0] is"),
+        (unplaced, 3, f"does not say which file holds {HEAD} at [288, 0]"),
         (wrong_type, 3, f"{HEAD} at [0, 0]: F32 by the metadata, F16 in __0_0.distcp"),
         (wrong_shape, 3, f"{HEAD} at [288, 0]: [288, 72] by the metadata, [288, 64] in __1_0.distcp"),
         (another_tensor, 3, f"{HEAD} at [288, 0]: [288, 64] by the metadata, [9, 32] in "),

@@ -25,7 +25,6 @@ from llava_convert.layouts.adapter_folder import (
 )
 from llava_convert.layouts.base import Found, OpenOptions
 from llava_convert.layouts.naming import sort_tensors
-from llava_convert.layouts.official import delta
 from llava_convert.model.adapter import Adapter
 from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION, Checkpoint, Part, Settings
 from llava_convert.model.configs import kinds_that_fit, old_flavour
@@ -135,11 +134,7 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
         image_newline=sorted_.image_newline,
         dropped=tuple(dropped),
         notes=(*(note for one in sets for note in one.notes), *notes, *told),
-        warnings=(
-            *(w for one in sets for w in one.warnings),
-            *_tower_warning(own, parts[VISION]),
-            *delta.warning(path, parts[LLM].weights),
-        ),
+        warnings=(*(w for one in sets for w in one.warnings), *_tower_warning(own, parts[VISION])),
         stubs=tuple(stub for one in sets for stub in one.stubs),
         as_written=all(one.plain for one in sets),
         settled=config is not None,

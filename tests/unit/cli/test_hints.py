@@ -24,7 +24,8 @@ COMMANDS: dict[str, dict[str, Any]] = {name: getattr(c, "commands", {}) for name
 RUN = [c for name, first in GROUP.commands.items() for c in (COMMANDS[name].values() or [first])]
 OPTIONS = {option for command in (GROUP, *RUN) for param in command.params for option in param.opts} | {"--help"}
 # of git, llama-server, pip, the llava package, and its apply_delta
-OTHERS = {"--depth", "--mmproj", "--no-deps", "--conv-mode", "--base-model-path", "--target-model-path", "--delta-path"}
+OTHERS = {"--depth", "--mmproj", "--no-deps", "--upgrade", "--conv-mode"}
+OTHERS |= {"--base-model-path", "--target-model-path", "--delta-path"}
 
 
 def texts(path: Path) -> Iterator[str]:

@@ -8,13 +8,12 @@ differences of two such lie about zero.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
 from llava_convert.core.arrays import FLOATS
-from llava_convert.core.tensors import StoredTensor
+from llava_convert.model.checkpoint import LLM
+from llava_convert.model.recipe import Model
 from llava_convert.ops.cast import widen
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import read_whole
@@ -24,17 +23,18 @@ _SHARE, _SMALL = 0.25, 0.1  # of the factors, so many not above zero; half of th
 _OF_GEMMA = ".pre_feedforward_layernorm."  # whose norms hold what is added to 1
 
 
-def warning(path: Path, llm: Mapping[str, StoredTensor]) -> tuple[str, ...]:
-    """What to say of a model that seems to be a delta; nothing of another. A warning, since its weights alone tell."""
-    norm = llm.get(_NORM)
-    if norm is None or norm.dtype not in FLOATS or any(_OF_GEMMA in name for name in llm):
-        return ()
-    with FilePool() as pool:
-        factors = widen(read_whole(pool, norm), norm.dtype)
+def doubt(model: Model, pool: FilePool) -> str | None:
+    """What to say of a model that seems to be a delta. A warning, since nothing but its weights tells."""
+    checkpoint = model.checkpoint
+    weights = checkpoint.parts[LLM].weights
+    norm = weights.get(_NORM)
+    if norm is None or norm.dtype not in FLOATS or any(_OF_GEMMA in name for name in weights):
+        return None
+    factors = widen(read_whole(pool, norm), norm.dtype)
     if not factors.size or (factors <= 0).mean() <= _SHARE or np.median(np.abs(factors)) >= _SMALL:
-        return ()
+        return None
     apply = ["python3", "-m", "llava.model.apply_delta", "--base-model-path", "LLAMA", "--target-model-path", "OUT"]
     return (
-        f"this seems to be a delta, the weights of a LLaVA less those of its LLaMA, which answers nothing by itself: "
-        f"`{shlex.join([*apply, '--delta-path', str(path)])}` makes the model of it",
+        "this seems to be a delta, the weights of a LLaVA less those of its LLaMA, which answers nothing by itself: "
+        f"`{shlex.join([*apply, '--delta-path', str(checkpoint.path)])}` makes the model of it"
     )
