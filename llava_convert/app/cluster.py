@@ -33,6 +33,11 @@ _TASKS_EACH, _TASKS = 4, 32
 _NEXT = "see the workers' logs; the same command goes on from the files that are there"
 
 
+def convert_anywhere(source: str | Path, options: Options, say: Reporter) -> Report:
+    """Convert here, or by the workers that `options.executor` names. Raises what either does."""
+    return convert(source, options, say) if options.executor is None else convert_there(source, options, say)
+
+
 def convert_there(source: str | Path, options: Options, say: Reporter) -> Report:
     """Convert by the workers that `options.executor` names; OUT and sources have to be where each of them sees them.
 

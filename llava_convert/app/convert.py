@@ -56,10 +56,6 @@ def convert(source: str | Path, options: Options, say: Reporter | None = None) -
 
     OUT appears whole or not at all. Raises ConvertError, whose `exit_code` says which kind.
     """
-    if options.executor is not None:
-        from llava_convert.app.cluster import convert_there
-
-        return convert_there(source, options, say or Silence())
     with job_session(options) as session:
         say = say or Silence()
         stage(say, "opening")

@@ -76,15 +76,16 @@ class ConvertJob(Options):
                 )
 
     def run(self, say: Reporter) -> Report:
-        from llava_convert.app.convert import convert, plan
+        from llava_convert.app.cluster import convert_anywhere
+        from llava_convert.app.convert import plan
         from llava_convert.app.publish.upload import pushed
 
         if self.dry_run:
             return plan(self.source, self)
         if self.push is None:
-            return convert(self.source, self, say)
+            return convert_anywhere(self.source, self, say)
         to = self.destination(self.push)
-        return pushed(lambda: convert(self.source, self, say), to, say, level=self.level)
+        return pushed(lambda: convert_anywhere(self.source, self, say), to, say, level=self.level)
 
 
 @dataclass(frozen=True)

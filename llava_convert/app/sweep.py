@@ -16,7 +16,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from llava_convert.app.convert import convert, stamped, write_twins
+from llava_convert.app.cluster import convert_anywhere
+from llava_convert.app.convert import stamped, write_twins
 from llava_convert.app.options import Options
 from llava_convert.core.errors import ConvertError, InputError, Interrupted, OutputError, UsageError
 from llava_convert.core.progress import Reporter
@@ -125,7 +126,7 @@ def _one(source: str, job: SweepJob, ledger: _Ledger, say: Reporter) -> SweepIte
         twins = ledger.twins(files)
         if twins:
             write_twins(source, options, twins)
-        convert(source, options if options.executor is not None else replace(options, resume=True), say)
+        convert_anywhere(source, options if options.executor is not None else replace(options, resume=True), say)
     except InputError as problem:
         return SweepItem(source, out, WAITING, problem.message, exit_code=problem.exit_code)
     except OutputError:
