@@ -1,13 +1,14 @@
-# docker build -t llava-convert .
+# docker build -t llava-convert --build-arg TORCH_PIP_ARGS="--index-url …" .
 # docker run --rm -v "$PWD:/work" llava-convert pth iter_N.pth --to hf
 # With the caches of the hubs: -v "$HOME/.cache:/home/user/.cache". As yourself: --user "$(id -u):$(id -g)".
 
 FROM python:3.11-slim AS build
 WORKDIR /src
 RUN python -m venv /opt/venv
-# torch alone first: the build without CUDA is a tenth of the size, and nothing here computes on a GPU.
+# torch alone first: by TORCH_PIP_ARGS take a build for CPUs, a tenth of the size, since nothing here computes on a GPU.
+ARG TORCH_PIP_ARGS=""
 COPY constraints.txt .
-RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch
+RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt ${TORCH_PIP_ARGS} torch
 COPY . .
 RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt ".[digest,https,llamacpp,modelscope,s3]"
 
