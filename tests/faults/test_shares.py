@@ -18,6 +18,7 @@ from llava_convert.engine.plan import Plan
 from llava_convert.engine.run import Outcome
 from llava_convert.engine.shards import Shard
 from llava_convert.ops.base import CastLoss
+from llava_convert.storage.output.remote_staging import RemoteStaging
 from llava_convert.storage.output.shared import SharedStaging
 from llava_convert.storage.output.staging import RECORD, Staging
 from llava_convert.storage.ranges import write_all
@@ -178,6 +179,24 @@ def test_what_is_no_folder_of_ours(tmp_path: Path) -> None:
 def test_a_share_never_commits(tmp_path: Path) -> None:
     with share(tmp_path / "out", "a.safetensors") as stage, pytest.raises(RuntimeError):
         stage.commit()
+
+
+def test_a_record_that_grows_between_the_listing_and_the_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a store a share writes its record anew after each file, while another one looks at what is there."""
+    url = "memory://shares/out"
+
+    def stage(*names: str) -> RemoteStaging:
+        return RemoteStaging(url, "plan", force=False, resume=False, needed_bytes=0, say=[].append, share=names)
+
+    listing = RemoteStaging._listing
+    with stage("a.safetensors") as one:
+        with one.new_file("a.safetensors", 3000) as fd:
+            write_all(fd, 0, FILES["a.safetensors"])
+        older = {name: 20 if name.startswith(RECORD) else size for name, size in listing(one).items()}
+        monkeypatch.setattr(RemoteStaging, "_listing", lambda self: older)
+        with stage("a.safetensors") as other:
+            assert other.finished("a.safetensors")
+            monkeypatch.setattr(RemoteStaging, "_listing", listing)
 
 
 # --- who writes what

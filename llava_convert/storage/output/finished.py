@@ -33,7 +33,7 @@ from llava_convert.storage.ranges import read_into
 
 RECORD = ".llava-convert-plan"
 # Longer than any: a line a shard.
-_MAX_RECORD_BYTES = 16 << 20
+MAX_RECORD_BYTES = 16 << 20
 # To hand a smaller file to the other thread would take longer than to hash it.
 _AT_ONCE = 1 << 20
 _BLOCK = 256 << 10
@@ -173,7 +173,7 @@ class FinishedFiles:
                 raise OtherPlanError(path.name)
             fd = open_own(path)
             try:
-                data = os.read(fd, _MAX_RECORD_BYTES)
+                data = os.read(fd, MAX_RECORD_BYTES)
             finally:
                 os.close(fd)
             lines = data.split(b"\n")[:-1]  # the last is empty, or a torn line

@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +23,7 @@ from urllib.parse import urlsplit
 from llava_convert.core.errors import HubError, Interrupted, OutputError, UsageError
 from llava_convert.core.retry import FIRST_TRIES, patiently
 from llava_convert.storage.hubs.secrets import shown
-from llava_convert.storage.output.finished import RECORD, is_record, of_another_plan, refuse_missing
+from llava_convert.storage.output.finished import MAX_RECORD_BYTES, RECORD, is_record, of_another_plan, refuse_missing
 from llava_convert.storage.output.places import NO_ROOM, as_output_error
 from llava_convert.storage.output.shared import share_token
 from llava_convert.storage.remote.files import Remote
@@ -193,7 +194,9 @@ class RemoteStaging:
         sent: dict[str, dict[str, Any]] = {}
         begun: set[str] = set()
         for record in records:
-            data = patiently(self.out, lambda record=record: self._read(record, 0, there[record]))  # type: ignore[misc]
+            # Whole, whatever its size was in the listing: another share may have written more of it since.
+            read = partial(self._read, record, 0, MAX_RECORD_BYTES)
+            data = patiently(self.out, read)
             plan, files, next_ones = _read_record(data)
             plans.add(plan)
             sent |= files
