@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from llava_convert.app.cluster import convert_anywhere
 from llava_convert.app.convert import stamped, write_twins
 from llava_convert.app.options import Options
-from llava_convert.core.errors import ConvertError, InputError, Interrupted, OutputError, UsageError
+from llava_convert.core.errors import ConvertError, HubError, InputError, Interrupted, OutputError, UsageError
 from llava_convert.core.progress import Reporter
 from llava_convert.model.record import RECORD
 from llava_convert.storage.json_files import json_bytes
@@ -127,7 +127,7 @@ def _one(source: str, job: SweepJob, ledger: _Ledger, say: Reporter) -> SweepIte
         if twins:
             write_twins(source, options, twins)
         convert_anywhere(source, options if options.executor is not None else replace(options, resume=True), say)
-    except InputError as problem:
+    except (InputError, HubError) as problem:  # half written, or out of reach: it may be otherwise at the next look
         return SweepItem(source, out, WAITING, problem.message, exit_code=problem.exit_code)
     except OutputError:
         raise

@@ -13,6 +13,7 @@ import pytest
 
 import llava_convert
 from llava_convert.app import sweep
+from llava_convert.core.errors import HubError
 from tests.faults.corpus import TINY, run, start, trained, tree, write_pth
 from tests.remotes.conftest import weights_in
 from tests.remotes.s3 import Store, read_back
@@ -130,6 +131,19 @@ def test_nothing_and_no_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     step(Path("run"), 1)
     ran = run("sweep", "run/*", "-o", "hf/{name}", *MORE)
     assert ran.code == 3 and "is no ledger of a sweep" in ran.stderr
+
+
+def test_a_network_that_fails_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source out of reach may be there at the next look, so that --watch does not give it up."""
+    monkeypatch.chdir(tmp_path)
+    step(Path("run"), 1)
+
+    def refused(source: str, options: object) -> None:
+        raise HubError("the network is gone")
+
+    monkeypatch.setattr(sweep, "stamped", refused)
+    ran = run("sweep", "run/*", "-o", "hf/{name}", *MORE, "--json")
+    assert ran.code == 8 and [one["state"] for one in ran.report["checkpoints"]] == ["not complete"]
 
 
 @pytest.mark.slow
