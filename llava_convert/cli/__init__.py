@@ -10,20 +10,7 @@ from pathlib import Path
 
 import typer
 
-from llava_convert.cli import (
-    chat_command,
-    convert_command,
-    data_command,
-    doctor_command,
-    eval_command,
-    inspect_command,
-    layouts_command,
-    release_command,
-    sweep_command,
-    train_command,
-    upload_command,
-    verify_command,
-)
+from llava_convert.cli._commands import COMMANDS, Unread
 from llava_convert.cli._output import Output
 
 app = typer.Typer(
@@ -34,18 +21,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-convert_command.add_to(app)
-sweep_command.add_to(app)
-inspect_command.add_to(app)
-verify_command.add_to(app)
-doctor_command.add_to(app)
-layouts_command.add_to(app)
-chat_command.add_to(app)
-eval_command.add_to(app)
-upload_command.add_to(app)
-release_command.add_to(app)
-train_command.add_to(app)
-data_command.add_to(app)
 
 
 def _version(wanted: bool) -> None:
@@ -61,6 +36,14 @@ def _main(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     pass
+
+
+def _unread() -> None:
+    """What a command does until its module is imported."""
+
+
+for _name, _one in COMMANDS.items():
+    app.command(_name, cls=Unread, help=_one.help, rich_help_panel=_one.panel)(_unread)
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ TALK_PANEL = "Talk"
 _NARROW = 26  # what fits beside the longest flag in 80 columns
 
 J = TypeVar("J")
+Command = Callable[..., None]
+"""What a command does, with the signature that typer reads."""
 
 Json = Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.", rich_help_panel=TALK_PANEL)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.", rich_help_panel=TALK_PANEL)]
@@ -35,7 +37,7 @@ def command(
     *,
     hidden: Collection[str] = (),
     **given: Any,
-) -> Callable[..., None]:
+) -> Command:
     """The function of a command: it does a job, and prints what came of it.
 
     typer reads its signature, which is made of the job's options. `hidden` ones are taken and not shown: who gives one

@@ -5,23 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 
-import typer
-
 from llava_convert.app.jobs import ChatJob
-from llava_convert.cli._options import command
+from llava_convert.cli._options import Command, command
 from llava_convert.cli._output import Output
 from llava_convert.core.errors import ConvertError, UsageError
 
 HELP = "/image FILE|URL shows a picture, /reset begins again, /exit ends."
 
 
-def add_to(app: typer.Typer) -> None:
-    make = app.command(
-        "chat",
-        help="Ask a model of any layout about pictures, from its own files.",
-        rich_help_panel="Ask",
-    )
-    make(command("chat", ChatJob, _chat))
+def made(name: str) -> Command:
+    return command(name, ChatJob, _chat)
 
 
 def _chat(job: ChatJob, output: Output) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import typer
-
 from llava_convert.app.jobs import ConvertJob, MergeJob
-from llava_convert.cli._options import command
+from llava_convert.cli._options import Command, command
 from llava_convert.cli._output import Output
 from llava_convert.core.flags import options_of
 from llava_convert.core.text import human_bytes
@@ -17,15 +15,13 @@ if TYPE_CHECKING:
     from llava_convert.engine.report import Report
 
 
-def add_to(app: typer.Typer) -> None:
-    for name, info in LAYOUTS.items():
-        unused = [o for o in options_of(ConvertJob) if reading(o) and name not in reading(o)]
-        make = app.command(name, help=f"{info.help} Convert it to another layout.", rich_help_panel="Convert")
-        make(command("convert", ConvertJob, _convert, hidden=unused, source_layout=name))
-    make = app.command("convert", help="Convert any of these; the layout is detected.", rich_help_panel="Convert")
-    make(command("convert", ConvertJob, _convert))
-    make = app.command("merge", help="Merge adapters into a model of any layout.", rich_help_panel="Convert")
-    make(command("merge", MergeJob, _convert))
+def made(name: str) -> Command:
+    if name == "merge":
+        return command("merge", MergeJob, _convert)
+    if name not in LAYOUTS:
+        return command("convert", ConvertJob, _convert)
+    unused = [o for o in options_of(ConvertJob) if reading(o) and name not in reading(o)]
+    return command("convert", ConvertJob, _convert, hidden=unused, source_layout=name)
 
 
 def _convert(job: ConvertJob, output: Output) -> None:

@@ -12,13 +12,13 @@ from llava_convert.cli._errors import run
 from llava_convert.cli._output import Output
 
 
-def add_to(app: typer.Typer) -> None:
-    data = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Check and fix training data.")
+def made(_name: str) -> typer.Typer:
+    data = typer.Typer(no_args_is_help=True)
     data.command("check", help="Are all files and pictures of a recipe there? Says how to get what is not.")(check)
     data.command("fix-ocrvqa", help="Copy OCR-VQA's pictures to names that end in .jpg, as the data sets call them.")(
         fix_ocrvqa
     )
-    app.add_typer(data, name="data", rich_help_panel="Train")
+    return data
 
 
 def check(

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import typer
-
 from llava_convert.app.jobs import DoctorJob
-from llava_convert.cli._options import command
+from llava_convert.cli._options import Command, command
 from llava_convert.cli._output import Output
 
 
-def add_to(app: typer.Typer) -> None:
-    make = app.command(
-        "doctor",
-        help="Say what a program would trip over in a folder, and repair it.",
-        rich_help_panel="Look and check",
-    )
-    make(command("doctor", DoctorJob, _doctor))
+def made(name: str) -> Command:
+    return command(name, DoctorJob, _doctor)
 
 
 def _doctor(job: DoctorJob, output: Output) -> None:

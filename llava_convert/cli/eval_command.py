@@ -21,10 +21,8 @@ class _TasksFirst(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-def add_to(app: typer.Typer) -> None:
-    group = typer.Typer(
-        no_args_is_help=True, rich_markup_mode="rich", help="Score a model of any layout.", cls=_TasksFirst
-    )
+def made(_name: str) -> typer.Typer:
+    group = typer.Typer(no_args_is_help=True, cls=_TasksFirst)
     group.command("tasks", help="Benchmarks of lmms-eval. The word itself may be left out: eval mme,pope SOURCE.")(
         command("eval tasks", EvalJob, _tasks)
     )
@@ -34,7 +32,7 @@ def add_to(app: typer.Typer) -> None:
     group.command("compare", help="The answers that two runs of mmbench give otherwise, with pictures, in one page.")(
         command("eval compare", CompareJob, _compare)
     )
-    app.add_typer(group, name="eval", rich_help_panel="Ask")
+    return group
 
 
 def _compare(job: CompareJob, output: Output) -> None:

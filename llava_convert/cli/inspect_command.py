@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import typer
-
 from llava_convert.app.jobs import InspectJob
-from llava_convert.cli._options import command
+from llava_convert.cli._options import Command, command
 from llava_convert.cli._output import Output
 from llava_convert.core.text import human_bytes
 
 
-def add_to(app: typer.Typer) -> None:
-    make = app.command(
-        "inspect",
-        help="Say what a checkpoint is, what it lacks and what it can become.",
-        rich_help_panel="Look and check",
-    )
-    make(command("inspect", InspectJob, _inspect))
+def made(name: str) -> Command:
+    return command(name, InspectJob, _inspect)
 
 
 def _inspect(job: InspectJob, output: Output) -> None:

@@ -11,12 +11,8 @@ from llava_convert.cli._errors import run
 from llava_convert.cli._output import Output
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command(
-        "layouts",
-        help="List what this version knows: layouts, model families, types, prompt templates and recipes.",
-        rich_help_panel="Look and check",
-    )(_layouts)
+def made(_name: str) -> opt.Command:
+    return _layouts
 
 
 def _layouts(as_json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.Verbose = False) -> None:

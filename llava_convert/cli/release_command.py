@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import typer
-
 from llava_convert.app.jobs import ReleaseJob
-from llava_convert.cli._options import command
+from llava_convert.cli._options import Command, command
 from llava_convert.cli._output import Output
 from llava_convert.core.text import human_bytes
 
@@ -16,13 +14,8 @@ if TYPE_CHECKING:
     from llava_convert.app.publish.release import ReleaseItem
 
 
-def add_to(app: typer.Typer) -> None:
-    make = app.command(
-        "release",
-        help="Convert a model to every layout and publish each in a repository of its own.",
-        rich_help_panel="Publish",
-    )
-    make(command("release", ReleaseJob, _release))
+def made(name: str) -> Command:
+    return command(name, ReleaseJob, _release)
 
 
 def _release(job: ReleaseJob, output: Output) -> None:

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
-SCHEMA = 1  # goes up when a key goes, or means something else; keys may be added
-
 
 class Document(TypedDict):
     """Every document begins so."""

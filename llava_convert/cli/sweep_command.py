@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import typer
-
 from llava_convert.app.jobs import SweepJob
-from llava_convert.cli._options import command
+from llava_convert.cli._options import Command, command
 from llava_convert.cli._output import Output
 
 
-def add_to(app: typer.Typer) -> None:
-    make = app.command(
-        "sweep",
-        help="Convert every checkpoint that a pattern finds, each once, with or without waiting for more.",
-        rich_help_panel="Convert",
-    )
-    make(command("sweep", SweepJob, _sweep))
+def made(name: str) -> Command:
+    return command(name, SweepJob, _sweep)
 
 
 def _sweep(job: SweepJob, output: Output) -> None:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import typer
-
 from llava_convert.app.jobs import UploadJob
-from llava_convert.cli._options import command
+from llava_convert.cli._options import Command, command
 from llava_convert.cli._output import Output
 
 
-def add_to(app: typer.Typer) -> None:
-    make = app.command(
-        "upload",
-        help="Publish a folder on Hugging Face or ModelScope, once it is proven to be what was converted.",
-        rich_help_panel="Publish",
-    )
-    make(command("upload", UploadJob, _upload))
+def made(name: str) -> Command:
+    return command(name, UploadJob, _upload)
 
 
 def _upload(job: UploadJob, output: Output) -> None:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import typer
-
 from llava_convert.app.jobs import VerifyJob
-from llava_convert.cli._options import command
+from llava_convert.cli._options import Command, command
 from llava_convert.cli._output import Output
 
 
-def add_to(app: typer.Typer) -> None:
-    make = app.command(
-        "verify",
-        help="Compare OUT with SOURCE, tensor by tensor, whoever converted it.",
-        rich_help_panel="Look and check",
-    )
-    make(command("verify", VerifyJob, _verify))
+def made(name: str) -> Command:
+    return command(name, VerifyJob, _verify)
 
 
 def _verify(job: VerifyJob, output: Output) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import typer
-
-from llava_convert.cli import app
+from llava_convert.cli._commands import COMMANDS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
 HEAD = """\
@@ -27,14 +25,14 @@ def page() -> str:
 
 def _page() -> Iterator[str]:
     yield HEAD
-    yield from _commands(typer.main.get_command(app), "llava-convert")
+    yield from _commands({name: one.whole(name) for name, one in COMMANDS.items()}, "llava-convert")
 
 
-def _commands(group: Any, within: str) -> Iterator[str]:
-    for name, command in group.commands.items():
+def _commands(commands: Mapping[str, Any], within: str) -> Iterator[str]:
+    for name, command in commands.items():
         path = f"{within} {name}"
         if hasattr(command, "commands"):
-            yield from _commands(command, path)
+            yield from _commands(command.commands, path)
         else:
             yield from _command(command, path)
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_convert.cli.schemas import DOCUMENTS, SCHEMA, Document, schema, schema_of
+from llava_convert.cli._output import SCHEMA
+from llava_convert.cli.schemas import DOCUMENTS, Document, schema, schema_of
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "json.md"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 import llava_convert
 from llava_convert.app.jobs import (
@@ -26,7 +25,7 @@ from llava_convert.app.jobs import (
     UploadJob,
     VerifyJob,
 )
-from llava_convert.cli import app
+from llava_convert.cli._commands import COMMANDS
 from llava_convert.core.errors import ConvertError, InputError, OutputError, UnsupportedError, UsageError
 from llava_convert.core.flags import in_keywords, options_of
 
@@ -65,8 +64,9 @@ def test_names() -> None:
 
 
 def options(command: str) -> dict[str, Any]:
-    found: Any = typer.main.get_command(app)
-    for word in command.split():
+    first, *second = command.split()
+    found = COMMANDS[first].whole(first)
+    for word in second:
         found = found.commands[word]
     return {p.name: p for p in found.params if p.name not in ("as_json", "quiet", "verbose", "help")}
 

@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 import llava_convert
 from llava_convert.cli import app
+from llava_convert.cli._commands import COMMANDS as TABLE
 from llava_convert.layouts.info import LAYOUTS, TARGETS
 
 ROOT = Path(llava_convert.__file__).resolve().parents[1]
-GROUP: Any = typer.main.get_command(app)
+WHOLE: dict[str, Any] = {name: one.whole(name) for name, one in TABLE.items()}
 # `data check` and its like by both words.
 COMMANDS: Mapping[str, Any] = {
     name: command
-    for first, group in GROUP.commands.items()
+    for first, group in WHOLE.items()
     for name, command in (
         [(f"{first} {second}", c) for second, c in group.commands.items()]
         if hasattr(group, "commands")

@@ -16,12 +16,14 @@ from typer.testing import CliRunner
 
 import llava_convert
 from llava_convert.cli import app
+from llava_convert.cli._commands import COMMANDS as TABLE
 
 ROOT = Path(llava_convert.__file__).resolve().parents[1]
 GROUP: Any = typer.main.get_command(app)
+WHOLE: dict[str, Any] = {name: one.whole(name) for name, one in TABLE.items()}
 # The second words of a command that has some (`data check`), by its first.
-COMMANDS: dict[str, dict[str, Any]] = {name: getattr(c, "commands", {}) for name, c in GROUP.commands.items()}
-RUN = [c for name, first in GROUP.commands.items() for c in (COMMANDS[name].values() or [first])]
+COMMANDS: dict[str, dict[str, Any]] = {name: getattr(c, "commands", {}) for name, c in WHOLE.items()}
+RUN = [c for name, first in WHOLE.items() for c in (COMMANDS[name].values() or [first])]
 OPTIONS = {option for command in (GROUP, *RUN) for param in command.params for option in param.opts} | {"--help"}
 # of git, llama-server, pip, the llava package, and its apply_delta
 OTHERS = {"--depth", "--mmproj", "--no-deps", "--upgrade", "--conv-mode"}
