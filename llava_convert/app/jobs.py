@@ -78,12 +78,13 @@ class ConvertJob(Options):
     def run(self, say: Reporter) -> Report:
         from llava_convert.app.cluster import convert_anywhere
         from llava_convert.app.convert import plan
-        from llava_convert.app.publish.upload import pushed
 
         if self.dry_run:
             return plan(self.source, self)
         if self.push is None:
             return convert_anywhere(self.source, self, say)
+        from llava_convert.app.publish.upload import pushed
+
         to = self.destination(self.push)
         return pushed(lambda: convert_anywhere(self.source, self, say), to, say, level=self.level)
 

@@ -5,25 +5,21 @@ NumPy has no bfloat16, so a BF16 array is its bits as uint16.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, cast
 
 from llava_convert.core.errors import UnsupportedError
+from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import QUANTS, nbytes_of
 
-Array = NDArray[Any]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
+    Array = NDArray[Any]
+else:
+    Array = object  # where NumPy is not imported yet
 
 # How each dtype's elements are held in NumPy.
-NUMPY_TYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-}
-
+NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 FLOATS = frozenset(NUMPY_TYPES)
 

@@ -7,12 +7,10 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from llava_convert.core.arrays import FLOATS, Array, as_array, raw
+from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.engine.execute import run_all, thread_count
 from llava_convert.engine.run import Outcome
@@ -25,6 +23,9 @@ from llava_convert.ops.cast import count_nonfinite, widen
 from llava_convert.ops.lora import MergeLora
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import read_bytes
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(slots=True)

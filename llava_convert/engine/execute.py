@@ -11,7 +11,7 @@ import threading
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from llava_convert.engine.plan import Plan
@@ -48,7 +48,8 @@ def execute(
     """
     outcome = Outcome()
     batches = [[shard for shard in batch if names is None or shard.name in names] for batch in plan.batches]
-    with one_thread(), ThreadPoolExecutor(threads or thread_count(plan.tensors)) as workers:
+    alone = one_thread() if any(tensor.ops for tensor in plan.tensors) else nullcontext()  # no ops: no NumPy
+    with alone, ThreadPoolExecutor(threads or thread_count(plan.tensors)) as workers:
         for batch in batches:
             for shard in (shard for shard in batch if stage.finished(shard.name)):
                 outcome.take(shard.name, stage.found.get(shard.name, {}))
@@ -85,7 +86,8 @@ def in_memory(plan: Plan, pool: FilePool, *, threads: int = 0, progress: Progres
     Raises what `execute` raises of sources and casts.
     """
     outcome, sink = Outcome(), MemorySink({t.name: bytearray(t.nbytes) for t in plan.tensors}, progress)
-    with one_thread(), ThreadPoolExecutor(threads or thread_count(plan.tensors)) as workers:
+    alone = one_thread() if any(tensor.ops for tensor in plan.tensors) else nullcontext()  # no ops: no NumPy
+    with alone, ThreadPoolExecutor(threads or thread_count(plan.tensors)) as workers:
         run_all(workers, tasks_of(plan.tensors, whole=True), pool, sink, outcome)
     outcome.refuse_overflow()
     return sink.tensors

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
-import numpy as np
-
 from llava_convert.core.arrays import Array, raw
 from llava_convert.core.errors import MismatchError
+from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.core.text import printable
 from llava_convert.engine.shards import PlannedTensor

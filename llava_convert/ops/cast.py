@@ -9,18 +9,19 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from llava_convert.core.arrays import FLOATS, NUMPY_TYPES, Array
 from llava_convert.core.errors import UnsupportedError
+from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.ops.base import Blocks, CastLoss, Context, Op
 
-Bits32 = NDArray[np.uint32]
-Bits16 = NDArray[np.uint16]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Bits32 = NDArray[np.uint32]
+    Bits16 = NDArray[np.uint16]
 
 # Elements cast at a time. Two threads, GB of float32 a second: 1.7 with 16 Ki, 2.6 with 32 Ki, 3.7 with 64 Ki (each
 # NumPy call hands the interpreter's lock over); beyond, the two scratch arrays leave the cache.
@@ -28,28 +29,33 @@ CHUNK = 64 * 1024
 # Of float64, what merges make: with fewer the two threads wait for that lock (0.4 G elements a second, 0.75 so).
 CHUNK64 = 256 * 1024
 
-_MAGNITUDE = np.uint32(0x7FFFFFFF)
-_EXPONENT = np.uint32(0x7F800000)
-_ONE, _HALF, _SIGN16, _BELOW16 = np.uint32(1), np.uint32(0x7FFF), np.uint32(0x8000), np.uint32(0xFFFF)
-_HALF16 = np.uint16(0x7FFF)
-_SHIFT16, _SHIFT13 = np.uint32(16), np.uint32(13)
-_LEAST_EXPONENT = np.uint32(113 << 23)  # 2^-14: below it float16 has one spacing
-_ANCHOR = np.uint32((13 << 23) + 0x0800)
+_MAGNITUDE = 0x7FFFFFFF
+_EXPONENT = 0x7F800000
+_ONE, _HALF, _SIGN16, _BELOW16 = 1, 0x7FFF, 0x8000, 0xFFFF
+_HALF16 = 0x7FFF
+_SHIFT16, _SHIFT13 = 16, 13
+_LEAST_EXPONENT = 113 << 23  # 2^-14: below it float16 has one spacing
+_ANCHOR = (13 << 23) + 0x0800
 # The smallest float32 magnitudes that round to infinity.
 _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
 _TOO_LARGE = {"F16": 0x477FF000, "BF16": 0x7F7F8000}
-_F16_PLACES = np.array(0x8FFFE000, np.uint32).view(np.int32)[()]
-_F16_BIAS = np.float32(2.0**112)
-_SUBNORMAL = np.array([1], np.uint32).view(np.float32)
+_F16_PLACES = 0x8FFFE000 - (1 << 32)
+_F16_BIAS = 2.0**112
 _EXACT = {("F16", "F32"), ("BF16", "F32"), ("F16", "F64"), ("BF16", "F64"), ("F32", "F64")}
 _scratch = threading.local()
+
+
+@cache
+def _u32(number: int) -> np.uint32:
+    """A number as the ufuncs take it: they would make it of Python's at every call, 4 % of a cast."""
+    return np.uint32(number)
 
 
 def widen(values: Array, dtype: str) -> NDArray[np.float32]:
     """F16, BF16 or F32 as float32, exactly; F64 is rounded."""
     if dtype == "BF16":
         bits = values.astype(np.uint32)
-        return np.left_shift(bits, _SHIFT16, out=bits).view(np.float32)
+        return np.left_shift(bits, _u32(_SHIFT16), out=bits).view(np.float32)
     if dtype == "F16" and values.size and not nonfinite_mask(values, dtype).any() and not _flushes_subnormals():
         return _widen_f16(values)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -70,7 +76,7 @@ def _widen_f16(values: Array) -> NDArray[np.float32]:
 
 def _flushes_subnormals() -> bool:
     """Whether this thread reads subnormals as zero: a library built with -ffast-math can switch that on at its load."""
-    return not (_SUBNORMAL * _F16_BIAS).any()
+    return not (np.array([1], np.uint32).view(np.float32) * _F16_BIAS).any()
 
 
 def cast(values: Array, dtype: str, to: str, loss: CastLoss | None = None) -> Array:
@@ -124,21 +130,21 @@ def _to_f16(values: NDArray[np.float32], out: Bits16) -> int | None:
     """
     bits = values.view(np.uint32)
     magnitude, anchor = _two_scratch(bits.size)
-    np.bitwise_and(bits, _MAGNITUDE, out=magnitude)
+    np.bitwise_and(bits, _u32(_MAGNITUDE), out=magnitude)
     if magnitude.max(initial=0) >= _TOO_LARGE["F16"]:
         return None
-    np.maximum(magnitude, _LEAST_EXPONENT, out=anchor)
-    np.bitwise_and(anchor, _EXPONENT, out=anchor)
+    np.maximum(magnitude, _u32(_LEAST_EXPONENT), out=anchor)
+    np.bitwise_and(anchor, _u32(_EXPONENT), out=anchor)
     # 0x0800, in units, turns the exponent's bias of 126 into float16's: -(126 << 10) modulo 2^16.
-    np.add(anchor, _ANCHOR, out=anchor)
+    np.add(anchor, _u32(_ANCHOR), out=anchor)
     total = magnitude.view(np.float32)
     np.add(total, anchor.view(np.float32), out=total)
-    np.right_shift(anchor, _SHIFT13, out=anchor)
+    np.right_shift(anchor, _u32(_SHIFT13), out=anchor)
     np.add(magnitude, anchor, out=magnitude)
     np.copyto(out, magnitude, casting="unsafe")
     nonzero = np.count_nonzero(out)
-    np.right_shift(bits, _SHIFT16, out=anchor)
-    np.bitwise_and(anchor, _SIGN16, out=anchor)
+    np.right_shift(bits, _u32(_SHIFT16), out=anchor)
+    np.bitwise_and(anchor, _u32(_SIGN16), out=anchor)
     np.bitwise_or(magnitude, anchor, out=magnitude)
     np.copyto(out, magnitude, casting="unsafe")
     return _flushed(bits, int(nonzero))
@@ -148,16 +154,16 @@ def _to_bf16(values: NDArray[np.float32], out: Bits16) -> int | None:
     """As `_to_f16`, to bfloat16: adding half a unit, less one when the kept last bit is even, rounds by carry."""
     bits = values.view(np.uint32)
     rounded, last = _two_scratch(bits.size)
-    np.bitwise_and(bits, _MAGNITUDE, out=rounded)
+    np.bitwise_and(bits, _u32(_MAGNITUDE), out=rounded)
     if rounded.max(initial=0) >= _TOO_LARGE["BF16"]:
         return None
-    np.right_shift(bits, _SHIFT16, out=last)
-    np.bitwise_and(last, _ONE, out=last)
+    np.right_shift(bits, _u32(_SHIFT16), out=last)
+    np.bitwise_and(last, _u32(_ONE), out=last)
     np.add(last, bits, out=rounded)
-    np.add(rounded, _HALF, out=rounded)
-    np.right_shift(rounded, _SHIFT16, out=rounded)
+    np.add(rounded, _u32(_HALF), out=rounded)
+    np.right_shift(rounded, _u32(_SHIFT16), out=rounded)
     np.copyto(out, rounded, casting="unsafe")
-    np.bitwise_and(rounded, _HALF, out=rounded)
+    np.bitwise_and(rounded, _u32(_HALF), out=rounded)
     return _flushed(bits, int(np.count_nonzero(rounded)))
 
 
@@ -183,8 +189,8 @@ def _from_f64(values: NDArray[np.float64], to: str, out: Array) -> int | None:
 def _round_ties_once(values: NDArray[np.float64], wide: NDArray[np.float32], out: Bits16) -> None:
     """Round again where the float32 between lies in the middle of two bfloat16 values, which the float64 may not."""
     low, _ = _two_scratch(wide.size)
-    np.bitwise_and(wide.view(np.uint32), _BELOW16, out=low)
-    middle = np.flatnonzero(low == _SIGN16)
+    np.bitwise_and(wide.view(np.uint32), _u32(_BELOW16), out=low)
+    middle = np.flatnonzero(low == _u32(_SIGN16))
     if middle.size:
         out[middle] = _bf16_with_nan(_odd(values[middle]))
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from llava_convert.core.arrays import FP8, Array
 from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.ops.base import Blocks, Context, Op
 from llava_convert.ops.cast import widen
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)

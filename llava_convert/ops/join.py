@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
-
 from llava_convert.core.errors import UnsupportedError
+from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import StoredTensor, Stripe, cut, gathered, nbytes_of
 from llava_convert.ops.base import Blocks, Context, Op
 from llava_convert.ops.cast import Cast

@@ -13,14 +13,15 @@ import importlib.machinery
 import importlib.util
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from llava_convert.core.errors import UsageError
 from llava_convert.core.ggml_types import NUMBERS as TYPE_NUMBERS
+from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import QUANTS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 EXTRA = "pip install 'llava-convert[llamacpp]'"
 

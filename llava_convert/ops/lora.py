@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from llava_convert.core.arrays import FLOATS, Array
 from llava_convert.core.errors import UnsupportedError
+from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.ops.base import Blocks, Context, Op
 from llava_convert.ops.cast import widen
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # One product makes so many rows and columns, cut at multiples of these: how BLAS sums an element depends on the shape
 # of the product, and this one depends on the tensor's shape alone. 1 MB of float64 stays in the cache: on one core

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import numpy as np
-
 from llava_convert.core.arrays import Array
 from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import QUANTS, StoredTensor, nbytes_of
 from llava_convert.ops import kernels
 from llava_convert.ops.base import Blocks, Context, Op

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import numpy as np
-
 from llava_convert.core.arrays import FLOATS
 from llava_convert.core.errors import UnsupportedError
+from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.ops.base import Blocks, Context, Op
 from llava_convert.ops.cast import cast as cast_values

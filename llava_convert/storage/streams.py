@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 
-import numpy as np
-
 from llava_convert.core.arrays import Array, as_array
+from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import StoredTensor, Stripe, cut, nbytes_of, stripes_of
 from llava_convert.storage.ranges import FilePool
 
@@ -59,7 +58,6 @@ def _read_stripe(pool: FilePool, stripe: Stripe, buffer: memoryview, ends: Mappi
 
     Pieces that lie one after another in their file are read at once, as many as make a block.
     """
-    target = np.frombuffer(buffer, np.uint8).reshape(stripe.rounds, stripe.width)
     column = 0
     for extent, step in stripe.pieces:
         until = ends[extent.path]
@@ -67,6 +65,7 @@ def _read_stripe(pool: FilePool, stripe: Stripe, buffer: memoryview, ends: Mappi
             pool.read_into(extent.path, extent.offset, buffer[column : column + extent.length], until=until)
         else:
             together = max(1, BLOCK // extent.length) if step == extent.length else 1
+            target = np.frombuffer(buffer, np.uint8).reshape(stripe.rounds, stripe.width)
             scratch = bytearray(min(together, stripe.rounds) * extent.length)
             for row, end in cuts(0, stripe.rounds, together):
                 held = memoryview(scratch)[: (end - row) * extent.length]

@@ -28,7 +28,7 @@ cuts = st.lists(st.integers(0, 20), max_size=4).map(sorted)
 def tensors(draw: st.DrawFn, dtype: str) -> Any:
     """Any bits at all, as rows of columns."""
     shape = (draw(st.integers(1, 20)), draw(st.integers(1, 5)))
-    size = shape[0] * shape[1] * NUMPY_TYPES[dtype].itemsize
+    size = shape[0] * shape[1] * np.dtype(NUMPY_TYPES[dtype]).itemsize
     raw = draw(arrays.arrays(np.uint8, size))
     return raw.view(NUMPY_TYPES[dtype]).reshape(shape)
 
@@ -128,7 +128,7 @@ def test_merge_is_the_formula(data: st.DataObject, rows: int, columns: int, rank
 def test_rope_order_is_undone(data: st.DataObject, dtype: str, heads: int, half: int, columns: int) -> None:
     """Against NumPy's formula on the whole, cut between any heads."""
     rows = 2 * heads * half
-    raw = data.draw(arrays.arrays(np.uint8, rows * columns * NUMPY_TYPES[dtype].itemsize))
+    raw = data.draw(arrays.arrays(np.uint8, rows * columns * np.dtype(NUMPY_TYPES[dtype]).itemsize))
     values = raw.view(NUMPY_TYPES[dtype]).reshape(rows, columns)
     ends = [2 * half * end for end in data.draw(st.lists(st.integers(0, heads), max_size=3).map(sorted))]
     there = run(RopePermute(heads), values, dtype, ends)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from llava_convert.assets.prompts import same_template
+from llava_convert.core.later import numpy as np
 from llava_convert.layouts.gguf.mmproj import FEATURE_LAYER
 from llava_convert.layouts.gguf.names import CLIP, GgufTable, Key, tables
 from llava_convert.layouts.gguf.vocabulary import CONTROL, ENDS

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llava_convert.assets.processor import preprocessor_config
 from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.core.text import printable, to_json
 from llava_convert.model.checkpoint import VISION

@@ -14,9 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.later import numpy as np
 from llava_convert.core.resources import data_dir
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.layouts.gguf import limits, rope, vision

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from llava_convert.assets.tokenizer.llava_tokens import IMAGE_TOKEN
 from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.later import numpy as np
 from llava_convert.core.text import printable, to_json
 from llava_convert.layouts.gguf.pre_tokenizers import pre_tokenizers
 from llava_convert.layouts.gguf.token_flags import takes_space

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.layouts.gguf.limits import rotated_share
 from llava_convert.model.checkpoint import LLM
@@ -22,6 +20,9 @@ from llava_convert.model.tables.families import architecture_for
 from llava_convert.storage.gguf.file import Typed
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.streams import read_whole
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Config = Mapping[str, Any]
 LLAMA3_TENSOR = "rope_freqs.weight"
