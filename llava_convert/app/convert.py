@@ -39,7 +39,7 @@ from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS
 from llava_convert.model.facts import spelled
 from llava_convert.model.options import FULL, OFF, OutputOptions
 from llava_convert.ops.base import CastLoss
-from llava_convert.storage.fingerprints import Snapshot, State
+from llava_convert.storage.fingerprints import Digest, Snapshot, State
 from llava_convert.storage.output.places import free_bytes
 from llava_convert.storage.output.staging import Staging
 from llava_convert.storage.ranges import FilePool
@@ -144,12 +144,15 @@ def _convert(
         if outcome.flushed:
             say.note(f"{outcome.flushed:,} nonzero values became zero in the cast")
         stage(say, "finishing")
+        digests: dict[str, Digest] = {}
         if planned.share is not None:
             for name in planned.share:
                 staged.tell(name, {**outcome.of(name), "verified": options.level})
             staged.settle()
         else:
-            contents = staged.contents(ready.plan.sizes) if made.vouches else {}
+            if made.vouches:
+                digests = staged.digests(ready.plan.sizes)
+            contents = {name: one.as_json() for name, one in digests.items()}
             for name, data in made.completed(outcome.digests, contents).items():
                 staged.write_bytes(name, data)
             staged.commit()
@@ -160,6 +163,7 @@ def _convert(
         flushed=outcome.flushed,
         warnings=(*ready.warnings, *filter(None, (doubt, nonfinite))),
         fetched=session.fetched,
+        digests=digests,
     )
 
 
@@ -291,6 +295,7 @@ def _staging(ready: Prepared, options: Options, planned: Report, stamp: str, say
             reads=reads,
             say=say.note,
             warn=say.warn,
+            sha256=options.level == FULL,
         )
     return Staging(
         ready.out,
@@ -302,6 +307,7 @@ def _staging(ready: Prepared, options: Options, planned: Report, stamp: str, say
         say=say.note,
         warn=say.warn,
         needs=needs,
+        sha256=options.level == FULL,
     )
 
 

@@ -12,6 +12,7 @@ from llava_convert.model.checkpoint import Dropped
 from llava_convert.model.recipe import Model
 from llava_convert.ops.join import every
 from llava_convert.ops.lora import MergeLora
+from llava_convert.storage.fingerprints import Digest
 from llava_convert.storage.remote.files import Traffic
 
 
@@ -64,6 +65,8 @@ class Report:
     dropped: tuple[Dropped, ...] = ()
     unchecked: tuple[str, ...] = ()  # files of a hub that were read in parts, so that their sha256 was not compared
     share: tuple[str, ...] | None = None  # the files that were written, where several runs share an output
+    # Of files that were checked in full: who passes the output on need not hash what nobody touched since.
+    digests: Mapping[str, Digest] = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
         what = "done" if self.done else "a plan" if self.share is None else "a share"

@@ -40,23 +40,6 @@ def identity(files: Iterable[Path]) -> list[dict[str, str | int]]:
     return found
 
 
-def contents(folder: Path, names: Iterable[str]) -> dict[str, dict[str, str | int]]:
-    """Size and sha256 of whole files, by name: what a hub's LFS calls them by, too. Raises InputError."""
-
-    def one(name: str) -> dict[str, str | int]:
-        path = folder / name
-        with open_regular(path) as stream:
-            try:
-                digest = hashlib.file_digest(stream, "sha256")
-            except OSError as error:
-                raise unreadable(path, error) from error
-            return {"size": stream.tell(), "sha256": digest.hexdigest()}
-
-    ordered = sorted(names)
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as workers:  # hashing lets go of the interpreter's lock
-        return dict(zip(ordered, workers.map(one, ordered), strict=True))
-
-
 @dataclass(frozen=True, slots=True)
 class State:
     """What changes with a file's content: its times and its number here, what its server says of it elsewhere."""
@@ -65,6 +48,49 @@ class State:
     mtime_ns: int = 0
     inode: int = 0
     version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """The sha256 of a whole file, which a hub's LFS calls it by, too; and what the file was when it was read."""
+
+    sha256: str
+    state: State
+
+    def holds(self, path: Path) -> bool:
+        """Whether the file there is the one that was read, and was not written since, by size, time and inode."""
+        try:
+            return _state(path) == self.state
+        except InputError:
+            return False
+
+    def as_json(self) -> dict[str, str | int]:
+        return {"size": self.state.size, "sha256": self.sha256}
+
+
+def digests(folder: Path, names: Iterable[str], known: Mapping[str, Digest] | None = None) -> dict[str, Digest]:
+    """The digests of files by name; those that are `known` and still hold are not made again.
+
+    Raises InputError for a file that cannot be read, or that changes while it is.
+    """
+
+    def one(name: str) -> Digest:
+        path = folder / name
+        if known is not None and name in known and known[name].holds(path):
+            return known[name]
+        with open_regular(path) as stream:
+            before = state_of(os.fstat(stream.fileno()))
+            try:
+                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                raise unreadable(path, error) from error
+            if state_of(os.fstat(stream.fileno())) != before or stream.tell() != before.size:
+                raise _changed(path, "it was written")
+        return Digest(sha256, before)
+
+    ordered = sorted(names)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as workers:  # hashing lets go of the interpreter's lock
+        return dict(zip(ordered, workers.map(one, ordered), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +144,7 @@ def states_in(folder: Path) -> dict[Path, State]:
             with contextlib.suppress(OSError):
                 info = path.stat()
                 if stat.S_ISREG(info.st_mode):
-                    found[path] = State(info.st_size, info.st_mtime_ns, info.st_ino)
+                    found[path] = state_of(info)
     return found
 
 
@@ -133,7 +159,11 @@ def _state(path: Path) -> State:
     remote = remote_of(path)
     if remote is not None:
         return State(remote.size, version=remote.version())
-    info = require_regular(path)
+    return state_of(require_regular(path))
+
+
+def state_of(info: os.stat_result) -> State:
+    """What changes with a file's content, of what the system says of a file here."""
     return State(info.st_size, info.st_mtime_ns, info.st_ino)
 
 

@@ -6,6 +6,7 @@
      FAULT_AT      the how-manieth such call is struck (1: the first); 0: none
      FAULT_KEEP    "1": each call from that one on is struck, too
      FAULT_LOG     a file that gets a line "operation errno path" for the call that is struck; for each call, with FAULT_AT=0
+     FAULT_READS   a file that gets a line "bytes path" for each call that read from a path of FAULT_PATHS
    and what happens to it, the first of these that is set:
      FAULT_RUN     a command of the shell is run before the call, which then goes on
      FAULT_SIGNAL  this signal is sent before the call, which then goes on; 1000 + n: after it
@@ -184,16 +185,32 @@ int statvfs64(const char *path, struct statvfs64 *info) { REAL(int, statvfs64, c
 int fstatvfs64(int fd, struct statvfs64 *info) { REAL(int, fstatvfs64, int, struct statvfs64 *); DO(int, of_fd("statfs", fd), -1, real(fd, info)); }
 struct dirent64 *readdir64(DIR *folder) { REAL(struct dirent64 *, readdir64, DIR *); DO(struct dirent64 *, of_fd("list", dirfd(folder)), NULL, real(folder)); }
 
-ssize_t read(int fd, void *to, size_t size) { REAL(ssize_t, read, int, void *, size_t); DO(ssize_t, of_fd("read", fd), -1, real(fd, to, size)); }
+/* What a call read, noted. */
+static ssize_t got(int fd, ssize_t size) {
+    char path[PATH_MAX], line[PATH_MAX + 64];
+    const char *log = size > 0 ? getenv("FAULT_READS") : NULL;
+    int kept = errno;
+    if (!log) return size;
+    led(fd, path);
+    if (!inside(path)) return size;
+    long to = syscall(SYS_openat, AT_FDCWD, log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+    int length = snprintf(line, sizeof line, "%zd %s\n", size, path);
+    if (to < 0 || syscall(SYS_write, to, line, (long)length) < 0) _exit(99);
+    syscall(SYS_close, to);
+    errno = kept;
+    return size;
+}
+
+ssize_t read(int fd, void *to, size_t size) { REAL(ssize_t, read, int, void *, size_t); DO(ssize_t, of_fd("read", fd), -1, got(fd, real(fd, to, size))); }
 ssize_t readv(int fd, const struct iovec *to, int count) { REAL(ssize_t, readv, int, const struct iovec *, int);
-    DO(ssize_t, of_fd("read", fd), -1, real(fd, to, count)); }
+    DO(ssize_t, of_fd("read", fd), -1, got(fd, real(fd, to, count))); }
 ssize_t pread64(int fd, void *to, size_t size, off64_t at) { REAL(ssize_t, pread64, int, void *, size_t, off64_t);
-    DO(ssize_t, of_fd("read", fd), -1, real(fd, to, size, at)); }
+    DO(ssize_t, of_fd("read", fd), -1, got(fd, real(fd, to, size, at))); }
 ssize_t preadv64(int fd, const struct iovec *to, int count, off64_t at) { REAL(ssize_t, preadv64, int, const struct iovec *, int, off64_t);
-    DO(ssize_t, of_fd("read", fd), -1, real(fd, to, count, at)); }
+    DO(ssize_t, of_fd("read", fd), -1, got(fd, real(fd, to, count, at))); }
 ssize_t preadv64v2(int fd, const struct iovec *to, int count, off64_t at, int flags) {
     REAL(ssize_t, preadv64v2, int, const struct iovec *, int, off64_t, int);
-    DO(ssize_t, of_fd("read", fd), -1, real(fd, to, count, at, flags)); }
+    DO(ssize_t, of_fd("read", fd), -1, got(fd, real(fd, to, count, at, flags))); }
 
 ssize_t write(int fd, const void *of, size_t size) { REAL(ssize_t, write, int, const void *, size_t); DO(ssize_t, of_fd("write", fd), -1, real(fd, of, size)); }
 ssize_t writev(int fd, const struct iovec *of, int count) { REAL(ssize_t, writev, int, const struct iovec *, int);
@@ -205,9 +222,9 @@ ssize_t pwritev64v2(int fd, const struct iovec *of, int count, off64_t at, int f
     DO(ssize_t, of_fd("write", fd), -1, real(fd, of, count, at, flags)); }
 ssize_t copy_file_range(int from, off64_t *start, int to, off64_t *at, size_t size, unsigned flags) {
     REAL(ssize_t, copy_file_range, int, off64_t *, int, off64_t *, size_t, unsigned);
-    DO(ssize_t, of_fd("copy", to), -1, real(from, start, to, at, size, flags)); }
+    DO(ssize_t, of_fd("copy", to), -1, got(from, real(from, start, to, at, size, flags))); }
 ssize_t sendfile64(int to, int from, off64_t *at, size_t size) { REAL(ssize_t, sendfile64, int, int, off64_t *, size_t);
-    DO(ssize_t, of_fd("copy", to), -1, real(to, from, at, size)); }
+    DO(ssize_t, of_fd("copy", to), -1, got(from, real(to, from, at, size))); }
 int ioctl(int fd, unsigned long request, ...) {
     va_list more; va_start(more, request); void *argument = va_arg(more, void *); va_end(more);
     REAL(int, ioctl, int, unsigned long, ...);

@@ -194,6 +194,20 @@ RECIPES: dict[str, Recipe] = {
         ),
         imports=("axolotl.utils.logging",),
     ),
+    # For `make bench`, which times its merge of a language model.
+    "mergekit": Recipe(
+        (
+            Install(
+                (
+                    *("transformers==5.16.1", "tokenizers==0.23.1", "huggingface_hub==1.17.0", "peft==0.20.0"),
+                    *("accelerate==1.13.0", "safetensors", "numpy<3", "scipy", "sentencepiece", "protobuf"),
+                    *("tqdm", "click", "pydantic", "immutables", "typing-extensions"),
+                )
+            ),
+            Install(("mergekit==0.1.5",), ("--no-deps",)),
+        ),
+        imports=("mergekit.merge",),
+    ),
     "transformers-4.37": _transformers("4.37.2", "accelerate==0.27.2", numpy="numpy<2"),
     "transformers-4.46": _transformers("4.46.3", "accelerate==1.1.1"),
     "transformers-4.57": _transformers("4.57.6", "accelerate"),

@@ -18,8 +18,7 @@ from llava_convert.layouts.registry import open_checkpoint
 from llava_convert.model.options import FULL, OFF
 from llava_convert.model.record import RECORD, read_record
 from llava_convert.storage.files import require_inside
-from llava_convert.storage.fingerprints import contents
-from llava_convert.storage.hubs import Content
+from llava_convert.storage.fingerprints import Digest, digests
 from llava_convert.storage.remote.files import WEIGHTS
 from llava_convert.storage.sidecars import folder_sidecars
 
@@ -80,8 +79,11 @@ def proven(
     source: str | Path | None = None,
     options: SourceOptions | None = None,
     include: Collection[str] = (),
-) -> Mapping[str, Content]:
-    """The files to publish with their sizes and sha256, after they were proven to be what was converted.
+    known: Mapping[str, Digest] | None = None,
+) -> Mapping[str, Digest]:
+    """The files to publish with their digests, after they were proven to be what was converted.
+
+    `known` are digests that somebody made before; those of files that changed since are made anew.
 
     By `source`, with which the weights are compared now; else by the sha256 that a conversion recorded when it verified
     in full. A folder without a record is someone else's: it has to open as a checkpoint. `level` off asks for nothing.
@@ -102,7 +104,7 @@ def proven(
     else:
         opened, why = open_checkpoint(folder)
         say.note(f"{folder} is {opened.layout} ({why}); it has no {RECORD}, so there is nothing to compare it with")
-    found = {name: Content(int(c["size"]), str(c["sha256"])) for name, c in contents(folder, wanted).items()}
+    found = digests(folder, wanted, known)
     if vouched is not None:
         _compare(folder, found, vouched)
     return found
@@ -119,12 +121,12 @@ def _vouched(folder: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
     return files
 
 
-def _compare(folder: Path, found: Mapping[str, Content], vouched: Mapping[str, Any]) -> None:
+def _compare(folder: Path, found: Mapping[str, Digest], vouched: Mapping[str, Any]) -> None:
     missing = [name for name in vouched if name not in found]
     changed = [
         name
         for name, entry in vouched.items()
-        if name in found and (found[name].size, found[name].sha256) != (entry.get("size"), entry.get("sha256"))
+        if name in found and found[name].as_json() != {key: entry.get(key) for key in ("size", "sha256")}
     ]
     foreign = [n for n in found if n not in vouched and n not in _UNVOUCHED and n.lower().endswith(WEIGHTS)]
     said = (("not there", missing), ("not as it was", changed), ("weights of another origin", foreign))

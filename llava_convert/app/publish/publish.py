@@ -26,6 +26,7 @@ from llava_convert.core.retry import FIRST_TRIES, patiently
 from llava_convert.core.text import listed
 from llava_convert.engine.report import Published
 from llava_convert.storage.files import read_file
+from llava_convert.storage.fingerprints import Digest
 from llava_convert.storage.hubs import HUBS, Content, Destination, Hub, Parcel, Sent, hub
 from llava_convert.storage.hubs.errors import RERUN, Asked, asking, client_errors, no_such_call
 
@@ -74,7 +75,7 @@ def _publish(name: str, parcel: Parcel, say: Reporter) -> Published:
     lacking = _lacking(parcel, there or {})
     sent = Sent(revision)
     if lacking:
-        size = sum(parcel.files[path].size for path in lacking)
+        size = sum(parcel.files[path].state.size for path in lacking)
         stage(say, None)  # the client has bars of its own
         say.note(f"{chosen.TITLE}: {len(lacking)} of {len(parcel.files)} files to {to.repo}, {size:,} bytes")
         # A pull request would be opened anew by each attempt.
@@ -100,7 +101,7 @@ def _publish(name: str, parcel: Parcel, say: Reporter) -> Published:
         revision=sent.revision,
         commit=sent.commit,
         files=len(parcel.files),
-        bytes=sum(content.size for content in parcel.files.values()),
+        bytes=sum(one.state.size for one in parcel.files.values()),
         skipped=len(parcel.files) - len(lacking),
         compared=there is not None,
     )
@@ -161,12 +162,12 @@ def _lacking(parcel: Parcel, there: Mapping[str, Content]) -> list[str]:
     return [path for path, mine in parcel.files.items() if not _same(parcel.folder / path, mine, there.get(path))]
 
 
-def _same(path: Path, mine: Content, theirs: Content | None) -> bool:
-    if theirs is None or theirs.size != mine.size:
+def _same(path: Path, mine: Digest, theirs: Content | None) -> bool:
+    if theirs is None or theirs.size != mine.state.size:
         return False
     if theirs.sha256 is not None:
         return theirs.sha256 == mine.sha256
-    return theirs.git_sha1 is None or theirs.git_sha1 == git_sha1(read_file(path, mine.size))
+    return theirs.git_sha1 is None or theirs.git_sha1 == git_sha1(read_file(path, mine.state.size))
 
 
 def git_sha1(data: bytes) -> str:

@@ -247,8 +247,7 @@ def _do(item: ReleaseItem, release: ReleaseJob, say: Reporter) -> ReleaseItem:
             say.note(f"{problem.message}: it is converted again")
             options = replace(options, force=True)
     if files is None:
-        if item.made is not None:
-            engine.convert(item.source, options, say)
-        files = proven(item.folder, say)
+        made = None if item.made is None else engine.convert(item.source, options, say)
+        files = proven(item.folder, say, known=None if made is None else made.digests)
     to = release.destination(item.repo)
     return replace(item, published=publish(Parcel(item.folder, files, to), say))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from llava_convert.core.progress import Reporter, Silence
 from llava_convert.engine.report import Published, Report
 from llava_convert.model.options import FULL, OFF
 from llava_convert.model.record import RECORD
+from llava_convert.storage.fingerprints import Digest
 from llava_convert.storage.hubs import HUBS, Destination, Parcel
 
 
@@ -28,15 +29,16 @@ def upload(
     source: str | Path | None = None,
     options: SourceOptions | None = None,
     include: Collection[str] = (),
+    known: Mapping[str, Digest] | None = None,
 ) -> tuple[Published, ...]:
     """Publish a folder once it is proven to be what was converted. Raises what `proven` and `publish` raise.
 
-    `include` names files that look like secrets and are to be published all the same.
+    `include` names files that look like secrets and are to be published all the same; `known` are digests of files.
     """
     say = say or Silence()
     names(folder, include)  # a folder that is not there is told before a token that is missing
     check(to)
-    files = proven(folder, say, level=level, source=source, options=options, include=include)
+    files = proven(folder, say, level=level, source=source, options=options, include=include, known=known)
     card = folder / CARD
     if {CARD, RECORD} <= files.keys() and to.repo not in card.read_text(encoding="utf-8"):
         say.note(f"the commands in {card} do not name {to.repo}: a conversion with --push writes them so")
@@ -49,7 +51,7 @@ def pushed(convert: Callable[[], Report], to: Destination, say: Reporter | None 
     made = convert()
     out = Path(made.out)
     try:
-        return replace(made, published=upload(out, to, say, level=level))
+        return replace(made, published=upload(out, to, say, level=level, known=made.digests))
     except TransferInterrupted as stop:
         raise TransferInterrupted(f"interrupted; {out} is converted, `{command(out, to, level)}` goes on") from stop
     except HubError as problem:

@@ -13,6 +13,7 @@ from typing import Protocol, cast
 
 from llava_convert.core.errors import UsageError
 from llava_convert.core.hub_names import Address
+from llava_convert.storage.fingerprints import Digest
 from llava_convert.storage.remote.files import Remote
 
 HUGGINGFACE, MODELSCOPE = "huggingface", "modelscope"
@@ -39,7 +40,7 @@ class Destination:
 
 @dataclass(frozen=True)
 class Content:
-    """A file's size and digest. A hub gives sha256, or git's sha1 of the blob, or neither."""
+    """A file on a hub: its size and digest. A hub gives sha256, or git's sha1 of the blob, or neither."""
 
     size: int
     sha256: str | None = None
@@ -48,12 +49,16 @@ class Content:
 
 @dataclass(frozen=True)
 class Parcel:
-    """A folder and what of it is published: by path, size and sha256."""
+    """A folder and what of it is published: by path, with digests."""
 
     folder: Path
-    files: Mapping[str, Content]
+    files: Mapping[str, Digest]
     to: Destination
     bars: bool = False  # the clients may draw theirs
+
+    def known(self, name: str) -> str | None:
+        """The sha256 of a file, None where the file is another by now, so that a client has to make its own."""
+        return self.files[name].sha256 if self.files[name].holds(self.folder / name) else None
 
 
 @dataclass(frozen=True)

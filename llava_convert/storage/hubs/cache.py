@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llava_convert.core.errors import ConvertError
 from llava_convert.core.retry import patiently
-from llava_convert.storage.fingerprints import contents
+from llava_convert.storage.fingerprints import digests
 from llava_convert.storage.json_files import read_object
 from llava_convert.storage.remote.files import unlike_listing
 
@@ -50,8 +50,8 @@ def require_listed(folder: Path, sha256: Mapping[str, str], address: str) -> Non
     Raises HubError for the first that is another; it is removed, so that nobody takes it for the model's later.
     """
     names = [name for name in sha256 if (folder / name).is_file()]
-    for name, found in contents(folder, names).items():
-        if found["sha256"] != sha256[name]:
+    for name, found in digests(folder, names).items():
+        if found.sha256 != sha256[name]:
             (folder / name).resolve().unlink()
             (folder / name).unlink(missing_ok=True)  # a link, where the cache keeps contents apart
             raise unlike_listing(f"{address}/{name}")

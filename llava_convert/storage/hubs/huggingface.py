@@ -1,13 +1,14 @@
 """Models on the Hugging Face Hub: read in place by ranges or through the client's cache, and sent by the client.
 
-Facts of sending from huggingface_hub 2.4.0; the calls are there since 0.26. `upload_folder` does the work: through Xet
-it hashes, splits and commits as it goes, without Xet it sends what the hub's LFS lacks and commits once. Either way a
-rerun sends nothing twice. (`upload_large_folder` is gone in 2.x.)
+Facts of sending from huggingface_hub 2.4.0; the calls are there since 0.26. `create_commit` does the work: it sends
+what the hub lacks, through Xet or its LFS, and commits once; a rerun sends nothing twice. Other than `upload_folder`,
+it can be told a sha256 that is known (`UploadInfo`), so that the client does not read each file to make it. Through Xet
+the client's hf_xet reads a file once in any case, to split and send it, and hashes the rest then. (Releases before 2.0
+hash when an operation is made; `upload_large_folder` is gone in 2.x.)
 """
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
@@ -207,10 +208,9 @@ def send(parcel: Parcel, names: Collection[str]) -> Sent:
     if hidden:
         disable_progress_bars()
     try:
-        made = api.upload_folder(
+        made = api.create_commit(
             repo_id=to.repo,
-            folder_path=parcel.folder,
-            allow_patterns=[glob.escape(name) for name in names],
+            operations=[_addition(parcel, name) for name in names],
             revision=None if to.create_pr else to.revision,
             create_pr=to.create_pr,
             commit_message=to.message,
@@ -221,3 +221,11 @@ def send(parcel: Parcel, names: Collection[str]) -> Sent:
     if made.pr_revision is not None:
         return Sent(made.pr_revision, made.oid, made.pr_url)
     return Sent(to.revision or BRANCH, made.oid)
+
+
+def _addition(parcel: Parcel, name: str) -> huggingface_hub.CommitOperationAdd:
+    made = huggingface_hub.CommitOperationAdd(name, parcel.folder / name)
+    known = parcel.known(name)
+    if known is not None:
+        made.upload_info.sha256 = bytes.fromhex(known)
+    return made

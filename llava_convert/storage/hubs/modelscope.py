@@ -1,15 +1,17 @@
 """Models on ModelScope: read in place by ranges or through the client's cache, and sent by the client.
 
 By modelscope_hub, which `modelscope` brings since its 1.40; facts of sending from its 0.5.1. Its upload keeps a record
-of what it has committed in the folder itself (`.ms_upload_cache`), under each file's name, time and size: the same
-folder sent to another server is then skipped as committed. So the record is neither read nor written here. The server
-says what it has, by its listing and, of large files, by the LFS batch request.
+of what it has hashed and committed in the folder itself (`.ms_upload_cache`), under each file's name, time and size:
+the same folder sent to another server is then skipped as committed. So that record is neither read nor written here:
+the client gets one of its own elsewhere (`tracker_path`), with the sha256 that are known, so that it hashes no file
+again, and nothing else. The server says what it has, by its listing and, of large files, by the LFS batch request.
 """
 
 from __future__ import annotations
 
 import glob
 import io
+import tempfile
 import warnings
 from collections.abc import Collection
 from contextlib import AbstractContextManager, redirect_stdout, suppress
@@ -28,6 +30,7 @@ _INSTALL = "pip install 'llava-convert[modelscope]'"
 
 try:
     from modelscope_hub import HubApi
+    from modelscope_hub._upload import UploadTracker  # the format of a tracker is its own
     from modelscope_hub.config import get_default_config
     from modelscope_hub.constants import Visibility
     from modelscope_hub.errors import AlreadyExistsError
@@ -167,7 +170,14 @@ def listing(to: Destination, revision: str) -> dict[str, Content]:
 
 def send(parcel: Parcel, names: Collection[str]) -> Sent:
     to = parcel.to
-    with redirect_stdout(io.StringIO()):  # it prints a report, and stdout is ours
+    # It prints a report, and stdout is ours.
+    with redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory(prefix="llava-convert-") as place:
+        tracker = UploadTracker(Path(place, "tracker"), to.repo)
+        for name in names:
+            if (known := parcel.known(name)) is not None:
+                info = (parcel.folder / name).stat()
+                tracker.put_hash(name, info.st_mtime, info.st_size, {"file_hash": known, "file_size": info.st_size})
+        tracker.save()
         HubApi().upload_folder(
             to.repo,
             _MODEL,
@@ -175,7 +185,8 @@ def send(parcel: Parcel, names: Collection[str]) -> Sent:
             commit_message=to.message,
             revision=to.revision or BRANCH,
             allow_patterns=[glob.escape(name) for name in names],
-            use_cache=False,
+            use_cache=True,
+            tracker_path=Path(place, "tracker"),
             disable_tqdm=not parcel.bars,
         )
     return Sent(to.revision or BRANCH)

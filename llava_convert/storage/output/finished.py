@@ -6,7 +6,8 @@ digest. A run that has the folder to itself keeps one record; each of several th
 them are read as one.
 
 The digest is xxh3-128 where it is installed (extra `digest`), else sha256, which takes a fifth of a conversion's time
-(2 GB renamed on two cores: 2.8 s without, 3.4 with sha256). Either is against damage and mistakes: who may write to the
+(2 GB renamed on two cores: 2.8 s without, 3.4 with sha256). It is sha256 where somebody asks for that later, so that a
+file is hashed once. Either is against damage and mistakes: who may write to the
 folder could write the record, too.
 """
 
@@ -28,6 +29,7 @@ from typing import Any
 from llava_convert.core.errors import InputError, OutputError
 from llava_convert.core.text import listed
 from llava_convert.storage.files import relative_name
+from llava_convert.storage.fingerprints import Digest, State, state_of
 from llava_convert.storage.output.own_files import create_own, is_own, open_own
 from llava_convert.storage.ranges import read_into
 
@@ -50,9 +52,11 @@ class FinishedFiles:
     waits. What is not hashed when the output is complete need not be any more.
     """
 
-    def __init__(self, folder: Path, plan_hash: str, share: str | None = None) -> None:
+    def __init__(self, folder: Path, plan_hash: str, share: str | None = None, *, sha256: bool = False) -> None:
         self._folder, self._plan_hash, self._share = folder, plan_hash, share
+        self._algorithm = "sha256" if sha256 else next(iter(_algorithms()))
         self._lines: dict[str, tuple[int, str]] = {}
+        self._states: dict[str, State] = {}
         self.found: dict[str, Mapping[str, Any]] = {}
         self._fd = -1
         self._mutex = threading.Lock()
@@ -111,6 +115,12 @@ class FinishedFiles:
         if self._hashing is not None:
             self._hashing.result()
 
+    def sha256(self) -> dict[str, Digest]:
+        """The digests of the files that were hashed by sha256, each with what the file was then."""
+        with self._mutex:
+            found = {name: digest.partition(":") for name, (_, digest) in self._lines.items()}
+        return {n: Digest(value, self._states[n]) for n, (how, _, value) in found.items() if how == "sha256"}
+
     def close(self) -> None:
         """Write no further line; the record itself stays. What is lost of it here is made anew by a resumed run."""
         self._closing.set()
@@ -123,11 +133,10 @@ class FinishedFiles:
             self._fd = -1
 
     def _hash(self, name: str, size: int) -> None:
-        algorithm = next(iter(_algorithms()))
-        digest = self._digest(name, size, algorithm)
+        digest = self._digest(name, size, self._algorithm)
         if digest is not None:
             with self._mutex:
-                self._lines[name] = (size, f"{algorithm}:{digest}")
+                self._lines[name] = (size, f"{self._algorithm}:{digest}")
             self._write(name, *self._lines[name])
 
     def _holds(self, name: str, size: object, digest: object) -> bool:
@@ -147,6 +156,7 @@ class FinishedFiles:
         buffer = memoryview(bytearray(_BLOCK))
         fd = os.open(self._folder / name, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
         try:
+            self._states[name] = state_of(os.fstat(fd))
             for at in range(0, size, _BLOCK):
                 if self._closing.is_set():
                     return None

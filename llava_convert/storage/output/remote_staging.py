@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from llava_convert.core.errors import HubError, Interrupted, OutputError, UsageError
 from llava_convert.core.retry import FIRST_TRIES, patiently
+from llava_convert.storage.fingerprints import Digest, State
 from llava_convert.storage.hubs.secrets import shown
 from llava_convert.storage.output.finished import MAX_RECORD_BYTES, RECORD, is_record, of_another_plan, refuse_missing
 from llava_convert.storage.output.places import NO_ROOM, as_output_error
@@ -162,10 +163,10 @@ class RemoteStaging:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
 
-    def contents(self, names: Iterable[str]) -> dict[str, dict[str, str | int]]:
-        """Size and sha256 of files, as they were sent."""
-        small = {n: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in self._small.items()}
-        sent = {n: {key: one[key] for key in ("size", "sha256")} for n, one in self._sent.items()}
+    def digests(self, names: Iterable[str]) -> dict[str, Digest]:
+        """Digests of files, as they were sent."""
+        small = {n: Digest(hashlib.sha256(d).hexdigest(), State(len(d))) for n, d in self._small.items()}
+        sent = {n: Digest(s["sha256"], State(s["size"], version=s["version"])) for n, s in self._sent.items()}
         return {name: (sent | small)[name] for name in sorted(names)}
 
     def commit(self) -> None:

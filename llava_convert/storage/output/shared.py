@@ -47,6 +47,7 @@ class SharedStaging(Staging):
         reads: Iterable[Path] = (),
         say: Callable[[str], None],
         warn: Callable[[str], None] | None = None,
+        sha256: bool = False,
     ) -> None:
         super().__init__(
             out,
@@ -58,6 +59,7 @@ class SharedStaging(Staging):
             say=say,
             warn=warn,
             share=share_token(),
+            sha256=sha256,
         )
         self._mine = frozenset(names)
 

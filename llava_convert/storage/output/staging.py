@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from llava_convert.core.errors import InputError, Interrupted, OutputError
-from llava_convert.storage.fingerprints import contents
+from llava_convert.storage.fingerprints import Digest, digests
 from llava_convert.storage.output.finished import RECORD, FinishedFiles, OtherPlanError, of_another_plan, refuse_missing
 from llava_convert.storage.output.locks import Lock
 from llava_convert.storage.output.own_files import create_own
@@ -67,7 +67,8 @@ class Staging:
     being built, so that `resume` can keep what a killed run of the same plan had finished. `reads` are the sources.
     `warn` hears of what stays behind and of what may be lost, `say` of the rest.
     `needs` are files that earlier runs must have finished: it refuses to begin without, and what is there stays in any
-    case. `share` sets the names of this run apart from those of others that build there (`SharedStaging`).
+    case. `share` sets the names of this run apart from those of others that build there (`SharedStaging`). `sha256`
+    says that `digests` will be asked for.
     A `kind="file"` output is the one staged file which carries OUT's name. Missing parents of OUT are created, and
     removed again on failure.
 
@@ -88,6 +89,7 @@ class Staging:
         warn: Callable[[str], None] | None = None,
         kind: Literal["folder", "file"] = "folder",
         share: str | None = None,
+        sha256: bool = False,
         needs: Collection[str] = (),
     ) -> None:
         self.out = place(out)
@@ -102,7 +104,7 @@ class Staging:
         self._open: set[int] = set()
         self._share, self._needs = share, needs
         self._unfinished = UNFINISHED if share is None else f"{UNFINISHED}-{share}"
-        self._record = FinishedFiles(self.path, plan_hash, share)
+        self._record = FinishedFiles(self.path, plan_hash, share, sha256=sha256)
         self._lock: Lock | None = None
         self._made: list[Path] = []
         self._owned = self._committed = self._lost = self._taken_over = False
@@ -209,9 +211,10 @@ class Staging:
             unfinished.replace(target)
             self._loose.add(target)
 
-    def contents(self, names: Iterable[str]) -> dict[str, dict[str, str | int]]:
-        """Size and sha256 of staged files. Raises InputError where one cannot be read."""
-        return contents(self.path, names)
+    def digests(self, names: Iterable[str]) -> dict[str, Digest]:
+        """Digests of staged files; with `sha256` the finished ones have theirs. Raises InputError, OutputError."""
+        self.settle()
+        return digests(self.path, names, self._record.sha256())
 
     def settle(self) -> None:
         """Wait until what is finished is in the record. Raises OutputError."""
