@@ -9,28 +9,16 @@ from dataclasses import fields, is_dataclass, replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, get_type_hints
 
+from llava_convert.app import jobs
 from llava_convert.app.ask.chat import Reply
 from llava_convert.app.doctor.run import Diagnosis
 from llava_convert.app.inspect import Inspection
-from llava_convert.app.jobs import (
-    ChatJob,
-    ConvertJob,
-    DoctorJob,
-    InspectJob,
-    MergeJob,
-    MMBenchJob,
-    PlanJob,
-    ReleaseJob,
-    SweepJob,
-    UploadJob,
-    VerifyJob,
-)
 from llava_convert.app.mmbench.run import MMBenchResult
 from llava_convert.app.publish.release import ReleaseItem
 from llava_convert.app.sweep import SweepItem
 from llava_convert.app.verdict import Verdict
 from llava_convert.core.errors import ConvertError, system_errors
-from llava_convert.core.flags import in_keywords, options_of
+from llava_convert.core.flags import Flagged, in_keywords, options_of
 from llava_convert.core.progress import OnBytes, Reporter, reporter
 from llava_convert.engine.report import Published, Report
 
@@ -38,19 +26,11 @@ P = ParamSpec("P")
 J = TypeVar("J")
 R = TypeVar("R")
 
-_JOBS = (
-    ChatJob,
-    ConvertJob,
-    DoctorJob,
-    InspectJob,
-    MergeJob,
-    MMBenchJob,
-    PlanJob,
-    ReleaseJob,
-    SweepJob,
-    UploadJob,
-    VerifyJob,
-)
+_JOBS = [
+    one
+    for one in vars(jobs).values()
+    if isinstance(one, type) and issubclass(one, Flagged) and one.__module__ == jobs.__name__
+]
 # Messages name options by their flags, since most are read in a terminal. Here they become keywords, all in one place.
 _in_keywords = in_keywords(option for job in _JOBS for option in options_of(job).values())
 # What of a result is text for people.
@@ -143,8 +123,8 @@ def _reworded(value: Any) -> Any:
     return _told(value)
 
 
-@_keywords(ConvertJob)
-def convert(job: ConvertJob) -> Report:
+@_keywords(jobs.ConvertJob)
+def convert(job: jobs.ConvertJob) -> Report:
     """Convert a checkpoint to another layout; with `push`, publish it afterwards.
 
     `progress` is True for a line that shows stage, percent, rate and time left, a Reporter, or a function that is
@@ -155,8 +135,8 @@ def convert(job: ConvertJob) -> Report:
         return job.run(say)
 
 
-@_keywords(MergeJob)
-def merge(job: MergeJob) -> Report:
+@_keywords(jobs.MergeJob)
+def merge(job: jobs.MergeJob) -> Report:
     """Merge adapters into a model of any layout, and write it in another; `convert` of it with `adapter` does the same.
 
     `progress` as for `convert`. Raises `ConvertError`.
@@ -165,8 +145,8 @@ def merge(job: MergeJob) -> Report:
         return job.run(say)
 
 
-@_keywords(PlanJob)
-def plan(job: PlanJob) -> Report:
+@_keywords(jobs.PlanJob)
+def plan(job: jobs.PlanJob) -> Report:
     """What `convert` would do with the same keywords: its report, before anything is done. Reads headers only.
 
     `files` are the files that would be written, with their sizes; `bytes_written` is their sum. Raises what `convert`
@@ -175,14 +155,14 @@ def plan(job: PlanJob) -> Report:
     return job.run(_InKeywords(reporter(None)))
 
 
-@_keywords(InspectJob)
-def inspect(job: InspectJob) -> Inspection:
+@_keywords(jobs.InspectJob)
+def inspect(job: jobs.InspectJob) -> Inspection:
     """What a checkpoint is, what it lacks and what it can become. Reads headers only; raises `ConvertError`."""
     return job.run(_InKeywords(reporter(None)))
 
 
-@_keywords(VerifyJob)
-def verify(job: VerifyJob) -> Verdict:
+@_keywords(jobs.VerifyJob)
+def verify(job: jobs.VerifyJob) -> Verdict:
     """Whether OUT holds the weights of SOURCE, tensor by tensor, whoever converted it.
 
     The verdict is true where it does. With `check` a difference raises `MismatchError`. `progress` as for `convert`.
@@ -192,8 +172,8 @@ def verify(job: VerifyJob) -> Verdict:
         return job.run(say)
 
 
-@_keywords(ChatJob)
-def chat(job: ChatJob) -> Reply:
+@_keywords(jobs.ChatJob)
+def chat(job: jobs.ChatJob) -> Reply:
     """Ask a model of any layout one question, about pictures or none; its answer is greedy.
 
     Raises `ConvertError`.
@@ -201,8 +181,8 @@ def chat(job: ChatJob) -> Reply:
     return job.run(_InKeywords(reporter(None)))
 
 
-@_keywords(DoctorJob)
-def doctor(job: DoctorJob) -> Diagnosis:
+@_keywords(jobs.DoctorJob)
+def doctor(job: jobs.DoctorJob) -> Diagnosis:
     """What a program would trip over in a folder; with `fix` the small files are repaired in place.
 
     The result is true where nothing is left. Raises `ConvertError`.
@@ -210,8 +190,8 @@ def doctor(job: DoctorJob) -> Diagnosis:
     return job.run(_InKeywords(reporter(None)))
 
 
-@_keywords(MMBenchJob)
-def mmbench(job: MMBenchJob) -> MMBenchResult:
+@_keywords(jobs.MMBenchJob)
+def mmbench(job: jobs.MMBenchJob) -> MMBenchResult:
     """Score a model of any layout on a TSV file of MMBench or CCBench, by xtuner's prompt and rule.
 
     Answers, scores and what is submitted are left in `work_dir`. `progress` as for `convert`. Raises `ConvertError`.
@@ -220,8 +200,8 @@ def mmbench(job: MMBenchJob) -> MMBenchResult:
         return job.run(say)
 
 
-@_keywords(UploadJob)
-def upload(job: UploadJob) -> tuple[Published, ...]:
+@_keywords(jobs.UploadJob)
+def upload(job: jobs.UploadJob) -> tuple[Published, ...]:
     """Publish a folder, once it is proven to be what was converted; returns what each hub has then.
 
     `progress` as for `convert`. Raises `ConvertError`.
@@ -230,8 +210,8 @@ def upload(job: UploadJob) -> tuple[Published, ...]:
         return job.run(say)
 
 
-@_keywords(ReleaseJob)
-def release(job: ReleaseJob) -> tuple[ReleaseItem, ...]:
+@_keywords(jobs.ReleaseJob)
+def release(job: jobs.ReleaseJob) -> tuple[ReleaseItem, ...]:
     """Convert a model to every layout, and publish each in a repository of its own; returns one item a layout.
 
     What an earlier run finished is left as it is. `progress` as for `convert`. Raises `ConvertError`.
@@ -240,8 +220,8 @@ def release(job: ReleaseJob) -> tuple[ReleaseItem, ...]:
         return job.run(say)
 
 
-@_keywords(SweepJob)
-def sweep(job: SweepJob) -> tuple[SweepItem, ...]:
+@_keywords(jobs.SweepJob)
+def sweep(job: jobs.SweepJob) -> tuple[SweepItem, ...]:
     """Convert every checkpoint that a pattern finds, each once; returns one item a checkpoint.
 
     One that cannot be converted says why in its item, and does not stop the others. `progress` as for `convert`.

@@ -9,18 +9,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
-from collections.abc import Iterator
-from dataclasses import fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
-from llava_convert.app.convert import convert, plan, write_files
+from llava_convert.app.convert import convert, prepared, write, write_files
 from llava_convert.app.options import Options
+from llava_convert.app.planning import Prepared
+from llava_convert.app.session import job_session
 from llava_convert.core.errors import ConvertError, HubError, Interrupted, UsageError
 from llava_convert.core.flags import options_of
-from llava_convert.core.progress import Reporter
+from llava_convert.core.progress import Reporter, Silence
 from llava_convert.engine.report import Report
+from llava_convert.storage.output.staging import Twin
+from llava_convert.storage.remote.reach import url_of
+from llava_convert.storage.remote.session import Session
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -33,32 +38,65 @@ _TASKS_EACH, _TASKS = 4, 32
 _NEXT = "see the workers' logs; the same command goes on from the files that are there"
 
 
-def convert_anywhere(source: str | Path, options: Options, say: Reporter) -> Report:
-    """Convert here, or by the workers that `options.executor` names. Raises what either does."""
-    return convert(source, options, say) if options.executor is None else convert_there(source, options, say)
+@dataclass(frozen=True)
+class Anywhere:
+    """A conversion as any machine takes it: with paths that do not depend on the folder; and who does it.
 
-
-def convert_there(source: str | Path, options: Options, say: Reporter) -> Report:
-    """Convert by the workers that `options.executor` names; OUT and sources have to be where each of them sees them.
-
-    Raises UsageError for an address that is none, HubError (exit 8) where the scheduler or the workers are gone, and
-    what `convert` raises, here or there.
+    `scheduler` is None where this process does.
     """
-    scheduler = _scheduler(str(options.executor))
-    source, here = _absolute(source), _everywhere(options)
-    planned = plan(source, here)
-    here = replace(here, out=planned.out if isinstance(planned.out, str) else planned.out.absolute())
+
+    source: str | Path
+    options: Options
+    scheduler: str | int | None
+
+    @classmethod
+    def of(cls, source: str | Path, options: Options) -> Anywhere:
+        """Raises UsageError for an executor that is none."""
+        scheduler = None if options.executor is None else _scheduler(options.executor)
+        return cls(_absolute(source), _everywhere(options), scheduler)
+
+    def write(
+        self, ready: Prepared, say: Reporter, session: Session, twins: Mapping[str, Twin] | None = None
+    ) -> Report:
+        """Write what was planned of it; `twins` as for `write`.
+
+        Raises HubError (exit 8) where the scheduler or the workers are gone, and what `convert` raises, here or there.
+        """
+        if self.scheduler is None:
+            return write(ready, self.options, say, session, twins=twins)
+        if twins:
+            write(ready, self.options, Silence(), session, names=tuple(twins), twins=twins)
+        _write_there(self, ready, self.scheduler, say)
+        return write(ready, replace(self.options, finish=True, resume=False), say, session)
+
+
+def convert_anywhere(source: str | Path, options: Options, say: Reporter) -> Report:
+    """Convert here, or by the workers that `options.executor` names. Raises what either does.
+
+    OUT and sources have to be where each of the workers sees them.
+    """
+    if options.executor is None:
+        return convert(source, options, say)
+    job = Anywhere.of(source, options)
+    with job_session(job.options) as session:
+        return job.write(prepared(job.source, job.options, session), say, session)
+
+
+def _write_there(job: Anywhere, ready: Prepared, scheduler: str | int, say: Reporter) -> None:
+    """Have every file with weights written by the workers of a cluster."""
+    plan = ready.plan
+    options = replace(job.options, out=url_of(ready.out) or ready.out.absolute(), resume=False)
     with _client(scheduler) as client:
         from distributed import as_completed
 
         workers = len(client.scheduler_info()["workers"])
-        count = min(len(planned.plan.shards), max(_TASKS, _TASKS_EACH * workers))
-        shares = [planned.plan.share(number, count) for number in range(1, count + 1)]
-        say.note(f"{len(planned.plan.shards)} files, {workers} workers")
-        done = say.start("converting", sum(shard.size for shard in planned.plan.shards))
+        count = min(len(plan.shards), max(_TASKS, _TASKS_EACH * workers))
+        shares = [plan.share(number, count) for number in range(1, count + 1)]
+        say.note(f"{len(plan.shards)} files, {workers} workers")
+        done = say.start("converting", sum(shard.size for shard in plan.shards))
         run = secrets.token_hex(8)  # of its own: a scheduler does not do a key again that it has done for somebody
         futures = {
-            client.submit(_write, source, here, names, key=f"{names[0]}-{run}"): share
+            client.submit(_write, job.source, options, names, key=f"{names[0]}-{run}"): share
             for share in shares
             if (names := [shard.name for shard in share])
         }
@@ -70,7 +108,6 @@ def convert_there(source: str | Path, options: Options, say: Reporter) -> Report
             raise Interrupted("interrupted; files that were finished stay: the same command goes on") from stopped
         finally:
             client.cancel(list(futures), force=True)  # type: ignore[no-untyped-call]
-    return convert(source, replace(here, finish=True, resume=False), say)
 
 
 def _write(source: str, options: Options, names: list[str]) -> None:

@@ -39,9 +39,9 @@ from llava_convert.model.checkpoint import LLM, PART_WORDS, PARTS
 from llava_convert.model.facts import spelled
 from llava_convert.model.options import FULL, OFF, OutputOptions
 from llava_convert.ops.base import CastLoss
-from llava_convert.storage.fingerprints import Digest, Snapshot, State
+from llava_convert.storage.fingerprints import Snapshot, State
 from llava_convert.storage.output.places import free_bytes
-from llava_convert.storage.output.staging import Staging
+from llava_convert.storage.output.staging import Staging, Twin
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.remote.mounts import address_of, remote_of
 from llava_convert.storage.remote.reach import url_of
@@ -59,38 +59,30 @@ def convert(source: str | Path, options: Options, say: Reporter | None = None) -
     with job_session(options) as session:
         say = say or Silence()
         stage(say, "opening")
-        return _convert(_prepared(source, options, session), options, say, session)
+        return write(prepared(source, options, session), options, say, session)
 
 
 def write_files(source: str | Path, options: Options, names: Collection[str]) -> Report:
     """Write these files of the output alone, as a share of it; what is there already stays. Raises as `convert`."""
     with job_session(options) as session:
-        return _convert(_prepared(source, options, session), options, Silence(), session, dict.fromkeys(names))
+        return write(prepared(source, options, session), options, Silence(), session, names=names)
 
 
-def write_twins(source: str | Path, options: Options, twins: Mapping[str, Path]) -> Report:
-    """Write these files of the output alone, as copies of files that hold the same. Raises as `convert`."""
-    with job_session(options) as session:
-        return _convert(_prepared(source, options, session), options, Silence(), session, twins)
-
-
-def stamped(source: str | Path, options: Options) -> tuple[str, dict[str, str]]:
-    """What the output would be made of: a stamp of all of it, and of each file with weights. Raises as `plan`."""
-    with job_session(options) as session:
-        ready = _prepared(source, options, session)
-        snapshot = _snapshot(ready, _reads(ready.plan.shards))
-        files = {one.name: _stamp(shard_hash(one), snapshot, _reads([one])) for one in ready.plan.shards}
-        return _stamp(ready.plan.hash, snapshot), files
+def stamps(ready: Prepared) -> tuple[str, dict[str, str]]:
+    """What the output would be made of: a stamp of all of it, and of each file with weights. Raises InputError."""
+    snapshot = _snapshot(ready, _reads(ready.plan.shards))
+    files = {one.name: _stamp(shard_hash(one), snapshot, _reads([one])) for one in ready.plan.shards}
+    return _stamp(ready.plan.hash, snapshot), files
 
 
 def plan(source: str | Path, options: Options) -> Report:
     """What `convert` would do; reads headers, writes nothing. Raises what `convert` raises."""
     with job_session(options) as session:
-        ready = _prepared(source, options, session)
+        ready = prepared(source, options, session)
         return report(ready, options, documents(ready, options), session)
 
 
-def _prepared(source: str | Path, options: Options, session: Session) -> Prepared:
+def prepared(source: str | Path, options: Options, session: Session) -> Prepared:
     """As `prepare`, for one job: an option that has no effect on it is an error."""
     if options.to in TARGETS and not options.shared:
         refuse_for_target(options)
@@ -102,14 +94,19 @@ def _prepared(source: str | Path, options: Options, session: Session) -> Prepare
     return replace(ready, notes=(f"{options.asked} loads the {options.to} layout: that is made", *ready.notes))
 
 
-def _convert(
+def write(
     ready: Prepared,
     options: Options,
     say: Reporter,
     session: Session,
-    files: Mapping[str, Path | None] | None = None,
+    *,
+    names: Collection[str] | None = None,
+    twins: Mapping[str, Twin] | None = None,
 ) -> Report:
-    """`files` are those to write alone, by name, each with one that holds the same where there is one."""
+    """Write what was planned; of its files with weights those called `names` alone, where that is given.
+
+    `twins` are files that hold what some will: these are copied. Raises as `convert`.
+    """
     for text in map(session.called, ready.notes):
         say.note(text)
     for text in map(session.called, ready.warnings):
@@ -117,9 +114,13 @@ def _convert(
     snapshot = _snapshot(ready, _reads(ready.plan.shards))
     made = documents(ready, options)
     planned = report(ready, options, made, session)
-    if files is not None:
-        planned = replace(planned, share=tuple(files))
+    if names is not None:
+        planned = replace(planned, share=tuple(names))
     with FilePool() as pool, _staging(ready, options, planned, _stamp(ready.plan.hash, snapshot), say) as staged:
+        for name, twin in (twins or {}).items():
+            if not staged.finished(name):
+                stage(say, "copying from an earlier step")
+                staged.adopt(name, twin)
         left = [shard for shard in _written(planned) if not staged.finished(shard.name)]
         doubt = delta.doubt(ready.model, pool) if left else None  # a run that is taken up reads what it needs alone
         if doubt is not None:
@@ -129,7 +130,6 @@ def _convert(
             staged,
             pool,
             names=planned.share,
-            twins={name: twin for name, twin in (files or {}).items() if twin is not None},
             threads=options.threads,
             digest=options.digest,
             progress=say.start("converting", sum(t.nbytes for shard in _written(planned) for t in shard.tensors)),
@@ -144,7 +144,7 @@ def _convert(
         if outcome.flushed:
             say.note(f"{outcome.flushed:,} nonzero values became zero in the cast")
         stage(say, "finishing")
-        digests: dict[str, Digest] = {}
+        digests = staged.known
         if planned.share is not None:
             for name in planned.share:
                 staged.tell(name, {**outcome.of(name), "verified": options.level})

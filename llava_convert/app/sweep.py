@@ -1,8 +1,8 @@
 """Every checkpoint of a run converted, one after the other: what is done is not done again.
 
-A ledger beside the outputs says of each what it was made of. On a disk, files that would come out as those of an
-earlier step, since nothing that they are made of has changed (a frozen tower, say), are copied from there, by reflink
-on file systems that have it.
+A ledger beside the outputs says of each what it was made of. Files that would come out as those of an earlier step,
+since nothing that they are made of has changed (a frozen tower, say), are copied from there: by reflink on file systems
+that have it, by the store itself where the outputs lie in one.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from llava_convert.app.cluster import convert_anywhere
-from llava_convert.app.convert import stamped, write_twins
+from llava_convert.app.cluster import Anywhere
+from llava_convert.app.convert import prepared, stamps
 from llava_convert.app.options import Options
+from llava_convert.app.session import job_session
 from llava_convert.core.errors import ConvertError, HubError, InputError, Interrupted, OutputError, UsageError
-from llava_convert.core.progress import Reporter
+from llava_convert.core.progress import Reporter, stage
 from llava_convert.model.record import RECORD
+from llava_convert.storage.fingerprints import Digest, State, state_of
 from llava_convert.storage.json_files import json_bytes
-from llava_convert.storage.output.staging import Staging
+from llava_convert.storage.output.staging import Staging, Twin
 from llava_convert.storage.remote.files import WEIGHTS
 from llava_convert.storage.remote.reach import url_of
 
@@ -116,24 +118,26 @@ def _one(source: str, job: SweepJob, ledger: _Ledger, say: Reporter) -> SweepIte
     name = name.removesuffix(PurePosixPath(name).suffix) if name.endswith(WEIGHTS) else name
     out = (url_of(Path(str(job.out))) or str(job.out)).replace(NAME, name)
     given = {one.name: getattr(job, one.name) for one in fields(Options) if one.init}
-    options = Options(**(given | {"out": out}))
+    anywhere = Anywhere.of(source, Options(**(given | {"out": out})))
+    anywhere = replace(anywhere, options=replace(anywhere.options, resume=True))
     try:
-        stamp, files = stamped(source, options)
-        if ledger.has(name, stamp, out):
-            return SweepItem(source, out, THERE)
-        if job.dry_run:
-            return SweepItem(source, out, PLANNED)
-        twins = ledger.twins(files)
-        if twins:
-            write_twins(source, options, twins)
-        convert_anywhere(source, options if options.executor is not None else replace(options, resume=True), say)
+        with job_session(anywhere.options) as session:
+            stage(say, "opening")
+            ready = prepared(anywhere.source, anywhere.options, session)
+            stamp, files = stamps(ready)
+            if ledger.has(name, stamp, out):
+                return SweepItem(source, out, THERE)
+            if job.dry_run:
+                return SweepItem(source, out, PLANNED)
+            twins = ledger.twins(files)
+            made = anywhere.write(ready, say, session, twins)
     except (InputError, HubError) as problem:  # half written, or out of reach: it may be otherwise at the next look
         return SweepItem(source, out, WAITING, problem.message, exit_code=problem.exit_code)
     except OutputError:
         raise
     except ConvertError as problem:
         return SweepItem(source, out, REFUSED, problem.message, exit_code=problem.exit_code)
-    ledger.add(name, source, stamp, out, files)
+    ledger.add(name, source, stamp, out, files, made.digests)
     return SweepItem(source, out, CONVERTED, f"{len(twins)} files as an earlier step" if twins else "", len(twins))
 
 
@@ -148,7 +152,8 @@ class _Ledger:
         data = self._read()
         try:
             self._done: dict[str, dict[str, Any]] = dict(json.loads(data)["done"]) if data else {}
-        except (ValueError, TypeError, KeyError) as problem:
+            self._twins = {name: _twins_of(entry) for name, entry in self._done.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as problem:
             raise InputError(
                 f"{self._place} is no ledger of a sweep", hint="move it away: the sweep looks at each checkpoint then"
             ) from problem
@@ -158,20 +163,37 @@ class _Ledger:
         entry = self._done.get(name, {})
         return (entry.get("stamp"), entry.get("out")) == (stamp, out) and self._is_there(out)
 
-    def twins(self, files: Mapping[str, str]) -> dict[str, Path]:
-        """For each file that an earlier step has with the same stamp, where; none where anything touched it since."""
-        known: dict[str, Path] = {}
-        for entry in self._done.values() if self._url is None else ():
-            for name, (stamp, state) in entry["files"].items():
-                path = Path(entry["out"], name)
-                if _state(path) == state:
-                    known[stamp] = path
-        return {name: known[stamp] for name, stamp in files.items() if stamp in known}
+    def twins(self, files: Mapping[str, str]) -> dict[str, Twin]:
+        """For each file that an earlier step has with the same stamp, where; none where anything touched it since.
 
-    def add(self, name: str, source: str, stamp: str, out: str, files: Mapping[str, str]) -> None:
-        """Note what was made. Raises OutputError, HubError."""
-        states = {file: [of, None if self._url is not None else _state(Path(out, file))] for file, of in files.items()}
-        self._done[name] = {"source": source, "out": out, "stamp": stamp, "files": states}
+        The latest step counts. Raises HubError.
+        """
+        found: dict[str, Twin] = {}
+        for twins in reversed(self._twins.values()):
+            for name, stamp in files.items():
+                if name not in found and stamp in twins and self._holds(twins[stamp]):
+                    found[name] = twins[stamp]
+        return found
+
+    def add(
+        self,
+        name: str,
+        source: str,
+        stamp: str,
+        out: str,
+        files: Mapping[str, str],
+        digests: Mapping[str, Digest],
+    ) -> None:
+        """Note what was made; `digests` are what is known of its files. Raises OutputError, HubError."""
+        made = {}
+        for file, of in files.items():
+            digest = digests.get(file)
+            if digest is None:  # of a file here, which its state alone tells from another
+                digest = Digest("", state_of(Path(out, file).stat()))
+            made[file] = {"stamp": of, **asdict(digest)}
+        self._done[name] = entry = {"source": source, "out": out, "stamp": stamp, "files": made}
+        self._twins.pop(name, None)
+        self._twins[name] = _twins_of(entry)
         data = json.dumps({"done": self._done}, indent=1).encode()
         if self._url is not None:
             from llava_convert.storage.remote.urls import write
@@ -184,6 +206,13 @@ class _Ledger:
         ) as stage:
             stage.write_bytes(path.name, data)
             stage.commit()
+
+    def _holds(self, twin: Twin) -> bool:
+        if self._url is not None:
+            from llava_convert.storage.remote.urls import copies, version
+
+            return copies(twin.place) and version(twin.place) == twin.digest.state.version
+        return twin.digest.holds(Path(twin.place))
 
     def _read(self) -> bytes | None:
         if self._url is not None:
@@ -201,12 +230,12 @@ class _Ledger:
         return Path(out, RECORD).is_file()
 
 
-def _state(path: Path) -> list[int] | None:
-    try:
-        info = path.stat()
-    except OSError:
-        return None
-    return [info.st_size, info.st_mtime_ns]
+def _twins_of(entry: Mapping[str, Any]) -> dict[str, Twin]:
+    """The files of an entry by their stamps. Raises what an entry of another form raises."""
+    return {
+        str(one["stamp"]): Twin(f"{entry['out']}/{name}", Digest(str(one["sha256"]), State(**one["state"])))
+        for name, one in entry["files"].items()
+    }
 
 
 def _counted(done: Mapping[str, SweepItem]) -> str:

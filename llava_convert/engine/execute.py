@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
-from pathlib import Path
 
 from llava_convert.engine.plan import Plan
 from llava_convert.engine.run import Outcome, run_task
@@ -32,15 +31,12 @@ def execute(
     pool: FilePool,
     *,
     names: Collection[str] | None = None,
-    twins: Mapping[str, Path] | None = None,
     threads: int = 0,
     digest: bool = False,
     progress: Progress,
     on_file: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
     """Write the shards of the plan that are called `names` into the stage; without `names` all, and then its files.
-
-    `twins` are files that hold what some of the shards will, by the shard's name: these are copied.
 
     `on_file` is called with the name of each file, before the first byte of it.
     Raises InputError when a source changes or ends early, OutputError when the disk refuses, MismatchError when a
@@ -55,11 +51,6 @@ def execute(
                 outcome.take(shard.name, stage.found.get(shard.name, {}))
                 progress(sum(t.nbytes for t in shard.tensors))
             left = [shard for shard in batch if not stage.finished(shard.name)]
-            for shard in [shard for shard in left if twins is not None and shard.name in twins]:
-                left.remove(shard)
-                on_file(shard.name)
-                with stage.new_file(shard.name, shard.size) as fd:
-                    pool.copy_to((twins or {})[shard.name], 0, fd, 0, shard.size, progress=progress)
             if left:
                 on_file(left[0].name if len(left) == 1 else f"{left[0].name} +{len(left) - 1}")
             with ExitStack() as opened:

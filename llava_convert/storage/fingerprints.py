@@ -64,6 +64,11 @@ class Digest:
         except InputError:
             return False
 
+    def require(self, path: Path) -> None:
+        """Raise InputError where the file does not hold any more."""
+        if not self.holds(path):
+            raise _changed(path, "it was written or exchanged")
+
     def as_json(self) -> dict[str, str | int]:
         return {"size": self.state.size, "sha256": self.sha256}
 

@@ -7,18 +7,34 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 import llava_convert
-from llava_convert.app import sweep
+from llava_convert.app import planning, sweep
 from llava_convert.core.errors import HubError
+from llava_convert.engine.plan import Plan
+from llava_convert.model.target import Target
 from tests.faults.corpus import TINY, run, start, trained, tree, write_pth
-from tests.remotes.conftest import weights_in
+from tests.remotes.conftest import HURRIED, weights_in
 from tests.remotes.s3 import Store, read_back
 
 BASES = ("--llm", TINY / "llm", "--visual-encoder", TINY / "vit")
+# The command with a line in a file for each request to a store: what it is, and how many bytes it sends.
+COUNTS = HURRIED.replace(
+    "from llava_convert.cli",
+    "import os, s3fs\n"
+    "call = s3fs.S3FileSystem._call_s3\n"
+    "async def counted(self, method, *more, **given):\n"
+    "    body = {**{key: value for one in more for key, value in dict(one).items()}, **given}.get('Body', b'')\n"
+    "    size = len(body) if isinstance(body, bytes) else os.fstat(body.fileno()).st_size\n"
+    "    with open(os.environ['COUNTS'], 'a') as log: print(method, size, file=log)\n"
+    "    return await call(self, method, *more, **given)\n"
+    "s3fs.S3FileSystem._call_s3 = counted\n"
+    "from llava_convert.cli",
+)
 MORE = (*BASES, "--to", "hf", "--max-shard-size", "100kB")
 
 
@@ -86,8 +102,17 @@ def test_files_that_come_out_as_before_are_copied(tmp_path: Path, monkeypatch: p
         path = step(Path("run"), number, projector=float(number))
         llava_convert.convert(path, to="hf", out=f"alone/{path.stem}", llm=TINY / "llm", visual_encoder=TINY / "vit",
                               max_shard_size="100kB")  # fmt: skip
+    planned: list[str] = []
+
+    def make_plan(target: Target, *, tags: Mapping[str, object]) -> Plan:
+        planned.append(str(tags["to"]))
+        return planning_of(target, tags=tags)
+
+    planning_of = planning.make_plan
+    monkeypatch.setattr(planning, "make_plan", make_plan)
     ran = run("sweep", "run/iter_*.pth", "-o", "hf/{name}", *MORE, "--json", "--verify", "full")
     assert ran.code == 0, ran.stderr
+    assert planned == ["hf", "hf"], "each is planned once"
     copied = [one["copied"] for one in ran.report["checkpoints"]]
     assert copied[0] == 0 and copied[1] > 1
     for number in (1, 2):
@@ -138,10 +163,10 @@ def test_a_network_that_fails_is_waited_for(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     step(Path("run"), 1)
 
-    def refused(source: str, options: object) -> None:
+    def refused(*_: object) -> None:
         raise HubError("the network is gone")
 
-    monkeypatch.setattr(sweep, "stamped", refused)
+    monkeypatch.setattr(sweep, "prepared", refused)
     ran = run("sweep", "run/*", "-o", "hf/{name}", *MORE, "--json")
     assert ran.code == 8 and [one["state"] for one in ran.report["checkpoints"]] == ["not complete"]
 
@@ -176,3 +201,33 @@ def test_in_a_store(s3: Store, layouts: dict[str, Path], tmp_path: Path) -> None
     assert read_back(s3, "out/step-1") == read_back(s3, "out/step-2") != {}
     again = s3.run(tmp_path, *arguments)
     assert [one["state"] for one in again.report["checkpoints"]] == ["there already"] * 2, again.stderr
+
+
+@pytest.mark.slow
+def test_files_that_come_out_as_before_are_copied_by_the_store(s3: Store, tmp_path: Path) -> None:
+    """No byte of them is sent again: of the second step only the shards with the projector are."""
+    for number in (1, 2):
+        step(tmp_path / "run", number, projector=float(number))
+    arguments = ("-o", "s3://models/out/{name}", *MORE, "--json", "--verify", "full")
+    sent: list[int] = []
+    copied: list[int] = []
+    for number in (1, 2):
+        log = tmp_path / f"requests-{number}"
+        ran = s3.run(tmp_path, "sweep", f"run/iter_{number}.pth", *arguments, code=COUNTS, COUNTS=str(log))
+        assert ran.code == 0, ran.stderr
+        requests = [line.split() for line in log.read_text().splitlines()]
+        sent.append(sum(int(size) for _, size in requests))
+        copied.append([method for method, _ in requests].count("copy_object"))
+        assert s3.run(tmp_path, "verify", f"run/iter_{number}.pth", f"s3://models/out/iter_{number}", *BASES).code == 0
+    one, two = (read_back(s3, f"out/iter_{number}") for number in (1, 2))
+    same = {name: len(data) for name, data in two.items() if name.endswith(".safetensors") and one[name] == data}
+    assert copied == [0, len(same)] == [0, 3]
+    assert ran.report["checkpoints"][0]["copied"] == 3
+    assert sent[0] - sent[1] > 0.99 * sum(same.values())
+    # one that somebody wrote again since is not believed
+    name = min(same)
+    s3.client.put_object(Bucket="models", Key=f"out/iter_2/{name}", Body=b"x" * same[name])
+    step(tmp_path / "run", 3, projector=3.0)
+    ran = s3.run(tmp_path, "sweep", "run/iter_3.pth", *arguments)
+    assert ran.code == 0, ran.stderr
+    assert s3.run(tmp_path, "verify", "run/iter_3.pth", "s3://models/out/iter_3", *BASES).code == 0

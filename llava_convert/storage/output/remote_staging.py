@@ -20,13 +20,14 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-from llava_convert.core.errors import HubError, Interrupted, OutputError, UsageError
+from llava_convert.core.errors import HubError, InputError, Interrupted, OutputError, UsageError
 from llava_convert.core.retry import FIRST_TRIES, patiently
 from llava_convert.storage.fingerprints import Digest, State
 from llava_convert.storage.hubs.secrets import shown
 from llava_convert.storage.output.finished import MAX_RECORD_BYTES, RECORD, is_record, of_another_plan, refuse_missing
 from llava_convert.storage.output.places import NO_ROOM, as_output_error
 from llava_convert.storage.output.shared import share_token
+from llava_convert.storage.output.staging import Twin
 from llava_convert.storage.remote.files import Remote
 from llava_convert.storage.remote.session import Session
 from llava_convert.storage.remote.urls import asking, file_system
@@ -152,9 +153,28 @@ class RemoteStaging:
         self._write_record(name)
         self._put(local, name)
         local.unlink()
-        self._sent[name] = {"size": size, "sha256": digest, "version": self._version(name)}
-        self._mount.place(name, size)
-        self._write_record()
+        self._note(name, size, digest)
+
+    def adopt(self, name: str, twin: Twin) -> None:
+        """Have the store copy a file of its own to `name`: no byte of it comes here.
+
+        Raises HubError, and InputError where the file is another by now.
+        """
+        _, source = file_system(twin.place)
+        self._write_record(name)
+        where = f"{self.out}/{name}"
+
+        def copy() -> None:
+            with asking(where):
+                self._fs.makedirs(os.path.dirname(self._at(name)), exist_ok=True)  # noqa: PTH120  # no path of here
+                self._fs.cp_file(source, self._at(name))
+                if str(self._fs.checksum(source)) != twin.digest.state.version:
+                    raise InputError(
+                        f"{shown(twin.place)}: changed while it was copied", hint="run the same command again"
+                    )
+
+        patiently(where, copy, tries=FIRST_TRIES)
+        self._note(name, twin.digest.state.size, twin.digest.sha256)
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """A small file, which `commit` sends."""
@@ -166,8 +186,12 @@ class RemoteStaging:
     def digests(self, names: Iterable[str]) -> dict[str, Digest]:
         """Digests of files, as they were sent."""
         small = {n: Digest(hashlib.sha256(d).hexdigest(), State(len(d))) for n, d in self._small.items()}
-        sent = {n: Digest(s["sha256"], State(s["size"], version=s["version"])) for n, s in self._sent.items()}
-        return {name: (sent | small)[name] for name in sorted(names)}
+        return {name: (self.known | small)[name] for name in sorted(names)}
+
+    @property
+    def known(self) -> dict[str, Digest]:
+        """The digests of the files that were sent."""
+        return {n: Digest(s["sha256"], State(s["size"], version=s["version"])) for n, s in self._sent.items()}
 
     def commit(self) -> None:
         """Send the small files, those last that make it a model; then compare what is there. Raises HubError."""
@@ -221,6 +245,12 @@ class RemoteStaging:
         if left := self._listing().keys() - {*records}:
             raise OutputError(f"{self.out} exists ({len(left)} files)", hint="name another place with -o")
         self._remove(records)
+
+    def _note(self, name: str, size: int, sha256: str) -> None:
+        """Count a file as sent."""
+        self._sent[name] = {"size": size, "sha256": sha256, "version": self._version(name)}
+        self._mount.place(name, size)
+        self._write_record()
 
     def _records(self) -> list[str]:
         return sorted(filter(is_record, self._listing()))

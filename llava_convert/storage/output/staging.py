@@ -21,6 +21,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -32,13 +33,21 @@ from llava_convert.storage.output.locks import Lock
 from llava_convert.storage.output.own_files import create_own
 from llava_convert.storage.output.places import NO_ROOM, as_output_error, check_name, place, refuse_overlap
 from llava_convert.storage.output.signals import Terminated, fail_beyond_size_limit, interrupt_on_sigterm, uninterrupted
-from llava_convert.storage.ranges import write_all
+from llava_convert.storage.ranges import FilePool, write_all
 
 __all__ = [
-    "RECORD", "UNFINISHED", "Staging", "Terminated", "as_output_error", "check_name", "interrupt_on_sigterm",
+    "RECORD", "UNFINISHED", "Staging", "Terminated", "Twin", "as_output_error", "check_name", "interrupt_on_sigterm",
 ]  # fmt: skip
 
 UNFINISHED = ".unfinished"
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A file that holds what one of an output will: where, and what it was when that was known."""
+
+    place: str  # a path, or the URL of a file in the store that the output goes to
+    digest: Digest
 
 
 class Stage(Protocol):
@@ -57,6 +66,8 @@ class Stage(Protocol):
     def new_file(self, name: str, size: int) -> AbstractContextManager[int]: ...
 
     def write_bytes(self, name: str, data: bytes) -> None: ...
+
+    def adopt(self, name: str, twin: Twin) -> None: ...
 
 
 class Staging:
@@ -197,6 +208,13 @@ class Staging:
             with self._mutex:
                 self._finished[name] = length
 
+    def adopt(self, name: str, twin: Twin) -> None:
+        """Make `name` a copy of another file. Raises OutputError, and InputError where that is another by now."""
+        place, size = Path(twin.place), twin.digest.state.size
+        with FilePool() as pool, self.new_file(name, size) as fd:
+            pool.copy_to(place, 0, fd, 0, size, progress=lambda done: None)
+            twin.digest.require(place)
+
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a small file; `commit` makes it durable, hence a resumed run writes it again. Raises OutputError."""
         target = self._claim(name)
@@ -214,7 +232,12 @@ class Staging:
     def digests(self, names: Iterable[str]) -> dict[str, Digest]:
         """Digests of staged files; with `sha256` the finished ones have theirs. Raises InputError, OutputError."""
         self.settle()
-        return digests(self.path, names, self._record.sha256())
+        return digests(self.path, names, self.known)
+
+    @property
+    def known(self) -> dict[str, Digest]:
+        """Those that are made already."""
+        return self._record.sha256()
 
     def settle(self) -> None:
         """Wait until what is finished is in the record. Raises OutputError."""

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem
 from fsspec.registry import known_implementations
 
 from llava_convert.core.errors import HubError, UsageError
@@ -130,6 +131,25 @@ def write(url: str, data: bytes) -> None:
             fs.pipe_file(path, data)
 
     patiently(shown(url), ask, tries=FIRST_TRIES)
+
+
+def version(url: str) -> str | None:
+    """What a store calls the content of a file (S3: its ETag), None where there is no file. Raises HubError."""
+    fs, path = file_system(url)
+
+    def ask() -> str | None:
+        with asking(shown(url)), suppress(FileNotFoundError):
+            return str(fs.checksum(path))
+        return None
+
+    return patiently(shown(url), ask, tries=FIRST_TRIES)
+
+
+def copies(url: str) -> bool:
+    """Whether the store of a file can copy it, without sending its bytes here."""
+    kind = type(file_system(url)[0])
+    plain = fsspec.AbstractFileSystem.cp_file, AsyncFileSystem._cp_file
+    return getattr(kind, "_cp_file", kind.cp_file) not in plain
 
 
 def _on_the_web(fs: Any, url: str) -> tuple[str, dict[str, dict[str, Any]]]:
