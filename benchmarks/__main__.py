@@ -8,12 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import gguf_jobs, memory, merge_jobs
+from benchmarks import gguf_jobs, memory, merge_jobs, save_jobs
 from benchmarks.jobs import planned
-from benchmarks.report import as_json, show
+from benchmarks.report import as_json, markdown, show
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ("xtuner", "merge", "gguf", *(job.name for job in gguf_jobs.JOBS))
+# One run of each peer, for the table in docs/performance.md.
+TABLE = ("xtuner", "gguf-f16", "gguf-q4_k_m", "merge", "save")
+PEERS = ("peers", "xtuner", "merge", "save", "gguf", *(job.name for job in gguf_jobs.JOBS))
 LONG = ("memory", *PEERS)  # only where they are asked for
 JOBS = ("help", "inspect", "rename", "pth32", "pth16", *LONG)
 
@@ -27,7 +29,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="pairs of runs a job")
     parser.add_argument("--cache", type=Path, default=ROOT / ".bench", help="where the models are made and kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run here too")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table of peers here")
     chosen = parser.parse_args()
+    if "peers" in chosen.jobs:
+        chosen.jobs += TABLE
     cache = chosen.cache.absolute()
     cache.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if Console().is_terminal else 160)
@@ -40,6 +45,10 @@ def main() -> None:
     if merges and merge_jobs.missing():
         console.print(merge_jobs.missing())
     steps += merges
+    saves = save_jobs.planned(chosen.jobs, chosen.sizes, chosen.repeats, cache)
+    if saves and save_jobs.missing():
+        console.print(save_jobs.missing())
+    steps += saves
     steps += memory.planned(chosen.jobs, chosen.sizes, cache)
     wanted = gguf_jobs.planned(chosen.jobs, chosen.sizes, chosen.repeats, cache)
     if wanted and gguf_jobs.missing():
@@ -50,6 +59,8 @@ def main() -> None:
         console.print(f"{name} …")
         rows += step()
     show(rows, console)
+    if chosen.markdown is not None:
+        chosen.markdown.write_text(markdown(rows), encoding="utf-8")
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(as_json(rows), indent=2))
 

@@ -38,7 +38,7 @@ class Job:
         return f"gguf-{self.outtype}"
 
 
-JOBS = (Job("f16", 1 / 3), Job("bf16", 1 / 3), Job("q8_0", 1 / 3), Job("q4_k_m", 0.85, through="f16"))
+JOBS = (Job("f16", 1 / 4), Job("bf16", 1 / 4), Job("q8_0", 1 / 4), Job("q4_k_m", 0.6, through="f16"))
 
 
 def missing() -> str:
@@ -123,7 +123,8 @@ def compare(job: Job, size: float, repeats: int, cache: Path) -> Row:
         discard(work / "out")
     discard(work)
     yardstick = "llama.cpp" if job.through is None else f"llama.cpp by {job.through}"
-    return Row(job.name, size, tuple(ours), yardstick, tuple(others), job.budget, _notes(size, ours, others))
+    notes, what = _notes(size, ours, others), f"hf to gguf {job.outtype}"
+    return Row(job.name, size, tuple(ours), yardstick, tuple(others), job.budget, notes, what)
 
 
 def _notes(size: float, ours: list[Run], others: list[Run]) -> tuple[str, ...]:

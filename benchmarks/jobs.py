@@ -12,7 +12,7 @@ from benchmarks.make import made, make_header_only, make_official, make_pth
 from benchmarks.measure import CLI, MB, Run, copy, discard, quiesce, run, warm
 
 GB = 10**9
-ANONYMOUS = 600 * MB
+ANONYMOUS = 300 * MB
 PEER = "xtuner"
 
 
@@ -27,6 +27,7 @@ class Row:
     theirs: tuple[Run, ...] = ()
     budget: float | None = None
     notes: tuple[str, ...] = field(default_factory=tuple)
+    what: str = ""  # what all were asked for, where peers are compared
 
 
 @dataclass(frozen=True)
@@ -127,17 +128,18 @@ def peer(size: float, repeats: int, cache: Path, python: Path) -> list[Row]:
             command: list[str | Path] = [python, f"{where}/pth_to_hf.py", "config.py", "iter_1.pth", work / "theirs"]
             command += ["--save-format", theirs_to, "--safe-serialization"]
             # torch >= 2.6 refuses mmengine's pickles otherwise (FORMATS, quirk Q1).
-            theirs.append(run(command, cwd=folder, extra={"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}))
+            theirs.append(run(command, cwd=folder, extra={"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}, work=work))
             discard(work / "theirs")
             quiesce()
-            ours.append(convert(folder / "iter_1.pth", to, work / "ours", []))
+            ours.append(convert(folder / "iter_1.pth", to, work / "ours", [], work=work))
             discard(work / "ours")
         discard(work)
         memory = max(r.resident for r in ours) / max(r.resident for r in theirs)
         allowed = 1 / 10 if size >= 4 else 1 / 4
         note = f"peak RSS {memory:.2f} of xtuner's" + ("" if memory <= allowed else f", over {allowed:.2f}")
         budget = 0.2 if size >= 4 else None
-        rows.append(Row(f"xtuner-{to}", size, tuple(ours), PEER, tuple(theirs), budget, (note,)))
+        what = f"pth in float32, LoRA merged, to {to}"
+        rows.append(Row(f"xtuner-{to}", size, tuple(ours), PEER, tuple(theirs), budget, (note,), what))
     return rows
 
 

@@ -127,9 +127,10 @@ def compare(size: float, repeats: int, cache: Path) -> list[Row]:
             quiesce()
             out = work / name
             if name == "ours":
-                ours.append(run([*CLI, "merge", base, adapter, "-o", out, "--quiet"]))
+                ours.append(run([*CLI, "merge", base, adapter, "-o", out, "--quiet"], work=work))
             else:
-                theirs[name].append(run([*PEERS[name], base, folder / ADAPTERS.get(name, "adapter"), out]))
+                command = [*PEERS[name], base, folder / ADAPTERS.get(name, "adapter"), out]
+                theirs[name].append(run(command, work=work))
             if name not in counts:
                 counts[name] = misrounded(base, adapter, out)
             discard(out)
@@ -144,7 +145,8 @@ def _row(name: str, size: float, ours: list[Run], theirs: list[Run], counts: dic
         f"peak RSS {memory[0]:.0f} MB, theirs {memory[1]:.0f} MB",
         f"misrounded elements: {share['ours']}, theirs {share[name]}",
     )
-    return Row(f"merge-{name}", size, tuple(ours), name, tuple(theirs), None, notes)
+    what = f"LoRA of rank {RANK} merged into hf"
+    return Row(f"merge-{name}", size, tuple(ours), name, tuple(theirs), None, notes, what)
 
 
 def missing() -> str:

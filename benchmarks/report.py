@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.jobs import ANONYMOUS, Row
-from benchmarks.measure import MB
+from benchmarks.measure import MB, Run
 
 
 def figures(row: Row) -> list[float]:
@@ -43,6 +43,31 @@ def as_json(rows: list[Row]) -> list[dict[str, Any]]:
         }
         for row in rows
     ]
+
+
+def markdown(rows: list[Row]) -> str:
+    """A table of peers: medians, peaks, and verdicts; programs that were given the same job are together."""
+    head = ("job", "GB", "program", "seconds", "processor, s", "peak memory, MB", "temporary disk, MB", "budget")
+    lines = [head, ("---", "---:", "---", *("---:",) * 4, "---")]
+    for at, row in enumerate(rows):
+        if not row.what:
+            continue
+        size = f"{row.size:g}"
+        lines.append((row.what, size, row.yardstick, *_cells(row.theirs), ""))
+        if at + 1 == len(rows) or rows[at + 1].ours != row.ours:
+            budget = f" of {row.budget:.2f}" if row.budget is not None else ""
+            said = f"{verdict(row)} (time {median(figures(row)):.2f}{budget})" if budget else verdict(row)
+            lines.append((row.what, size, "**llava-convert**", *_cells(row.ours), said))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _cells(runs: tuple[Run, ...]) -> tuple[str, str, str, str]:
+    return (
+        f"{median(r.seconds for r in runs):.1f}",
+        f"{median(r.user + r.system for r in runs):.1f}",
+        f"{max(r.resident for r in runs) / MB:.0f}",
+        f"{max(r.temporary for r in runs) / MB:.0f}",
+    )
 
 
 def growth(rows: list[Row]) -> list[str]:

@@ -22,7 +22,7 @@ from pathlib import Path
 import llama_cpp
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-VENVS = CHECKOUT / ".venvs"
+VENVS = (CHECKOUT / ".venvs").resolve()  # environments hold paths, and a checkout may link to them
 STAMP = "recipe.sha256"
 TORCH_PATH_FILE = "shared_torch.pth"
 
