@@ -41,41 +41,41 @@ def _mergekit(source: Path, out: Path) -> list[str | Path]:
 
 @dataclass(frozen=True)
 class Job:
-    """`program` is what of a peer has to be there; `folder` is what the peers read, `options` what ours needs more."""
+    """`peers` have what has to be there of them. With `part` they read that alone, which ours takes from the whole."""
 
     name: str
     what: str
-    folder: str
     peers: dict[str, tuple[Path, Peer]]
-    options: tuple[str, ...] = ()
+    part: str = ""
 
 
 JOBS = (
     Job(
         "save",
         f"hf in bfloat16 to hf in {DTYPE}",
-        "model",
         {"transformers": (Path(sys.executable), _transformers), "mlx-vlm": (MLX, _mlx)},
     ),
     Job(
         "save-llm",
         f"the language model alone, bfloat16 to {DTYPE}",
-        "llm",
         {"mergekit": (MERGEKIT, _mergekit)},
-        ("--part", "llm"),
+        "llm",
     ),
 )
 
 
-def make_saved(folder: Path, size: float) -> None:
-    """`model`, a LLaVA of transformers in bfloat16, and `llm`, its language model."""
-    make_base(folder, int(size * 10**9))
-    convert(folder / "model", "hf", folder / "llm", ["--part", "llm"])
+def make_part(folder: Path, model: Path, part: str) -> None:
+    """`model`, a part of a LLaVA of transformers."""
+    convert(model, "hf", folder / "model", ["--part", part])
 
 
 def compare(job: Job, size: float, repeats: int, cache: Path) -> list[Row]:
     """Each peer and ours in turn, `repeats` times, from a source in the page cache."""
-    folder, work = made(cache / f"save-{size:g}", make_saved, size), cache / "work"
+    model, work = made(cache / f"merge-{size:g}", make_base, int(size * 10**9)) / "model", cache / "work"
+    source, options = model, ["--dtype", DTYPE]
+    if job.part:
+        source = made(cache / f"{job.name}-{size:g}", make_part, model, job.part) / "model"
+        options += ["--part", job.part]
     peers = {name: command for name, (program, command) in job.peers.items() if program.exists()}
     discard(work)
     work.mkdir()
@@ -83,13 +83,13 @@ def compare(job: Job, size: float, repeats: int, cache: Path) -> list[Row]:
     ours: list[Run] = []
     for _ in range(repeats):
         for name, command in peers.items():
-            warm(list((folder / job.folder).glob("*.safetensors")))
+            warm(list(source.glob("*.safetensors")))
             quiesce()
-            theirs[name].append(run(command(folder / job.folder, work / name), work=work))
+            theirs[name].append(run(command(source, work / name), work=work))
             discard(work / name)
-        warm(list((folder / "model").glob("*.safetensors")))
+        warm(list(model.glob("*.safetensors")))
         quiesce()
-        ours.append(convert(folder / "model", "hf", work / "ours", [*job.options, "--dtype", DTYPE], work=work))
+        ours.append(convert(model, "hf", work / "ours", options, work=work))
         discard(work / "ours")
     discard(work)
     return [

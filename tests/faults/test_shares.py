@@ -199,6 +199,33 @@ def test_a_record_that_grows_between_the_listing_and_the_look(monkeypatch: pytes
             monkeypatch.setattr(RemoteStaging, "_listing", listing)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_runs_into_one_place_in_a_store(resume: bool) -> None:
+    """A store has no locks: who begins later has it, and the other one stops and removes nothing of it."""
+    url = f"memory://twice/{resume}"
+    later = RemoteStaging(url, "plan", force=False, resume=resume, needed_bytes=0, say=[].append)
+    earlier = RemoteStaging(url, "plan", force=False, resume=False, needed_bytes=0, say=[].append)
+    with pytest.raises(OutputError, match="in use by another run"), earlier:
+        write_there(earlier, "a.safetensors")
+        with later:
+            assert later.finished("a.safetensors") is resume
+            with pytest.raises(OutputError, match="in use by another run"):
+                write_there(earlier, "c.safetensors")
+            write_there(later, *FILES)
+            later.commit()
+        with pytest.raises(OutputError, match="in use by another run"):
+            earlier.commit()
+        write_there(earlier, "sub/b.safetensors")
+    assert {name: later._fs.cat_file(later._at(name)) for name in later._listing()} == FILES
+
+
+def write_there(stage: RemoteStaging, *names: str) -> None:
+    for name in names:
+        if not stage.finished(name):
+            with stage.new_file(name, len(FILES[name])) as fd:
+                write_all(fd, 0, FILES[name])
+
+
 # --- who writes what
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
+import random
 import signal
 import subprocess
 import time
@@ -16,12 +17,13 @@ import pytest
 import llava_convert
 from llava_convert.core.errors import HubError, InputError, OutputError, UnsafeError
 from tests.faults.corpus import ROOT, shell, start, tree
-from tests.remotes.conftest import weights_in
+from tests.remotes.conftest import HURRIED, weights_in
 from tests.remotes.s3 import Store, account, read_back
 from tests.remotes.test_urls import BREAKS
 
 MORE = ("--max-shard-size", "100kB", "--name", "tiny")
 RECORD = ".llava-convert-plan"
+SEED, KILLS = 22, 20
 
 
 def job(source: Path | str, out: Path | str, *more: str) -> tuple[str | Path, ...]:
@@ -79,31 +81,36 @@ def test_another_source_on_s3(s3: Store, layouts: dict[str, Path], tmp_path: Pat
 # --- Dask
 
 
+def begin(which: str, folder: Path, environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
+    """A real scheduler or worker in a process of its own, as `dask scheduler` and `dask worker` start it."""
+    program = f"import sys; from distributed.cli import dask_{which}; dask_{which}.main(sys.argv[1:])"
+    quiet = {"PYTHONPATH": str(ROOT), "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "5"} | environment
+    more = ("--scheduler-file", str(folder / "scheduler.json"), "--no-dashboard")
+    return start(*arguments, *more, code=program, environment=quiet, cwd=folder)
+
+
+def begin_worker(folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+    return begin("worker", folder, environment, "--nthreads", "1", "--no-nanny")
+
+
 @contextlib.contextmanager
 def cluster(
     workers: int, folder: Path, environment: dict[str, str]
 ) -> Iterator[tuple[str, list[subprocess.Popen[str]]]]:
-    """A real scheduler and workers in processes of their own, as `dask scheduler` and `dask worker` start them."""
+    """Its address, and its workers: those that are put into the list later end with it, too."""
     address = folder / "scheduler.json"
-    program = "import sys; from distributed.cli import dask_{0}; dask_{0}.main(sys.argv[1:])"
+    scheduler = begin("scheduler", folder, environment, "--port", "0", "--host", "127.0.0.1")
     begun: list[subprocess.Popen[str]] = []
-    quiet = {"PYTHONPATH": str(ROOT), "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "5"} | environment
-
-    def begin(which: str, *arguments: str) -> None:
-        begun.append(start(*arguments, code=program.format(which), environment=quiet, cwd=folder))
-
-    begin("scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", str(address), "--host", "127.0.0.1")
     try:
         while not address.exists():
             time.sleep(0.1)
-            assert begun[0].poll() is None, begun[0].communicate()
-        for _ in range(workers):
-            begin("worker", "--scheduler-file", str(address), "--nthreads", "1", "--no-dashboard", "--no-nanny")
-        yield "dask://" + json.loads(address.read_text())["address"].removeprefix("tcp://"), begun[1:]
+            assert scheduler.poll() is None, scheduler.communicate()
+        begun += [begin_worker(folder, environment) for _ in range(workers)]
+        yield "dask://" + json.loads(address.read_text())["address"].removeprefix("tcp://"), begun
     finally:
-        for process in begun:
+        for process in (scheduler, *begun):
             process.kill()
-        for process in begun:
+        for process in (scheduler, *begun):
             process.communicate()
 
 
@@ -165,6 +172,39 @@ def test_workers_that_are_lost(layouts: dict[str, Path], tmp_path: Path) -> None
         assert running.returncode == 0, said
     assert weights_in(tmp_path / "out") == weights_in(tmp_path / "alone")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "cluster", "out"]
+
+
+@pytest.mark.sweep
+def test_workers_are_killed(s3: Store, layouts: dict[str, Path], tmp_path: Path) -> None:
+    """At moments chosen at random, from S3 to S3, another taking each one's place: nothing lost, nothing double."""
+    chance, killed = random.Random(SEED), 0
+    options = ("--name", "tiny", "--max-shard-size", "20kB")
+    s3.put(layouts["official"], "in")
+    ran = s3.run(tmp_path, "convert", "s3://models/in", "--to", "hf", "-o", "s3://models/alone", *options)
+    assert ran.code == 0, ran.stderr
+    wanted = s3.objects("alone")
+    (tmp_path / "cluster").mkdir()
+    with cluster(2, tmp_path / "cluster", s3.env) as (address, workers):
+        while killed < KILLS:
+            arguments = ("convert", "s3://models/in", "--to", "hf", "-o", "s3://models/out", *options)
+            running = start(*arguments, "--executor", address, code=HURRIED, environment=s3.env, cwd=tmp_path)
+            while not s3.objects("out"):
+                assert running.poll() is None, running.communicate()
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, 1.5))
+            if running.poll() is None:
+                at = chance.randrange(2)
+                workers[at].kill()
+                workers[at].communicate()
+                workers[at] = begin_worker(tmp_path / "cluster", s3.env)
+                killed += 1
+            said = running.communicate(timeout=600)
+            assert running.returncode == 0, said
+            found = s3.objects("out")
+            assert sorted(found) == sorted(wanted)
+            assert [name for name in wanted if found[name] != wanted[name]] == []
+            for name in found:
+                s3.client.delete_object(Bucket="models", Key=f"out/{name}")
 
 
 def test_no_scheduler_is_there(layouts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,9 @@
 Nothing there appears under one name at one moment, as a folder does. A record of what was sent is written first and
 taken away last, and config.json and the indexes come after the weights: what has a record, or lacks these, is not
 finished. Each of several runs that share an output keeps a record of its own; the run that finishes reads them all.
+
+Stores have no locks. The record of a run that has an output to itself says which run it is of: who begins there later
+writes its own, and the earlier one stops at its next file and touches nothing any more.
 """
 
 from __future__ import annotations
@@ -70,13 +73,14 @@ class RemoteStaging:
         self._fs, self._root = file_system(url)
         self._plan_hash, self._resume, self._needed, self._say = plan_hash, resume, needed_bytes, say
         self._share, self._needs = share, needs
-        self._record = RECORD if share is None else f"{RECORD}-{share_token()}"
+        self._run = share_token()
+        self._record = RECORD if share is None else f"{RECORD}-{self._run}"
         self._recorded = False
         self._sent: dict[str, dict[str, Any]] = {}
         self._found: dict[str, Mapping[str, Any]] = {}
         self._small: dict[str, bytes] = {}
         self._begun: tuple[str, ...] = ()
-        self._committed = False
+        self._committed = self._taken = False
 
     def __enter__(self) -> RemoteStaging:
         free = shutil.disk_usage(tempfile.gettempdir()).free
@@ -105,7 +109,9 @@ class RemoteStaging:
         try:
             if not self._committed:
                 state = "holds what was sent, and is not finished"
-                if self._share is not None or self._needs:
+                if self._taken:
+                    state = "is written by another run"
+                elif self._share is not None or self._needs:
                     with contextlib.suppress(HubError):
                         self._remove(self._begun)
                 elif isinstance(problem, HubError):
@@ -205,6 +211,7 @@ class RemoteStaging:
         wrong = [name for name, size in wanted.items() if there.get(name) != size]
         if wrong:
             raise HubError(f"{self.out}: {len(wrong)} files did not arrive whole, among them {wrong[0]}")
+        self._require_own()
         self._remove(self._records())
         self._committed = True
 
@@ -261,13 +268,31 @@ class RemoteStaging:
             raise OutputError(
                 f"{self.out} was finished or removed while this share was written", hint="see what is there"
             )
+        if self._share is None and self._recorded:
+            self._require_own()
         self._begun = begun
         files = {name: {**one, "found": self._found.get(name, {})} for name, one in self._sent.items()}
-        data = json.dumps({"plan": self._plan_hash, "files": files, "begun": begun}).encode()
+        data = json.dumps({"plan": self._plan_hash, "run": self._run, "files": files, "begun": begun}).encode()
         local = self._temporary / "record"
         local.write_bytes(data)
         self._put(local, self._record)
         self._recorded = True
+
+    def _require_own(self) -> None:
+        """Raise OutputError where another run has begun here since."""
+
+        def ask() -> bytes:
+            with asking(self.out), contextlib.suppress(FileNotFoundError):
+                return bytes(self._fs.cat_file(self._at(self._record)))
+            return b""
+
+        if _run_of(patiently(self.out, ask)) == self._run:
+            return
+        self._taken = True
+        raise OutputError(
+            f"{self.out} is in use by another run, which began after this one",
+            hint="wait for it, or name another place with -o; runs that are to share it take --files I/N",
+        )
 
     # --- the store
 
@@ -314,6 +339,14 @@ class RemoteStaging:
     def _remove_one(self, name: str) -> None:
         with asking(self.out), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._at(name))
+
+
+def _run_of(data: bytes) -> str | None:
+    """Which run wrote a record; None of what is no record of ours."""
+    try:
+        return str(json.loads(data)["run"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _read_record(data: bytes) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
