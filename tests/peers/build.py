@@ -316,13 +316,15 @@ def build(name: str, recipe: Recipe, *, below: Path | None) -> bool:
     venv = VENVS / name
     stamp = venv / STAMP
     digest = _digest(recipe)
-    if stamp.is_file() and stamp.read_text() == digest:
-        return False
-    shutil.rmtree(venv, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    whole = stamp.is_file() and stamp.read_text() == digest
+    if not whole:
+        shutil.rmtree(venv, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     site = _site_packages(venv)
-    if below is not None:
+    if below is not None:  # also of one that is whole: it may have been built where the folder was called otherwise
         (site / TORCH_PATH_FILE).write_text(f"{_site_packages(below)}\n")
+    if whole:
+        return False
     for step in recipe.installs:
         _install(venv, step)
     for path, text in recipe.stand_ins:
