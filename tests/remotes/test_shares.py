@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,7 +88,16 @@ def begin(which: str, folder: Path, environment: dict[str, str], *arguments: str
     program = f"import sys; from distributed.cli import dask_{which}; dask_{which}.main(sys.argv[1:])"
     quiet = {"PYTHONPATH": str(ROOT), "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "5"} | environment
     more = ("--scheduler-file", str(folder / "scheduler.json"), "--no-dashboard")
-    return start(*arguments, *more, code=program, environment=quiet, cwd=folder)
+    # Into a file: a pipe that nobody reads stops them once it is full.
+    with (folder / "log").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", program, *arguments, *more],
+            stdout=log,
+            stderr=log,
+            text=True,
+            env=os.environ | quiet,
+            cwd=folder,
+        )
 
 
 def begin_worker(folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
@@ -104,14 +115,14 @@ def cluster(
     try:
         while not address.exists():
             time.sleep(0.1)
-            assert scheduler.poll() is None, scheduler.communicate()
+            assert scheduler.poll() is None, (folder / "log").read_text()
         begun += [begin_worker(folder, environment) for _ in range(workers)]
         yield "dask://" + json.loads(address.read_text())["address"].removeprefix("tcp://"), begun
     finally:
         for process in (scheduler, *begun):
             process.kill()
         for process in (scheduler, *begun):
-            process.communicate()
+            process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +206,7 @@ def test_workers_are_killed(s3: Store, layouts: dict[str, Path], tmp_path: Path)
             if running.poll() is None:
                 at = chance.randrange(2)
                 workers[at].kill()
-                workers[at].communicate()
+                workers[at].wait()
                 workers[at] = begin_worker(tmp_path / "cluster", s3.env)
                 killed += 1
             said = running.communicate(timeout=600)
