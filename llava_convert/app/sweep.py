@@ -62,7 +62,7 @@ def sweep(job: SweepJob, say: Reporter) -> list[SweepItem]:
         raise UsageError(f"a sweep needs an -o that ends in {NAME}", hint=f"for instance -o {job.to}/{NAME}")
     if job.push is not None or job.name is not None:
         raise UsageError("--push and --name do not apply to a sweep", hint="`upload` publishes what it leaves")
-    ledger = _Ledger(str(job.out), say)
+    ledger = _Ledger(_template(job), say)
     done: dict[str, SweepItem] = {}
     waits = job.watch
     try:
@@ -116,7 +116,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _one(source: str, job: SweepJob, ledger: _Ledger, say: Reporter) -> SweepItem:
     name = PurePosixPath(source.rstrip("/")).name
     name = name.removesuffix(PurePosixPath(name).suffix) if name.endswith(WEIGHTS) else name
-    out = (url_of(Path(str(job.out))) or str(job.out)).replace(NAME, name)
+    out = _template(job).replace(NAME, name)
     given = {one.name: getattr(job, one.name) for one in fields(Options) if one.init}
     anywhere = Anywhere.of(source, Options(**(given | {"out": out})))
     anywhere = replace(anywhere, options=replace(anywhere.options, resume=True))
@@ -129,7 +129,7 @@ def _one(source: str, job: SweepJob, ledger: _Ledger, say: Reporter) -> SweepIte
                 return SweepItem(source, out, THERE)
             if job.dry_run:
                 return SweepItem(source, out, PLANNED)
-            twins = ledger.twins(files)
+            twins = {} if job.digest else ledger.twins(files)  # of those nobody knows the digests of tensors
             made = anywhere.write(ready, say, session, twins)
     except (InputError, HubError) as problem:  # half written, or out of reach: it may be otherwise at the next look
         return SweepItem(source, out, WAITING, problem.message, exit_code=problem.exit_code)
@@ -139,6 +139,11 @@ def _one(source: str, job: SweepJob, ledger: _Ledger, say: Reporter) -> SweepIte
         return SweepItem(source, out, REFUSED, problem.message, exit_code=problem.exit_code)
     ledger.add(name, source, stamp, out, files, made.digests)
     return SweepItem(source, out, CONVERTED, f"{len(twins)} files as an earlier step" if twins else "", len(twins))
+
+
+def _template(job: SweepJob) -> str:
+    """Where the outputs go, as a path or a URL, with NAME in it."""
+    return url_of(Path(str(job.out))) or str(Path(str(job.out)).expanduser())
 
 
 class _Ledger:

@@ -82,6 +82,17 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     }
 
 
+def test_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    step(Path("run"), 1)
+    for state in ("converted", "there already"):
+        ran = run("sweep", "run/*", "-o", "~/hf/{name}", *MORE)
+        assert ran.code == 0 and state in ran.stdout, ran.stderr
+    assert sorted(path.name for path in Path("home/hf").iterdir()) == [sweep.LEDGER, "iter_1"]
+    assert not Path("~").exists()
+
+
 def test_a_checkpoint_that_was_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its old output is in the way: that is said, and nothing is replaced without --force."""
     monkeypatch.chdir(tmp_path)
@@ -118,6 +129,9 @@ def test_files_that_come_out_as_before_are_copied(tmp_path: Path, monkeypatch: p
     for number in (1, 2):
         assert weights_in(Path(f"hf/iter_{number}")) == weights_in(Path(f"alone/iter_{number}"))
     assert weights_in(Path("hf/iter_1")) != weights_in(Path("hf/iter_2"))
+    step(Path("run"), 4, projector=4.0)
+    ran = run("sweep", "run/iter_4.pth", "-o", "hf/{name}", *MORE, "--json", "--digest")
+    assert ran.code == 0 and ran.report["checkpoints"][0]["copied"] == 0, "those of tensors are made by who reads them"
     # one that somebody touched since is not believed
     shard = next(Path("hf/iter_1").glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
