@@ -537,15 +537,15 @@ def test_row_68_in_a_second_thread_a_signal_is_the_main_threads(tmp_path: Path) 
     assert snapshot(tmp_path) == {"out": NEW}
 
 
-def leave_half(out: Path, plan: str = "plan") -> None:
+def leave_half(out: Path, plan: str = "plan", **options: Any) -> None:
     """What a killed run leaves: one finished file, one unfinished, small ones, no lock held."""
-    keeper = stage(out, plan)
+    keeper = stage(out, plan, **options)
     keeper.__enter__()
     with keeper.new_file("a.safetensors", 3000) as fd:
         write_all(fd, 0, SHARDS["a.safetensors"])
     keeper.write_bytes("config.json", b"torn")
     saved = out.with_name("saved")
-    shutil.copytree(keeper.path, saved)
+    keeper.path.rename(saved)  # a copy would be other files
     (saved / "sub").mkdir()
     (saved / "sub" / ("b.safetensors" + staging.UNFINISHED)).write_bytes(b"half")
     keeper.__exit__(None, None, None)
@@ -907,9 +907,10 @@ def test_nothing_is_written_through_a_linked_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["last bit", "zeros"])
-def test_a_finished_file_is_proven_by_its_digest(change: str, tmp_path: Path) -> None:
-    """Of the same size, and of the same time of change."""
-    leave_half(tmp_path / "out")
+@pytest.mark.parametrize("sha256", [False, True])
+def test_a_finished_file_is_proven(sha256: bool, change: str, tmp_path: Path) -> None:
+    """By what the kernel says of it, or by its digest: another one of the same size and time of change is refused."""
+    leave_half(tmp_path / "out", sha256=sha256)
     file = tmp_path / ".out.partial" / "a.safetensors"
     before, data = file.stat(), bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -927,7 +928,7 @@ def test_a_finished_file_is_proven_by_its_digest(change: str, tmp_path: Path) ->
 def test_large_files_are_vouched_for_too(tmp_path: Path) -> None:
     """They are hashed in a thread: each has its line once the next one is finished."""
     size = 3 << 20
-    with stage(tmp_path / "out") as staged:
+    with stage(tmp_path / "out", sha256=True) as staged:
         for name in ("1.safetensors", "2.safetensors", "3.safetensors"):
             with staged.new_file(name, size) as fd:
                 write_all(fd, 0, name.encode() * (size // len(name) + 1))
@@ -943,12 +944,12 @@ def test_large_files_are_vouched_for_too(tmp_path: Path) -> None:
 def test_either_digest_vouches_where_it_can_be_computed(
     algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """xxh3-128 is an extra: without it sha256 is written, and a record of the other vouches for nothing."""
+    """Of what several runs share. xxh3-128 is an extra: without it sha256 is written, and a record of the other vouches for nothing."""
     both = finished._algorithms()
     alone = {name: both[name] for name in both if name == algorithm}
     monkeypatch.setattr(finished, "_algorithms", lambda: alone)
-    leave_half(tmp_path / "out")
-    assert f'"{algorithm}:' in (tmp_path / ".out.partial" / staging.RECORD).read_text()
+    leave_half(tmp_path / "out", share="one")
+    assert f'"{algorithm}:' in (tmp_path / ".out.partial" / f"{staging.RECORD}-one").read_text()
     shutil.copytree(tmp_path / ".out.partial", tmp_path / "saved")
     with stage(tmp_path / "out", resume=True) as staged:
         assert staged.finished("a.safetensors")

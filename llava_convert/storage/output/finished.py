@@ -1,14 +1,15 @@
 """Which files of an output are finished: a record in the staging folder, which a later run proves file by file.
 
-The record is the plan's hash, then a line of JSON for each finished file: its name, its size, its digest, and what the
-run found out about it. A file counts as finished once its line is there, and only while its content still has that
-digest. A run that has the folder to itself keeps one record; each of several that share it keeps its own, and all of
-them are read as one.
+The record is the plan's hash, then a line of JSON for each finished file: its name, its size, its proof, and what the
+run found out about it. A file counts as finished once its line is there, and only while the proof holds. A run that has
+the folder to itself keeps one record; each of several that share it keeps its own, and all of them are read as one.
 
-The digest is xxh3-128 where it is installed (extra `digest`), else sha256, which takes a fifth of a conversion's time
-(2 GB renamed on two cores: 2.8 s without, 3.4 with sha256). It is sha256 where somebody asks for that later, so that a
-file is hashed once. Either is against damage and mistakes: who may write to the
-folder could write the record, too.
+The proof is the file's inode and times, of which the kernel changes one whenever somebody writes to the file. A digest
+would have each output read once more: of one that is larger than memory, from the disk. Two have a digest all the same.
+What several runs share may lie on a file system whose times mean little: there it is xxh3-128 where that is installed
+(extra `digest`), else sha256, which takes a fifth of a conversion's time (2 GB renamed on two cores: 2.8 s without, 3.4
+with sha256). And it is sha256 where somebody asks for that later, so that a file is hashed once. All of them are
+against damage and mistakes: who may write to the folder could write the record, too.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from llava_convert.storage.ranges import read_into
 RECORD = ".llava-convert-plan"
 # Longer than any: a line a shard.
 MAX_RECORD_BYTES = 16 << 20
+_STATE = "state"
 # To hand a smaller file to the other thread would take longer than to hash it.
 _AT_ONCE = 1 << 20
 _BLOCK = 256 << 10
@@ -48,13 +50,13 @@ class OtherPlanError(Exception):
 class FinishedFiles:
     """The record of one staging folder; `share` is what tells the records of several runs apart that share it.
 
-    A large file is hashed beside the writing of the next one, so that the disk does not wait for it; at most one file
-    waits. What is not hashed when the output is complete need not be any more.
+    A large file is hashed, if at all, beside the writing of the next one, so that the disk does not wait for it; at most
+    one file waits. What is not hashed when the output is complete need not be any more.
     """
 
     def __init__(self, folder: Path, plan_hash: str, share: str | None = None, *, sha256: bool = False) -> None:
         self._folder, self._plan_hash, self._share = folder, plan_hash, share
-        self._algorithm = "sha256" if sha256 else next(iter(_algorithms()))
+        self._proof = "sha256" if sha256 else _STATE if share is None else next(iter(_algorithms()))
         self._lines: dict[str, tuple[int, str]] = {}
         self._states: dict[str, State] = {}
         self.found: dict[str, Mapping[str, Any]] = {}
@@ -70,9 +72,9 @@ class FinishedFiles:
         Nothing is changed. No link is followed. `names` says which files to prove, all by default; the rest are left
         out. Raises OtherPlanError, and OSError for a record that cannot be read.
         """
-        for name, (size, digest, found) in self._read().items():
-            if names(name) and self._is_ours(name) and self._holds(name, size, digest):
-                self._lines[name], self.found[name] = (size, digest), found
+        for name, (size, proof, found) in self._read().items():
+            if names(name) and self._is_ours(name) and self._holds(name, size, proof):
+                self._lines[name], self.found[name] = (size, proof), found
         return {name: size for name, (size, _) in self._lines.items()}
 
     def start(self) -> None:
@@ -87,20 +89,20 @@ class FinishedFiles:
         self._fd = create_own(begun)
         os.write(self._fd, f"{self._plan_hash}\n".encode())
         if self._share is None:
-            for finished, (size, digest) in self._lines.items():
-                self._write(finished, size, digest)
+            for finished, (size, proof) in self._lines.items():
+                self._write(finished, size, proof)
         begun.replace(path)
         if self._share is None:
             self._remove_others()
 
     def add(self, name: str, size: int) -> None:
         """Note a file that is whole and durable."""
-        if size <= _AT_ONCE:
-            self._hash(name, size)
+        if size <= _AT_ONCE or self._proof == _STATE:
+            self._prove(name, size)
             return
         self.wait()
         self._hasher = self._hasher or ThreadPoolExecutor(1, thread_name_prefix="hash")
-        self._hashing = self._hasher.submit(self._hash, name, size)
+        self._hashing = self._hasher.submit(self._prove, name, size)
 
     def tell(self, name: str, found: Mapping[str, Any]) -> None:
         """Keep what was found out about a file beside its line, if need be in a further line."""
@@ -118,7 +120,7 @@ class FinishedFiles:
     def sha256(self) -> dict[str, Digest]:
         """The digests of the files that were hashed by sha256, each with what the file was then."""
         with self._mutex:
-            found = {name: digest.partition(":") for name, (_, digest) in self._lines.items()}
+            found = {name: proof.partition(":") for name, (_, proof) in self._lines.items()}
         return {n: Digest(value, self._states[n]) for n, (how, _, value) in found.items() if how == "sha256"}
 
     def close(self) -> None:
@@ -132,23 +134,30 @@ class FinishedFiles:
                 os.close(self._fd)
             self._fd = -1
 
-    def _hash(self, name: str, size: int) -> None:
-        digest = self._digest(name, size, self._algorithm)
-        if digest is not None:
+    def _prove(self, name: str, size: int) -> None:
+        value = self._value(name, size, self._proof)
+        if value is not None:
             with self._mutex:
-                self._lines[name] = (size, f"{self._algorithm}:{digest}")
+                self._lines[name] = (size, f"{self._proof}:{value}")
             self._write(name, *self._lines[name])
 
-    def _holds(self, name: str, size: object, digest: object) -> bool:
+    def _holds(self, name: str, size: object, proof: object) -> bool:
         """Whether a file is as its line says; not where it cannot be read, or the algorithm is not installed here."""
-        algorithm, _, value = str(digest).partition(":")
+        how, _, value = str(proof).partition(":")
         try:
-            if algorithm not in _algorithms() or (self._folder / name).stat().st_size != size:
+            if how not in {_STATE, *_algorithms()} or (self._folder / name).stat().st_size != size:
                 return False
             assert isinstance(size, int)
-            return self._digest(name, size, algorithm) == value
+            return self._value(name, size, how) == value
         except (OSError, InputError):
             return False
+
+    def _value(self, name: str, size: int, how: str) -> str | None:
+        """What proves a file of this size, None where the record is closed meanwhile."""
+        if how != _STATE:
+            return self._digest(name, size, how)
+        found = (self._folder / name).stat()
+        return f"{found.st_ino}-{found.st_mtime_ns}-{found.st_ctime_ns}"
 
     def _digest(self, name: str, size: int, algorithm: str) -> str | None:
         """The digest of a file of this size, None where the record is closed meanwhile."""
@@ -167,10 +176,10 @@ class FinishedFiles:
             os.close(fd)
         return str(digest.hexdigest())
 
-    def _write(self, name: str, size: int, digest: str) -> None:
+    def _write(self, name: str, size: int, proof: str) -> None:
         with self._mutex:
             if self._fd >= 0:
-                os.write(self._fd, json.dumps([name, size, digest, self.found.get(name, {})]).encode() + b"\n")
+                os.write(self._fd, json.dumps([name, size, proof, self.found.get(name, {})]).encode() + b"\n")
 
     def _read(self) -> dict[str, tuple[Any, Any, Any]]:
         """What the records say, of those that were begun at all."""
@@ -191,8 +200,8 @@ class FinishedFiles:
                 raise OtherPlanError(path.name)
             for line in lines[1:]:
                 with contextlib.suppress(ValueError, TypeError):
-                    name, size, digest, about = json.loads(line)
-                    found[str(name)] = (size, digest, dict(about))
+                    name, size, proof, about = json.loads(line)
+                    found[str(name)] = (size, proof, dict(about))
         if not records and self._share is None:
             raise OtherPlanError(self._folder.name)
         return found
