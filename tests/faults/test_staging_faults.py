@@ -944,7 +944,7 @@ def test_large_files_are_vouched_for_too(tmp_path: Path) -> None:
 def test_either_digest_vouches_where_it_can_be_computed(
     algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of what several runs share. xxh3-128 is an extra: without it sha256 is written, and a record of the other vouches for nothing."""
+    """Of shared files. xxh3-128 is an extra, else sha256 is written: a record of the other vouches for nothing."""
     both = finished._algorithms()
     alone = {name: both[name] for name in both if name == algorithm}
     monkeypatch.setattr(finished, "_algorithms", lambda: alone)

@@ -50,7 +50,7 @@ class OtherPlanError(Exception):
 class FinishedFiles:
     """The record of one staging folder; `share` is what tells the records of several runs apart that share it.
 
-    A large file is hashed, if at all, beside the writing of the next one, so that the disk does not wait for it; at most
+    A large file is hashed, if at all, beside the writing of the next one: the disk does not wait for it. At most
     one file waits. What is not hashed when the output is complete need not be any more.
     """
 
