@@ -283,7 +283,7 @@ class RemoteStaging:
 
         def ask() -> bytes:
             with asking(self.out), contextlib.suppress(FileNotFoundError):
-                return bytes(self._fs.cat_file(self._at(self._record)))
+                return bytes(self._fs.cat_file(self._at(self._record), start=0, end=MAX_RECORD_BYTES))
             return b""
 
         if _run_of(patiently(self.out, ask)) == self._run:
