@@ -18,6 +18,7 @@ from llava_convert.core.errors import ConvertError, InputError
 from .conversations import (
     CUT,
     Conversation,
+    Draws,
     Encoder,
     Listings,
     conversations,
@@ -39,9 +40,10 @@ class SetCheck:
     """What was found of one set.
 
     `rows` are all of the file, `kept` those that are trained on, `pictures` those of them that see a picture;
-    `left_out` counts the rest by reason. `missing` are pictures that do not exist, by folder; `broken` those that
-    cannot be read, with why, where they were opened. `problem` is what training would refuse the set for. Where the
-    file itself is missing, `absent` are the folders of pictures that it will ask for and that do not exist either.
+    `left_out` counts the rest by reason; `taken` are those of an epoch, which a set may draw (`drawn`) or repeat.
+    `missing` are pictures that do not exist, by folder; `broken` those that cannot be read, with why, where they were
+    opened. `problem` is what training would refuse the set for. Where the file itself is missing, `absent` are the
+    folders of pictures that it will ask for and that do not exist either.
     """
 
     name: str
@@ -58,6 +60,8 @@ class SetCheck:
     problem: str = ""
     hint: str | None = None
     absent: tuple[str, ...] = ()
+    taken: int = 0
+    drawn: bool = False
 
     @property
     def sound(self) -> bool:
@@ -67,6 +71,8 @@ class SetCheck:
         if self.rows:
             yield f"{self.name}: {self.rows:,} rows, {self.kept:,} to train on, {self._pictures()}"
             yield from (f"  {line}" for line in left_out_words(self.left_out))
+            if self.drawn:
+                yield f"  drawn from them: {self.taken:,}, by train.seed"
             if not self.counted_cuts:
                 yield f"  not counted: {CUT}, since the tokenizer of model.llm is not on this machine"
         if self.problem:
@@ -121,20 +127,23 @@ def check(recipe: Recipe, encoder: Encoder | None = None, *, open_pictures: bool
     skip = recipe.data.on_bad_image == "skip"
     listings = Listings()
     found = []
-    for one in (*recipe.data.sets, *recipe.eval.sets):
+    draws = Draws(recipe.train.seed), Draws(recipe.train.seed)  # training reads either as data of its own
+    for one, drawn in (*((s, draws[0]) for s in recipe.data.sets), *((s, draws[1]) for s in recipe.eval.sets)):
         file, images = root / one.file, root / one.images
         left_out: Counter[str] = Counter()
         missing: dict[str, str] = {}
         present: dict[Path, None] = {}
-        rows = kept = pictures = gone = 0
+        rows = pictures = gone = 0
+        places: list[int] = []
         try:
-            for conversation in conversations(file, template):
+            for conversation in conversations(file, template, one.format):
                 rows += 1
                 if encoder is not None and is_cut(conversation, encoder):
                     left_out[CUT] += 1
                     continue
                 left_out.update(conversation.left_out)
-                kept += bool(conversation.turns)
+                if conversation.turns:
+                    places.append(rows - 1)
                 if conversation.sees and (name := conversation.row.image):
                     pictures += 1
                     if where := listings.missing_from(images, name):
@@ -147,16 +156,17 @@ def check(recipe: Recipe, encoder: Encoder | None = None, *, open_pictures: bool
             hint = problem.hint
             found.append(SetCheck(one.name, file, root, problem=problem.message, hint=hint, absent=tuple(absent)))
             continue
+        taken = drawn.taken(one, places, rows)
         broken = unreadable(present)
         none_left = bool(present) and len(broken) == len(present)
-        trouble = _refused(file, images, kept, list(missing), gone == pictures, broken, none_left, skip=skip)
+        trouble = _refused(file, images, len(taken), list(missing), gone == pictures, broken, none_left, skip=skip)
         found.append(
             SetCheck(
                 one.name,
                 file,
                 root,
                 rows,
-                kept,
+                len(places),
                 pictures,
                 dict(left_out),
                 dict(Counter(missing.values()).most_common()),
@@ -164,6 +174,8 @@ def check(recipe: Recipe, encoder: Encoder | None = None, *, open_pictures: bool
                 open_pictures,
                 encoder is not None,
                 trouble,
+                taken=len(taken),
+                drawn=bool(one.max_rows),
             )
         )
     return found

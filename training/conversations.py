@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from llava_convert.assets.prompts import PromptTemplate, prompt_template
 from llava_convert.core.errors import InputError
 
-from .recipe import DATA_CHECK, PLAIN_TEMPLATE
+from .recipe import DATA_CHECK, PLAIN_TEMPLATE, DataSet
 from .rows import Row, not_the_file, read_rows
 
 IMAGE_TOKEN, IMAGE_INDEX = "<image>", -200
@@ -62,13 +63,13 @@ def template_of(name: str) -> PromptTemplate:
     return PLAIN if name == PLAIN.name else prompt_template(name)
 
 
-def conversations(path: Path, template: PromptTemplate) -> Iterator[Conversation]:
-    """The rows of a file as turns.
+def conversations(path: Path, template: PromptTemplate, form: str = "conversations") -> Iterator[Conversation]:
+    """The rows of a file of a format (FORMATS) as turns.
 
     Raises InputError naming the row that does not fit: more `<image>` than pictures, a system message that the template
     has no place for.
     """
-    for row in read_rows(path):
+    for row in read_rows(path, form):
         turns, left_out = turns_of(row, template, path)
         marks = sum(turn.asked.count(IMAGE_TOKEN) for turn in turns)
         pictures = int(row.image is not None)
@@ -118,6 +119,26 @@ def turns_of(row: Row, template: PromptTemplate, path: Path) -> tuple[list[Turn]
     if not learns:
         return [], (NO_ANSWER,)
     return found, (*left_out, *((LATE_QUESTION,) if open_question else ()))
+
+
+class Draws:
+    """Conversations drawn from sets that have more than `max_rows`, set by set.
+
+    As xtuner draws them (process_hf_dataset) in a run of this seed: by NumPy's legacy generator, from all of a file,
+    before what nothing is learnt from is left out; anew for each repeat.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.generator = np.random.RandomState(seed)
+
+    def taken(self, one: DataSet, places: Sequence[int], total: int) -> list[int]:
+        """Which of the samples are taken, in order; sample i is number `places[i]` of the file's `total`."""
+        if not one.max_rows:
+            return [*range(len(places))] * one.repeats
+        sample_of = {place: i for i, place in enumerate(places)}
+        count = min(one.max_rows, total)
+        drawn = [self.generator.choice(total, count, replace=False).tolist() for _ in range(one.repeats)]
+        return [sample_of[place] for each in drawn for place in each if place in sample_of]
 
 
 @dataclass(frozen=True)

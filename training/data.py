@@ -27,6 +27,7 @@ from .conversations import (
     CUT,
     IMAGE_TOKEN,
     Conversation,
+    Draws,
     Encoder,
     Listings,
     Turn,
@@ -41,7 +42,7 @@ from .recipe import DataRecipe, DataSet
 from .rows import require_file
 
 IGNORE_INDEX = -100
-_FORMAT = 2  # of the cache: another number is another cache
+_FORMAT = 3  # of the cache: another number is another cache
 _BATCH = 2000  # rows tokenised together
 
 
@@ -70,7 +71,8 @@ class Conversations(Dataset[Any]):
     """All sets of a recipe, one after the other.
 
     `lengths` are tokens of text and picture markers, negative without a picture, for the sampler; `left_out` is what
-    the rows hold and nothing is learnt from, by set and reason. Raises InputError for files and rows that are wrong,
+    the rows hold and nothing is learnt from, by set and reason. `seed` draws from sets that have a `max_rows`: the same
+    for each epoch, process and resumed run. Raises InputError for files and rows that are wrong,
     for pictures that do not exist, and for a set of which nothing is left.
     """
 
@@ -83,22 +85,25 @@ class Conversations(Dataset[Any]):
         image_tokens: int,
         cache: Path | None = None,
         sets: Sequence[DataSet] = (),
+        seed: int = 0,
     ) -> None:
         self.encoder = Encoder(tokenizer, template_of(recipe.prompt_template), recipe.max_length - image_tokens)
         self.pictures, self.skip = pictures, recipe.on_bad_image == "skip"
         self.root = Path(recipe.root)
         self.left_out: dict[str, dict[str, int]] = {}
         self.index: list[tuple[_Encoded, int, Path]] = []
+        draws = Draws(seed)
         listings = Listings()
         for one in sets or recipe.sets:
             file, folder = self.root / one.file, self.root / one.images
-            found = _encoded(file, self.encoder, cache)
-            require_samples(len(found.rows), file)
+            found = _encoded(file, one.format, self.encoder, cache)
+            taken = draws.taken(one, found.places, found.total)
+            require_samples(len(taken), file)
             missing = [name for name in found.named() if listings.missing_from(folder, name)]
             require_pictures(file, folder, missing, len(missing) == len(found.named()), skip=self.skip)
             found.keep()
             self.left_out[one.name] = found.left_out
-            self.index += [(found, i, folder) for i in range(len(found.images))] * one.repeats
+            self.index += [(found, i, folder) for i in taken]
 
     @property
     def lengths(self) -> list[int]:
@@ -147,6 +152,8 @@ class Conversations(Dataset[Any]):
 class _Encoded:
     """One file: sample i is `ids[offsets[i]:offsets[i + 1]]`, of row `rows[i]`, about `images[i]`.
 
+    It is number `places[i]`, from 0, of the `total` conversations of the file, of which some were left out.
+
     An image is None for text; the empty name is one that the sample does not see. `folder` is where the cache keeps it.
     """
 
@@ -157,6 +164,8 @@ class _Encoded:
     rows: list[int]
     images: list[str | None]
     left_out: dict[str, int]
+    places: list[int]
+    total: int
     folder: Path | None = None
 
     def sample(self, i: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -179,29 +188,30 @@ class _Encoded:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in ("ids", "learnt", "offsets"):
                 np.save(self.folder / f"{name}.npy", getattr(self, name))
-            text = json.dumps([self.rows, self.images, self.left_out])
+            text = json.dumps([self.rows, self.images, self.left_out, self.places, self.total])
             (self.folder / "rows.json").write_text(text, encoding="utf-8")  # last: it is the mark
         except OSError as problem:  # NumPy's has no number, and its own words
             raise unwritten(problem, self.folder) from None
 
 
-def _encoded(path: Path, encoder: Encoder, cache: Path | None) -> _Encoded:
+def _encoded(path: Path, form: str, encoder: Encoder, cache: Path | None) -> _Encoded:
     """A file's samples, from the cache where it has been read before with the same tokenizer and template."""
-    folder = None if cache is None else cache / _digest(path, encoder)
+    folder = None if cache is None else cache / _digest(path, form, encoder)
     if folder is None or not (folder / "rows.json").is_file():
-        return _encode(path, encoder, folder)
+        return _encode(path, form, encoder, folder)
     ids, learnt, offsets = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "learnt", "offsets"))
-    rows, images, left_out = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
-    return _Encoded(path, ids, learnt, offsets, rows, images, left_out, folder)
+    rows, images, left_out, places, total = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+    return _Encoded(path, ids, learnt, offsets, rows, images, left_out, places, total, folder)
 
 
-def _digest(path: Path, encoder: Encoder) -> str:
+def _digest(path: Path, form: str, encoder: Encoder) -> str:
     require_file(path)
     stat = path.stat()
     # A probe tells tokenizers apart better than their names do.
     probe = encoder([[Turn(f"{IMAGE_TOKEN}\nWhat is it? 是什么", "Two cats, 2024.")]])
     state = [
         _FORMAT,
+        form,
         str(path.resolve()),
         stat.st_size,
         stat.st_mtime_ns,
@@ -213,17 +223,20 @@ def _digest(path: Path, encoder: Encoder) -> str:
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:24]
 
 
-def _encode(path: Path, encoder: Encoder, folder: Path | None) -> _Encoded:
+def _encode(path: Path, form: str, encoder: Encoder, folder: Path | None) -> _Encoded:
     ids: list[NDArray[np.int32]] = []
     learnt: list[NDArray[np.bool_]] = []
     rows: list[int] = []
     images: list[str | None] = []
     left_out: Counter[str] = Counter()
-    batch: list[Conversation] = []
+    places: list[int] = []
+    total = 0
+    batch: list[tuple[int, Conversation]] = []
 
     def flush() -> None:
-        for one, (tokens, learn) in zip(batch, encoder([one.turns for one in batch]), strict=True):
+        for (at, one), (tokens, learn) in zip(batch, encoder([one.turns for _, one in batch]), strict=True):
             if any(learn):
+                places.append(at)
                 ids.append(np.array(tokens, np.int32))
                 learnt.append(np.array(learn))
                 rows.append(one.row.number)
@@ -233,17 +246,17 @@ def _encode(path: Path, encoder: Encoder, folder: Path | None) -> _Encoded:
                 left_out.subtract(one.left_out)
         batch.clear()
 
-    for one in conversations(path, encoder.template):
+    for total, one in enumerate(conversations(path, encoder.template, form), 1):
         left_out.update(one.left_out)
         if one.turns:
-            batch.append(one)
+            batch.append((total - 1, one))
         if len(batch) == _BATCH:
             flush()
     flush()
     offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
     flat = np.concatenate(ids) if ids else np.zeros(0, np.int32)
     taught = np.concatenate(learnt) if ids else np.zeros(0, bool)
-    return _Encoded(path, flat, taught, offsets, rows, images, dict(+left_out), folder)
+    return _Encoded(path, flat, taught, offsets, rows, images, dict(+left_out), places, total, folder)
 
 
 def collate(samples: Sequence[Any]) -> dict[str, torch.Tensor] | InputError:

@@ -35,7 +35,7 @@ class Outlook:
     @property
     def samples(self) -> dict[str, int]:
         """Conversations to train on, by set, as often as they are taken."""
-        return {one.name: seen.kept * one.repeats for one, seen in zip(self.recipe.data.sets, self.sets, strict=False)}
+        return {one.name: seen.taken for one, seen in zip(self.recipe.data.sets, self.sets, strict=False)}
 
     def lines(self) -> list[str]:
         found = [line for one in self.sets for line in one.lines()]
@@ -75,7 +75,7 @@ def outlook(recipe: Recipe, *, before: str = "", processes: int = 1) -> Outlook:
     missing: list[str] = []
     seen = check(recipe, local_encoder(recipe))
     missing += [f"data set {one.name}: {one.problem}" for one in seen if not one.sound]
-    total = sum(found.kept * one.repeats for one, found in zip(recipe.data.sets, seen, strict=False))
+    total = sum(found.taken for found in seen[: len(recipe.data.sets)])
     held = recipe.eval.rows if recipe.eval.every and not recipe.eval.sets else 0
     if held and total < 2 * held:
         missing.append(f"{total} conversations are too few to hold {held} of them out: eval.rows, or [[eval.set]]")

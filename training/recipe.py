@@ -22,6 +22,7 @@ from llava_convert.assets.prompts import prompt_templates
 from llava_convert.core.errors import ConvertError, InputError, UsageError
 from llava_convert.core.resources import data_dir
 
+from .formats import FORMATS
 from .hints import nearest_key, nearest_recipe
 
 DTYPES = ("fp32", "bf16", "fp16")
@@ -70,12 +71,17 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class DataSet:
-    """One file of conversations (json or jsonl) and the folder that its pictures are named in."""
+    """One file (json or jsonl) of a format (FORMATS) and the folder that its pictures are named in.
+
+    Of more than `max_rows` conversations so many are drawn, by `train.seed`; 0 takes all.
+    """
 
     name: str
     file: str
     images: str = ""
     repeats: int = 1
+    format: str = "conversations"
+    max_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         model, data, train = self.model, self.data, self.train
+        sets = (*data.sets, *self.eval.sets)
         rates = (train.lr, *map(train.rate_of, PARTS))
         loras = [lora for lora in (model.llm_lora, model.visual_encoder_lora) if lora is not None]
         templates = (*prompt_templates(), PLAIN_TEMPLATE)
@@ -188,7 +195,9 @@ class Recipe:
             "data.on_bad_image": (data.on_bad_image in ON_BAD_IMAGE, _one_of(ON_BAD_IMAGE)),
             "data.workers": (data.workers >= 0, "at least 0"),
             "data.set": (len(data.sets) > 0, "at least one table [[data.set]]"),
-            "data.set.repeats": (all(one.repeats > 0 for one in data.sets), "at least 1"),
+            "data.set.repeats": (all(one.repeats > 0 for one in sets), "at least 1"),
+            "data.set.format": (all(one.format in FORMATS for one in sets), _one_of(FORMATS)),
+            "data.set.max_rows": (all(one.max_rows >= 0 for one in sets), "at least 0"),
             "train.dtype": (train.dtype in DTYPES, _one_of(DTYPES)),
             "train.batch_size": (train.batch_size > 0, "at least 1"),
             "train.accumulate": (train.accumulate > 0, "at least 1"),

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from llava_convert.core.errors import InputError
 
+from .formats import FORMATS, NotThis
 from .recipe import DATA_CHECK
 
-ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 _PIECE = 1 << 20  # characters read at once
 _LONGEST = 16 * _PIECE  # of a row: a file that is no list of rows is not read to its end for one
-_HALF = re.compile("[\ud800-\udfff]")
 _BLANK = re.compile(r"[ \t\r\n]*")
 # Near the end of what was read, an error may only say that a row goes on.
 _NEAR = 64
@@ -30,7 +29,10 @@ _NEAR = 64
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation as its file has it: who says what (`human`, `gpt` or `system`), about at most one picture."""
+    """A conversation as its file has it: who says what (`human`, `gpt` or `system`), about at most one picture.
+
+    A format may make several conversations of one value, which then share its number and line.
+    """
 
     number: int  # from 1
     line: int  # on which it begins, from 1
@@ -53,11 +55,11 @@ def require_file(path: Path) -> None:
         raise InputError(f"{path}: no such data file", hint=f"`{DATA_CHECK}` says what is missing")
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a json or jsonl file, in order.
+def read_rows(path: Path, form: str = "conversations") -> Iterator[Row]:
+    """The rows of a json or jsonl file, in order; `form` is one of FORMATS.
 
     Raises InputError, with file, line and row, for a file that does not exist, is something else than data (a git-lfs
-    pointer, a web page), or holds a row that is not a conversation about at most one picture.
+    pointer, a web page), or holds a row that is not of its format, about at most one picture.
     """
     require_file(path)
     with path.open("rb") as raw:
@@ -66,7 +68,16 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise InputError(f"{path}: {stands_in[0]}", hint=stands_in[1])
     values = _lines(path) if path.suffix == ".jsonl" else _list(path)
     for number, (line, value) in enumerate(values, 1):
-        yield _row(value, path, line, number)
+        yield from rows_of(value, form, path, line, number)
+
+
+def rows_of(value: Any, form: str, path: Path, line: int, number: int) -> Iterator[Row]:
+    """The rows that a JSON value of a file makes. Raises InputError where it is not of the format."""
+    try:
+        for image, messages in FORMATS[form].read(value):
+            yield Row(number, line, image, messages)
+    except NotThis as problem:
+        raise InputError(f"{place(path, line, number)}: {problem}") from None
 
 
 def not_the_file(head: bytes) -> tuple[str, str] | None:
@@ -178,41 +189,3 @@ class _Window:
         if piece:
             self.text, self.at = self.text[self.at :] + piece, 0
         return bool(piece)
-
-
-def _row(value: Any, path: Path, line: int, number: int) -> Row:
-    def refuse(why: str) -> InputError:
-        return InputError(f"{place(path, line, number)}: not a conversation: {why}")
-
-    if not isinstance(value, dict):
-        raise refuse("not an object")
-    said = value.get("conversations", value.get("messages"))
-    if not isinstance(said, list):
-        raise refuse("it has no list `conversations`, and no list `messages`")
-    messages = []
-    for message in said:
-        role, text = (_either(message, *keys) for keys in (("from", "role"), ("value", "content")))
-        if not isinstance(role, str) or role not in ROLES:
-            raise refuse(f"a message is from {role!r}, and not one of {', '.join(ROLES)}")
-        if not isinstance(text, str):
-            raise refuse(f"what {role} says is not text")
-        if _HALF.search(text):
-            raise refuse(f"what {role} says holds half a character (a lone surrogate)")
-        messages.append((ROLES[role], text))
-    return Row(number, line, _picture(value, refuse), tuple(messages))
-
-
-def _either(message: Any, *keys: str) -> Any:
-    return next((message[key] for key in keys if key in message), None) if isinstance(message, dict) else None
-
-
-def _picture(value: Mapping[str, Any], refuse: Any) -> str | None:
-    """The picture of a row; an empty name is none."""
-    found = value.get("image", value.get("images"))
-    if isinstance(found, list):
-        if len(found) > 1:
-            raise refuse(f"it is about {len(found)} pictures, and one is the most")
-        found = found[0] if found else None
-    if not (found is None or isinstance(found, str)):
-        raise refuse(f"its picture is {type(found).__name__}, not a name")
-    return found or None

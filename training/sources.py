@@ -15,6 +15,9 @@ SOURCES: dict[str, str] = {
     "blip_laion_cc_sbu_558k.json": f"git lfs install && git clone {_HF}/liuhaotian/LLaVA-Pretrain --depth=1",
     "LLaVA-Pretrain/images": f"git clone {_HF}/liuhaotian/LLaVA-Pretrain --depth=1 (git lfs); unzip images.zip",
     "llava_v1_5_mix665k.json": f"git lfs install && git clone {_HF}/liuhaotian/LLaVA-Instruct-150K --depth=1",
+    "RefCOCOJson/train.json": "refcoco, refcoco+ and refcocog of https://github.com/lichengunc/refer ; then xtuner's "
+    "xtuner/tools/data_preprocess/convert_refcoco.py --ann-path ANNOTATIONS --image-path COCO/train2017 --save-path "
+    "{folder}",
     "coco/train2017": "http://images.cocodataset.org/zips/train2017.zip",
     "gqa/images": "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip",
     "ocr_vqa/images": "download script: https://drive.google.com/drive/folders/1_GYPY5UkUy7HIcR0zq3ZCFgeZN7BAfm_ ; "
@@ -49,6 +52,7 @@ _PAINTED = ("share_textvqa/images", "web-celebrity/images", "web-landmark/images
 FOLDERS: dict[str, tuple[str, ...]] = {
     "blip_laion_cc_sbu_558k.json": ("",),
     "llava_v1_5_mix665k.json": _LLAVA,
+    "RefCOCOJson/train.json": ("coco/train2017",),
     "share-captioner_coco_lcs_sam_1246k_1107.json": _SHARED,
     "sharegpt4v_instruct_gpt4-vision_cap100k": (*_SHARED, *_PAINTED),
     "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k": (*_SHARED, *_PAINTED, *_LLAVA[1:]),
@@ -109,5 +113,6 @@ def _link_command(place: Path, target: str) -> str:
 
 def expected(file: Path, images: Path) -> list[Path]:
     """The folders of pictures that a file that cannot be read would name, where the set is a known one."""
-    known = next((folders for name, folders in FOLDERS.items() if file.name.startswith(name)), ())
+    names = file.name, f"{file.parent.name}/{file.name}"  # a name like train.json says something in its folder alone
+    known = next((folders for name, folders in FOLDERS.items() if any(n.startswith(name) for n in names)), ())
     return [images / folder for folder in known]

@@ -74,7 +74,13 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
         processor = AutoImageProcessor.from_pretrained(recipe.model.visual_encoder)
     pictures = Pictures(processor, recipe.data.pad_image_to_square, vision.image_size)
     read = partial(
-        Conversations, recipe.data, tokenizer, pictures, image_tokens=image_tokens, cache=work_dir / "tokens"
+        Conversations,
+        recipe.data,
+        tokenizer,
+        pictures,
+        image_tokens=image_tokens,
+        cache=work_dir / "tokens",
+        seed=seed,
     )
     evaluation = None
     with accelerator.main_process_first():  # the first one fills the cache of token ids

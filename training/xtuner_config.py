@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 
 from llava_convert.core.errors import UnsupportedError
 
+from .formats import FORMATS
 from .recipe import PARTS, Lora, Recipe, TrainRecipe
 
 _HEAD = """\
@@ -20,8 +21,8 @@ from peft import LoraConfig
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, {processor}, {tower}
 
-from xtuner.dataset import ConcatDataset, LLaVADataset
-from xtuner.dataset.collate_fns import default_collate_fn
+from xtuner.dataset import ConcatDataset
+{readers}from xtuner.dataset.collate_fns import default_collate_fn
 from xtuner.dataset.map_fns import {map_fn}, template_map_fn_factory
 from xtuner.engine.hooks import DatasetInfoHook
 from xtuner.engine.runner import TrainLoop
@@ -86,7 +87,7 @@ _QUANTISED = """torch_dtype=torch.float16,
 
 _DATASET = """
 {name} = dict(
-    type=LLaVADataset,
+    type={reader},
     data_path={file},
     image_folder={images},
     tokenizer=tokenizer,
@@ -94,7 +95,7 @@ _DATASET = """
     dataset_map_fn={map_fn},
     template_map_fn=dict(type=template_map_fn_factory, template=prompt_template),
     max_length=max_length,
-    pad_image_to_square={pad})
+    pad_image_to_square={pad}{most})
 """
 
 _TAIL = """
@@ -170,12 +171,14 @@ def as_xtuner_config(recipe: Recipe, *, image_tokens: int = 0, warm: bool = True
     """
     model, data, train = recipe.model, recipe.data, recipe.train
     plain = data.prompt_template == "plain"
+    readers = dict.fromkeys(FORMATS[one.format].xtuner for one in data.sets)
     tower = "SiglipVisionModel" if "siglip" in model.visual_encoder.lower() else "CLIPVisionModel"
     map_fn = "llava_image_only_map_fn" if plain else "llava_map_fn"
     dtypes = {"fp32": "torch_dtype=torch.float32,\n        ", "bf16": "torch_dtype=torch.bfloat16,\n        "}
     dtypes["fp16"] = "torch_dtype=torch.float16,\n        "
     text = _HEAD.format(
         imports=f"{_IMPORTS[data.sampler]}\n",
+        readers="".join(f"from {module} import {name}\n" for module, name in readers),
         processor=tower.replace("VisionModel", "ImageProcessor").replace("Clip", "CLIP"),
         tower=tower,
         map_fn=map_fn,
@@ -215,6 +218,8 @@ def as_xtuner_config(recipe: Recipe, *, image_tokens: int = 0, warm: bool = True
         names += [name] * one.repeats
         text += _DATASET.format(
             name=name,
+            reader=FORMATS[one.format].xtuner[1],
+            most=f",\n    max_dataset_length={one.max_rows}" if one.max_rows else "",
             file=_under_root(one.file),
             images=_under_root(one.images),
             map_fn=map_fn,

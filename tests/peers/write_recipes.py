@@ -1,7 +1,7 @@
 """Recipes out of xtuner's own LLaVA configs: `write_recipes.py RESULT`, with {"names": [...]} on stdin.
 
 RESULT gets, by name, the text of the recipe (training/recipes); without names, of every LLaVA config that xtuner has.
-Null where a data set is none of conversations. What xtuner trains in float16 is trained in bfloat16 here.
+What xtuner trains in float16 is trained in bfloat16 here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import xtuner
 from mmengine.config import Config
-from read_configs import FOLDER
+from read_configs import FOLDER, plain
 
 SIZES = {"llama3_70b_instruct": "LLaVA-Llama-3-70B", "llama3_8b_instruct": "LLaVA-Llama-3-8B"}
 FAMILIES = {
@@ -31,12 +31,17 @@ def llava_configs() -> list[str]:
     return sorted(path.stem for path in (FOLDER / "llava").rglob("llava_*.py"))
 
 
+# xtuner's classes of data sets beside that of conversations, as the formats of training/formats.py.
+FORMATS = {"RefCOCOJsonDataset": "refcoco", "InvRefCOCOJsonDataset": "refcoco_inverse"}
+
+
 def sets_of(dataset: Any) -> list[dict[str, Any]]:
-    """File and picture folder of each set, in order."""
+    """File, picture folder, class and greatest length of each set, in order."""
     inner = dataset.get("datasets")
     if inner is not None:
         return [one for each in inner for one in sets_of(each)]
-    return [{"file": dataset["data_path"], "images": dataset["image_folder"]}]
+    kind, most = plain(dataset["type"]), dataset.get("max_dataset_length")
+    return [{"file": dataset["data_path"], "images": dataset["image_folder"], "type": kind, "most": most}]
 
 
 def lora_of(part: Any) -> dict[str, Any] | None:
@@ -92,13 +97,11 @@ def number(value: float) -> str:
     return re.sub(r"e-0", "e-", f"{value:.0e}")
 
 
-def recipe(name: str) -> str | None:
+def recipe(name: str) -> str:
     """The text of a recipe file."""
     (path,) = FOLDER.rglob(f"{name}.py")
     config = Config.fromfile(str(path))
     said = read(config)
-    if any("RefCOCO" in str(one["type"]) for one in config.train_dataloader.dataset.get("datasets", [])):
-        return None
     beginning = next(family for key, family in FAMILIES.items() if name.startswith(f"llava_{key}"))
     stage = 1 if said["freeze_llm"] and not said["llm_lora"] and not config.get("pretrained_pth") else 2
     one_card = "gpu1" in name
@@ -140,7 +143,10 @@ def recipe(name: str) -> str | None:
     for one in said["sets"]:
         file, images = (one[key].removeprefix("./").removeprefix(f"{root}/") for key in ("file", "images"))
         place = "LLaVA-Pretrain" if file.startswith("LLaVA-Pretrain/") else Path(file).stem
+        form = FORMATS.get(one["type"])
+        place = one["type"].removesuffix("JsonDataset") if form else place
         lines += ["", "[[data.set]]", f'name = "{place}"', f'file = "{file}"', f'images = "{images}"']
+        lines += [*([f'format = "{form}"'] if form else []), *([f"max_rows = {one['most']}"] if one["most"] else [])]
     lines += ["", "[train]"]
     train = {key: said[key] for key in ("batch_size", "accumulate", "epochs", "lr")}
     lines += [f"{key} = {number(value) if key == 'lr' else value}" for key, value in train.items()]

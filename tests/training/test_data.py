@@ -187,8 +187,13 @@ def test_a_picture_that_nothing_asks_for_is_not_opened(tiny: Path, tmp_path: Pat
 # --- forms of rows
 
 
+def one_row(value: Any) -> Any:
+    (found,) = rows.rows_of(value, "conversations", Path("d.json"), 1, 1)
+    return found
+
+
 def turns(value: Any, template: Any = LLAMA3) -> Any:
-    found, _ = talk.turns_of(rows._row(value, Path("d.json"), 1, 1), template, Path("d.json"))
+    found, _ = talk.turns_of(one_row(value), template, Path("d.json"))
     return found
 
 
@@ -204,7 +209,7 @@ def turns(value: Any, template: Any = LLAMA3) -> Any:
 )  # fmt: skip
 def test_other_forms_are_the_same_row(value: Any) -> None:
     assert turns(value) == turns(GOOD)
-    assert rows._row(value, Path("d"), 1, 1).image == "a.png"
+    assert one_row(value).image == "a.png"
 
 
 def test_a_system_message_is_what_the_template_makes_of_it() -> None:

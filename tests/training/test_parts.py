@@ -167,7 +167,8 @@ def row(*said: str, image: str | None = "a.png") -> dict[str, Any]:
 
 
 def turns_of(value: dict[str, Any], template: Any) -> Any:
-    found, left_out = talk.turns_of(rows_of._row(value, Path("d.json"), 1, 1), template, Path("d.json"))
+    (row,) = rows_of.rows_of(value, "conversations", Path("d.json"), 1, 1)
+    found, left_out = talk.turns_of(row, template, Path("d.json"))
     assert left_out == ()
     return found
 
