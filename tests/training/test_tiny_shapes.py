@@ -80,8 +80,7 @@ def test_gguf_and_back_answers_as_before(shown: Shown, tmp_path: Path) -> None:
     """
     gguf = shown.folder / "gguf" / "tiny-shapes-f16.gguf"
     llava_convert.convert(gguf, to="hf", out=tmp_path / "back")
-    ask = runtimes.hf(tmp_path / "back")
-    answers = [ask(question.image(), question.text) for question in shown.questions]
+    answers = demo.answers_to(shown.questions, runtimes.hf(tmp_path / "back"))
     assert llava_convert.verify(gguf, tmp_path / "back").same
     assert demo.differing(answers, shown.answers[demo.HF]) <= 1
 
