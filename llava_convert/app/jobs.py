@@ -202,7 +202,7 @@ class VerifyJob(SourceOptions, PartOption):
     def run(self, say: Reporter) -> Verdict:
         from llava_convert.app.verify import verify
 
-        verdict = verify(self.source, self.out, self, say, part=self.part)
+        verdict = verify(self.source, self.out, self, say, part=self.part, provenance=self.report is not None)
         if self.logits:
             from llava_convert.app.logits.run import compare_answers
 
@@ -213,8 +213,9 @@ class VerifyJob(SourceOptions, PartOption):
         if self.report is not None:
             from llava_convert.app.pages.html import write
             from llava_convert.app.pages.verify_page import verify_page
+            from llava_convert.app.provenance import Made, command_of
 
-            write(Path(self.report), verify_page(verdict))
+            write(Path(self.report), verify_page(verdict, Made.now(command_of("verify", self))))
         if self.check:
             verdict.refuse(strict=self.strict)
         return verdict
@@ -308,6 +309,9 @@ class EvalJob(AskOptions):
     include: Annotated[PathLike | None, Flag("A folder with tasks of your own (YAML).", RUN, metavar="DIR")] = None
     limit: Annotated[int | None, Flag("Only the first N questions of each task.", RUN, metavar="N")] = None
     card: Annotated[bool, Flag("Write the table into the README.md of SOURCE, too.", RUN)] = False
+    report: Annotated[
+        PathLike | None, Flag("Write a page with the scores, pictures and answers.", RUN, metavar="FILE.html")
+    ] = None
     progress: Reporter | OnBytes | bool | None = None
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava_convert.app.logits.compare import Logits
+from llava_convert.app.provenance import Provenance
 from llava_convert.core.errors import MismatchError
 from llava_convert.engine.compare import Difference
 from llava_convert.model.facts import spelled
@@ -30,7 +31,8 @@ class Verdict:
     says, `unrecorded_rows` are only looked at for NaN. `facts` differ: what configs, tokenizer, processor and metadata
     say that decides how a model computes, is prompted or stops. `harmless` keys differ and decide nothing, each with
     the reason. `not_compared` is what OUT or SOURCE cannot tell. `defects` are what readers of OUT choke on.
-    `logits` is what both models made of the same pictures and prompts, where that was asked for.
+    `logits` is what both models made of the same pictures and prompts, where that was asked for. `alike` are facts that
+    are equal, with both values, and `provenance` is where either side comes from: a report tells them.
     """
 
     source: str
@@ -51,6 +53,8 @@ class Verdict:
     quantised: int = 0
     rounded: dict[str, Difference] = field(default_factory=dict)
     logits: Logits | None = None
+    alike: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    provenance: tuple[Provenance, Provenance] | None = None
 
     @property
     def same(self) -> bool:

@@ -13,6 +13,7 @@ from llava_convert.app.facts import fitted
 from llava_convert.app.judge import judge
 from llava_convert.app.options import SourceOptions
 from llava_convert.app.planning import part_asked
+from llava_convert.app.provenance import provenance_of
 from llava_convert.app.session import job_session, tell_unchecked
 from llava_convert.app.source import bases_left, config_from, made_whole, open_options, recognised
 from llava_convert.app.verdict import Verdict
@@ -117,6 +118,7 @@ def compare_checkpoints(
         synthetic=tuple(sorted(made_up)),
         quantised=found.quantised,
         rounded=found.rounded,
+        alike=found.alike,
     )
 
 
@@ -173,12 +175,14 @@ class _Compared:
     unrecorded: dict[str, int] = field(default_factory=dict)
     facts: dict[str, FactDifference] = field(default_factory=dict)
     harmless: dict[str, str] = field(default_factory=dict)
+    alike: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     not_compared: list[str] = field(default_factory=list)
     defects: list[str] = field(default_factory=list)
 
     def judge(self, found: Judgement, label: str) -> None:
         self.facts |= {label + name: difference for name, difference in found.different.items()}
         self.harmless |= {label + name: reason for name, reason in found.harmless.items()}
+        self.alike |= {label + name: values for name, values in found.alike.items()}
         self.not_compared += found.not_compared
 
 
@@ -297,15 +301,26 @@ def verify(
     say: Reporter | None = None,
     *,
     part: str = ALL,
+    provenance: bool = False,
 ) -> Verdict:
-    """Compare OUT with SOURCE, tensor by tensor; the caller decides what a difference means."""
+    """Compare OUT with SOURCE, tensor by tensor; the caller decides what a difference means.
+
+    With `provenance` the verdict tells where both come from, for which their files are looked at once more.
+    """
     say = say or Silence()
     with job_session(options) as session:
-        return _verify(source, out, options or SourceOptions(), say, part_asked(part), session)
+        return _verify(source, out, options or SourceOptions(), say, part_asked(part), session, provenance=provenance)
 
 
 def _verify(
-    source: str | Path, theirs: str | Path, options: SourceOptions, say: Reporter, part: str, session: Session
+    source: str | Path,
+    theirs: str | Path,
+    options: SourceOptions,
+    say: Reporter,
+    part: str,
+    session: Session,
+    *,
+    provenance: bool,
 ) -> Verdict:
     stage(say, "opening")
     found = recognised(source, options, session)
@@ -319,9 +334,10 @@ def _verify(
         say.warn(text)
     total = out.stat().st_size if out.is_file() else sum(p.stat().st_size for p in out.rglob("*"))
     target = TargetOptions(part=part, lora_alpha=options.bases.lora_alpha)
+    every = other.open_each()
     verdict = compare_checkpoints(
         checkpoint,
-        other.open_each(),
+        every,
         session,
         bases=with_whole_bases(bases_left(options.bases, checkpoint), options, session),
         options=target,
@@ -335,4 +351,5 @@ def _verify(
         out=session.called(out),
         notes=tuple(map(session.called, verdict.notes)),
         defects=tuple(map(session.called, verdict.defects)),
+        provenance=(provenance_of([checkpoint], session), provenance_of(every, session)) if provenance else None,
     )

@@ -21,17 +21,29 @@ class FactDifference:
 
 @dataclass
 class Judgement:
-    """`different` by fact; `harmless` says why keys that differ do not matter; `not_compared` what OUT cannot tell."""
+    """What was found so far.
+
+    `different` by fact, `alike` the values of both sides where they are equal; `harmless` says why keys that differ do
+    not matter; `not_compared` what OUT cannot tell.
+    """
 
     different: dict[str, FactDifference] = field(default_factory=dict)
+    alike: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     harmless: dict[str, str] = field(default_factory=dict)
     not_compared: list[str] = field(default_factory=list)
 
     def differ(self, name: str, source: Any, out: Any) -> None:
         self.different.setdefault(name, FactDifference(source, out))
 
+    def agree(self, name: str, source: Any, out: Any) -> None:
+        """Keep the values of a fact that is equal, unless both sides say nothing."""
+        if source is not None or out is not None:
+            self.alike.setdefault(name, (source, out))
+
     def compare(self, name: str, source: Any, out: Any) -> None:
-        if not alike(source, out):
+        if alike(source, out):
+            self.agree(name, source, out)
+        else:
             self.differ(name, source, out)
 
     def compare_keys(
@@ -41,11 +53,12 @@ class Judgement:
         looked = tuple(tables)
         for key in sorted(source.keys() | out.keys()):
             mine, theirs = source.get(key), out.get(key)
-            if alike(mine, theirs) or (key == "eos_token_id" and _ids(mine) == _ids(theirs)):
-                continue
             kind = next((kind for table in looked if (kind := table.kind(key)) is not None), None)
             reason = next((why for table in looked if (why := table.reason(key)) is not None), None)
-            if kind == "samples":
+            if alike(mine, theirs) or (key == "eos_token_id" and _ids(mine) == _ids(theirs)):
+                if reason is None or kind is not None:
+                    self.agree(f"{prefix}{key}", mine, theirs)
+            elif kind == "samples":
                 self.harmless[f"{prefix}{key}"] = "how a token is chosen where nobody says it"
             elif reason is None or kind is not None:
                 self.differ(f"{prefix}{key}", mine, theirs)

@@ -39,7 +39,7 @@ class Loaded:
 
     checkpoint: Checkpoint
     runtime: Runtime
-    notes: tuple[str, ...] = ()
+    session: Session
 
 
 @contextmanager
@@ -50,13 +50,13 @@ def loaded(source: str | Path, options: AskOptions, say: Reporter) -> Iterator[L
         if _by_llama_cpp(checkpoint, options):
             for note in llama_cpp_notes(checkpoint):
                 say.note(note)
-            yield Loaded(checkpoint, _llama_cpp(checkpoint, options))
+            yield Loaded(checkpoint, _llama_cpp(checkpoint, options), session)
             return
         model, made = whole(checkpoint, options, say, session)
         from llava_convert.app.ask.transformers_runtime import load
 
         runtime = load(model, made, say, device=options.device, dtype=options.dtype, four_bit=options.four_bit)
-        yield Loaded(checkpoint, runtime)
+        yield Loaded(checkpoint, runtime, session)
 
 
 def opened(source: str | Path, options: AskOptions, say: Reporter, session: Session) -> Checkpoint:

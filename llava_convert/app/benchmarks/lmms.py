@@ -9,12 +9,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_convert.app.ask.prompts import IMAGE
 from llava_convert.app.ask.runtimes import Runtime
 from llava_convert.core.errors import InputError, UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question of a task, as it was put, with its pictures and the answer."""
+
+    task: str
+    text: str
+    pictures: list[Image]
+    answer: str
+
 
 _LIMIT = 1024  # tokens, where a task names no limit, as lmms-eval's models have it
 
@@ -26,13 +41,14 @@ def evaluate(
     include: Path | None,
     limit: int | None,
     advance: Callable[[int], Callable[[int], None]],
+    keep: Callable[[Asked], None],
 ) -> dict[str, Any]:
-    """lmms-eval's results of these tasks. `advance` makes the progress of a number of requests.
+    """lmms-eval's results of these tasks. `advance` makes the progress of a number of requests; `keep` gets each one.
 
     Raises UsageError where it is not installed or does not know a task, InputError where a data set cannot be had.
     """
     with redirect_stdout(sys.stderr):  # where it talks; ours is data
-        return _evaluate(runtime, tasks, include=include, limit=limit, advance=advance)
+        return _evaluate(runtime, tasks, include=include, limit=limit, advance=advance, keep=keep)
 
 
 def _evaluate(
@@ -42,6 +58,7 @@ def _evaluate(
     include: Path | None,
     limit: int | None,
     advance: Callable[[int], Callable[[int], None]],
+    keep: Callable[[Asked], None],
 ) -> dict[str, Any]:
     try:
         from lmms_eval.evaluator import simple_evaluate
@@ -60,7 +77,7 @@ def _evaluate(
         )
     try:
         found: dict[str, Any] = simple_evaluate(
-            model=_model(runtime, advance),
+            model=_model(runtime, advance, keep),
             tasks=list(tasks),
             task_manager=manager,
             limit=limit,
@@ -76,7 +93,7 @@ def _evaluate(
     return found
 
 
-def _model(runtime: Runtime, advance: Callable[[int], Callable[[int], None]]) -> Any:
+def _model(runtime: Runtime, advance: Callable[[int], Callable[[int], None]], keep: Callable[[Asked], None]) -> Any:
     """A runtime as an object of lmms-eval's interface, which is a class of its own."""
     from lmms_eval.api.model import lmms
 
@@ -88,7 +105,9 @@ def _model(runtime: Runtime, advance: Callable[[int], Callable[[int], None]]) ->
             for request in requests:
                 context, settings, to_visual, doc_id, task, split = request.args
                 visuals = to_visual(self.task_dict[task][split][doc_id]) or []
-                answers.append(_answer(runtime, context, visuals, settings))
+                asked = _answer(runtime, task, context, visuals, settings)
+                keep(asked)
+                answers.append(asked.answer)
                 step(1)
             return answers
 
@@ -108,10 +127,11 @@ def _unfit(why: str) -> UnsupportedError:
     )
 
 
-def _answer(runtime: Runtime, context: str, visuals: Sequence[Any], settings: Mapping[str, Any]) -> str:
+def _answer(runtime: Runtime, task: str, context: str, visuals: Sequence[Any], settings: Mapping[str, Any]) -> Asked:
     """As lmms-eval's llava_hf asks: pictures in front, where the task's text has no place for them."""
     pictures = [picture.convert("RGB") for picture in visuals]
     if IMAGE not in context and pictures:
         context = " ".join([IMAGE] * len(pictures)) + f"\n{context}"
     limit = int(settings.get("max_new_tokens") or _LIMIT)
-    return runtime.answer([{"role": "user", "content": context}], pictures, limit=limit).text
+    answer = runtime.answer([{"role": "user", "content": context}], pictures, limit=limit).text
+    return Asked(task, context, pictures, answer)

@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_convert.app.ask.load import loaded
-from llava_convert.app.benchmarks.lmms import evaluate
+from llava_convert.app.benchmarks.lmms import Asked, evaluate
 from llava_convert.app.benchmarks.table import Score, as_csv, as_markdown, scores
+from llava_convert.app.pages.html import write
+from llava_convert.app.pages.provenance_part import provenance_part
+from llava_convert.app.pages.tasks_page import MOST, tasks_page
+from llava_convert.app.provenance import Made, command_of, provenance_of
 from llava_convert.core.errors import InputError, OutputError
 from llava_convert.core.progress import Reporter, counted
 from llava_convert.core.text import utf8
@@ -47,6 +51,7 @@ def run_tasks(job: EvalJob, say: Reporter) -> EvalResult:
     """Raises what loading and `evaluate` raise; InputError where the card that is to get the table does not exist."""
     card = _card(Path(job.source)) if job.card else None
     include = None if job.include is None else Path(job.include)
+    asked: list[Asked] = []
     with loaded(job.source, job, say) as model:
         found = evaluate(
             model.runtime,
@@ -54,8 +59,10 @@ def run_tasks(job: EvalJob, say: Reporter) -> EvalResult:
             include=include,
             limit=job.limit,
             advance=lambda total: counted(say, "answering", total),
+            keep=lambda one: asked.append(one) if job.report is not None and len(asked) < MOST else None,
         )
         source, layout, runtime = str(model.checkpoint.path), model.checkpoint.layout, model.runtime.name
+        origin = dict(provenance_of([model.checkpoint], model.session).rows()) if job.report is not None else {}
     every = scores(found["results"])
     name = Path(source).name
     folder = Path(job.work_dir) if job.work_dir is not None else Path("work_dirs") / f"{name}-eval"
@@ -71,6 +78,9 @@ def run_tasks(job: EvalJob, say: Reporter) -> EvalResult:
         raise OutputError(
             f"{folder}: {problem.strerror or problem}", hint="--work-dir takes another folder"
         ) from problem
+    if job.report is not None:
+        part = provenance_part({"model": origin}, Made.now(command_of("eval tasks", job)))
+        write(Path(job.report), tasks_page(name, every, asked, part))
     return result
 
 

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from llava_convert.app.mmbench.answers import stored
 from llava_convert.app.mmbench.data import read_benchmark
+from llava_convert.app.mmbench.run import PROVENANCE
 from llava_convert.app.mmbench.score import AVERAGE, scores
 from llava_convert.app.pages.html import write
 from llava_convert.app.pages.mmbench_page import compare_page
+from llava_convert.app.pages.provenance_part import provenance_part
+from llava_convert.app.provenance import COMPUTING, Made, command_of
 from llava_convert.core.errors import InputError
+from llava_convert.storage.json_files import read_object
 
 if TYPE_CHECKING:
     from llava_convert.app.jobs import CompareJob
@@ -51,10 +55,29 @@ def run_compare(job: CompareJob) -> Compared:
         sides[str(folder)] = answers
     if len(sides) < 2:
         raise InputError(f"{job.source} and {job.out} are one folder", hint="give the folders of two runs")
-    made, changed = compare_page(benchmark, sides)
-    write(Path(job.report), made)
+    made = Made.now(command_of("eval compare", job))
+    part = provenance_part({name: _told(Path(name)) for name in sides}, made)
+    page, changed = compare_page(benchmark, sides, part)
+    write(Path(job.report), page)
     every = [scores(benchmark, answers)[AVERAGE] for answers in sides.values()] if benchmark.has_answers else None
     return Compared(
         str(job.source), str(job.out), str(job.report), len(benchmark.questions), changed,
         None if every is None else (every[0], every[1]),
     )  # fmt: skip
+
+
+def _told(folder: Path) -> dict[str, str]:
+    """Where the answers in a folder come from, as the run that ended there says. Raises InputError."""
+    path = folder / PROVENANCE
+    if not path.is_file():
+        return {"answers": f"no {PROVENANCE} beside them"}
+    found = read_object(path)
+    model, used = found.get("model"), found.get("versions")
+    rows = {str(name): str(value) for name, value in model.items()} if isinstance(model, dict) else {}
+    computed = [f"{name} {used[name]}" for name in COMPUTING if name in used] if isinstance(used, dict) else []
+    return {
+        **rows,
+        "answered by": str(found.get("command")),
+        "answered on": str(found.get("date")),
+        "computed by": ", ".join(computed),
+    }

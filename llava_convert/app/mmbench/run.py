@@ -17,6 +17,8 @@ from llava_convert.app.mmbench.data import Benchmark, read_benchmark
 from llava_convert.app.mmbench.score import row, scores
 from llava_convert.app.pages.html import write
 from llava_convert.app.pages.mmbench_page import mmbench_page
+from llava_convert.app.pages.provenance_part import provenance_part
+from llava_convert.app.provenance import Made, command_of, provenance_of
 from llava_convert.core.errors import OutputError, UsageError
 from llava_convert.core.progress import Reporter, Silence, counted
 from llava_convert.core.text import to_json
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # openpyxl's ILLEGAL_CHARACTERS_RE
 XLSX, SCORES, ARGS = "mmbench_result.xlsx", "mmbench_result.json", "args.json"
+PROVENANCE = "provenance.json"
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,22 @@ def run_mmbench(job: MMBenchJob, say: Reporter) -> MMBenchResult:
             str(model.checkpoint.path), model.checkpoint.layout, model.runtime.name, str(benchmark.path), folder,
             len(benchmark.questions), resumed, scores(benchmark, answers.found) if benchmark.has_answers else None,
         )  # fmt: skip
-    if team.first:
-        _write(folder, benchmark, answers.found, result, job)
-        if job.report is not None:
-            about = {key: value for key, value in result.as_json().items() if key != "scores"}
-            write(Path(job.report), mmbench_page(benchmark, answers.found, about))
+        if team.first:
+            model_of = dict(provenance_of([model.checkpoint], model.session).rows())
+            made = Made.now(command_of("eval mmbench", job))
+            _write(folder, benchmark, answers.found, result, job)
+            _tell(folder, model_of, made)
+            if job.report is not None:
+                about = {key: value for key, value in result.as_json().items() if key != "scores"}
+                part = provenance_part({"model": model_of}, made)
+                write(Path(job.report), mmbench_page(benchmark, answers.found, about, part))
     return result
+
+
+def _tell(folder: Path, model: Mapping[str, str], made: Made) -> None:
+    """Where the answers come from, for who compares them later."""
+    told = {"model": dict(model), "command": made.command, "date": made.date, "versions": dict(made.versions)}
+    (folder / PROVENANCE).write_bytes(to_json(told))
 
 
 def _ask(benchmark: Benchmark, model: Loaded, answers: Answers, team: Processes, say: Reporter, limit: int) -> None:

@@ -55,6 +55,11 @@ def preformatted(said: object) -> str:
     return f"<pre>{text(said)}</pre>"
 
 
+def lines(said: str) -> str:
+    """The lines of a cell."""
+    return "".join(f"<div>{text(line)}</div>" for line in said.splitlines())
+
+
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of finished cells; nothing without rows.
 

@@ -13,8 +13,8 @@ _MOST = 200  # pictures in a page
 _WORDS = {"out": "answers in", "resumed": "answers of an earlier run"}
 
 
-def mmbench_page(benchmark: Benchmark, answers: Mapping[int, str], about: Mapping[str, Any]) -> str:
-    """The page of one run; wrong answers first."""
+def mmbench_page(benchmark: Benchmark, answers: Mapping[int, str], about: Mapping[str, Any], origin: str = "") -> str:
+    """The page of one run; wrong answers first. `origin` is the finished part about where the model comes from."""
     asked = sorted(benchmark.questions, key=lambda q: choice(answers[q.index]) == q.answer)
     left = f"{len(asked) - _MOST:,} more questions are in the worksheet" if len(asked) > _MOST else ""
     return page(
@@ -23,11 +23,15 @@ def mmbench_page(benchmark: Benchmark, answers: Mapping[int, str], about: Mappin
         section("Scores", _scores(benchmark, {"": answers})),
         section("Answers", cards(_card(benchmark, q, {"": answers[q.index]}) for q in asked[:_MOST])),
         paragraph(left, "soft") if left else "",
+        origin,
     )
 
 
-def compare_page(benchmark: Benchmark, sides: Mapping[str, Mapping[int, str]]) -> tuple[str, int]:
-    """The page of the questions that two runs answer otherwise, and how many these are."""
+def compare_page(benchmark: Benchmark, sides: Mapping[str, Mapping[int, str]], origin: str = "") -> tuple[str, int]:
+    """The page of the questions that two runs answer otherwise, and how many these are.
+
+    `origin` is the finished part about where the two models come from.
+    """
     first, second = sides.values()
     changed = [q for q in benchmark.questions if first[q.index] != second[q.index]]
     shown = cards(_card(benchmark, q, {name: each[q.index] for name, each in sides.items()}) for q in changed[:_MOST])
@@ -38,6 +42,7 @@ def compare_page(benchmark: Benchmark, sides: Mapping[str, Mapping[int, str]]) -
             paragraph(said, "bad" if changed else "good"),
             section("Scores", _scores(benchmark, sides)),
             section("Answers that changed", shown),
+            origin,
         ),
         len(changed),
     )

@@ -19,18 +19,20 @@ from llava_convert.app.pages.html import (
     table,
     text,
 )
+from llava_convert.app.pages.provenance_part import provenance_part
 from llava_convert.model.facts import spelled
 
 if TYPE_CHECKING:
     from llava_convert.app.logits.compare import Logits
+    from llava_convert.app.provenance import Made
     from llava_convert.app.verdict import Verdict
     from llava_convert.engine.compare import Difference
 
 _LAYER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 
 
-def verify_page(verdict: Verdict) -> str:
-    """The page of a verdict."""
+def verify_page(verdict: Verdict, made: Made | None = None) -> str:
+    """The page of a verdict, and by what it was `made`."""
     kind, word = ("good", "the same") if verdict.same else ("bad", "not the same")
     return page(
         f"{verdict.source} and {verdict.out}",
@@ -39,11 +41,12 @@ def verify_page(verdict: Verdict) -> str:
         section("Tensors that differ, by layer and kind", _tensors(verdict.different)),
         section("Tensors that are rounded otherwise", _tensors(verdict.rounded)),
         section("Missing, and not in the source", _names(verdict)),
-        section("Facts that differ", _facts(verdict)),
         section("What a reader chokes on", *(paragraph(one, "bad") for one in verdict.defects)),
         *(_logits(verdict.logits) if verdict.logits is not None else ()),
         section("Not compared", *(paragraph(one, "soft") for one in verdict.not_compared)),
         section("Notes", *(paragraph(one, "soft") for one in verdict.notes)),
+        section("Facts side by side", _facts(verdict)),
+        _provenance(verdict, made) if made is not None else "",
     )
 
 
@@ -95,8 +98,25 @@ def _names(verdict: Verdict) -> str:
 
 
 def _facts(verdict: Verdict) -> str:
-    rows = [(text(n), text(spelled(d.source)), text(spelled(d.out))) for n, d in sorted(verdict.facts.items())]
-    return table(("fact", "source", "output"), rows)
+    """Those that differ first; then those that are alike, and keys that decide nothing."""
+    rows = [
+        (f'<span class="bad">{text(name)}</span>', text(spelled(gap.source)), text(spelled(gap.out)))
+        for name, gap in sorted(verdict.facts.items())
+    ]
+    rows += [
+        (text(name), text(spelled(one)), text(spelled(other))) for name, (one, other) in sorted(verdict.alike.items())
+    ]
+    differ = counted(len(verdict.facts), "fact differs", "facts differ")
+    said = paragraph(f"{differ}, {len(verdict.alike):,} are alike", "bad" if verdict.facts else "soft")
+    made = table(("fact", "source", "output"), rows)
+    reasons = [(text(name), text(reason)) for name, reason in verdict.harmless.items()]
+    return (said + made if made else "") + table(("differs, and decides nothing", "because"), reasons)
+
+
+def _provenance(verdict: Verdict, made: Made) -> str:
+    source, out = verdict.provenance or (None, None)
+    sides = {} if source is None or out is None else {"source": dict(source.rows()), "output": dict(out.rows(source))}
+    return provenance_part(sides, made)
 
 
 def _logits(found: Logits) -> tuple[str, ...]:

@@ -51,7 +51,9 @@ def compare_tokenizers(
     found.compare_keys("tokenizer_config.json: ", [table], sides[0], sides[1])
     if template and not same_template(mine.chat_template, theirs.chat_template):
         found.differ("chat template", mine.chat_template, theirs.chat_template)
-    elif not template:
+    elif template:
+        found.agree("chat template", mine.chat_template, theirs.chat_template)
+    else:
         found.not_compared.append("the chat template, which readers of OUT do not take")
 
 
@@ -69,12 +71,14 @@ def _compare_tokens(found: Judgement, mine: Tokenizer, theirs: Tokenizer, *, exa
             {first: ours.get(first), "of": len(ours)},
             {first: others.get(first), "other": len(wrong)},
         )
+    else:
+        found.agree("tokenizer: number of tokens", len(ours), len(others))
     flags = []
     for side in (mine, theirs):
         flags.append({str(e["content"]): [bool(e.get(flag)) for flag in _FLAGS] for e in side.added.values()})
     for token, wanted in flags[0].items():
-        if token in flags[1] or exact:
-            found.compare(f"tokenizer: added token {token}", wanted, flags[1].get(token))
+        if (token in flags[1] or exact) and wanted != flags[1].get(token):
+            found.differ(f"tokenizer: added token {token}", wanted, flags[1].get(token))
 
 
 def _around(fast: dict[str, Any]) -> list[Any]:
@@ -98,3 +102,5 @@ def _compare_steps(found: Judgement, mine: dict[str, Any], theirs: dict[str, Any
     if merges[0] != merges[1]:
         at = next((i for i, pair in enumerate(zip(*merges, strict=False)) if pair[0] != pair[1]), min(map(len, merges)))
         found.differ("tokenizer.json: merges", merges[0][at : at + 1], merges[1][at : at + 1])
+    else:
+        found.agree("tokenizer.json: number of merges", *map(len, merges))

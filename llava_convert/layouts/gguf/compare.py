@@ -18,6 +18,7 @@ from llava_convert.storage.gguf.file import Typed
 
 Metadata = Mapping[str, Typed]
 _SAMPLING, _ARCH = "general.sampling.", "general.architecture"
+_LONG = 16  # values of a list that is not told whole
 _TOKENS, _TEMPLATE = "tokenizer.ggml.tokens", "tokenizer.chat_template"
 _STOPS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
 # What the runtime takes where a file lacks the entry (src/llama-vocab.cpp, llama_vocab::impl::load; clip.cpp).
@@ -55,10 +56,11 @@ def compare_metadata(found: Judgement, mine: Metadata, theirs: Metadata) -> None
         if name in _STOPS or name == FEATURE_LAYER:  # compared as stop ids, and as a fact
             continue
         one, other = _value(table, mine, name), _value(table, theirs, name)
-        if _alike(one, other) or (name == _TEMPLATE and same_template(one, other)):
-            continue
         reason = None if name.startswith(_SAMPLING) else harmless.reason(name)
-        if reason is not None:
+        if _alike(one, other) or (name == _TEMPLATE and same_template(one, other)):
+            if reason is None:
+                found.agree(name, *map(_counted, (one, other)))
+        elif reason is not None:
             found.harmless[name] = reason
         elif name not in _TOLD_BY_TENSORS or name in theirs:
             found.differ(name, *_shown(one, other))
@@ -112,9 +114,14 @@ def _alike(one: Any, other: Any) -> bool:
     return alike(one, other)
 
 
+def _counted(value: Any) -> Any:
+    """A value; of a long list how many it has."""
+    return f"{len(value)} values" if isinstance(value, list | tuple) and len(value) >= _LONG else value
+
+
 def _shown(one: Any, other: Any) -> tuple[Any, Any]:
     """Both values; of lists only the first place at which they differ."""
-    if not (isinstance(one, list | tuple) and isinstance(other, list | tuple)) or max(len(one), len(other)) < 16:
+    if not (isinstance(one, list | tuple) and isinstance(other, list | tuple)) or max(len(one), len(other)) < _LONG:
         return one, other
     at = next(
         (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if not _alike(a, b)), min(len(one), len(other))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,6 +24,7 @@ from llava_convert.cli import app
 from tests.mmbench_files import questions, write_tsv
 
 _ALONE = {"meta", "img"}
+VERSIONS = f"llava-convert {llava_convert.__version__}, python "
 
 
 class Page(HTMLParser):
@@ -55,7 +57,10 @@ def test_verify(tiny: Path, tmp_path: Path) -> None:
     llava_convert.convert(tiny / "iter_2.pth", to="hf", out=out, dtype="float32")
     same = tmp_path / "same.html"
     llava_convert.verify(tiny / "iter_2.pth", out, report=same)
-    assert "the same" in Page(same.read_text()).said and "http" not in same.read_text()
+    said = Page(same.read_text()).said
+    assert "the same" in said and "http" not in same.read_text()
+    assert re.search(r"0 facts differ, \d\d are alike", said)
+    assert re.search(r"language_model.rope_theta\s+500000.0\s+500000.0\s", said)
     tensors = load_file(out / "model.safetensors")
     for layer in (0, 1):
         tensors[f"language_model.model.layers.{layer}.mlp.up_proj.weight"] += layer + 0.5
@@ -66,7 +71,38 @@ def test_verify(tiny: Path, tmp_path: Path) -> None:
     assert found.exit_code == 7
     said = Page(same.read_text()).said
     assert "not the same" in said and "language_model.model.layers.N.mlp.up_proj.weight" in said
-    assert re.search(r"up_proj.weight\s+0, 1\s+16,384\s+1.5", said) and "vision.feature_layer" in said
+    assert re.search(r"up_proj.weight\s+0, 1\s+16,384\s+1.5", said)
+    facts = said.partition("Facts side by side")[2]
+    assert re.search(
+        r"^\s+1 fact differs, \d\d are alike\s+fact\s+source\s+output\s+vision.feature_layer\s+2\s+3\s", facts
+    )
+
+
+def test_where_the_sides_come_from(tiny: Path, tmp_path: Path) -> None:
+    """Of each side its files; of OUT what its record says, and whether SOURCE is what that names."""
+    out, other = tmp_path / "out", tmp_path / "other.pth"
+    llava_convert.convert(tiny / "iter_2.pth", to="hf", out=out, digest=True)
+    llava_convert.convert(out, to="pth", out=other)
+    pages = {}
+    for source, name, code in ((tiny / "iter_2.pth", "own", 0), (other, "changed", 7)):  # another chat template
+        words = ["verify", str(source), str(out), "--llm", str(tiny / "llm"), "--visual-encoder", str(tiny / "vit")]
+        found = CliRunner().invoke(app, [*words, "--report", str(tmp_path / f"{name}.html")])
+        assert found.exit_code == code, found.output
+        pages[name] = Page((tmp_path / f"{name}.html").read_text()).said.partition("Where it comes from")[2]
+        assert f"llava-convert {shlex.join(words)} --report" in pages[name] and VERSIONS in pages[name]
+    own, changed = (" ".join(page.split()) for page in pages.values())
+    size = (tiny / "iter_2.pth").stat().st_size
+    (digest,) = json.loads((out / "conversion.json").read_text())["sources"][0]["files"]
+    line = f"iter_2.pth: {size:,} bytes, sha256 of its first and last MiB {digest['sha256'][:16]}…"
+    assert own.count(line) == 2 and f"made of its source {line} (that of SOURCE)" in own
+    assert f"made of its source {line} (not one of SOURCE's)" in changed
+    assert f"converted by llava-convert {llava_convert.__version__}, tables 1 converted from pth to hf" in own
+    tensors = len(json.loads((out / "conversion.json").read_text())["tensors"])
+    assert f"digests of tensors {tensors} of {tensors} (xxh3-128)" in own
+    assert "base language model tiny/llm base vision tower tiny/vit" in own
+    (out / "conversion.json").unlink()
+    llava_convert.verify(tiny / "iter_2.pth", out, report=tmp_path / "bare.html")
+    assert "record no conversion.json beside it" in " ".join(Page((tmp_path / "bare.html").read_text()).said.split())
 
 
 def test_logits_and_strangers(tiny: Path, tmp_path: Path) -> None:
@@ -105,5 +141,6 @@ def test_compare(tmp_path: Path) -> None:
     assert (value["changed"], value["questions"], value["averages"]) == (2, 9, [1.0, pytest.approx(4 / 6)])
     page = Page((tmp_path / "c.html").read_text())
     assert page.images == 2 and "How many?" in page.said and "What is it?" not in page.said
+    assert page.said.count("no provenance.json beside them") == 2 and "llava-convert eval compare" in page.said
     (tmp_path / "b" / "answers-0.jsonl").write_text(json.dumps({**about, "data": "other"}) + "\n")
     assert CliRunner().invoke(app, words).exit_code == 3
