@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
 OLD_TEMPLATE = (
     "{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + "
     "message['content'] + '<|eot_id|>' }}{% endfor %}"
@@ -34,6 +37,13 @@ def _image_id(folder: Path) -> None:
 
 def _pad_id(folder: Path) -> None:
     edit(folder, "config.json", lambda c: c.update(pad_token_id=100_000))
+
+
+def _vocab_size(folder: Path) -> None:
+    def change(config: dict[str, Any]) -> None:
+        config["vocab_size"] = config["text_config"]["vocab_size"] = 512
+
+    edit(folder, "config.json", change)
 
 
 def _one_stop(folder: Path) -> None:
@@ -74,6 +84,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no processor": (_no_processor, "processor"),
     "one token less": (_one_token_less, "processor"),
     "image_token_id alone": (_image_id, "image token"),
+    "vocab_size of another": (_vocab_size, "vocabulary"),
     "pad id past the rows": (_pad_id, "pad id"),
     "one stop": (_one_stop, "stops"),
     "another eos": (_other_eos, "tokenizer eos"),
@@ -84,8 +95,44 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+def _weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    file = folder / "model.safetensors"
+    save_file({n: t.contiguous() for n, t in change(load_file(file)).items()}, file, {"format": "pt"})
+
+
+def _two_dtypes(folder: Path) -> None:
+    name = "multi_modal_projector.linear_1.bias"
+    _weights(folder, lambda tensors: tensors | {name: tensors[name].half()})
+
+
+def _new_names(folder: Path) -> None:
+    _weights(
+        folder, lambda t: {n.replace("language_model.model.", "model.language_model."): one for n, one in t.items()}
+    )
+
+
+def _no_image_token(folder: Path) -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_text((folder / file).read_text().replace("<image>", "<img>"))
+
+
+def _too_few_rows(folder: Path) -> None:
+    _vocab_size(folder)
+    kinds = ("embed_tokens.weight", "lm_head.weight")
+    _weights(folder, lambda t: {n: one[:512] if n.endswith(kinds) else one for n, one in t.items()})
+
+
+# What no small file can mend.
+LASTING: dict[str, tuple[Callable[[Path], None], str]] = {
+    "two dtypes": (_two_dtypes, "dtypes"),
+    "new names": (_new_names, "names"),
+    "no image token": (_no_image_token, "image token"),
+    "ids without rows": (_too_few_rows, "rows"),
+}
+
+
 def planted(good: Path, out: Path, fault: str) -> Path:
     """A copy of a folder with a fault in it."""
     shutil.copytree(good, out)
-    FAULTS[fault][0](out)
+    (FAULTS | LASTING)[fault][0](out)
     return out

@@ -12,7 +12,7 @@ from tests.doctor_faults import planted
 from tests.interop.peer_programs import in_peer
 
 pytestmark = pytest.mark.peers
-FAULTS = ("rope_parameters", "TokenizersBackend", "nested image processor")
+FAULTS = ("rope_parameters", "TokenizersBackend", "nested image processor", "vocab_size of another")
 THETA = 500_000
 
 
@@ -30,7 +30,7 @@ def opened(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.
 
 
 def test_a_sound_folder_opens(opened: dict[str, Any]) -> None:
-    sound = {"rope_theta": THETA, "processor": "", "tokenizer": ""}
+    sound = {"rope_theta": THETA, "processor": "", "tokenizer": "", "model": ""}
     assert opened["good"] == sound
     assert {name: found for name, found in opened.items() if "repaired" in name} == {
         f"{fault}, repaired": sound for fault in FAULTS
@@ -39,5 +39,6 @@ def test_a_sound_folder_opens(opened: dict[str, Any]) -> None:
 
 def test_each_fault_is_one(opened: dict[str, Any]) -> None:
     assert opened["rope_parameters"]["rope_theta"] == 10_000
+    assert "size" in opened["vocab_size of another"]["model"]
     assert "TokenizersBackend" in opened["TokenizersBackend"]["tokenizer"]
     assert (opened["nested image processor"]["processor"] != "") == (opened["version"] == "4.46")

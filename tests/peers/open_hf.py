@@ -1,7 +1,7 @@
 """Open folders of the `hf` layout with this environment's transformers: `open_hf.py RESULT`, with a job on stdin.
 
 The job has `folders` (name -> path). RESULT gets, by name, the rope base that the language model computes with, the
-class of the image processor, and the errors of opening the processor and the tokenizer ("" where there is none).
+class of the image processor, and the errors of opening processor, tokenizer and model ("" where there is none).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 
 def error(open_it: Any, folder: str) -> str:
@@ -33,6 +33,7 @@ def main() -> None:
             "rope_theta": AutoConfig.from_pretrained(folder).text_config.rope_theta,
             "processor": error(AutoProcessor.from_pretrained, folder),
             "tokenizer": error(AutoTokenizer.from_pretrained, folder),
+            "model": error(LlavaForConditionalGeneration.from_pretrained, folder),
         }
     Path(sys.argv[1]).write_text(json.dumps(found))
 

@@ -27,6 +27,13 @@ _HF, _GGUFS = (TRANSFORMERS, VLLM), (LLAMA_CPP, OLLAMA)
 # The first and the last version of transformers that the rules know. No rule of another program depends on a version.
 OLDEST, NEWEST = (4, 46), (5, 23)
 
+# A conversion within a layout is refused unless an option asks for something: this one changes nothing else.
+_CONVERT = "llava-convert convert DIR --to hf --max-shard-size 5GB -o OUT writes another one"
+_ROWS = (
+    "llava-convert convert DIR --to hf --max-shard-size 5GB --vocab tokens -o OUT writes one with a row for each token"
+)
+_GGUF = "llava-convert gguf DIR --to gguf --outtype TYPE -o OUT writes them anew"
+
 Check = Callable[[Folder], Iterator[str]]
 Fix = Callable[[Folder], None]
 
@@ -35,9 +42,9 @@ Fix = Callable[[Folder], None]
 class Rule:
     """What a consumer trips over.
 
-    `check` tells what is wrong, a sentence each; `fix` changes the small files, None where only a conversion helps, of
-    which `hint` is the command. `before` is the first version of the consumer that it no longer concerns. `source` is
-    where it is known from.
+    `check` tells what is wrong, a sentence each; `fix` changes the small files, None where only a conversion helps.
+    `hint` is the next step where the small files cannot be repaired. `before` is the first version of the consumer that
+    it no longer concerns. `source` is where it is known from.
     """
 
     name: str
@@ -45,7 +52,7 @@ class Rule:
     check: Check
     fix: Fix | None
     source: str
-    hint: str = ""
+    hint: str = _CONVERT
     before: tuple[int, int] | None = None
 
     def concerns(self, consumer: str, version: tuple[int, ...] | None) -> bool:
@@ -72,6 +79,33 @@ def _rows(folder: Folder) -> int:
         None,
     )
     return embedding.shape[0] if embedding is not None else 0
+
+
+def _text_config(folder: Folder) -> dict[str, Any]:
+    return dict(folder.json(CONFIG).get("text_config") or {})
+
+
+def _vocab_size(folder: Folder) -> Iterator[str]:
+    said, rows = _text_config(folder).get("vocab_size"), _rows(folder)
+    if rows and isinstance(said, int) and said != rows:
+        yield f"{CONFIG}: the vocab_size of text_config is {said}, and the embedding has {rows} rows"
+
+
+def _fix_vocab_size(folder: Folder) -> None:
+    rows, top = _rows(folder), folder.json(CONFIG)
+    more = {"vocab_size": rows} if "vocab_size" in top else {}
+    folder.set(CONFIG, {"text_config": {**_text_config(folder), "vocab_size": rows}, **more})
+
+
+def _tokens(folder: Folder) -> Iterator[str]:
+    ids, rows = folder.tokenizer.vocabulary.values() if folder.tokenizer is not None else (), _rows(folder)
+    beyond = sorted(i for i in ids if rows and i >= rows)
+    if beyond:
+        named = {i: token for token, i in folder.tokenizer.vocabulary.items()} if folder.tokenizer is not None else {}
+        yield (
+            f"{len(beyond)} of the tokenizer's ids, from {beyond[0]} ({named[beyond[0]]}) on, have no row in the "
+            f"embedding, which has {rows}"
+        )
 
 
 def _processor(folder: Folder) -> Iterator[str]:
@@ -257,9 +291,6 @@ def _modelfile(folder: Folder) -> Iterator[str]:
         yield "there is no Modelfile: `ollama create` takes none of the two files by itself"
 
 
-_CONVERT = "llava-convert convert DIR --to hf -o OUT writes another one"
-_GGUF = "llava-convert gguf DIR --to gguf --outtype TYPE -o OUT writes them anew"
-
 RULES = (
     Rule(
         "names",
@@ -267,11 +298,10 @@ RULES = (
         _dialect,
         None,
         "loaded in ten versions from 4.37 to 5.23, where missing keys are a warning and random weights",
-        _CONVERT,
         before=(5, 6),
     ),
-    Rule("names", (VLLM,), _dialect, None, "vllm/model_executor/models/llava.py, hf_to_vllm_mapper", _CONVERT),
-    Rule("dtypes", _HF, _dtypes, None, 'output of xtuner\'s own converter in from_pretrained(dtype="auto")', _CONVERT),
+    Rule("names", (VLLM,), _dialect, None, "vllm/model_executor/models/llava.py, hf_to_vllm_mapper"),
+    Rule("dtypes", _HF, _dtypes, None, 'output of xtuner\'s own converter in from_pretrained(dtype="auto")'),
     Rule(
         "adapters",
         _HF,
@@ -286,8 +316,15 @@ RULES = (
         _image_token,
         _fix_image_token,
         "configuration_llava.py: 4.x reads image_token_index alone, and takes 32000 without it",
-        _CONVERT,
     ),
+    Rule(
+        "vocabulary",
+        _HF,
+        _vocab_size,
+        _fix_vocab_size,
+        "from_pretrained: size mismatch; vllm, vocab_parallel_embedding.py: assert shape == org_vocab_size",
+    ),
+    Rule("rows", _HF, _tokens, None, "IndexError in torch's embedding; on a GPU an assertion of the device", _ROWS),
     Rule(
         "pad id", _HF, _pad, _fix_pad, "generate() of a batch; lmdeploy marks pictures by it (InternLM/lmdeploy#3285)"
     ),

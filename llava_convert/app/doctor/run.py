@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,15 +121,18 @@ def diagnose(job: DoctorJob, say: Reporter) -> Diagnosis:
 
 
 def _examined(folder: Folder, rules: list[Rule], *, fix: bool) -> tuple[Trouble, ...]:
-    """What each rule finds; with `fix` each is repaired before the next one looks, and looked at again."""
-    found = []
+    """What each rule finds; with `fix` each is repaired before the next one looks, and looked at again.
+
+    Without, the same is tried on a copy, so that only what a repair would mend is said to be fixable.
+    """
+    found, mended = [], folder if fix else replace(folder, changed={})
     for rule in rules:
         every = list(rule.check(folder))
-        fixed = False
-        if every and fix and rule.fix is not None:
-            rule.fix(folder)
-            fixed = not list(rule.check(folder))
-        found += [Trouble(rule.name, what, rule.source, rule.fix is not None, fixed, rule.hint) for what in every]
+        helps = False
+        if every and rule.fix is not None:
+            rule.fix(mended)
+            helps = not list(rule.check(mended))
+        found += [Trouble(rule.name, what, rule.source, helps, helps and fix, rule.hint) for what in every]
     return tuple(found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 import llava_convert
 from llava_convert.cli import app
 from llava_convert.core.errors import InputError, OutputError, UsageError
-from tests.doctor_faults import FAULTS, edit, planted
+from tests.doctor_faults import FAULTS, LASTING, edit, planted
 
 QUESTION = "What is in this picture?"
 
@@ -150,6 +151,51 @@ def test_what_only_a_conversion_helps(good: Path, tmp_path: Path) -> None:
     found = llava_convert.doctor(mixed, consumer="vllm", fix=True)
     assert {t.rule for t in found.left} == {"dtypes", "adapters", "names"} and not found.changed
     assert all(not t.fixable and "llava-convert convert DIR" in t.hint for t in found.left)
+
+
+@pytest.mark.parametrize("fault", LASTING)
+def test_the_command_that_is_printed_mends_it(good: Path, tmp_path: Path, fault: str) -> None:
+    """What no small file can mend is said to be so, with or without --fix; the conversion is typed as it stands."""
+    folder = planted(good, tmp_path / "o", fault)
+    diagnosis = llava_convert.doctor(folder, consumer="transformers@5.0")
+    (trouble,) = [t for t in diagnosis.troubles if t.rule == LASTING[fault][1]]
+    assert not trouble.fixable
+    repaired = llava_convert.doctor(folder, consumer="transformers@5.0", fix=True)
+    assert [t.rule for t in repaired.left] == [LASTING[fault][1]]
+    words = shlex.split(diagnosis.command(trouble).partition(" writes ")[0])
+    assert words[0] == "llava-convert" and words[-1] == "OUT"
+    ran = CliRunner().invoke(app, [*words[1:-1], str(tmp_path / "new")])
+    assert ran.exit_code == 0, ran.output
+    assert llava_convert.doctor(tmp_path / "new", consumer="transformers@5.0").troubles == ()
+
+
+def answered(folder: Path) -> None:
+    """Load a folder and show it a picture, as its users do with transformers."""
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    given = AutoProcessor.from_pretrained(folder)(
+        text="<image>", images=Image.new("RGB", (56, 56)), return_tensors="pt"
+    )
+    model(**given)
+
+
+@pytest.mark.slow
+def test_transformers_trips_over_another_vocab_size(good: Path, tmp_path: Path) -> None:
+    folder = planted(good, tmp_path / "o", "vocab_size of another")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        answered(folder)
+    llava_convert.doctor(folder, consumer="transformers", fix=True)
+    answered(folder)
+
+
+@pytest.mark.slow
+def test_transformers_trips_over_ids_without_rows(good: Path, tmp_path: Path) -> None:
+    folder = planted(good, tmp_path / "o", "ids without rows")
+    with pytest.raises(IndexError):
+        answered(folder)
+    llava_convert.convert(folder, to="hf", out=tmp_path / "new", vocab="tokens", max_shard_size="5GB")
+    answered(tmp_path / "new")
 
 
 def test_gguf(tiny: Path, tmp_path: Path) -> None:
