@@ -210,7 +210,9 @@ class AskOptions(SourceOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_new_tokens < 1:
-            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: an answer has one token at least")
+            raise UsageError(
+                f"--max-new-tokens {self.max_new_tokens}: an answer has one token at least", hint="leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from llava_convert.app.logits.compare import Logits
 from llava_convert.app.provenance import Provenance
 from llava_convert.core.errors import MismatchError
 from llava_convert.engine.compare import Difference
+from llava_convert.layouts.info import LAYOUTS
 from llava_convert.model.facts import spelled
 from llava_convert.model.judgement import FactDifference
 from llava_convert.model.tables.names import grouped
@@ -93,7 +95,10 @@ class Verdict:
         """Raise MismatchError (exit 7) unless all is equal; `strict`: and every row of OUT's vocabulary is known."""
         if self.same:
             if strict and self.unrecorded_rows:
-                raise MismatchError(f"{self.out} is not {self.source} alone: {self.sentence()}")
+                raise MismatchError(
+                    f"{self.out} is not {self.source} alone: {self.sentence()}",
+                    hint="leave --strict out, if another converter may have added rows",
+                )
             return
         said = [f"{len(self.different)} tensors differ: {grouped(self.different)}"] if self.different else []
         if self.different:
@@ -112,8 +117,20 @@ class Verdict:
         if self.logits is not None and not self.logits.same:
             said.append(self.logits.sentence())
         if said:
-            raise MismatchError(f"{self.out} is not {self.source}: " + "; ".join([*said, *self.defects]))
-        raise MismatchError(f"{self.out} holds the weights of {self.source}, but: " + "; ".join(self.defects))
+            raise MismatchError(
+                f"{self.out} is not {self.source}: " + "; ".join([*said, *self.defects]), hint=self._next()
+            )
+        raise MismatchError(
+            f"{self.out} holds the weights of {self.source}, but: " + "; ".join(self.defects), hint=self._next()
+        )
+
+    def _next(self) -> str:
+        """What to do about a difference: another output, where this layout is one, else a look at both."""
+        look = "--report FILE.html shows both side by side"
+        if LAYOUTS[self.layouts[1]].target is None:
+            return look
+        again = shlex.join(["llava-convert", "convert", self.source, "--to", self.layouts[1], "-o", "NEW"])
+        return f"`{again}` makes another one; {look}"
 
     def _shown(self) -> list[tuple[str, FactDifference]]:
         return list(self.facts.items())[:_SHOWN]

@@ -20,7 +20,6 @@ from llava_convert.storage.remote.reach import reach
 from llava_convert.storage.remote.session import Session
 
 _PRECISION = ("BF16", "F16", "F32")  # the fewest bits first; a merge, in float64, is as exact as float32 here
-QUANTISED = "a quantised type"
 
 
 def compare_answers(
@@ -75,17 +74,23 @@ def _is_adapter(path: str | Path, session: Session, *, cache: bool) -> bool:
 def narrowest(source: Model, out: Model) -> str:
     """The dtype that a tensor of one side was rounded to and the same of the other was not, with the fewest bits.
 
-    float32 where none was: the two are computed in that.
+    Of blocks of ggml their type, in lower case; float32 where nothing was rounded: the two are computed in that.
     """
-    found = "F32"
+    found, blocks = "F32", set[str]()
     for name in source.recipes.keys() & out.recipes.keys():
         dtypes = {
             recipe.tensor.dtype if not recipe.ops else recipe.dtype
             for recipe in (source.recipes[name], out.recipes[name])
         }
         stored = {source.recipes[name].tensor.dtype, out.recipes[name].tensor.dtype}
-        if stored & QUANTS.keys() and len(stored) > 1:
-            return QUANTISED
+        if len(stored) > 1:
+            blocks |= stored & QUANTS.keys()
         if len(dtypes) > 1:
             found = min(found, *(d for d in dtypes if d in _PRECISION), key=_PRECISION.index)
-    return TORCH_NAMES[found]
+    return min(blocks, key=_bits).lower() if blocks else TORCH_NAMES[found]
+
+
+def _bits(block: str) -> float:
+    """A block type's bits of a weight."""
+    weights, size = QUANTS[block]
+    return 8 * size / weights
