@@ -10,7 +10,9 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import pandas
 import pytest
 import torch
 from PIL import Image
@@ -27,6 +29,7 @@ from llava_convert.core.resources import training
 from llava_convert.storage.torch.file import read_torch
 from tests import zero_folders
 from tests.interop.peer_programs import in_peer
+from tests.training import letters
 
 shapes = training("shapes")
 
@@ -120,6 +123,72 @@ def answers_of(source: Path, options: AskOptions, questions: list[demo.Question]
             ).text
             for question in questions
         ]
+
+
+@dataclass(frozen=True)
+class Lettered:
+    """tiny-shapes once it knows letters: the checkpoint, the TSV, and what the trainer's evaluation has it answer."""
+
+    pth: Path
+    data: Path
+    answers: list[str]
+
+
+@pytest.fixture(scope="module")
+def lettered(shown: Shown) -> Lettered:
+    before = next((shown.folder / shown.runs / "finetune").glob("iter_*.pth")).relative_to(shown.folder)
+    recipe, data = letters.prepare(shown.folder, before=str(before), iterations=120)
+    demo.Demo(shown.folder, Console(quiet=True)).command("train", recipe.name)
+    (pth,) = (shown.folder / "work_dirs" / letters.NAME).glob("iter_*.pth")
+    (line,) = (pth.parent / "eval.jsonl").read_text(encoding="utf-8").splitlines()
+    return Lettered(pth, data, [one["answer"] for one in json.loads(line)["answers"]])
+
+
+FORMS = ("pth", "zero", "xtuner", "official", "hf", "peft", "gguf")
+
+
+@pytest.mark.peers
+def test_every_form_scores_as_the_real_xtuner(
+    shown: Shown, lettered: Lettered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One TSV of held-out pictures: every answer is the trainer's own, every score that of xtuner's own `mmbench`."""
+    monkeypatch.chdir(shown.folder)
+    vit, found = shown.folder / shown.runs / "base" / "vit", {}
+    for form in FORMS:
+        source, options = form_of(form, lettered.pth, tmp_path / form, vit)
+        found[form] = llava_convert.mmbench(source, data=lettered.data, work_dir=tmp_path / f"{form} w", **options)
+    words = [str(tmp_path / "xtuner" / "m"), "--llava", str(tmp_path / "xtuner" / "m"), "--visual-encoder", str(vit)]
+    words += ["--prompt-template", "llama3_chat", "--torch-dtype", "fp32", "--data-path", str(lettered.data)]
+    words += ["--work-dir", str(tmp_path / "theirs"), "--max-new-tokens", "4"]
+    theirs = in_peer("xtuner", "run_xtuner_mmbench.py", {"words": words}, tmp_path)
+    assert [row["prediction"] for row in theirs["rows"]] == lettered.answers
+    assert set(lettered.answers) == {"A", "B", "C", "D"} and 0.3 < theirs["scores"]["Average"] < 1
+    for form in FORMS:
+        table = pandas.read_excel(tmp_path / f"{form} w" / "mmbench_result.xlsx", keep_default_na=False)
+        assert json.loads(table.to_json(orient="records", force_ascii=False)) == theirs["rows"], form
+        assert found[form].scores == theirs["scores"], form
+    kept = tmp_path / "pth w" / "answers-0.jsonl"
+    kept.write_bytes(kept.read_bytes()[: kept.stat().st_size // 2])  # as a kill leaves it, within a line
+    source, options = form_of("pth", lettered.pth, tmp_path / "pth", vit)
+    again = llava_convert.mmbench(source, data=lettered.data, work_dir=tmp_path / "pth w", **options)
+    assert len(lettered.answers) / 3 < again.resumed < len(lettered.answers) / 1.5
+    assert again.scores == theirs["scores"]
+
+
+def form_of(form: str, pth: Path, folder: Path, vit: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint in a form, in float32, and what has to be told to open it."""
+    folder.mkdir(exist_ok=True)
+    options: dict[str, Any] = {"device": "cpu", "max_new_tokens": 4}
+    if form == "pth":
+        return pth, options
+    if form in ("zero", "peft"):
+        source, asked = saved_as(form, pth, folder)
+        return source, options | ({"base": asked.base} if asked.base else {})
+    types = {"outtype": "f32", "mmproj_outtype": "f32"} if form == "gguf" else {"dtype": "float32"}
+    llava_convert.convert(pth, to=form, out=folder / "m", **types)
+    if form == "gguf":
+        return folder / "m", options | {"runtime": "transformers"}
+    return folder / "m", options | ({} if form == "hf" else {"visual_encoder": str(vit)})
 
 
 @pytest.mark.peers
