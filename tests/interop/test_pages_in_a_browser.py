@@ -16,10 +16,15 @@ from pathlib import Path
 import pytest
 
 import llava_convert
+from llava_convert.app.benchmarks.lmms import Asked
+from llava_convert.app.benchmarks.table import Score
 from llava_convert.app.logits.compare import Logits, Said, Site
 from llava_convert.app.mmbench.data import read_benchmark
 from llava_convert.app.pages.mmbench_page import compare_page, mmbench_page
+from llava_convert.app.pages.provenance_part import provenance_part
+from llava_convert.app.pages.tasks_page import tasks_page
 from llava_convert.app.pages.verify_page import verify_page
+from llava_convert.app.provenance import Made
 from llava_convert.engine.compare import Difference
 from tests.mmbench_files import questions, write_tsv
 
@@ -49,7 +54,8 @@ def pages(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     llava_convert.inspect(tiny / "picture.png", html=folder / "other.html")
     out = folder / "a folder with a long name that no phone has room for" / "and_another_that_has_no_space_at_all_in_it"
     llava_convert.convert(tiny / "iter_2.pth", to="hf", out=out)
-    verdict = llava_convert.verify(tiny / "iter_2.pth", out)
+    verdict = llava_convert.verify(tiny / "iter_2.pth", out, report=folder / "verify.html")
+    made = Made.now(f"llava-convert verify {tiny / 'iter_2.pth'} '{out}' --report {'r' * 120}.html")
     name = "language_model.model.layers.{}.self_attn.q_proj.weight"
     bad = replace(
         verdict,
@@ -65,13 +71,18 @@ def pages(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     benchmark = read_benchmark(write_tsv(folder / "dev.tsv", questions()))
     answers = {question.index: "A " + "y" * 200 for question in benchmark.questions}
     others = {question.index: "B" for question in benchmark.questions}
+    assert verdict.provenance is not None
+    told = dict(verdict.provenance[1].rows(verdict.provenance[0]))
+    origin = provenance_part({"one/" + "z" * 90: told, "two": {"path": "p" * 200}}, made)
+    picture = benchmark.picture(benchmark.questions[0])
     return {
         "inspect": (folder / "inspect.html").read_text(),
         "inspect of a picture": (folder / "other.html").read_text(),
-        "verify, the same": verify_page(verdict),
-        "verify, not the same": verify_page(bad),
-        "mmbench": mmbench_page(benchmark, answers, {"source": "s" * 200, "resumed": 0}),
-        "compare": compare_page(benchmark, {"one/" + "z" * 90: answers, "two": others})[0],
+        "verify, the same": (folder / "verify.html").read_text(),
+        "verify, not the same": verify_page(bad, made),
+        "mmbench": mmbench_page(benchmark, answers, {"source": "s" * 200, "resumed": 0}, origin),
+        "compare": compare_page(benchmark, {"one/" + "z" * 90: answers, "two": others}, origin)[0],
+        "tasks": tasks_page("m", [Score("pope", "f1", 0.5)], [Asked("t", "w" * 300, [picture], "one")], origin),
     }
 
 

@@ -162,7 +162,7 @@ def test_every_form_scores_as_the_real_xtuner(
     words += ["--work-dir", str(tmp_path / "theirs"), "--max-new-tokens", "4"]
     theirs = in_peer("xtuner", "run_xtuner_mmbench.py", {"words": words}, tmp_path)
     assert [row["prediction"] for row in theirs["rows"]] == lettered.answers
-    assert set(lettered.answers) == {"A", "B", "C", "D"} and 0.3 < theirs["scores"]["Average"] < 1
+    assert set(lettered.answers) == {"A", "B", "C", "D"} and 0.2 < theirs["scores"]["Average"] < 1
     for form in FORMS:
         table = pandas.read_excel(tmp_path / f"{form} w" / "mmbench_result.xlsx", keep_default_na=False)
         assert json.loads(table.to_json(orient="records", force_ascii=False)) == theirs["rows"], form
