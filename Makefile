@@ -35,6 +35,7 @@ docs: $(STAMP)  ## make the pages of docs that are made of tables and commands, 
 	$(PY) -m tests.docs.json_page
 	$(PY) -m tests.docs.readme_table
 	$(PY) -m tests.docs.forty
+	$(PY) -m tests.docs.tour
 	$(PY) -m tests.docs.picture
 	$(PY) -m mkdocs build
 

@@ -183,9 +183,9 @@ def chat(job: jobs.ChatJob) -> Reply:
 
 @_keywords(jobs.DoctorJob)
 def doctor(job: jobs.DoctorJob) -> Diagnosis:
-    """What a program would trip over in a folder; with `fix` the small files are repaired in place.
+    """Find what would make a program fail on a folder; with `fix` the small files are repaired in place.
 
-    The result is true where nothing is left. Raises `ConvertError`.
+    The result is true if no problem is left. Raises `ConvertError`.
     """
     return job.run(_InKeywords(reporter(None)))
 

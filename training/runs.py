@@ -7,7 +7,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from llava_convert.core.errors import Interrupted, UsageError
+from llava_convert.core.errors import Interrupted, UsageError, not_a_choice
 from llava_convert.core.progress import Reporter
 from llava_convert.core.quiet import quiet_bitsandbytes
 from llava_convert.storage.output.signals import interrupt_on_sigterm
@@ -28,7 +28,7 @@ def require_word(deepspeed: str) -> None:
     from .distributed import WORDS
 
     if deepspeed and deepspeed not in WORDS:
-        raise UsageError(f"--deepspeed {deepspeed}: it is one of {', '.join(WORDS)}")
+        raise not_a_choice("--deepspeed", deepspeed, WORDS)
 
 
 def run(stages: Sequence[Recipe], work_dir: Path | None, *, resume: bool, deepspeed: str, say: Reporter) -> Path:

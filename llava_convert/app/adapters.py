@@ -135,8 +135,8 @@ def _recognised(
         address = parse(asked)
         if address is None or not is_id(asked):
             raise InputError(
-                f"the base {asked!r} of {checkpoint.path.name} is not here"
-                + ("" if explicit else ", neither under the current folder nor beside the source"),
+                f"the base {asked!r} of {checkpoint.path.name} was not found"
+                + ("" if explicit else " in the current folder, nor in those above the source"),
                 hint="give the model that it was trained on by --base: a folder, a file or a hub id",
             )
         try:

@@ -16,7 +16,7 @@ from llava_convert.app.card import card
 from llava_convert.app.card.facts import Facts
 from llava_convert.app.documents import Documents
 from llava_convert.app.judge import judge
-from llava_convert.app.next_step import next_step
+from llava_convert.app.next_step import next_step, typed
 from llava_convert.app.options import Options
 from llava_convert.app.planning import Prepared, prepare
 from llava_convert.app.session import job_session, tell_unchecked
@@ -91,7 +91,7 @@ def prepared(source: str | Path, options: Options, session: Session) -> Prepared
         refuse_for_source(options, ready.checkpoint, ready.model)
     if options.asked is None:
         return ready
-    return replace(ready, notes=(f"{options.asked} loads the {options.to} layout: that is made", *ready.notes))
+    return replace(ready, notes=(f"converting to {options.to}, the layout that {options.asked} loads", *ready.notes))
 
 
 def write(
@@ -340,7 +340,7 @@ def report(ready: Prepared, options: Options, made: Documents, session: Session)
         why=ready.why,
         plan=plan,
         documents=made.sizes,
-        next=next_step(facts, str(source), options, here=isinstance(out, Path)),
+        next=next_step(facts, typed(source), options, here=isinstance(out, Path)),
         dtype=", ".join(sorted(TORCH_NAMES.get(d, d) for d in dtypes)),
         source_dtype=_source_dtype(plan),
         notes=tuple(map(session.called, ready.notes)),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_convert.app.adapters import ignored_note
-from llava_convert.app.next_step import to_try
+from llava_convert.app.next_step import to_try, typed
 from llava_convert.app.options import Options, SourceOptions
 from llava_convert.app.planning import assembled, prepare
 from llava_convert.app.session import job_session
@@ -123,8 +123,8 @@ def _inspect(source: str | Path, options: SourceOptions, session: Session) -> In
         notes=tuple(map(session.called, (*checkpoint.notes, *_beside(checkpoint), *dropped_texts(checkpoint)))),
         warnings=tuple(map(session.called, checkpoint.warnings)),
         kind=told.what if told else LAYOUTS[checkpoint.layout].description,
-        use=told.use if told else f"{_called(checkpoint)}, to be converted to what it can become",
-        next=session.called(told.next) if told else to_try(str(source), targets, options),
+        use=told.use if told else f"{_called(checkpoint)}: convert it to a layout that your program loads",
+        next=session.called(told.next) if told else to_try(typed(source), targets, options),
         details=stubs,
         fetched=session.fetched,
     )

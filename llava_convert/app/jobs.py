@@ -327,7 +327,7 @@ class EvalJob(AskOptions):
 
 @dataclass(frozen=True)
 class DoctorJob(Flagged):
-    """What a program that loads a folder would trip over."""
+    """Find the problems that a program would have with a folder."""
 
     folder: Annotated[PathLike, Flag("The folder that the program is to load.", metavar="DIR", argument=True)]
     _: KW_ONLY

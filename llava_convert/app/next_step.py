@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 from llava_convert.app.card.facts import Facts
 from llava_convert.app.card.quickstarts import filled
@@ -16,6 +17,15 @@ from llava_convert.model.checkpoint import LLM, PART_WORDS, VISION
 from llava_convert.model.options import DROP
 
 _OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]+)(?: ([^\s,;:)`]+))?")
+
+
+# A Path keeps one of the slashes of an address; `C:/` is a drive.
+_ADDRESS = re.compile(r"^([a-z][a-z0-9+.-]+):/(?=[^/])")
+
+
+def typed(source: str | Path) -> str:
+    """A source as a command names it: an address has its two slashes again."""
+    return _ADDRESS.sub(lambda found: f"{found[1]}:{'///' if found[1] == 'file' else '//'}", str(source))
 
 
 def next_step(facts: Facts, source: str, options: Options, *, here: bool) -> str:

@@ -31,7 +31,7 @@ def with_stage_one(checkpoint: Checkpoint, named: str | Path | None, session: Se
     if found is None:
         name = Path(asked).name
         return checkpoint, [
-            f"the stage-1 checkpoint {name} that training started from is not here: if it trained the "
+            f"the stage-1 checkpoint {name} that training started from was not found: if it trained the "
             f"{' or the '.join(PART_NAMES[part] for part in absent)}, that is lost (--pretrained-pth gives it)"
         ]
     try:

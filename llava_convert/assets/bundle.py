@@ -171,8 +171,8 @@ class Artefacts:
         last = [last_name(str(n)) for n in (base.asked if base else None, *named) if n]
         name = last[0] if last else (files.where.name if files is not None else PART_WORDS[part])
         return name, (
-            f"the hub id of the {PART_NAMES[part]} is not known: its folder's name {name!r} is written; "
-            f"--{PART_WORDS[part]}-id gives it"
+            f"the hub id of the {PART_NAMES[part]} is unknown, so the config names its folder, {name!r}: "
+            f"set the id with --{PART_WORDS[part]}-id"
         )
 
     def text_config(self, dtype: str, *, rows: int | None = None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from llava_convert.assets.tokenizer.files import Tokenizer
 from llava_convert.assets.tokenizer.llava_tokens import IMAGE_TOKEN
 from llava_convert.core.errors import UnsupportedError, UsageError
 from llava_convert.core.resources import data_dir
+from llava_convert.core.text import did_you_mean
 
 # xtuner gives these no BOS (xtuner/dataset/utils.py, get_bos_eos_token_ids).
 _WITHOUT_BOS = ("QWenTokenizer", "Qwen2Tokenizer")
@@ -82,9 +83,8 @@ def prompt_template(name: str | Mapping[str, Any]) -> PromptTemplate:
         return _spelled_out(name)
     known = prompt_templates()
     if name not in known:
-        raise UsageError(
-            f"unknown prompt template {name!r}", hint=f"--prompt-template takes one of: {', '.join(sorted(known))}"
-        )
+        near, choices = did_you_mean(name, known), f"--prompt-template takes one of: {', '.join(sorted(known))}"
+        raise UsageError(f"unknown prompt template {name!r}", hint=f"{near} {choices}" if near else choices)
     return known[name]
 
 

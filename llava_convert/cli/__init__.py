@@ -5,16 +5,47 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from llava_convert.cli._commands import COMMANDS, Unread
 from llava_convert.cli._output import Output
 
+# The base of click's usage errors, by whichever copy of click typer has: it exports one of them.
+_UsageProblem: Any = typer.BadParameter.__base__
+_USAGE = 2
+
+
+class _Group(TyperGroup):
+    """The commands. What cannot be parsed is printed as every other error is, with --json too."""
+
+    def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **named: Any) -> Any:  # type: ignore[override]
+        if not standalone_mode:
+            return super().main(args, standalone_mode=False, **named)
+        try:
+            code = super().main(args, standalone_mode=False, **named)
+        except _UsageProblem as problem:
+            given = sys.argv[1:] if args is None else args
+            _tell(problem, as_json="--json" in given)
+            code = _USAGE
+        sys.exit(code or 0)
+
+
+def _tell(problem: Any, *, as_json: bool) -> None:
+    if not (message := problem.format_message()):
+        return  # no argument at all: the help was printed
+    where = problem.ctx.command_path if problem.ctx is not None else "llava-convert"
+    Output(as_json=as_json).error(message, f"`{where} --help` lists arguments and options", _USAGE)
+
+
 app = typer.Typer(
     name="llava-convert",
+    cls=_Group,
     help="Convert LLaVA checkpoints between every layout in use, exactly.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -52,20 +83,7 @@ def main() -> None:
     # A command lives for seconds and makes a million objects (a tokenizer's merges) but hardly a cycle: to look for
     # them took a fifth of a small conversion.
     gc.disable()
-    try:
-        app()
-    except SystemExit as stop:
-        _tell_in_json(stop)
-        raise
-
-
-def _tell_in_json(stop: SystemExit) -> None:
-    """Print a usage error as the object that other errors are with --json: it is found before a command runs."""
-    message = getattr(stop.__context__, "format_message", None)
-    if "--json" in sys.argv and isinstance(stop.code, int) and stop.code and message is not None:
-        Output(as_json=True).result(
-            {"error": message(), "hint": "--help lists the options", "exit_code": stop.code},
-        )
+    app(prog_name="llava-convert")
 
 
 def _forgiving_streams() -> None:

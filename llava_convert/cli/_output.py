@@ -117,12 +117,13 @@ class Output:
     def _talk(self, text: str, style: str | None = None) -> None:
         # A closed pipe or a full disk must not hide what the command did.
         with suppress(OSError):
-            if style is not None and sys.stderr.isatty():
+            if self._shown.console is not None or (style is not None and sys.stderr.isatty()):
                 from rich.console import Console
                 from rich.text import Text
 
+                # soft_wrap: a command in a message can be copied, since no line break is put into it.
                 console = self._shown.console or Console(stderr=True, highlight=False)
-                console.print(Text(text, style=style), soft_wrap=True)
+                console.print(Text(text, style=style or ""), soft_wrap=True)
             else:
                 print(text, file=sys.stderr)
 

@@ -91,4 +91,4 @@ def _print_done(found: Report, output: Output) -> None:
     if TARGETS[found.layouts[1]].by_file:
         for shard in plan.shards:
             output.line(f"  {shard.name}  {human_bytes(shard.size)}")
-    output.note(f"next: {found.next}")
+    output.note(f"next{', in Python' if found.next.startswith('from ') else ''}: {found.next}")

@@ -1,4 +1,4 @@
-"""`llava-convert doctor DIR --for PROGRAM`: what it would trip over, and its repair."""
+"""`llava-convert doctor DIR --for PROGRAM`: the problems that the program would have, and their repair."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ def _doctor(job: DoctorJob, output: Output) -> None:
         if trouble.hint and not trouble.fixed and not trouble.fixable:
             output.line(f"  {found.command(trouble)}")
     found.refuse()
-    output.line(f"{found.folder}: nothing {'is left ' if found.troubles else ''}that {found.consumer} would trip over")
+    output.line(f"{found.folder}: no {'other ' if found.troubles else ''}problem found for {found.consumer}")

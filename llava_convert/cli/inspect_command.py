@@ -31,8 +31,13 @@ def _inspect(job: InspectJob, output: Output) -> None:
             output.line(f"  {line}")
     if found.targets:
         output.line("can become:")
+    said: dict[str, str] = {}  # a base that is missing is missing for most of them
     for target, problem in found.targets.items():
-        output.line(f"  {target:<9} " + ("yes" if problem is None else f"no: {problem}"))
+        if problem is None:
+            output.line(f"  {target:<9} yes")
+        else:
+            output.line(f"  {target:<9} no: {f'as for {said[problem]}' if problem in said else problem}")
+            said.setdefault(problem, target)
     output.fetched(found.fetched)
     for text in found.notes:
         output.note(text)

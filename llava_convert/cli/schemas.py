@@ -218,7 +218,7 @@ class Doctor(Document):
     source: Annotated[str, "the folder"]
     layout: Annotated[str, "its layout"]
     consumer: Annotated[str, "the program, as `--for` names it"]
-    sound: Annotated[bool, "whether nothing is left"]
+    sound: Annotated[bool, "true if no problem is left"]
     troubles: list[Trouble]
     changed: Annotated[list[str], "files that were repaired"]
     backup: Annotated[str | None, "the folder as it was, where something was repaired"]

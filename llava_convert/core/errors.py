@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
-from llava_convert.core.text import escaped, printable
+from llava_convert.core.text import did_you_mean, escaped, printable
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _NO_THREAD = "can't start new thread"
@@ -90,6 +90,12 @@ class MismatchError(ConvertError):
     """Verification found a difference, or a cast would lose finite values (exit 7)."""
 
     exit_code = 7
+
+
+def not_a_choice(option: str, word: object, known: Collection[str]) -> UsageError:
+    """The UsageError for a word that an option does not take: it lists those that it takes, and names the nearest."""
+    text = f"{option} {printable(word)}: the choices are {', '.join(known)}"
+    return UsageError(text, hint=did_you_mean(str(word), known))
 
 
 class Interrupted(KeyboardInterrupt):

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from llava_convert.core.errors import UsageError
+from llava_convert.core.errors import not_a_choice
 
 AUTO = "auto"  # the word for what None says: the default
 
@@ -44,7 +44,7 @@ class Flag:
         word = str(value).strip().casefold()
         word = self.others.get(word, word)
         if word not in self.choices:
-            raise UsageError(f"{flag} {value}: it is one of {', '.join(self.choices)}")
+            raise not_a_choice(flag, value, self.choices)
         return word
 
 

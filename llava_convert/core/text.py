@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import PurePath
 from typing import Any
 
@@ -54,6 +54,21 @@ def listed(names: Iterable[object], limit: int = _LISTED) -> str:
     every = list(names)
     head = ", ".join(printable(name) for name in every[:limit])
     return head if len(every) <= limit else f"{head} and {len(every) - limit:,} more"
+
+
+def nearest(word: str, known: Collection[str]) -> str | None:
+    """The known word that a mistyped one is nearest to, in any case; None if none is near."""
+    from difflib import get_close_matches  # only where something is wrong
+
+    lower = {one.lower(): one for one in known}
+    close = get_close_matches(word.strip().lower(), lower, n=1, cutoff=0.6)
+    return lower[close[0]] if close else None
+
+
+def did_you_mean(word: str, known: Collection[str]) -> str | None:
+    """The question for a mistyped word, `did you mean hf?`; None if no known word is near."""
+    near = nearest(word, known)
+    return None if near is None else f"did you mean {printable(near)}?"
 
 
 def human_bytes(count: int) -> str:

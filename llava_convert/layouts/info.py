@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from llava_convert.core.errors import UsageError
+from llava_convert.core.text import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class Card:
     next_in: Mapping[str, str] = field(default_factory=dict)
 
 
+_IN_VLLM = {"vllm": "vllm serve <<model_sh>><<vllm_template_sh>>"}
 _IN_OLLAMA = {"ollama": "ollama create <<ollama_sh>> -f <<modelfile_sh>> && ollama run <<ollama_sh>>"}
 
 # A language model or a vision tower alone is a folder that transformers reads, whichever layout it was made for.
@@ -39,6 +41,7 @@ _LANGUAGE_MODEL = Card(
     quickstarts=("language_model", "language_model_vllm", "llm_adapter"),
     task="text-generation",
     next="from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained(<<model_py>>)",
+    next_in={"vllm": "vllm serve <<model_sh>>"},
 )
 _VISION_TOWER = Card(
     sentence="This is the vision tower of a LLaVA, on its own.",
@@ -232,6 +235,7 @@ LAYOUTS = {
                     quickstarts=("transformers", "vllm", "lmdeploy", "sglang"),
                     next="from transformers import AutoModelForImageTextToText; "
                     "AutoModelForImageTextToText.from_pretrained(<<model_py>>)",
+                    next_in=_IN_VLLM,
                 ),
                 projector=Card(sentence=_PROJECTOR, library="transformers", quickstarts=("projector",)),
                 repo_suffix="-transformers",
@@ -328,4 +332,6 @@ def layout_named(word: str) -> LayoutInfo:
     loaders = ", ".join(
         f"{' or '.join(info.loaders)} for {info.name}" for info in LAYOUTS.values() if info.target and info.loaders
     )
-    raise UsageError(f"--to {word}: no layout has that name", hint=f"one of {', '.join(TARGETS)} ({loaders})")
+    near = did_you_mean(wanted, [*LAYOUTS, *(name for info in LAYOUTS.values() for name in info.loaders)])
+    choices = f"--to takes {', '.join(TARGETS)} ({loaders})"
+    raise UsageError(f"--to {word}: no layout has that name", hint=f"{near} {choices}" if near else choices)

@@ -130,14 +130,14 @@ def find_base(
         if not (folder / "config.json").exists():
             raise InputError(
                 f"{folder} is not a model folder: it has no config.json",
-                hint=f"give the base {PART_NAMES[part]} by {option}",
+                hint=f"name the folder of the base {PART_NAMES[part]}: {option} PATH",
             )
         return _base(part, folder, asked, session, from_hub=False)
     if not is_id(asked):
         raise InputError(
-            f"the base {PART_NAMES[part]} {asked!r} is not here"
-            + ("" if explicit else ", neither under the current folder nor beside the source"),
-            hint=f"give its folder or hub id by {option}",
+            f"the base {PART_NAMES[part]} {asked!r} was not found"
+            + ("" if explicit else " in the current folder, nor in those above the source"),
+            hint=f"name its folder, or its hub id: {option} PATH",
         )
     folder = _from_hub(part, asked, option, session, weights=weights, cache=cache)
     return _base(part, folder, asked, session, from_hub=True)
@@ -183,7 +183,7 @@ def _from_hub(part: str, name: str, option: str, session: Session, *, weights: b
         return on_hub(address, session, weights=weights, cache=cache)
     except HubError as problem:
         raise InputError(
-            f"the base {PART_NAMES[part]} {name!r} is neither a folder nor in the hub's cache, "
-            f"and the hub did not give it ({problem.message})",
-            hint=f"give its folder by {option}",
+            f"the base {PART_NAMES[part]} {name!r} was not found: it is not a folder here, not in the hub's cache, "
+            f"and the hub gave an error ({problem.message})",
+            hint=f"name its folder: {option} PATH",
         ) from problem

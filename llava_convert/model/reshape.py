@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llava_convert.core.errors import UnsupportedError, UsageError
+from llava_convert.core.errors import UnsupportedError, not_a_choice
 from llava_convert.model.checkpoint import LLM
 from llava_convert.model.configs import family
 from llava_convert.model.recipe import Model, Recipe
@@ -42,7 +42,7 @@ def family_named(word: str) -> Architecture:
     """The family of language models of that name. Raises UsageError."""
     known = {name: table for name, table in architectures().items() if table.embedding}
     if word.strip().lower() not in known:
-        raise UsageError(f"--as {word}: it is one of {', '.join(known)}")
+        raise not_a_choice("--as", word, known)
     return known[word.strip().lower()]
 
 

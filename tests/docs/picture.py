@@ -51,7 +51,7 @@ def picture() -> str:
         console.print(Text.assemble(("$ ", "bold green"), (f"llava-convert {command}", "bold")))
         shown = Text(text)
         shown.highlight_regex(r"(?m)^the same|\byes\b", "green")
-        shown.highlight_regex(r"(?m)^next: .*$", "cyan")
+        shown.highlight_regex(r"(?m)^next\b.*$", "cyan")
         console.print(shown)
     return console.export_svg(title="llava-convert", code_format=_FORMAT, unique_id="terminal") + "\n"
 

@@ -79,11 +79,11 @@ def test_in_parts(huggingface: HuggingFace, runner: Runner, outputs: dict[str, P
 
 
 def test_a_card_that_names_its_folder_alone(runner: Runner, copied: Path) -> None:
-    told = "the commands in {}/README.md do not name org/model: a conversion with --push writes them so"
+    told = "the commands in {}/README.md name the folder, not org/model: a conversion with --push names the repository"
     assert told.format(copied) in runner("upload", copied, "org/model").stderr
     card = copied / "README.md"
     card.write_text(card.read_text(encoding="utf-8").replace(f'"{copied.name}"', '"org/model"'), encoding="utf-8")
-    assert "do not name" not in runner("upload", copied, "org/model").stderr
+    assert "name the folder" not in runner("upload", copied, "org/model").stderr
 
 
 def test_already_there(side: Side, runner: Runner, outputs: dict[str, Path]) -> None:

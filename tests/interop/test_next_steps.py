@@ -40,8 +40,9 @@ def printed(arguments: list[str], folder: Path) -> str:
     done = run([*PROGRAM, "convert", *arguments, "-o", OUT], folder)
     assert done.returncode == 0, done.stderr
     *_, last = done.stderr.splitlines()
-    assert last.startswith("next: ")
-    return last.removeprefix("next: ")
+    where, _, line = last.partition(": ")
+    assert where == ("next, in Python" if line.startswith("from ") else "next")
+    return line
 
 
 def follow(line: str, folder: Path) -> str:

@@ -16,9 +16,10 @@ from tests.interop.printed_commands import words
 from tests.remotes.conftest import Command
 
 ROOT = Path(__file__).resolve().parents[2]
-# What inspect-forty.md shows is made of the commands, and tests/docs/test_forty.py goes on from there.
+# What inspect-forty.md and cli-tour.md show is made of the commands, by test_forty.py and test_tour.py of tests/docs.
 # The Chinese pages have the same commands, by tests/docs/test_chinese.py.
-ENGLISH = [p for p in sorted((ROOT / "docs").rglob("*.md")) if "zh" not in p.parts and p.stem != "inspect-forty"]
+MADE = ("inspect-forty", "cli-tour")
+ENGLISH = [p for p in sorted((ROOT / "docs").rglob("*.md")) if "zh" not in p.parts and p.stem not in MADE]
 PAGES = [ROOT / "README.md", *ENGLISH]
 BLOCK = re.compile(r"```console\n(.*?)```", re.S)
 COMMAND = re.compile(r"^\$ (llava-convert(?:[^\n]*\\\n)*[^\n]*)$", re.M)

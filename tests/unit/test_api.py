@@ -229,7 +229,7 @@ def test_each_flag_in_a_message_is_its_keyword(flag: str, keyword: str, switch: 
 @pytest.mark.parametrize(
     ("message", "said"),
     [
-        ("--dtype int8: it is one of auto", "dtype='int8': it is one of auto"),
+        ("--dtype int8: the choices are auto", "dtype='int8': the choices are auto"),
         ("use --dtype bfloat16, which has the range", "use dtype='bfloat16', which has the range"),
         ("--verify off publishes it as it is", "verify='off' publishes it as it is"),
         ("--push REPO publishes", "push=REPO publishes"),

@@ -1,1 +1,1 @@
-"""`doctor`: what a program that loads a folder would trip over, and its repair in place."""
+"""`doctor`: the problems that a program would have with a folder, and their repair in place."""

@@ -1,4 +1,4 @@
-"""What programs that load a LLaVA trip over: each rule with whom it concerns, its source and its repair."""
+"""Problems that programs have with a LLaVA: each rule with the programs it concerns, its source and its repair."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_convert.app.doctor.folder import Folder
 from llava_convert.app.doctor.rules import CONSUMERS, NEWEST, OLDEST, RULES, TRANSFORMERS, VLLM, Rule
-from llava_convert.core.errors import InputError, MismatchError, OutputError, UsageError
+from llava_convert.core.errors import InputError, MismatchError, OutputError, UsageError, not_a_choice
 from llava_convert.core.progress import Reporter
 from llava_convert.layouts.base import OpenOptions
 from llava_convert.layouts.info import layout_named
@@ -45,7 +45,7 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found; true where nothing is left. `backup` is the folder as it was, where something was repaired."""
+    """The problems that were found; true if none is left. `backup` is the folder as it was, if one was fixed."""
 
     folder: str
     layout: str
@@ -67,8 +67,10 @@ class Diagnosis:
             return
         fixable = sum(trouble.fixable for trouble in self.left)
         hint = f"--fix repairs {fixable} of them in place" if fixable else self.command(self.left[0])
-        things = "1 thing" if len(self.left) == 1 else f"{len(self.left)} things"
-        raise MismatchError(f"{self.folder}: {self.consumer} would trip over {things}", hint=hint or None)
+        things = "1 problem" if len(self.left) == 1 else f"{len(self.left)} problems"
+        raise MismatchError(
+            f"{self.folder}: {things} would make {self.consumer} fail or answer wrongly", hint=hint or None
+        )
 
     def command(self, trouble: Trouble) -> str:
         """The hint of a trouble, with the folder in its command."""
@@ -154,7 +156,7 @@ def _consumer(word: str, say: Reporter) -> tuple[str, tuple[int, ...] | None]:
     """
     name, _, version = word.strip().lower().partition("@")
     if name not in CONSUMERS:
-        raise UsageError(f"--for {word}: no rules are known for {name}", hint=f"one of {', '.join(CONSUMERS)}")
+        raise not_a_choice("--for", word, CONSUMERS)
     if not version:
         return name, None
     if name != TRANSFORMERS:

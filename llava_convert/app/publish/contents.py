@@ -39,8 +39,8 @@ def names(folder: Path, include: Collection[str] = ()) -> list[str]:
     what looks like a secret and is not named by `include`; UsageError where that names what is not there.
     """
     if not folder.is_dir():
-        what = "is a file; a folder is published" if folder.exists() else "does not exist"
-        raise InputError(f"{folder} {what}")
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise InputError(f"{folder} {what}", hint="give the folder of a model")
     wanted = [name for name in _entries(folder) if require_inside(folder, name).is_file()]
     if not wanted:
         raise InputError(f"{folder} holds nothing to publish", hint="give the folder of a model")

@@ -41,7 +41,9 @@ def upload(
     files = proven(folder, say, level=level, source=source, options=options, include=include, known=known)
     card = folder / CARD
     if {CARD, RECORD} <= files.keys() and to.repo not in card.read_text(encoding="utf-8"):
-        say.note(f"the commands in {card} do not name {to.repo}: a conversion with --push writes them so")
+        say.note(
+            f"the commands in {card} name the folder, not {to.repo}: a conversion with --push names the repository"
+        )
     return publish(Parcel(folder, files, to), say)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llava_convert.core.errors import UsageError
+from llava_convert.core.errors import not_a_choice
 from llava_convert.core.tensors import QUANTS
 
 
@@ -44,7 +44,7 @@ def outtype(name: str, *, option: str = "--outtype") -> str:
     """The name of a file type as it is written. Raises UsageError (exit 2) for one that is unknown."""
     found = ALIASES.get(name.lower(), name.lower())
     if found not in OUTTYPES:
-        raise UsageError(f"{option} {name}: it is one of {', '.join([*OUTTYPES, *ALIASES])}")
+        raise not_a_choice(option, name, [*OUTTYPES, *ALIASES])
     return found
 
 

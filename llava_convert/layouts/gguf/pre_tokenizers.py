@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from llava_convert.assets.tokenizer.files import Tokenizer
-from llava_convert.core.errors import UnsupportedError, UsageError
+from llava_convert.core.errors import UnsupportedError, not_a_choice
 from llava_convert.core.resources import data_dir
 
 # Cases that the cuts of known models differ in: letters after signs, runs of digits, apostrophes, spaces and line ends
@@ -67,7 +67,7 @@ def pre_tokenizer_of(tokenizer: Tokenizer, asked: str | None = None) -> str:
     known = pre_tokenizers()
     if asked is not None:
         if asked not in known:
-            raise UsageError(f"--pre {asked}: it is one of {', '.join(known)}")
+            raise not_a_choice("--pre", asked, known)
         return asked
     if tokenizer.fast:
         ours = _cuts(tokenizer.fast.get("pre_tokenizer"))

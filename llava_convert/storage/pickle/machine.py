@@ -87,7 +87,7 @@ def load(
     except Hostile as error:
         raise UnsafeError(
             f"{path}: refused, its pickle {error}. Nothing of it was run.",
-            hint="A checkpoint needs none of this: do not load the file elsewhere, and get it from its maker again.",
+            hint="A checkpoint needs none of this: do not load the file elsewhere, and get it from its maker again",
         ) from None
     except Malformed as error:
         raise InputError(f"{path}: damaged pickle at byte {operands.pos}: {error}") from None

@@ -12,6 +12,7 @@ from pathlib import Path
 from llava_convert.core import hub_names
 from llava_convert.core.errors import HubError, InputError, UsageError
 from llava_convert.core.hub_names import Address
+from llava_convert.core.text import nearest, printable
 from llava_convert.storage.hubs import HUBS, Hub, hub_of
 from llava_convert.storage.hubs.secrets import shown
 from llava_convert.storage.remote.files import WEIGHTS
@@ -48,10 +49,9 @@ def reach(source: str | Path, session: Session, *, cache: bool = False) -> Path:
         return here.expanduser()
     address = hub_names.parse(text)
     if address is None or text.lower().endswith(WEIGHTS):
-        raise InputError(
-            f"{text} does not exist",
-            hint="give a file or a folder, a model on a hub (ORG/NAME, hf://…, ms://…), or a URL",
-        )
+        near = _beside(here)
+        wanted = "give a file or a folder, a model on a hub (ORG/NAME, hf://…, ms://…), or a URL"
+        raise InputError(f"{text} does not exist", hint=f"{near} Else {wanted}" if near else wanted)
     try:
         return on_hub(address, session, cache=cache)
     except HubError as problem:
@@ -113,6 +113,15 @@ def _is_there(path: Path) -> bool:
         return path.expanduser().exists()
     except (OSError, RuntimeError, ValueError):  # too long; an unknown user; a NUL
         return False
+
+
+def _beside(path: Path) -> str | None:
+    """The question for a mistyped path: does it mean the file beside it that has the nearest name?"""
+    try:
+        near = nearest(path.name, [one.name for one in path.expanduser().parent.iterdir()])
+    except (OSError, RuntimeError, ValueError):
+        return None
+    return None if near is None else f"did you mean {printable(path.with_name(near))}?"
 
 
 def _inside(root: Path, path: str) -> Path:

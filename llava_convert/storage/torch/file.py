@@ -106,7 +106,7 @@ def state_dict(file: TorchFile) -> StateDict:
     if not tensors:
         raise InputError(
             f"{file.path}: holds no tensor where a state dict is expected; found {_describe(level)}",
-            hint="Is it a checkpoint of weights, and was the model saved with it?",
+            hint="is it a checkpoint of weights, and was the model saved with it?",
         )
     for _ in range(_MAX_PREFIXES):
         prefix = next((p for p in _PREFIXES if all(key.startswith(p) and key != p for key in tensors)), "")
@@ -136,18 +136,18 @@ def _describe(value: Any) -> str:
 
 def _refuse_other_formats(path: Path, head: bytes) -> None:
     if not head:
-        raise InputError(f"{path}: empty file", hint="The save or download did not finish: make it again.")
+        raise InputError(f"{path}: empty file", hint="the save or download did not finish: make it again")
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path}: is a Git LFS pointer, not the weights", hint="git lfs pull")
     if head.lstrip()[:1] in (b"<", b"{") and not head.startswith(b"\x80"):
         raise InputError(
-            f"{path}: looks like a web page or an error message saved as weights", hint="Download the file again."
+            f"{path}: looks like a web page or an error message saved as weights", hint="download the file again"
         )
     if head[257:262] == b"ustar":
         raise UnsupportedError(
             f"{path}: is in the TAR format of PyTorch before 0.4, which is not read",
-            hint="If you trust the file, save it again: python -c \"import torch; torch.save(torch.load('OLD', "
+            hint="if you trust the file, save it again: python -c \"import torch; torch.save(torch.load('OLD', "
             "map_location='cpu', weights_only=False), 'NEW')\"",
         )
     if head[8:9] == b"{" and struct.unpack_from("<Q", head)[0] < 1 << 40:
-        raise InputError(f"{path}: is a safetensors file under another name", hint="Rename it to end in .safetensors.")
+        raise InputError(f"{path}: is a safetensors file under another name", hint="rename it to end in .safetensors")

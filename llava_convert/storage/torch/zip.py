@@ -47,7 +47,7 @@ def read_zip(path: Path, stream: RawIOBase, size: int) -> machine.Loaded:
     if order is not None and read_at(path, stream, order.offset, min(order.length, 16)) != b"little":
         raise UnsupportedError(
             f"{path}: was saved on a big-endian machine, which is not read",
-            hint="Save it again with torch.serialization.set_default_load_endianness on a little-endian machine.",
+            hint="save it again with torch.serialization.set_default_load_endianness on a little-endian machine",
         )
     pickled = records[f"{root}/data.pkl"]
     if pickled.length > machine.MAX_PICKLE_BYTES:
@@ -135,7 +135,7 @@ def _zip_directory(path: Path, stream: RawIOBase, size: int) -> tuple[int, int, 
     if at < 0:
         raise InputError(
             f"{path}: an unfinished save or download: it begins as a zip file and has no directory at its end",
-            hint="Use an earlier checkpoint, or copy or download the file again.",
+            hint="use an earlier checkpoint, or copy or download the file again",
         )
     end = tail_at + at
     disk, first_disk, here, count, length, start = struct.unpack_from("<4xHHHHLL", tail, at)
@@ -198,7 +198,7 @@ def _check_record(path: Path, name: str, flags: int, method: int, packed: int, u
             raise _torchscript(path)
         raise InputError(
             f"{path}: record {printable(name)} is compressed; torch.save stores its records as they are",
-            hint="The file was packed again. Unpack it and pack it without compression (zip -0), or copy the original.",
+            hint="the file was packed again. Unpack it and pack it without compression (zip -0), or copy the original",
         )
     if packed != unpacked:
         raise InputError(f"{path}: record {printable(name)} has two sizes, {packed:,} and {unpacked:,}")

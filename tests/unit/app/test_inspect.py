@@ -61,7 +61,7 @@ def test_what_is_missing_and_how_to_supply_it(made: Path, tiny: Path) -> None:
     for target in ("official", "hf"):
         problem = found.targets[target]
         assert problem is not None
-        assert "base vision tower 'vit' is not here" in problem and "by visual_encoder" in problem
+        assert "base vision tower 'vit' was not found" in problem and "visual_encoder=PATH" in problem
     supplied = llava_convert.inspect(made / "xtuner", visual_encoder=str(tiny / "vit"))
     supplied.targets.pop("peft")  # its language model was trained whole
     assert supplied.targets == dict.fromkeys(TARGETS.keys() - {"xtuner", "peft"})
@@ -70,7 +70,7 @@ def test_what_is_missing_and_how_to_supply_it(made: Path, tiny: Path) -> None:
 def test_as_json(made: Path) -> None:
     value = json.loads(json.dumps(llava_convert.inspect(made / "xtuner").as_json()))
     assert value.keys() == JSON_KEYS
-    assert value["targets"]["hf"]["possible"] is False and "by visual_encoder" in value["targets"]["hf"]["missing"]
+    assert value["targets"]["hf"]["possible"] is False and "visual_encoder=PATH" in value["targets"]["hf"]["missing"]
     assert value["parts"]["llm"].keys() == {"state", "tensors", "bytes", "dtypes", "detail"}
 
 

@@ -57,7 +57,7 @@ def test_dtypes_by_every_name(word: str, dtype: str | None) -> None:
 
 @pytest.mark.parametrize("word", ["int8", "", "float8", "torch.int4"])
 def test_a_dtype_that_there_is_not(word: str) -> None:
-    with pytest.raises(UsageError, match="it is one of auto, float16, bfloat16, float32"):
+    with pytest.raises(UsageError, match="the choices are auto, float16, bfloat16, float32"):
         Options(to="hf", dtype=word)
 
 
@@ -115,7 +115,7 @@ def test_options_of_another_source(tiny: Path, tmp_path: Path) -> None:
 
 def test_the_program_that_was_asked_for_is_told(tiny: Path, tmp_path: Path) -> None:
     told = llava_convert.convert(tiny / "iter_2.pth", to="vLLM", out=tmp_path / "out", dry_run=True)
-    assert told.layouts == ("pth", "hf") and told.notes[0] == "vLLM loads the hf layout: that is made"
+    assert told.layouts == ("pth", "hf") and told.notes[0] == "converting to hf, the layout that vLLM loads"
     assert "loads" not in " ".join(
         llava_convert.convert(tiny / "iter_2.pth", to="HF", out=tmp_path / "out", dry_run=True).notes
     )

@@ -86,5 +86,5 @@ def test_a_base_model_is_a_source(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_part_that_is_none(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="part='tower': it is one of all, llm, "):
+    with pytest.raises(UsageError, match="part='tower': the choices are all, llm, "):
         llava_convert.convert(tiny / "iter_2.pth", to="hf", part="tower", out=tmp_path / "out")

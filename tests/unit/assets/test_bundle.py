@@ -20,7 +20,7 @@ from llava_convert.model.configs import named_config
 from llava_convert.storage.remote.session import Session
 from llava_convert.storage.torch.file import read_torch
 
-GUESS = "the hub id of the {} is not known"
+GUESS = "the hub id of the {} is unknown"
 
 
 def planned(source: Path, to: str, **options: Any) -> Prepared:
@@ -102,7 +102,7 @@ def test_the_folder_with_a_note(tiny: Path, tmp_path: Path) -> None:
     ready = planned(tiny / "iter_2.pth", "official", visual_encoder=str(vit))
     assert config(ready)["mm_vision_tower"] == "my-vit"
     (note,) = [text for text in ready.notes if GUESS.format("vision tower") in text]
-    assert "'my-vit' is written; --visual-encoder-id gives it" in note
+    assert "the config names its folder, 'my-vit': set the id with --visual-encoder-id" in note
     written = b"".join(ready.target.files.values())
     assert b"secret" not in written and str(tmp_path).encode() not in written
 

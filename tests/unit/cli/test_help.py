@@ -35,7 +35,7 @@ HEAVY = ("torch", "transformers", "numpy", "peft", "huggingface_hub", "safetenso
 
 
 def run(*arguments: str | Path) -> Any:
-    return CliRunner().invoke(app, [*map(str, arguments)])
+    return CliRunner().invoke(app, [*map(str, arguments)], prog_name="llava-convert")
 
 
 def modules(folder: Path, *arguments: str | Path) -> set[str]:
@@ -148,7 +148,7 @@ def test_people_get_lines(tiny: Path, tmp_path: Path) -> None:
     found = run("convert", tiny / "iter_2.pth", "--to", "hf", "-o", tmp_path / "o")
     assert f"{tmp_path / 'o'}: hf, 80 tensors, float16" in found.stdout
     assert "base, LoRA merged into 18 tensors" in found.stdout
-    assert "next: " in found.stderr and "next: " not in found.stdout
+    assert "next, in Python: from transformers " in found.stderr and "next" not in found.stdout
     assert "can become:" in run("inspect", tmp_path / "o").stdout
     assert "the same: 80 tensors equal bit for bit" in run("verify", tiny / "iter_2.pth", tmp_path / "o").stdout
 
@@ -198,6 +198,13 @@ def test_dry_run(tiny: Path, tmp_path: Path) -> None:
         (["pth", "{tiny}/iter_2.pth", "--to", "hf", "--threads", "-1"], 2, "threads"),
         (["pth", "{tiny}/iter_2.pth", "--to", "hf", "--lora-alpha", "nan"], 2, "--lora-alpha"),
         (["pth", "{tiny}/absent.pth", "--to", "hf"], 3, "does not exist"),
+        (["pth", "{tiny}/iter2.pth", "--to", "hf"], 3, "/iter_2.pth? Else give a file"),
+        (["pth", "{tiny}/iter_2.pth", "--to", "vlm"], 2, "did you mean vllm?"),
+        (["pth", "{tiny}/iter_2.pth", "--to", "hf", "--dtype", "float61"], 2, "did you mean float16?"),
+        (["pth", "{tiny}/iter_2.pth", "--to", "gguf", "--outtype", "q4_km"], 2, "did you mean q4_k_m?"),
+        (["doctor", "{tiny}/llm", "--for", "vlm"], 2, "did you mean vllm?"),
+        (["inspct", "{tiny}/iter_2.pth"], 2, "error: No such command 'inspct'. Did you mean 'inspect'?"),
+        (["verify", "--jsn"], 2, "llava-convert verify --help` lists arguments and options"),
         (["hf", "{tiny}/iter_2.pth", "--to", "official"], 4, "is not of the hf layout but pth"),
         (["convert", "{tiny}/picture.png", "--to", "hf"], 4, "is a picture"),
         (["inspect", "{tiny}/empty"], 3, "does not exist"),

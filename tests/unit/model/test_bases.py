@@ -58,18 +58,20 @@ def test_a_relative_name_of_the_source_is_found_beside_it(tmp_path: Path, tiny: 
 
 @pytest.mark.parametrize(("part", "option"), [(LLM, "--llm"), (VISION, "--visual-encoder")])
 def test_a_path_that_is_not_there(part: str, option: str) -> None:
-    with pytest.raises(InputError, match="'/no/such/model' is not here") as caught:
+    with pytest.raises(InputError, match="'/no/such/model' was not found") as caught:
         find_base(part, "/no/such/model", Path("x.pth"), Session(), explicit=False)
     assert caught.value.exit_code == 3
-    assert caught.value.hint is not None and caught.value.hint.endswith(f"by {option}")
+    assert caught.value.hint is not None and caught.value.hint.endswith(f"{option} PATH")
 
 
 def test_an_id_that_no_cache_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(InputError, match="the base language model 'org/absent' is neither a folder nor in") as caught:
+    with pytest.raises(
+        InputError, match="the base language model 'org/absent' was not found: it is not a folder"
+    ) as caught:
         find_base(LLM, "org/absent", Path("x.pth"), Session(), explicit=True)
     assert caught.value.exit_code == 3
-    assert caught.value.hint == "give its folder by --llm"
+    assert caught.value.hint == "name its folder: --llm PATH"
 
 
 def test_a_folder_without_a_config(tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_converted_with_a_cache_alone(tmp_path: Path, tiny: Path) -> None:
 
 def test_a_missing_base_stops_before_anything_is_written(tmp_path: Path, tiny: Path) -> None:
     llava_convert.convert(tiny / "iter_2.pth", to="xtuner", out=tmp_path / "source")
-    with pytest.raises(InputError, match="base vision tower 'vit' is not here") as caught:
+    with pytest.raises(InputError, match="base vision tower 'vit' was not found") as caught:
         llava_convert.convert(tmp_path / "source", to="hf", out=tmp_path / "out")
     assert (caught.value.exit_code, caught.value.hint) == (3, "give its folder or hub id by visual_encoder")
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
