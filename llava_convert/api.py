@@ -62,6 +62,7 @@ def _telling(progress: Reporter | OnBytes | bool | None) -> Iterator[Reporter]:
     shown = Shown()
     try:
         yield _InKeywords(shown)
+        shown.finish()
     finally:
         shown.stop()
 

@@ -117,7 +117,7 @@ class Shown(Silence):
         self._live: Live | None = None
         self._stage: Stage | None = None
         self._lock = threading.Lock()
-        self._logged = time.monotonic()
+        self._began = self._logged = time.monotonic()
         self.ended: list[str] = []
 
     def note(self, text: str) -> None:
@@ -156,6 +156,13 @@ class Shown(Silence):
             self._live.stop()
             self._live = None
 
+    def finish(self) -> None:
+        """The last line of a job that took its time, or that was watched: how long, and how fast."""
+        self.stop()
+        seconds = time.monotonic() - self._began
+        if self.ended and (self.shows_progress or seconds > LOG_EVERY):
+            self._log(f"took {clock(seconds)}: {', '.join(self.ended)}")
+
     def _begin(self, stage: Stage) -> Callable[[int], None]:
         self._end()
         self._stage = stage
@@ -169,7 +176,7 @@ class Shown(Silence):
                 refresh_per_second=8,
                 redirect_stdout=False,
             )
-            self._live.start()
+            self._live.start(refresh=True)
 
         def advance(step: int) -> None:
             with self._lock:

