@@ -1,4 +1,4 @@
-"""Convert LLaVA checkpoints between every layout in use, exactly.
+"""Convert LLaVA checkpoints from any layout to any other, exactly.
 
     import llava_convert
 

@@ -62,7 +62,7 @@ class ConvertJob(Options):
 
     source: Annotated[PathLike, _SOURCE]
     _: KW_ONLY
-    dry_run: Annotated[bool, Flag("Print the plan; write nothing.", CHECKS)] = False
+    dry_run: Annotated[bool, Flag("Print the plan, files, disk, memory and time. Write nothing.", CHECKS)] = False
     progress: Reporter | OnBytes | bool | None = None
 
     def __post_init__(self) -> None:
@@ -112,16 +112,16 @@ class SweepJob(Options):
     source: Annotated[
         str,
         Flag(
-            "What the checkpoints are called, quoted: 'run/iter_*.pth', 's3://runs/*/iter_*.pth'.",
+            "Pattern of the checkpoints, in quotes: 'run/iter_*.pth', 's3://runs/*/iter_*.pth'.",
             argument=True,
             metavar="PATTERN",
         ),
     ]
     _: KW_ONLY
     watch: Annotated[
-        int | None, Flag("Look for new ones every so many seconds, until Ctrl-C.", RUN, metavar="SECONDS")
+        int | None, Flag("Look for new checkpoints every N seconds, until Ctrl-C.", RUN, metavar="SECONDS")
     ] = None
-    dry_run: Annotated[bool, Flag("Say what is to do; write nothing.", CHECKS)] = False
+    dry_run: Annotated[bool, Flag("Print what would be done. Write nothing.", CHECKS)] = False
     progress: Reporter | OnBytes | bool | None = None
 
     def __post_init__(self) -> None:
@@ -144,7 +144,7 @@ class InspectJob(SourceOptions):
 
     source: Annotated[PathLike, _SOURCE]
     _: KW_ONLY
-    html: Annotated[PathLike | None, Flag("Write what was found as one HTML page.", RUN, metavar="FILE.html")] = None
+    html: Annotated[PathLike | None, Flag("Write the result as one HTML page.", RUN, metavar="FILE.html")] = None
 
     def run(self, say: Reporter) -> Inspection:
         from llava_convert.app.inspect import inspect
@@ -166,28 +166,27 @@ class VerifyJob(SourceOptions, PartOption):
     source: Annotated[PathLike, _SOURCE]
     out: Annotated[PathLike, Flag("A checkpoint of any layout, from any converter.", argument=True)]
     _: KW_ONLY
-    strict: Annotated[bool, Flag("Count vocabulary rows that no record names as a difference.", CHECKS)] = False
+    strict: Annotated[bool, Flag("Count unrecorded vocabulary rows as a difference.", CHECKS)] = False
     logits: Annotated[
-        bool, Flag("Show both models the same pictures and prompts, and compare all that comes of them.", CHECKS)
+        bool,
+        Flag(
+            "Also run both models on the same pictures and prompts, and compare features, logits and answers.", CHECKS
+        ),
     ] = False
-    layers: Annotated[bool, Flag("The difference after each layer, with --logits.", CHECKS)] = False
+    layers: Annotated[bool, Flag("With --logits: show the difference after each layer.", CHECKS)] = False
     device: Annotated[
         str | None,
-        Flag(
-            "What computes, with --logits. Default: a GPU, where there is one.", CHECKS, choices=(AUTO, "cpu", "cuda")
-        ),
+        Flag("With --logits: device to compute on. Default: a GPU, if there is one.", CHECKS, choices=(AUTO, "cpu", "cuda")),
     ] = None
     runtime: Annotated[
         str | None,
         Flag(
-            "The program that computes OUT, with --logits. Default: this package, which shows the most.",
+            "With --logits: program that runs OUT. Default: this package, which compares the most.",
             CHECKS,
             choices=(AUTO, "transformers", "official", "llama.cpp", "mlx"),
         ),
     ] = None
-    report: Annotated[PathLike | None, Flag("Write what was found as one HTML page.", CHECKS, metavar="FILE.html")] = (
-        None
-    )
+    report: Annotated[PathLike | None, Flag("Write the result as one HTML page.", CHECKS, metavar="FILE.html")] = None
     check: bool = False
     progress: Reporter | OnBytes | bool | None = None
 
@@ -226,15 +225,15 @@ class ChatJob(AskOptions):
     """A conversation with a model."""
 
     source: Annotated[PathLike, _SOURCE]
-    prompt: Annotated[str | None, Flag("What to ask. Without it a conversation begins.", argument=True)] = None
+    prompt: Annotated[str | None, Flag("The question. Without it, a conversation begins.", argument=True)] = None
     _: KW_ONLY
     image: Annotated[
         PathLike | Sequence[PathLike] | None,
-        Flag("A picture to ask about; may be given several times.", RUN, metavar="FILE|URL", repeated=True),
+        Flag("A picture to ask about. Repeatable.", RUN, metavar="FILE|URL", repeated=True),
     ] = None
     system: Annotated[
         str | None,
-        Flag("System message, if the model's template has room for one.", RUN, metavar="TEXT"),
+        Flag("System message, if the model's template takes one.", RUN, metavar="TEXT"),
     ] = None
 
     @property
@@ -256,17 +255,22 @@ class MMBenchJob(AskOptions):
     source: Annotated[PathLike, _SOURCE]
     _: KW_ONLY
     data: Annotated[
-        PathLike, Flag("MMBench_DEV_EN.tsv, its TEST and CN siblings, or CCBench.tsv.", RUN, metavar="FILE.tsv")
+        PathLike,
+        Flag("Benchmark file: MMBench_DEV_EN.tsv, its TEST and CN versions, or CCBench.tsv.", RUN, metavar="FILE.tsv"),
     ]
     work_dir: Annotated[
         PathLike | None,
-        Flag("Answers and scores. A run that was killed goes on there. Default: work_dirs/<FILE>.", RUN, metavar="DIR"),
+        Flag(
+            "Folder for answers and scores. A killed run continues there. Default: work_dirs/<FILE>.",
+            RUN,
+            metavar="DIR",
+        ),
     ] = None
-    force: Annotated[bool, Flag("Begin again, whatever DIR holds.", CHECKS)] = False
+    force: Annotated[bool, Flag("Start over, whatever the folder holds.", CHECKS)] = False
     report: Annotated[
         PathLike | None, Flag("Write a page with the scores, pictures and answers.", RUN, metavar="FILE.html")
     ] = None
-    max_new_tokens: Annotated[int, Flag("Longest answer, in tokens.", RUN, metavar="N")] = 100
+    max_new_tokens: Annotated[int, Flag("Maximum length of an answer, in tokens.", RUN, metavar="N")] = 100
     progress: Reporter | OnBytes | bool | None = None
 
     def run(self, say: Reporter) -> MMBenchResult:
@@ -279,13 +283,13 @@ class MMBenchJob(AskOptions):
 class CompareJob(Flagged):
     """Two runs of MMBench on one file, answer by answer."""
 
-    source: Annotated[PathLike, Flag("The --work-dir of a run.", metavar="A", argument=True)]
-    out: Annotated[PathLike, Flag("That of another.", metavar="B", argument=True)]
+    source: Annotated[PathLike, Flag("The --work-dir of one run.", metavar="A", argument=True)]
+    out: Annotated[PathLike, Flag("The --work-dir of another run.", metavar="B", argument=True)]
     _: KW_ONLY
-    data: Annotated[PathLike, Flag("The file that both answered.", RUN, metavar="FILE.tsv")]
-    report: Annotated[PathLike, Flag("The page with the answers that changed.", RUN, metavar="FILE.html")] = (
-        "compared.html"
-    )
+    data: Annotated[PathLike, Flag("The benchmark file that both runs answered.", RUN, metavar="FILE.tsv")]
+    report: Annotated[
+        PathLike, Flag("HTML page to write, with the answers that changed.", RUN, metavar="FILE.html")
+    ] = "compared.html"
 
     def run(self, say: Reporter) -> Compared:
         from llava_convert.app.mmbench.compare import run_compare
@@ -304,11 +308,11 @@ class EvalJob(AskOptions):
     _: KW_ONLY
     work_dir: Annotated[
         PathLike | None,
-        Flag("results.csv and results.json. Default: work_dirs/<SOURCE>-eval.", RUN, metavar="DIR"),
+        Flag("Folder for results.csv and results.json. Default: work_dirs/<SOURCE>-eval.", RUN, metavar="DIR"),
     ] = None
-    include: Annotated[PathLike | None, Flag("A folder with tasks of your own (YAML).", RUN, metavar="DIR")] = None
+    include: Annotated[PathLike | None, Flag("Folder with your own tasks (YAML).", RUN, metavar="DIR")] = None
     limit: Annotated[int | None, Flag("Only the first N questions of each task.", RUN, metavar="N")] = None
-    card: Annotated[bool, Flag("Write the table into the README.md of SOURCE, too.", RUN)] = False
+    card: Annotated[bool, Flag("Add the table to the README.md of SOURCE.", RUN)] = False
     report: Annotated[
         PathLike | None, Flag("Write a page with the scores, pictures and answers.", RUN, metavar="FILE.html")
     ] = None
@@ -329,21 +333,19 @@ class EvalJob(AskOptions):
 class DoctorJob(Flagged):
     """Find the problems that a program would have with a folder."""
 
-    folder: Annotated[PathLike, Flag("The folder that the program is to load.", metavar="DIR", argument=True)]
+    folder: Annotated[PathLike, Flag("The folder to load.", metavar="DIR", argument=True)]
     _: KW_ONLY
     consumer: Annotated[
         str,
         Flag(
-            "The program: transformers, vllm, llama.cpp or ollama; transformers@4.46 for a version of it.",
+            "The program: transformers, vllm, llama.cpp or ollama; with a version: transformers@4.46.",
             CHECKS,
             metavar="PROGRAM[@VERSION]",
             spelling="--for",
             offers=("transformers", "vllm", "llama.cpp", "ollama"),
         ),
     ]
-    fix: Annotated[bool, Flag("Repair the small files, all at once; the folder as it was stays beside it.", CHECKS)] = (
-        False
-    )
+    fix: Annotated[bool, Flag("Fix the small files. The old folder stays beside the new one.", CHECKS)] = False
 
     def run(self, say: Reporter) -> Diagnosis:
         from llava_convert.app.doctor.run import diagnose
@@ -356,20 +358,20 @@ class DoctorJob(Flagged):
 class UploadJob(SourceOptions, BranchOptions):
     """A folder that is published."""
 
-    folder: Annotated[PathLike, Flag("What a conversion wrote, or another checkpoint.", metavar="DIR", argument=True)]
-    repo: Annotated[str, Flag("OWNER/NAME; made if it does not exist.", argument=True)]
+    folder: Annotated[PathLike, Flag("A converted folder, or another checkpoint.", metavar="DIR", argument=True)]
+    repo: Annotated[str, Flag("OWNER/NAME. It is created if it does not exist.", argument=True)]
     _: KW_ONLY
-    message: Annotated[str | None, Flag("Message of the commit.", PUBLISH, metavar="TEXT")] = None
+    message: Annotated[str | None, Flag("Commit message.", PUBLISH, metavar="TEXT")] = None
     verify: Annotated[
-        str, Flag("full: the recorded sha256 of every file, or --source.", CHECKS, choices=(FULL, OFF))
+        str, Flag("full: compare every file with its recorded sha256, or with --source.", CHECKS, choices=(FULL, OFF))
     ] = FULL
     source: Annotated[
-        PathLike | None, Flag("Compare DIR with what it was converted from, now.", CHECKS, metavar="SOURCE")
+        PathLike | None, Flag("The model that DIR was converted from: compare with it first.", CHECKS, metavar="SOURCE")
     ] = None
     include: Annotated[
         str | Sequence[str],
         Flag(
-            "Publish this file of DIR though it looks like a secret; may be given again.",
+            "Upload this file even if it looks like a secret. Repeatable.",
             PUBLISH,
             metavar="FILE",
             repeated=True,
@@ -408,15 +410,16 @@ class ReleaseJob(NamedBases, HubOptions, TypesOption):
     only: Annotated[
         str | Sequence[str] | None,
         Flag(
-            "These layouts. Default: all; pretrain where there is a stage-1 checkpoint.",
+            "Only these layouts. Default: all; pretrain if there is a stage-1 checkpoint.",
             OUTPUT,
             metavar="xtuner,official,hf,gguf,pretrain",
         ),
     ] = None
     out: Annotated[
-        PathLike | None, Flag("Holds one folder a layout. Default: ./NAME.", OUTPUT, metavar="DIR", short="-o")
+        PathLike | None,
+        Flag("Folder that gets one folder per layout. Default: ./NAME.", OUTPUT, metavar="DIR", short="-o"),
     ] = None
-    dry_run: Annotated[bool, Flag("Print the table; write nothing, send nothing.", CHECKS)] = False
+    dry_run: Annotated[bool, Flag("Print the table. Write nothing, send nothing.", CHECKS)] = False
     progress: Reporter | OnBytes | bool | None = None
 
     @property

@@ -58,7 +58,9 @@ class OutOptions(Flagged):
             "Output folder, or a URL (s3://…). Default: ./<source's stem>_<layout>.", OUTPUT, metavar="OUT", short="-o"
         ),
     ] = None
-    name: Annotated[str | None, Flag("Name in the card. Default: OUT's last part.", OUTPUT, metavar="NAME")] = None
+    name: Annotated[
+        str | None, Flag("Model name in the card. Default: the last part of OUT.", OUTPUT, metavar="NAME")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +69,14 @@ class SourceOptions(Flagged):
 
     llm: Annotated[
         str | None,
-        Flag("Base language model, where the source does not hold its weights.", SOURCE, metavar="PATH|ID"),
+        Flag("Base language model, if the source lacks its weights.", SOURCE, metavar="PATH|ID"),
     ] = None
-    visual_encoder: Annotated[str | None, Flag("Base vision tower, likewise.", SOURCE, metavar="PATH|ID")] = None
+    visual_encoder: Annotated[
+        str | None, Flag("Base vision tower, if the source lacks its weights.", SOURCE, metavar="PATH|ID")
+    ] = None
     base: Annotated[
         str | None,
-        Flag("The whole LLaVA, of any layout, that the source was trained from.", SOURCE, metavar="PATH|ID"),
+        Flag("The whole LLaVA that the source was trained from, in any layout.", SOURCE, metavar="PATH|ID"),
     ] = None
     projector: Annotated[
         PathLike | None,
@@ -84,23 +88,25 @@ class SourceOptions(Flagged):
     ] = None
     pretrained_pth: Annotated[
         PathLike | None,
-        Flag("Stage-1 checkpoint, for parts that were trained there.", SOURCE, metavar="PATH"),
+        Flag("Stage-1 checkpoint, for parts that were trained in stage 1.", SOURCE, metavar="PATH"),
     ] = None
     config: Annotated[
         PathLike | None,
-        Flag("xtuner training config; read, never run. Not needed when the .pth carries it.", SOURCE, metavar="CFG.py"),
+        Flag(
+            "xtuner training config, if the checkpoint carries none. It is read, never run.", SOURCE, metavar="CFG.py"
+        ),
     ] = None
     config_from: Annotated[
         PathLike | None,
         Flag(
-            "Folder of config.json and tokenizer, for weights that have none beside them.",
+            "Folder with config.json and tokenizer, for weights that have none beside them.",
             SOURCE,
             metavar="FOLDER",
         ),
     ] = None
     mmproj: Annotated[
         PathLike | None,
-        Flag("GGUF of vision tower and projector, where it does not lie beside SOURCE.", SOURCE, metavar="FILE"),
+        Flag("GGUF of vision tower and projector, if it is not beside SOURCE.", SOURCE, metavar="FILE"),
     ] = None
     lora_alpha: Annotated[
         str | float | Mapping[str, float] | None,
@@ -113,7 +119,7 @@ class SourceOptions(Flagged):
     adapter: Annotated[
         PathLike | Sequence[PathLike] | None,
         Flag(
-            "PEFT adapter to merge (may be given several times); none leaves out those beside the model.",
+            "PEFT adapter to merge. Repeatable. none: ignore adapters that lie beside the model.",
             SOURCE,
             metavar="DIR",
             repeated=True,
@@ -122,7 +128,7 @@ class SourceOptions(Flagged):
     extra: Annotated[
         str,
         Flag(
-            "Tensors that no table knows: error (the default), or drop to leave them out.",
+            "Tensors that no table knows. error: stop (the default); drop: leave them out.",
             SOURCE,
             choices=("error", DROP),
         ),
@@ -130,7 +136,8 @@ class SourceOptions(Flagged):
     vocab: Annotated[
         str | None,
         Flag(
-            "If embedding rows and vocabulary differ: rows keeps the weights' count, tokens the config's.",
+            "If embedding and vocabulary differ in size: rows keeps the rows of the weights, tokens the "
+            "tokenizer's.",
             SOURCE,
             choices=("rows", "tokens"),
         ),
@@ -138,7 +145,7 @@ class SourceOptions(Flagged):
     table: Annotated[
         PathLike | Sequence[PathLike] | None,
         Flag(
-            "Table of your own: rows of a layout, a family, or more names of one (may be given several times).",
+            "Your own table: rows of a layout, a family, or more names of a family. Repeatable.",
             SOURCE,
             metavar="FILE.toml",
             repeated=True,
@@ -146,7 +153,7 @@ class SourceOptions(Flagged):
     ] = None
     cache: Annotated[
         bool,
-        Flag("Download what a hub holds to its client's cache, instead of reading it in place.", SOURCE),
+        Flag("Download a hub's model to the hub's cache first, instead of reading it in place.", SOURCE),
     ] = False
     source_layout: str | None = None
 
@@ -181,31 +188,29 @@ class AskOptions(SourceOptions):
     runtime: Annotated[
         str | None,
         Flag(
-            "What computes. Default: llama.cpp for GGUF, transformers for all else; it takes GGUF as well.",
+            "Program that runs the model. Default: llama.cpp for GGUF, else transformers, which runs GGUF too.",
             RUN,
             choices=(AUTO, "transformers", "llama.cpp"),
         ),
     ] = None
-    device: Annotated[str | None, Flag("Default: a GPU, where there is one.", RUN, choices=(AUTO, "cpu", "cuda"))] = (
-        None
-    )
+    device: Annotated[str | None, Flag("Default: a GPU, if there is one.", RUN, choices=(AUTO, "cpu", "cuda"))] = None
     dtype: Annotated[
         str | None,
         Flag(
-            "What it computes in. Default: float32 on a CPU; on a GPU the model's own, if of 16 bits, else float16.",
+            "Dtype to compute in. Default: float32 on a CPU; on a GPU the model's own 16-bit dtype, else float16.",
             RUN,
             choices=(AUTO, *DTYPES),
             others=OTHER_DTYPES,
         ),
     ] = None
     four_bit: Annotated[
-        bool, Flag("Hold the language model in 4 bits (NF4, bitsandbytes).", RUN, spelling="--4bit")
+        bool, Flag("Load the language model in 4 bits (NF4, bitsandbytes).", RUN, spelling="--4bit")
     ] = False
     prompt_template: Annotated[
         str | None,
-        Flag("Prompt template, by xtuner's name for it. Default: the one trained with.", RUN, metavar="NAME"),
+        Flag("Prompt template, by its name in xtuner. Default: the one used in training.", RUN, metavar="NAME"),
     ] = None
-    max_new_tokens: Annotated[int, Flag("Longest answer, in tokens.", RUN, metavar="N")] = 512
+    max_new_tokens: Annotated[int, Flag("Maximum length of an answer, in tokens.", RUN, metavar="N")] = 512
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -219,8 +224,12 @@ class AskOptions(SourceOptions):
 class NamedBases(SourceOptions):
     """How to read a source, and what its base models are called on a hub."""
 
-    llm_id: Annotated[str | None, Flag("Hub id of the LLM to write into configs.", OUTPUT, metavar="ID")] = None
-    visual_encoder_id: Annotated[str | None, Flag("Hub id of the tower, likewise.", OUTPUT, metavar="ID")] = None
+    llm_id: Annotated[str | None, Flag("Hub id of the language model, written into configs.", OUTPUT, metavar="ID")] = (
+        None
+    )
+    visual_encoder_id: Annotated[
+        str | None, Flag("Hub id of the vision tower, written into configs.", OUTPUT, metavar="ID")
+    ] = None
 
     @property
     def bases(self) -> Bases:
@@ -234,12 +243,12 @@ class HubOptions(Flagged):
     hub: Annotated[
         str | None,
         Flag(
-            "Where to publish, with the token that the hub's own client keeps. Default: huggingface.",
+            "Where to upload, with the token of the hub's own client. Default: huggingface.",
             PUBLISH,
             choices=(*HUBS, BOTH),
         ),
     ] = None
-    private: Annotated[bool, Flag("Make the repository private when it is created.", PUBLISH)] = False
+    private: Annotated[bool, Flag("Create the repository as private.", PUBLISH)] = False
 
     @property
     def hubs(self) -> tuple[str, ...]:
@@ -253,8 +262,8 @@ class HubOptions(Flagged):
 class BranchOptions(HubOptions):
     """Where to publish, and as what."""
 
-    revision: Annotated[str | None, Flag("Publish on this branch of REPO.", PUBLISH, metavar="BRANCH")] = None
-    create_pr: Annotated[bool, Flag("Publish as a pull request (Hugging Face alone).", PUBLISH)] = False
+    revision: Annotated[str | None, Flag("Upload to this branch.", PUBLISH, metavar="BRANCH")] = None
+    create_pr: Annotated[bool, Flag("Upload as a pull request (only Hugging Face).", PUBLISH)] = False
 
     def destination(self, repo: str, message: str | None = None) -> Destination:
         to = super().destination(repo)
@@ -266,7 +275,7 @@ class PushOption(Flagged):
     """Whether to publish what was made."""
 
     push: Annotated[
-        str | None, Flag("Publish OUT afterwards, once every byte is verified.", PUBLISH, metavar="REPO")
+        str | None, Flag("Upload OUT to this repository once every byte is verified.", PUBLISH, metavar="REPO")
     ] = None
 
 
@@ -292,34 +301,38 @@ class Options(PushOptions, OutputOptions, PartOption, NamedBases, OutOptions):
 
     allow_key: Annotated[
         str | Sequence[str] | None,
-        Flag("Leave this key of a config behind, though no table knows it.", SOURCE, metavar="NAME", repeated=True),
+        Flag("Drop this config key that no table knows. Repeatable.", SOURCE, metavar="NAME", repeated=True),
     ] = None
-    dequantize: Annotated[bool, Flag("Make floats of a quantised source; its rounding stays.", SOURCE)] = False
+    dequantize: Annotated[bool, Flag("Turn a quantised source into floats; the quantisation error stays.", SOURCE)] = (
+        False
+    )
     verify: Annotated[
         str | None,
         Flag(
-            "quick: headers and files; full: every byte recomputed. Default: quick; full with --push.",
+            "quick: check headers and files. full: recompute every byte. Default: quick; with --push full.",
             CHECKS,
             choices=(QUICK, FULL, OFF),
         ),
     ] = None
-    digest: Annotated[bool, Flag("Record an xxh3-128 digest of each tensor.", CHECKS)] = False
-    force: Annotated[bool, Flag("Replace OUT; the old one survives any failure.", CHECKS)] = False
-    resume: Annotated[bool, Flag("Keep the finished shards of a killed run of the same plan.", CHECKS)] = False
+    digest: Annotated[bool, Flag("Record an xxh3-128 digest of each tensor in conversion.json.", CHECKS)] = False
+    force: Annotated[bool, Flag("Replace OUT. The old one survives any failure.", CHECKS)] = False
+    resume: Annotated[bool, Flag("Keep the shards that a killed run of the same command finished.", CHECKS)] = False
     files: Annotated[
         str | None,
-        Flag("Write one share of the files alone, of several runs that share OUT.", CHECKS, metavar="I/N"),
+        Flag("Write one share of the files; other runs write the rest of OUT.", CHECKS, metavar="I/N"),
     ] = None
-    finish: Annotated[bool, Flag("Check that every share is there, and complete OUT.", CHECKS)] = False
+    finish: Annotated[bool, Flag("Check that every share is written, and complete OUT.", CHECKS)] = False
     executor: Annotated[
         str | None,
         Flag(
-            "Who writes the files: a Dask scheduler, or `dask://local?workers=N` on this machine.",
+            "Dask scheduler whose workers write the files, or `dask://local?workers=N` on this machine.",
             CHECKS,
             metavar="dask://HOST:PORT",
         ),
     ] = None
-    threads: Annotated[int, Flag("Threads; 0: one a core, at most 4. Changes no byte.", CHECKS, metavar="N")] = 0
+    threads: Annotated[
+        int, Flag("Number of threads. 0: one per core, at most 4. The bytes stay the same.", CHECKS, metavar="N")
+    ] = 0
     asked: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:

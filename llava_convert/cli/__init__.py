@@ -46,7 +46,7 @@ def _tell(problem: Any, *, as_json: bool) -> None:
 app = typer.Typer(
     name="llava-convert",
     cls=_Group,
-    help="Convert LLaVA checkpoints between every layout in use, exactly.",
+    help="Convert LLaVA checkpoints from any layout to any other, exactly.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

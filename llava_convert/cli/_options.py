@@ -22,10 +22,13 @@ J = TypeVar("J")
 Command = Callable[..., None]
 """What a command does, with the signature that typer reads."""
 
-Json = Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.", rich_help_panel=TALK_PANEL)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.", rich_help_panel=TALK_PANEL)]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel=TALK_PANEL)]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.", rich_help_panel=TALK_PANEL)
+]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Every detail; tracebacks with errors.", rich_help_panel=TALK_PANEL)
+    bool,
+    typer.Option("--verbose", "-v", help="Print every detail, and tracebacks with errors.", rich_help_panel=TALK_PANEL),
 ]
 _TALK = {"as_json": Json, "quiet": Quiet, "verbose": Verbose}
 

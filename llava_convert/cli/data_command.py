@@ -27,9 +27,7 @@ def check(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, for instance data.root=/data."),
     ] = None,
-    open_pictures: Annotated[
-        bool, typer.Option("--open", help="Decode every picture, several at once: finds those that are broken.")
-    ] = False,
+    open_pictures: Annotated[bool, typer.Option("--open", help="Decode every picture, to find broken ones.")] = False,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,

@@ -26,10 +26,10 @@ def made(_name: str) -> typer.Typer:
     group.command("tasks", help="Benchmarks of lmms-eval. The word itself may be left out: eval mme,pope SOURCE.")(
         command("eval tasks", EvalJob, _tasks)
     )
-    group.command("mmbench", help="MMBench and CCBench, by xtuner's prompt and rule, from their TSV files.")(
+    group.command("mmbench", help="Run MMBench or CCBench from its TSV file, with xtuner's prompt and rule.")(
         command("eval mmbench", MMBenchJob, _mmbench)
     )
-    group.command("compare", help="The answers that two runs of mmbench give otherwise, with pictures, in one page.")(
+    group.command("compare", help="Compare two runs of mmbench: one page with the answers that changed.")(
         command("eval compare", CompareJob, _compare)
     )
     return group

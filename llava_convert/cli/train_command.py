@@ -25,7 +25,7 @@ def made(_name: str) -> opt.Command:
 
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="RECIPE", help="A .toml file, or the name of a recipe that comes with it.")
+        str | None, typer.Argument(metavar="RECIPE", help="A .toml file, or the name of an included recipe (--list).")
     ] = None,
     changes: Annotated[
         list[str] | None,
@@ -46,7 +46,7 @@ def train(
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Take up the newest checkpoint there.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint there.", rich_help_panel=OUTPUT)
     ] = False,
     deepspeed: Annotated[
         str,
@@ -54,7 +54,7 @@ def train(
             "--deepspeed",
             metavar=opt.shown(*STAGES),
             autocompletion=opt.offered(*STAGES),
-            help="Train with DeepSpeed; checkpoints are folders then. Also by xtuner's words: deepspeed_zero2.",
+            help="Train with DeepSpeed; checkpoints are then folders. xtuner's names work too: deepspeed_zero2.",
             rich_help_panel=RECIPE_PANEL,
         ),
     ] = "",
@@ -70,13 +70,15 @@ def train(
     list_recipes: Annotated[
         bool,
         typer.Option(
-            "--list", help="Print the recipes: stage, model, data, memory; train nothing.", rich_help_panel=CHECKS
+            "--list", help="List the recipes with stage, model, data and memory. Train nothing.", rich_help_panel=CHECKS
         ),
     ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Print recipe, data, memory, steps and what is missing.", rich_help_panel=CHECKS
+            "--dry-run",
+            help="Print recipe, data, memory, steps and what is missing. Train nothing.",
+            rich_help_panel=CHECKS,
         ),
     ] = False,
     as_json: opt.Json = False,

@@ -144,7 +144,7 @@ LAYOUTS = {
         LayoutInfo(
             name="pth",
             forms=(Form("`iter_N.pth` of xtuner's training"), Form("its DeepSpeed folder, ZeRO 1 to 3")),
-            help="An mmengine .pth of xtuner's training.",
+            help="A .pth checkpoint of xtuner's training (mmengine).",
             description="a training checkpoint of xtuner (`.pth`)",
             reads=_TRAINED,
             trainer="xtuner",
@@ -166,7 +166,7 @@ LAYOUTS = {
         LayoutInfo(
             name="xtuner",
             forms=(Form("LLM or `llm_adapter/`, `projector/`, `visual_encoder…/`"),),
-            help="The xtuner layout: LLM, projector/, visual_encoder_adapter/.",
+            help="A folder in xtuner's layout: LLM, projector/, visual_encoder_adapter/.",
             description="xtuner's layout",
             reads=_TRAINED,
             trainer="xtuner",
@@ -198,7 +198,7 @@ LAYOUTS = {
             ),
             loaders=("llava",),
             reads=frozenset({"dequantize", "config_from"}),
-            help="Official LLaVA (haotian-liu).",
+            help="A model of the LLaVA code base (haotian-liu).",
             description="the layout of the original LLaVA code",
             target=TargetInfo(
                 options=_WEIGHTS | {"image_processor"},
@@ -224,7 +224,7 @@ LAYOUTS = {
             ),
             loaders=("transformers", "vllm"),
             reads=frozenset({"dequantize", "config_from"}),
-            help="transformers' LLaVA, LLaVA-NeXT and LLaVA-OneVision.",
+            help="A LLaVA, LLaVA-NeXT or LLaVA-OneVision of transformers.",
             description="the transformers layout",
             target=TargetInfo(
                 options=_WEIGHTS | {"image_processor"},
@@ -270,7 +270,7 @@ LAYOUTS = {
             ),
             loaders=("llama.cpp", "ollama"),
             reads=frozenset({"dequantize", "mmproj"}),
-            help="GGUF of llama.cpp: a language model, with or without its mmproj.",
+            help="GGUF files of llama.cpp: a language model, with or without its mmproj.",
             description="GGUF",
             has_shards=False,
             target=TargetInfo(

@@ -110,8 +110,8 @@ def refuse_unsayable(
         why = fact.layouts[dialect].why
         raise UnsupportedError(
             f"{key_of(fact.name, source)} is {spelled(value)} ({fact.what}){_where(fact, source, said)}, which the "
-            f"{layout} layout cannot state" + (f": {why}" if why else ""),
-            hint=f"convert to {' or '.join(able)}" if able else "no layout of this tool can state it",
+            f"{layout} layout cannot hold" + (f": {why}" if why else ""),
+            hint=f"convert to {' or '.join(able)}" if able else "no layout of this tool can hold it",
         )
 
 
@@ -149,7 +149,7 @@ def refuse_unknown_keys(
         return
     shown = listed([f"{printable(key)} = {spelled(config[key])}" for key in unknown])
     raise UnsupportedError(
-        f"{where}: no table knows {shown}: what it decides would be lost",
+        f"{where}: no table knows {shown}, so it would be lost",
         hint=" ".join(f"--allow-key {printable(key)}" for key in unknown[:6])
         + (" goes on without it" if len(unknown) == 1 else " goes on without them"),
     )

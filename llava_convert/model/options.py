@@ -59,7 +59,7 @@ class PartOption(Flagged):
     part: Annotated[
         str,
         Flag(
-            "Only one part.",
+            "Convert only one part.",
             OUTPUT,
             choices=(ALL, "llm", "projector", "visual-encoder"),
             others={"language_model": "llm", "vision_tower": "visual-encoder", "visual_encoder": "visual-encoder"},
@@ -74,7 +74,7 @@ class TypesOption(Flagged):
     outtype: Annotated[
         str | Sequence[str] | None,
         Flag(
-            "Types of the language model, one file each. Default (auto): bf16 for a bf16 source, else f16.",
+            "Types of the language model, one file for each. Default (auto): bf16 for a bf16 source, else f16.",
             OUTPUT,
             metavar="f16|q8_0|q4_k_m|…[,…]",
             offers=_OUTTYPES,
@@ -93,7 +93,7 @@ class OutputOptions(TypesOption):
     max_shard_size: Annotated[
         str | int | None,
         Flag(
-            "Default: shards follow the source's; 2GB (5GB for hf) for a .pth.",
+            "Default: the source's shards; for a .pth 2GB (5GB for hf).",
             OUTPUT,
             metavar="keep|5GB|…",
             offers=("keep", "2GB", "5GB", "10GB"),
@@ -101,20 +101,21 @@ class OutputOptions(TypesOption):
     ] = None
     prompt_template: Annotated[
         str | None,
-        Flag("Chat template, by xtuner's name for it. Default: the one trained with.", OUTPUT, metavar="NAME"),
+        Flag("Chat template, by its name in xtuner. Default: the one used in training.", OUTPUT, metavar="NAME"),
     ] = None
     chat_template: Annotated[
         str | Path | None,
-        Flag("Jinja file with the chat template, in place of the source's or of a named one.", OUTPUT, metavar="FILE"),
+        Flag("Jinja file that replaces the chat template.", OUTPUT, metavar="FILE"),
     ] = None
     stop: Annotated[
         str | Sequence[str] | None,
-        Flag("Tokens, or their ids, at which answers end, in place of the source's.", OUTPUT, metavar="TOKEN|ID[,…]"),
+        Flag("Stop tokens, or their ids. They replace the source's.", OUTPUT, metavar="TOKEN|ID[,…]"),
     ] = None
     dtype: Annotated[
         object,
         Flag(
-            "Default (auto): what training loaded its language model in, if of 16 bits; else the source's, or float16.",
+            "Default (auto): the 16-bit dtype in which training loaded the language model; else the "
+            "source's, or float16.",
             OUTPUT,
             choices=(AUTO, *DTYPES),
             others=OTHER_DTYPES,
@@ -123,7 +124,7 @@ class OutputOptions(TypesOption):
     image_processor: Annotated[
         str | None,
         Flag(
-            "clip (the default) crops pictures to squares and loads everywhere; llava pads them, as training did.",
+            "clip (the default): crop pictures to squares, loads everywhere. llava: pad them, as in training.",
             OUTPUT,
             choices=("clip", "llava"),
         ),
@@ -140,19 +141,21 @@ class OutputOptions(TypesOption):
     mmproj_for: Annotated[
         str | None,
         Flag(
-            "stock: an mmproj for today's llama.cpp alone, which puts the class token last.",
+            "stock: an mmproj only for current llama.cpp, which puts the class token last.",
             OUTPUT,
             choices=("stock",),
         ),
     ] = None
     pre: Annotated[
         str | None,
-        Flag("llama.cpp's name of the pre-tokenizer. Default: recognised by how it cuts text.", OUTPUT, metavar="NAME"),
+        Flag(
+            "llama.cpp's name of the pre-tokenizer. Default: recognised by how it splits text.", OUTPUT, metavar="NAME"
+        ),
     ] = None
     as_family: Annotated[
         str | None,
         Flag(
-            "Write the language model as another family that computes the same: a Phi-3 as llama, and back.",
+            "Write the language model as another family that computes the same: Phi-3 as llama, or back.",
             OUTPUT,
             metavar="FAMILY",
             spelling="--as",

@@ -13,10 +13,10 @@ from llava_convert.model.tables.facts import Fact, KeyTable, Word, dialects, fac
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "facts.md"
 LAYOUTS = ("official", "hf", "xtuner", "pth", "gguf")
 KIND = {
-    "computes": "decides what the model computes",
-    "prompts": "decides how it is prompted",
-    "stops": "decides where it stops",
-    "samples": "decides how a token is chosen where nobody says it",
+    "computes": "changes what the model computes",
+    "prompts": "changes the prompt",
+    "stops": "changes where an answer ends",
+    "samples": "sets a default of sampling",
 }
 # The tables of keys in the order of the page, with what each is about.
 FILES = {
@@ -33,26 +33,30 @@ FILES = {
     "gguf": "the metadata of a GGUF, beside what is made of the facts and the configs",
 }
 HEAD = """\
-# Facts
+# Which settings of a model are kept?
 
-A fact is what a config, a tokenizer or a processor says and what changes what the model computes, how it is prompted or
-where it stops. A conversion carries a fact, or is refused (exit 4) with its name and value; `verify` compares facts as
-it compares tensors. This page is made of the tables in `mappings/facts` by `make docs`.
+A *fact* is a setting that changes what the model computes, its prompt, or where an answer ends. It stands in a config,
+a tokenizer or a processor. A conversion writes each fact into the target. If the target cannot hold it, the conversion
+stops with exit 4 and names the fact and its value. `verify` compares facts as it compares tensors. `make docs` writes
+this page from the tables in `mappings/facts`.
 
-## How the parts work together
+## Facts by layout
 
-For each layout: the key that states the fact, or the values that need no word since the layout's readers compute them
-anyway. Any other value is exit 4. transformers has three classes of LLaVAs: a model is written as the first that can
-state all its facts, LLaVA, LLaVA-NeXT (`hf.llava_next`) or LLaVA-OneVision (`hf.llava_onevision`). An mmproj with a
-SigLIP tower is `gguf.siglip`. "Needs no word": the tensors or another key tell it, or nothing that reads the layout
-has a use for it.
+Each table says where a layout stores the fact:
+
+- **A key**: the value is written there.
+- **No key**: the programs that read the layout always use the value shown. Any other value is exit 4.
+- **Not needed**: the tensors or another key show it, or no program that reads the layout uses it.
+
+transformers has three classes of LLaVA. A model becomes the first class that can hold all its facts: LLaVA (`hf`),
+LLaVA-NeXT (`hf.llava_next`) or LLaVA-OneVision (`hf.llava_onevision`). `gguf.siglip` is an mmproj with a SigLIP tower.
 """
 KEYS = """\
 ## Keys by file
 
-Keys that decide are carried, or made of the model; keys that decide nothing are listed with the reason. A key in no
-table is exit 4 in the config of a model (`--allow-key NAME` goes on without it), a note in a small file. A value of
-another type than its key has is exit 3.
+A key that changes something is converted. A key that has no effect is listed with the reason. An unknown key in a
+model's config is exit 4; `--allow-key NAME` drops it. In other files an unknown key is a note. A value of the wrong
+type is exit 3.
 """
 
 
@@ -65,7 +69,7 @@ def page() -> str:
 
 def _fact(fact: Fact) -> str:
     lines = [f"### {fact.name}", "", f"{_sentence(fact.what)} It {KIND[fact.kind]}.{_default(fact)}{_when(fact)}", ""]
-    lines += ["| layout | how it is stated |", "|---|---|"]
+    lines += ["| layout | where it is stored |", "|---|---|"]
     for layout in LAYOUTS:
         usual = fact.layouts.get(layout)
         own = [name for name in dialects(layout) if name == layout or fact.layouts.get(name) != usual]
@@ -78,14 +82,14 @@ def _sentence(text: str) -> str:
 
 
 def _default(fact: Fact) -> str:
-    return "" if fact.default is None else f" Where nothing states it: {_value(fact.default)}."
+    return "" if fact.default is None else f" Default: {_value(fact.default)}."
 
 
 def _when(fact: Fact) -> str:
     if fact.when is None:
         return ""
     name, value = fact.when
-    return f" It matters only where {name} {'begins with' if isinstance(value, str) else 'is'} {_value(value)}."
+    return f" It is used only if `{name}` {'begins with' if isinstance(value, str) else 'is'} {_value(value)}."
 
 
 def _value(value: Any) -> str:
@@ -94,11 +98,11 @@ def _value(value: Any) -> str:
 
 def _word(fact: Fact, word: Word | None) -> str:
     if word is None:
-        return "needs no word"
+        return "not needed"
     if word.silent:
-        return "its readers are told by other means"
+        return "not stored: its programs take it as an option"
     if word.loses:
-        return f"{_unsaid(word)}; of another value users are told: {word.loses}"
+        return f"{_unsaid(word)}. Another value is dropped with a warning: {word.loses}"
     if word.key is None:
         return _unsaid(word)
     file = "" if word.file == "config.json" or word.type else f" in `{word.file}`"
@@ -110,16 +114,16 @@ def _word(fact: Fact, word: Word | None) -> str:
     if word.form:
         said += f", as pairs of {word.form}"
     if word.default != fact.default:
-        said += f"; where it is absent: {_value(word.default)}"
+        said += f"; default: {_value(word.default)}"
     return said + (f". {_sentence(word.note)}" if word.note else "")
 
 
 def _unsaid(word: Word) -> str:
     values = [value for value in word.unsaid if value is not None]
     said = (
-        f"no word, only {' or '.join(map(_value, values))}"
+        f"no key, always {' or '.join(map(_value, values))}"
         if values
-        else "no word, only a model that does not state it"
+        else "no key, always unset"
     )
     return said + (f": {word.why}" if word.why else "")
 
@@ -129,7 +133,7 @@ def _keys(what: str, table: KeyTable) -> str:
     lines += _lines((KIND[kind], [k for k, of in table.kinds.items() if of == kind]) for kind in KIND)
     reasons = dict.fromkeys(table.harmless.values())
     lines += _lines(
-        (f"decides nothing, {why}", [k for k, of in table.harmless.items() if of == why]) for why in reasons
+        (f"no effect ({why})", [k for k, of in table.harmless.items() if of == why]) for why in reasons
     )
     return "\n".join(lines) + "\n"
 

@@ -13,16 +13,17 @@ from llava_convert.model.tables.families import Architecture, architectures
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 HEAD = """\
-# Supported models
+# Which models are supported?
 
-What this version converts, by family and layout. This page is made of the tables in `mappings` by `make docs`;
-[how to add a family](adding-a-family.md).
+The families and layouts that this version converts. A family that is missing can be [added](adding-a-family.md).
+`make docs` writes this page from the tables in `mappings`.
 
 ## Language models
 
-In `xtuner` every family keeps its own names. Elsewhere: the class in `hf` and in the code of official LLaVA, and
-llama.cpp's architecture in `gguf`. "As llama" is a copy of the same bytes under another family's names, which computes
-the same.
+The columns are the class in transformers (`hf`), the class in the LLaVA code (`official`) and the architecture in
+llama.cpp (`gguf`). "As llama": the same bytes are written under Llama's names, and the model computes the same.
+"Exit 4": not supported there. In `xtuner` every family keeps its own names. `--as` lists families that the model can
+be written as.
 
 | family | model_type | `hf` | `official` | `gguf` | `--as` |
 |---|---|---|---|---|---|
@@ -30,7 +31,7 @@ the same.
 TOWERS = """
 ## Vision towers
 
-Of any size: shapes come from the config. Others (DINOv2, EVA, Pixtral, InternViT) are exit 4 by name.
+Any size works: the config gives the shapes. Other towers (DINOv2, EVA, Pixtral, InternViT) are refused with exit 4.
 
 | family | model_type | `hf` | `gguf` | features |
 |---|---|---|---|---|
@@ -54,7 +55,7 @@ def page() -> str:
 
 
 def _types(types: str) -> str:
-    return f"\n## Types of GGUF\n\n{types}.\n"
+    return f"\n## GGUF types\n\n{types}.\n"
 
 
 def _language_model(table: Architecture) -> str:
@@ -70,7 +71,7 @@ def _language_model(table: Architecture) -> str:
 
 
 def _tower(table: Architecture) -> str:
-    features = "all but the class token" if table.class_token else "every patch; xtuner leaves out the first"
+    features = "all except the class token" if table.class_token else "every patch; xtuner drops the first"
     own = table.model_types[0]
     return f"| {table.name} | `{own}` | `{table.kind}` | `{family_name(own)}` | {features} |"
 

@@ -110,6 +110,6 @@ def test_what_a_training_config_cannot_say(tiny: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tmp_path / "hf", tmp_path / "relu")
     content = json.loads((folder / "config.json").read_text()) | {"projector_hidden_act": "relu"}
     (folder / "config.json").write_text(json.dumps(content))
-    with pytest.raises(UnsupportedError, match="which the pth layout cannot state") as refused:
+    with pytest.raises(UnsupportedError, match="which the pth layout cannot hold") as refused:
         llava_convert.convert(folder, to="pth", out=tmp_path / "pth")
     assert "hf" in str(refused.value.hint)
