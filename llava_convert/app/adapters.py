@@ -143,9 +143,9 @@ def _recognised(
             path = on_hub(address, session, cache=options.cache)
         except ConvertError as problem:
             raise InputError(
-                f"the base {asked!r} of {checkpoint.path.name} is neither here nor in the hub's cache, and the hub did "
-                f"not give it ({problem.message})",
-                hint="give its folder by --base",
+                f"the base {asked!r} of {checkpoint.path.name} was not found: it is not a folder here, not in the "
+                f"hub's cache, and the hub gave an error ({problem.message})",
+                hint="name its folder: --base PATH",
             ) from problem
     return recognise(path)
 

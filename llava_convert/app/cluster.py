@@ -132,13 +132,13 @@ def _scheduler(address: str) -> str | int:
     """The scheduler's address, or how many workers to start here. Raises UsageError."""
     parts = urlsplit(address)
     if parts.scheme != _SCHEME or not parts.netloc:
-        raise UsageError(f"--executor {address}: it is dask://HOST:PORT, or dask://local?workers=N")
+        raise UsageError(f"--executor {address}: give dask://HOST:PORT, or dask://local?workers=N")
     if parts.netloc != _LOCAL:
         return f"tcp://{parts.netloc}"
     given = parse_qs(parts.query, keep_blank_values=True)
     count = given.pop("workers", ["2"])[-1]
     if given or not count.isdigit() or not 1 <= int(count) <= 1024:
-        raise UsageError(f"--executor {address}: it is dask://local?workers=N, with N from 1 on")
+        raise UsageError(f"--executor {address}: give dask://local?workers=N, with N 1 or more")
     return int(count)
 
 

@@ -228,7 +228,7 @@ def _check_facts(ready: Prepared, staged: Path) -> None:
         if found.different:
             name, gap = next(iter(found.different.items()))
             raise MismatchError(
-                f"what was written says another thing than the source: {name} is {spelled(gap.source)} there, "
+                f"the output differs from the source: {name} is {spelled(gap.source)} in the source, "
                 f"{spelled(gap.out)} in the output (and {len(found.different) - 1} more)"
             )
         if theirs.defects:

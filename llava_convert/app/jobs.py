@@ -127,7 +127,7 @@ class SweepJob(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.watch is not None and self.watch < 1:
-            raise UsageError(f"--watch {self.watch}: it is a number of seconds, from 1 on")
+            raise UsageError(f"--watch {self.watch}: give a number of seconds, 1 or more")
         for flag, given in (("--files", self.files), ("--finish", self.finish), ("--resume", self.resume)):
             if given:
                 raise UsageError(f"{flag} does not apply to a sweep", hint="leave it out: a sweep goes on by itself")
@@ -176,7 +176,7 @@ class VerifyJob(SourceOptions, PartOption):
     layers: Annotated[bool, Flag("With --logits: show the difference after each layer.", CHECKS)] = False
     device: Annotated[
         str | None,
-        Flag("With --logits: device to compute on. Default: a GPU, if there is one.", CHECKS, choices=(AUTO, "cpu", "cuda")),
+        Flag("With --logits: device. Default: a GPU, if there is one.", CHECKS, choices=(AUTO, "cpu", "cuda")),
     ] = None
     runtime: Annotated[
         str | None,
@@ -244,7 +244,7 @@ class ChatJob(AskOptions):
         from llava_convert.app.ask.chat import one_answer
 
         if self.prompt is None:
-            raise UsageError("there is no PROMPT", hint="give the question after the source")
+            raise UsageError("PROMPT is missing", hint="give the question after the source")
         return one_answer(self, self.prompt, say)
 
 

@@ -136,8 +136,7 @@ class SourceOptions(Flagged):
     vocab: Annotated[
         str | None,
         Flag(
-            "If embedding and vocabulary differ in size: rows keeps the rows of the weights, tokens the "
-            "tokenizer's.",
+            "If embedding and vocabulary differ in size: rows keeps the rows of the weights, tokens the tokenizer's.",
             SOURCE,
             choices=("rows", "tokens"),
         ),
@@ -215,9 +214,7 @@ class AskOptions(SourceOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_new_tokens < 1:
-            raise UsageError(
-                f"--max-new-tokens {self.max_new_tokens}: an answer has one token at least", hint="leave it out"
-            )
+            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: give 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,7 +339,7 @@ class Options(PushOptions, OutputOptions, PartOption, NamedBases, OutOptions):
         object.__setattr__(self, "to", layout.name)
         super().__post_init__()
         if self.name is not None and not _NAME.fullmatch(self.name):
-            raise UsageError(f"--name {printable(self.name)}: it is a name, not a path", hint="-o says where")
+            raise UsageError(f"--name {printable(self.name)}: give a name, not a path", hint="-o says where")
         if self.push is None and (self.hub or self.private or self.revision is not None or self.create_pr):
             raise UsageError(
                 "--hub, --private, --revision and --create-pr say how to publish", hint="--push REPO publishes"
@@ -350,7 +347,7 @@ class Options(PushOptions, OutputOptions, PartOption, NamedBases, OutOptions):
         if self.files is not None:
             number, count = self.share or (0, 0)
             if not 1 <= number <= count:
-                raise UsageError(f"--files {self.files}: it is the number of a share and how many there are, as 3/16")
+                raise UsageError(f"--files {self.files}: give a share and the number of shares, such as 3/16")
             if self.resume:
                 raise UsageError(
                     f"--resume does not apply to a share (--files {self.files})",
@@ -418,7 +415,7 @@ def _alphas(value: str | float | Mapping[str, float] | None) -> dict[str, float]
     except ValueError:
         found = {"": 0.0}
     if not set(found) <= set(_ALPHAS) or not all(0 < alpha < 1e9 for alpha in found.values()):
-        raise UsageError(f"--lora-alpha {value}: it is a number above 0", hint="write 16, or llm=256,visual-encoder=16")
+        raise UsageError(f"--lora-alpha {value}: give a number above 0", hint="write 16, or llm=256,visual-encoder=16")
     return found
 
 

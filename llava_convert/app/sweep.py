@@ -79,7 +79,7 @@ def sweep(job: SweepJob, say: Reporter) -> list[SweepItem]:
     except KeyboardInterrupt as stopped:
         raise Interrupted(f"interrupted; {_counted(done)}") from stopped
     if not done:
-        raise InputError(f"{job.source}: nothing is there", hint="quote the pattern, as 'work_dirs/run/iter_*.pth'")
+        raise InputError(f"{job.source}: no file matches", hint="quote the pattern, as 'work_dirs/run/iter_*.pth'")
     return list(done.values())
 
 
@@ -160,7 +160,8 @@ class _Ledger:
             self._twins = {name: _twins_of(entry) for name, entry in self._done.items()}
         except (ValueError, TypeError, KeyError, AttributeError) as problem:
             raise InputError(
-                f"{self._place} is no ledger of a sweep", hint="move it away: the sweep looks at each checkpoint then"
+                f"{self._place} is not a ledger of a sweep",
+                hint="move it away: the sweep looks at each checkpoint then",
             ) from problem
 
     def has(self, name: str, stamp: str, out: str) -> bool:

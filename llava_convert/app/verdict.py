@@ -73,20 +73,20 @@ class Verdict:
         return f"Verdict(same={self.same}, equal={self.equal}{said}{more})"
 
     def sentence(self) -> str:
-        """What was found of a model that is the same."""
+        """The result for a model that is the same."""
         parts = [f"{self.equal - self.quantised} tensors equal bit for bit"] if self.equal > self.quantised else []
         if self.quantised:
             parts.append(f"{self.quantised} equal the quantisation of the source, recomputed")
         if self.rounded:
             count = sum(difference.elements for difference in self.rounded.values())
             parts.append(
-                f"{len(self.rounded)} but for {count} elements, which a merge of LoRA in float32 rounds otherwise"
+                f"{len(self.rounded)} except {count} elements, which a LoRA merge in float32 rounds differently"
             )
-        said = f"the same: {', '.join(parts) or 'no tensor'}, and all that configs, tokenizer and processor say"
+        said = f"the same: {', '.join(parts) or 'no tensor'}; configs, tokenizer and processor agree"
         rows = max(self.added_rows.values(), default=0)
         unknown = max(self.unrecorded_rows.values(), default=0)
         if rows and not unknown:
-            said += f"; {rows} rows that were added are as the record says"
+            said += f"; {rows} added rows match the record"
         elif unknown:
             said += f"; plus {unknown} unrecorded rows of the vocabulary, which are not compared"
         return said if self.logits is None else f"{said}; {self.logits.sentence()}"

@@ -107,7 +107,7 @@ def train(
             return
         if recipe is None:
             raise UsageError(
-                "which RECIPE?", hint="`llava-convert train --list` shows those that come with the package"
+                "RECIPE is missing", hint="`llava-convert train --list` shows those that come with the package"
             )
         words = [*(changes or ()), *([] if seed is None else [f"train.seed={seed}"])]
         with training("recipe").hints_name(recipe, words):

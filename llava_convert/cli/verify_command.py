@@ -22,9 +22,9 @@ def _verify(job: VerifyJob, output: Output) -> None:
             how = f"in {gap.elements} elements, by at most {gap.largest:.3g}" if gap.shapes is None else "in shape"
             output.line(f"  differs: {name} {how}")
         for name, gap in sorted(verdict.rounded.items()):
-            output.line(f"  rounded otherwise: {name} in {gap.elements} elements, by at most {gap.largest:.3g}")
+            output.line(f"  rounded differently: {name} in {gap.elements} elements, by at most {gap.largest:.3g}")
         for name, reason in verdict.harmless.items():
-            output.line(f"  differs, and decides nothing: {name} ({reason})")
+            output.line(f"  differs without effect: {name} ({reason})")
         for what in verdict.not_compared:
             output.line(f"  not compared: {what}")
     if verdict.logits is not None:

@@ -1,7 +1,8 @@
 """The package's errors, one class per exit code.
 
-Every error is a product: `message` says what was found, where and what was expected; `hint` is what mends
-it, a command where there is one. They are raised anywhere and printed in one place (`cli/_errors.py`).
+`message` says what was found, where, and what was expected. `hint` is the next step: what fixes it, a command if there
+is one. An error that is raised without a hint has that of its class. Errors are raised anywhere and printed in one
+place (`cli/_errors.py`).
 """
 
 from __future__ import annotations
@@ -26,16 +27,20 @@ _READING_HINTS = {
 
 
 class ConvertError(Exception):
-    """Base of every error that the user can fix. `exit_code` is the process's exit status."""
+    """Base of every error that the user can fix.
+
+    `exit_code` is the process's exit status, `usual_hint` the hint of an error that is raised without one.
+    """
 
     exit_code = 1
+    usual_hint: str | None = None
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         # Names from files stand in messages, and a terminal obeys escape sequences (tests/fuzz found several such).
         message = escaped(message, keep="\n")
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = self.usual_hint if hint is None else hint
 
     def __reduce__(self) -> tuple[object, ...]:
         """Whole in another process, which an exception with a keyword of its own is not by itself."""
@@ -56,6 +61,7 @@ class UsageError(ConvertError):
     """The command line asks for something that makes no sense (exit 2)."""
 
     exit_code = 2
+    usual_hint = "`llava-convert --help` lists commands, and `llava-convert COMMAND --help` their options"
 
 
 class InputError(ConvertError):
@@ -65,6 +71,7 @@ class InputError(ConvertError):
     """
 
     exit_code = 3
+    usual_hint = "use another copy of the source: download or save it again"
     unread: str | None = None
 
 
@@ -72,24 +79,28 @@ class UnsupportedError(ConvertError):
     """The input is sound but unsupported, or can be read in more than one way (exit 4)."""
 
     exit_code = 4
+    usual_hint = "`llava-convert layouts` lists what is supported"
 
 
 class UnsafeError(ConvertError):
     """The input tries to run code, to leave its folder, or to exhaust the machine (exit 5)."""
 
     exit_code = 5
+    usual_hint = "use files from a source that you trust"
 
 
 class OutputError(ConvertError):
     """The output exists, is in use, or cannot be written (exit 6)."""
 
     exit_code = 6
+    usual_hint = "choose another place with -o"
 
 
 class MismatchError(ConvertError):
     """Verification found a difference, or a cast would lose finite values (exit 7)."""
 
     exit_code = 7
+    usual_hint = "`llava-convert verify SOURCE OUT --verbose` shows every difference"
 
 
 def not_a_choice(option: str, word: object, known: Collection[str]) -> UsageError:
@@ -153,3 +164,4 @@ class HubError(ConvertError):
     """A hub or the network refused (exit 8)."""
 
     exit_code = 8
+    usual_hint = "run the same command again later"

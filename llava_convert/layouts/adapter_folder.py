@@ -94,7 +94,7 @@ class AdapterFolder:
 def read_adapter_folder(folder: Path, beside: Sidecars, headers: Headers | None = None) -> AdapterFolder:
     """What peft saved of a whole LLaVA, or of one part alone, under the names of whichever release trained it.
 
-    Raises UnsupportedError (exit 4) with counts for tensors that are of no module of a LLaVA, what reading raises else.
+    Raises UnsupportedError (exit 4), with counts, for tensors that belong to no module of a LLaVA; else what reading raises.
     """
     config = read_adapter_config(beside) or {}
     settings = settings_from_json(config, beside.place(ADAPTER_CONFIG)) if config else None
@@ -134,7 +134,7 @@ def _sorted(tensors: Mapping[str, StoredTensor], folder: Path) -> Sorted:
     unknown, table, prefix = min(((_strange(tensors, *pair), *pair) for pair in tried), key=lambda found: len(found[0]))
     if unknown:
         raise UnsupportedError(
-            f"{folder}: {len(unknown)} of its {len(tensors)} tensors are of no module of a LLaVA: {grouped(unknown)}",
+            f"{folder}: {len(unknown)} of {len(tensors)} tensors belong to no module of a LLaVA: {grouped(unknown)}",
             hint="give an adapter of a LLaVA, or of its language model or vision tower alone",
         )
     sorted_ = sort_tensors({prefix + name: tensor for name, tensor in tensors.items()}, table, folder)

@@ -51,9 +51,9 @@ def refuse_quantised(recipes: Mapping[str, Recipe]) -> None:
     if types:
         count = sum(recipe.dtype in QUANTS for recipe in recipes.values())
         raise UnsupportedError(
-            f"{count} of the {len(recipes)} tensors are quantised ({', '.join(types)}), and floats are needed",
-            hint="--dequantize makes floats of them, which keep the error of the quantisation; "
-            "better give the model's f16, bf16 or f32 file",
+            f"{count} of the {len(recipes)} tensors are quantised ({', '.join(types)}), but floats are needed",
+            hint="--dequantize turns them into floats, which keep the quantisation error; "
+            "it is better to convert the model's f16, bf16 or f32 file",
         )
 
 

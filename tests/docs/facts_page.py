@@ -120,11 +120,7 @@ def _word(fact: Fact, word: Word | None) -> str:
 
 def _unsaid(word: Word) -> str:
     values = [value for value in word.unsaid if value is not None]
-    said = (
-        f"no key, always {' or '.join(map(_value, values))}"
-        if values
-        else "no key, always unset"
-    )
+    said = f"no key, always {' or '.join(map(_value, values))}" if values else "no key, always unset"
     return said + (f": {word.why}" if word.why else "")
 
 
@@ -132,9 +128,7 @@ def _keys(what: str, table: KeyTable) -> str:
     lines = [f"### {_sentence(what).removesuffix('.')}", ""]
     lines += _lines((KIND[kind], [k for k, of in table.kinds.items() if of == kind]) for kind in KIND)
     reasons = dict.fromkeys(table.harmless.values())
-    lines += _lines(
-        (f"no effect ({why})", [k for k, of in table.harmless.items() if of == why]) for why in reasons
-    )
+    lines += _lines((f"no effect ({why})", [k for k, of in table.harmless.items() if of == why]) for why in reasons)
     return "\n".join(lines) + "\n"
 
 

@@ -47,10 +47,10 @@ def test_fault_46_a_partial_checkpoint_says_what_must_be_given(tiny: Path, tmp_p
     assert llava_convert.convert(source, to="xtuner", part="projector", out=tmp_path / "p").done
     with pytest.raises(InputError, match="base language model") as refused:
         llava_convert.convert(source, to="hf", out=tmp_path / "out")
-    assert refused.value.exit_code == 3 and "by llm" in str(refused.value.hint)
+    assert refused.value.exit_code == 3 and "llm=PATH" in str(refused.value.hint)
     with pytest.raises(InputError, match="base vision tower") as refused:
         llava_convert.convert(source, to="hf", llm=str(tiny / "llm"), out=tmp_path / "out")
-    assert "by visual_encoder" in str(refused.value.hint)
+    assert "visual_encoder=PATH" in str(refused.value.hint)
     made = llava_convert.convert(
         source, to="hf", llm=str(tiny / "llm"), visual_encoder=str(tiny / "vit"), out=tmp_path / "out"
     )

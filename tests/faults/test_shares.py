@@ -325,8 +325,8 @@ def test_a_source_that_changed_between_two_shares(corpus: Corpus, tmp_path: Path
         (("--files", "1/3", "--push", "me/model"), "--push does not apply to a share"),
         (("--finish", "--resume"), "do not go together"),
         (("--files", "1/3", "--executor", "dask://local"), "--files does not apply with --executor"),
-        (("--executor", "localhost:8786"), "it is dask://HOST:PORT"),
-        (("--executor", "dask://local?workers=none"), "with N from 1 on"),
+        (("--executor", "localhost:8786"), "give dask://HOST:PORT"),
+        (("--executor", "dask://local?workers=none"), "with N 1 or more"),
     ],
 )
 def test_what_makes_no_sense(corpus: Corpus, tmp_path: Path, more: tuple[str, ...], said: str) -> None:

@@ -163,7 +163,7 @@ def test_the_base_is_of_any_layout(models: Models, hf: Tensors, tmp_path: Path, 
     if layout == "gguf":
         base = tmp_path / "f16"
         llava_convert.convert(models["hf"], to="gguf", out=base, outtype="f16", mmproj_outtype="f16")
-    with pytest.raises(InputError, match="is neither here nor in the hub's cache"):
+    with pytest.raises(InputError, match="was not found: it is not a folder here"):
         llava_convert.convert(source, to="hf", out=tmp_path / "out")
     tower = {"visual_encoder": str(models.tower)} if layout == "xtuner" else {}  # of which it holds a LoRA
     report = llava_convert.convert(source, to="hf", out=tmp_path / "out", base=str(base), **tower)
@@ -194,7 +194,7 @@ def test_a_run_is_followed(models: Models, hf: Tensors, tmp_path: Path) -> None:
     ("tensors", "kind", "said"),
     [
         ({"model.language_model.layers.9.self_attn.q_proj": Q}, InputError, "adapts 1 modules that the model does not"),
-        ({"transformer.h.0.attn.c_attn": Q}, UnsupportedError, "2 of its 2 tensors are of no module of a LLaVA"),
+        ({"transformer.h.0.attn.c_attn": Q}, UnsupportedError, "2 of its 2 tensors belong to no module of a LLaVA"),
     ],
 )
 def test_what_matches_nothing_is_counted(

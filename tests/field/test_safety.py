@@ -73,7 +73,7 @@ def test_a_link_of_a_card_is_no_markdown(models: Models, tmp_path: Path, end: st
 @pytest.mark.parametrize("name", ["../../x", "a/b", "/abs", "./x", "a\\b", "..", " ", "a\nb", "a\x1b[2J"])
 @pytest.mark.parametrize("to", ["gguf", "hf"])
 def test_a_name_is_no_path(models: Models, tmp_path: Path, name: str, to: str) -> None:
-    with pytest.raises(UsageError, match="it is a name, not a path"):
+    with pytest.raises(UsageError, match="give a name, not a path"):
         llava_convert.convert(models.pth, to=to, out=tmp_path / "out", name=name)
     assert list(tmp_path.iterdir()) == []
 

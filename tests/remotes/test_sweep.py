@@ -164,12 +164,12 @@ def test_what_makes_no_sense(more: tuple[str, ...], said: str, tmp_path: Path, m
 def test_nothing_and_no_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ran = run("sweep", "run/*", "--to", "hf", "-o", "hf/{name}")
-    assert ran.code == 3 and "nothing is there" in ran.stderr
+    assert ran.code == 3 and "no file matches" in ran.stderr
     Path("hf").mkdir()
     Path("hf", sweep.LEDGER).write_text("[]")
     step(Path("run"), 1)
     ran = run("sweep", "run/*", "-o", "hf/{name}", *MORE)
-    assert ran.code == 3 and "is no ledger of a sweep" in ran.stderr
+    assert ran.code == 3 and "is not a ledger of a sweep" in ran.stderr
 
 
 def test_a_network_that_fails_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

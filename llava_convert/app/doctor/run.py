@@ -160,7 +160,7 @@ def _consumer(word: str, say: Reporter) -> tuple[str, tuple[int, ...] | None]:
     if not version:
         return name, None
     if name != TRANSFORMERS:
-        say.note(f"the rules for {name} are the same for every version: {version} decides nothing")
+        say.note(f"the rules for {name} are the same for every version, so {version} has no effect")
         return name, None
     try:
         found = tuple(int(part) for part in version.split(".")[:2])

@@ -235,7 +235,7 @@ def _recognised(factors: NDArray[np.float32], config: Config, head: int) -> dict
                 "rope_type": "llama3",
             }
     raise UnsupportedError(
-        "the factors in rope_freqs.weight are those of no rope scaling that is known",
+        "the factors in rope_freqs.weight fit no known rope scaling",
         hint="name the original language model by --llm, whose config says it",
     )
 

@@ -125,7 +125,7 @@ def test_a_missing_base_stops_before_anything_is_written(tmp_path: Path, tiny: P
     llava_convert.convert(tiny / "iter_2.pth", to="xtuner", out=tmp_path / "source")
     with pytest.raises(InputError, match="base vision tower 'vit' was not found") as caught:
         llava_convert.convert(tmp_path / "source", to="hf", out=tmp_path / "out")
-    assert (caught.value.exit_code, caught.value.hint) == (3, "give its folder or hub id by visual_encoder")
+    assert (caught.value.exit_code, caught.value.hint) == (3, "name its folder, or its hub id: visual_encoder=PATH")
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 

@@ -83,7 +83,7 @@ def official(tmp_path: Path, tiny: Path) -> Path:
 def test_an_unknown_tower_needs_its_base(official: Path, tmp_path: Path, tiny: Path) -> None:
     with pytest.raises(InputError) as caught:
         llava_convert.convert(official, to="hf", out=tmp_path / "hf")
-    assert caught.value.exit_code == 3 and "by visual_encoder" in str(caught.value.hint)
+    assert caught.value.exit_code == 3 and "visual_encoder=PATH" in str(caught.value.hint)
     llava_convert.convert(official, to="hf", out=tmp_path / "hf", visual_encoder=str(tiny / "vit"))
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["vision_config"]["image_size"] == 56
 
