@@ -94,7 +94,7 @@ class AdapterFolder:
 def read_adapter_folder(folder: Path, beside: Sidecars, headers: Headers | None = None) -> AdapterFolder:
     """What peft saved of a whole LLaVA, or of one part alone, under the names of whichever release trained it.
 
-    Raises UnsupportedError (exit 4), with counts, for tensors that belong to no module of a LLaVA; else what reading raises.
+    Raises UnsupportedError (exit 4) for tensors that belong to no module of a LLaVA; else what reading raises.
     """
     config = read_adapter_config(beside) or {}
     settings = settings_from_json(config, beside.place(ADAPTER_CONFIG)) if config else None

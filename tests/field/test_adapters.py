@@ -194,7 +194,7 @@ def test_a_run_is_followed(models: Models, hf: Tensors, tmp_path: Path) -> None:
     ("tensors", "kind", "said"),
     [
         ({"model.language_model.layers.9.self_attn.q_proj": Q}, InputError, "adapts 1 modules that the model does not"),
-        ({"transformer.h.0.attn.c_attn": Q}, UnsupportedError, "2 of its 2 tensors belong to no module of a LLaVA"),
+        ({"transformer.h.0.attn.c_attn": Q}, UnsupportedError, "2 of 2 tensors belong to no module of a LLaVA"),
     ],
 )
 def test_what_matches_nothing_is_counted(

@@ -131,7 +131,7 @@ def test_the_command_counts_what_is_rounded_otherwise(golden: Path) -> None:
     found = CliRunner().invoke(app, ["verify", str(case / "pth" / "iter_2.pth"), str(case / "official")])
     verdict = verify(case / "pth" / "iter_2.pth", case / "official")
     count = sum(difference.elements for difference in verdict.rounded.values())
-    said = f"{len(verdict.rounded)} but for {count} elements, which a merge of LoRA in float32 rounds otherwise"
+    said = f"{len(verdict.rounded)} except {count} elements, which a LoRA merge in float32 rounds differently"
     assert found.exit_code == 0 and said in found.stdout
     llm = [d.elements for name, d in verdict.rounded.items() if name.startswith("language_model.")]
     assert sum(llm) == 19

@@ -39,7 +39,7 @@ def verify_page(verdict: Verdict, made: Made | None = None) -> str:
         f'<p class="{kind}"><strong>{word}</strong></p>',
         section("What was compared", _compared(verdict)),
         section("Tensors that differ, by layer and kind", _tensors(verdict.different)),
-        section("Tensors that are rounded otherwise", _tensors(verdict.rounded)),
+        section("Tensors that are rounded differently", _tensors(verdict.rounded)),
         section("Missing, and not in the source", _names(verdict)),
         section("What a reader chokes on", *(paragraph(one, "bad") for one in verdict.defects)),
         *(_logits(verdict.logits) if verdict.logits is not None else ()),
