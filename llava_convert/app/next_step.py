@@ -82,7 +82,10 @@ def to_try(source: str, targets: Mapping[str, str | None], options: SourceOption
 
 
 def _option_in(text: str, given: Iterable[str]) -> str | None:
-    """The first option of a conversion that a text names, with its value, or what stands for one; None for none."""
+    """The first option of a conversion that a text names, with its value, or what stands for one; None for none.
+
+    Options that follow it at once are taken as well: they are needed together.
+    """
     known = {option.spelling: option.flag for option in options_of(Options).values()}
     for match in _OPTION.finditer(text):
         flag = known.get(match[1])
@@ -93,7 +96,8 @@ def _option_in(text: str, given: Iterable[str]) -> str | None:
             return match[1]
         named = is_choice or "/" in (match[2] or "")  # a word of the option, or the path that the reason speaks of
         value = match[2] if named else (flag.metavar or "VALUE").split("|")[0]
-        return f"{match[1]} {value}"
+        more = _option_in(text[match.end() :], given) if text.startswith(" --", match.end()) else None
+        return f"{match[1]} {value}" + (f" {more}" if more else "")
     return None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from llava_convert.core.errors import InputError
 from llava_convert.model.adapter import Adapter, disputed
-from llava_convert.model.bases import Base, find_base
+from llava_convert.model.bases import FOLDER_HINT, Base, find_base
 from llava_convert.model.checkpoint import (
     IMAGE_NEWLINE,
     LLM,
@@ -68,18 +68,23 @@ def assemble(
     bases: dict[str, Base] = {}
     found_configs: dict[str, dict[str, Any]] = {}
     warnings: list[str] = []
+    absent: list[InputError] = []
     for part in (LLM, VISION):
         if part in wanted or part in tuple(configs):
             try:
                 _add_part(checkpoint, part, asked, session, bases, found_configs)
-            except InputError:
+            except InputError as problem:
                 refuse_unknown_base(part, asked.asked(part) or checkpoint.parts[part].base or "")
-                raise
+                if not (problem.hint or "").startswith(FOLDER_HINT):
+                    raise
+                absent.append(problem)  # the other base may be missing too, and is to be said at once
         elif part in tuple(optional_configs):
             try:
                 _add_part(checkpoint, part, asked, session, bases, found_configs)
             except InputError as problem:
                 warnings.append(f"{problem.message}: going on without its files")
+    if absent:
+        raise _together(absent)
     if PROJECTOR in wanted and checkpoint.parts[PROJECTOR].state == "absent":
         raise InputError(
             f"{checkpoint.path}: there is no projector (the layers between vision tower and language model)",
@@ -145,6 +150,16 @@ def assemble(
     notes += [vocabulary] if vocabulary else []
     told = tuple(notes), tuple(warnings), tuple(dropped)
     return Model(checkpoint, recipes, found_configs, bases, tied, *told, vocabulary=vocabulary)
+
+
+def _together(absent: list[InputError]) -> InputError:
+    """One error for all bases that were not found."""
+    if len(absent) == 1:
+        return absent[0]
+    options = " ".join((problem.hint or "").removeprefix(FOLDER_HINT) for problem in absent)
+    return InputError(
+        "; ".join(problem.message for problem in absent), hint=f"name their folders, or hub ids: {options}"
+    )
 
 
 def without_added(model: Model) -> Model:

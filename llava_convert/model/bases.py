@@ -25,6 +25,8 @@ from llava_convert.storage.remote.session import Session
 from llava_convert.storage.sidecars import Sidecars, folder_sidecars, refuse_links_out
 from llava_convert.storage.weights import Weights, open_weights
 
+FOLDER_HINT = "name its folder, or a hub id: "  # and the option, with PATH
+
 
 @dataclass(frozen=True)
 class Base:
@@ -137,7 +139,7 @@ def find_base(
         raise InputError(
             f"the base {PART_NAMES[part]} {asked!r} was not found"
             + ("" if explicit else " in the current folder, nor in those above the source"),
-            hint=f"name its folder, or its hub id: {option} PATH",
+            hint=f"{FOLDER_HINT}{option} PATH",
         )
     folder = _from_hub(part, asked, option, session, weights=weights, cache=cache)
     return _base(part, folder, asked, session, from_hub=True)
@@ -185,5 +187,5 @@ def _from_hub(part: str, name: str, option: str, session: Session, *, weights: b
         raise InputError(
             f"the base {PART_NAMES[part]} {name!r} was not found: it is not a folder here, not in the hub's cache, "
             f"and the hub gave an error ({problem.message})",
-            hint=f"name its folder: {option} PATH",
+            hint=f"{FOLDER_HINT}{option} PATH",
         ) from problem

@@ -71,7 +71,7 @@ def test_an_id_that_no_cache_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) as caught:
         find_base(LLM, "org/absent", Path("x.pth"), Session(), explicit=True)
     assert caught.value.exit_code == 3
-    assert caught.value.hint == "name its folder: --llm PATH"
+    assert caught.value.hint == "name its folder, or a hub id: --llm PATH"
 
 
 def test_a_folder_without_a_config(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_converted_with_a_cache_alone(tmp_path: Path, tiny: Path) -> None:
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["vision_config"]["_name_or_path"] == "org/tiny-vit"
-    assert "vision tower is not known" not in done.stderr and "language model is not known" in done.stderr
+    assert "vision tower is not known" not in done.stderr and "language model is unknown" in done.stderr
     assert "base_model:\n- org/tiny-vit\n" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -125,7 +125,7 @@ def test_a_missing_base_stops_before_anything_is_written(tmp_path: Path, tiny: P
     llava_convert.convert(tiny / "iter_2.pth", to="xtuner", out=tmp_path / "source")
     with pytest.raises(InputError, match="base vision tower 'vit' was not found") as caught:
         llava_convert.convert(tmp_path / "source", to="hf", out=tmp_path / "out")
-    assert (caught.value.exit_code, caught.value.hint) == (3, "name its folder, or its hub id: visual_encoder=PATH")
+    assert (caught.value.exit_code, caught.value.hint) == (3, "name its folder, or a hub id: visual_encoder=PATH")
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
@@ -202,3 +202,15 @@ def test_a_base_of_another_size_does_not_fit(tmp_path: Path, tiny: Path) -> None
     with pytest.raises(InputError, match="disagree"):
         llava_convert.convert(tiny / "iter_2.pth", to="hf", out=tmp_path / "o", visual_encoder=str(folder))
     assert not (tmp_path / "o").exists()
+
+
+def test_both_bases_that_are_missing_are_named_at_once(tiny: Path, tmp_path: Path) -> None:
+    """One was named, and the other only once the first was given."""
+    shutil.copy(tiny / "iter_2.pth", tmp_path)
+    with pytest.raises(
+        InputError, match=r"base language model 'tiny/llm' was not .* base vision tower 'tiny/vit' was"
+    ) as e:
+        llava_convert.convert(tmp_path / "iter_2.pth", to="hf", out=tmp_path / "o")
+    assert str(e.value.hint).endswith(": llm=PATH visual_encoder=PATH")
+    found = llava_convert.inspect(tmp_path / "iter_2.pth")
+    assert found.next.endswith("iter_2.pth --to hf --llm PATH --visual-encoder PATH")
