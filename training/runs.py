@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llava_convert.core.errors import Interrupted, UsageError, not_a_choice
 from llava_convert.core.progress import Reporter
-from llava_convert.core.quiet import quiet_bitsandbytes
+from llava_convert.core.quiet import quiet_bitsandbytes, quiet_peft
 from llava_convert.storage.output.signals import interrupt_on_sigterm
 
 from .recipe import Recipe
@@ -21,6 +21,7 @@ def require_packages() -> None:
     if missing:
         raise UsageError(f"training needs {' and '.join(missing)}", hint="pip install 'llava-convert[train]'")
     quiet_bitsandbytes()
+    quiet_peft()
 
 
 def require_word(deepspeed: str) -> None:

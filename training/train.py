@@ -150,7 +150,8 @@ def train(recipe: Recipe, work_dir: Path, *, resume: bool = False, deepspeed: st
 
     # --- loop
     loader = DataLoader(
-        data, batch_sampler=batches, collate_fn=collate, num_workers=recipe.data.workers,
+        data, batch_sampler=batches, collate_fn=collate,
+        num_workers=min(recipe.data.workers, os.cpu_count() or 1),  # more are slower, and torch warns of them
         pin_memory=accelerator.device.type == "cuda",
     )  # fmt: skip
     if main:

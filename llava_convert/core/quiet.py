@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 
 def quiet_bitsandbytes() -> None:
@@ -12,3 +13,8 @@ def quiet_bitsandbytes() -> None:
     is in 4 bits or not: peft and transformers import it wherever it is installed.
     """
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def quiet_peft() -> None:
+    """Leave out that transformers renamed `is_gradient_checkpointing`, which peft 0.21 reads (peft_model.py)."""
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Measured with a model whose answers are known: 127 of 192 right there, 189 in transformers, with the same weights.
 _CLASS_TOKEN = (
     "llama.cpp puts the class token of a CLIP tower behind the patches (ggml-org/llama.cpp#25814), and so answers "
-    "otherwise than the model was trained; --runtime transformers computes it as trained"
+    "differently from training; --runtime transformers computes as in training"
 )
 
 
