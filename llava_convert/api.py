@@ -126,7 +126,7 @@ def _reworded(value: Any) -> Any:
 
 @_keywords(jobs.ConvertJob)
 def convert(job: jobs.ConvertJob) -> Report:
-    """Convert a checkpoint to another layout; with `push`, publish it afterwards.
+    """Convert a checkpoint to another layout; with `push`, upload it afterwards.
 
     `progress` is True for a line that shows stage, percent, rate and time left, a Reporter, or a function that is
     called with the bytes done and the total of each stage. Raises
@@ -138,7 +138,7 @@ def convert(job: jobs.ConvertJob) -> Report:
 
 @_keywords(jobs.MergeJob)
 def merge(job: jobs.MergeJob) -> Report:
-    """Merge adapters into a model of any layout, and write it in another; `convert` of it with `adapter` does the same.
+    """Merge adapters into a model of any layout. The same as `convert` with `adapter`.
 
     `progress` as for `convert`. Raises `ConvertError`.
     """
@@ -148,7 +148,7 @@ def merge(job: jobs.MergeJob) -> Report:
 
 @_keywords(jobs.PlanJob)
 def plan(job: jobs.PlanJob) -> Report:
-    """What `convert` would do with the same keywords: its report, before anything is done. Reads headers only.
+    """Return the report of `convert` with the same keywords, without doing it. Reads only headers.
 
     `files` are the files that would be written, with their sizes; `bytes_written` is their sum. Raises what `convert`
     raises before it writes.
@@ -158,15 +158,16 @@ def plan(job: jobs.PlanJob) -> Report:
 
 @_keywords(jobs.InspectJob)
 def inspect(job: jobs.InspectJob) -> Inspection:
-    """What a checkpoint is, what it lacks and what it can become. Reads headers only; raises `ConvertError`."""
+    """Say what a checkpoint is, what is missing and what it can become. Reads only headers; raises `ConvertError`."""
     return job.run(_InKeywords(reporter(None)))
 
 
 @_keywords(jobs.VerifyJob)
 def verify(job: jobs.VerifyJob) -> Verdict:
-    """Whether OUT holds the weights of SOURCE, tensor by tensor, whoever converted it.
+    """Compare OUT with SOURCE, tensor by tensor. Any converter may have made OUT.
 
-    The verdict is true where it does. With `check` a difference raises `MismatchError`. `progress` as for `convert`.
+    The verdict is true if they are the same. With `check`, a difference raises `MismatchError`.
+    `progress` as for `convert`.
     Raises `ConvertError`.
     """
     with _telling(job.progress) as say:
@@ -175,7 +176,7 @@ def verify(job: jobs.VerifyJob) -> Verdict:
 
 @_keywords(jobs.ChatJob)
 def chat(job: jobs.ChatJob) -> Reply:
-    """Ask a model of any layout one question, about pictures or none; its answer is greedy.
+    """Ask a model of any layout one question, with or without pictures. The answer is greedy.
 
     Raises `ConvertError`.
     """
@@ -195,7 +196,8 @@ def doctor(job: jobs.DoctorJob) -> Diagnosis:
 def mmbench(job: jobs.MMBenchJob) -> MMBenchResult:
     """Score a model of any layout on a TSV file of MMBench or CCBench, by xtuner's prompt and rule.
 
-    Answers, scores and what is submitted are left in `work_dir`. `progress` as for `convert`. Raises `ConvertError`.
+    Answers, scores and the file to submit are written to `work_dir`.
+    `progress` as for `convert`. Raises `ConvertError`.
     """
     with _telling(job.progress) as say:
         return job.run(say)
@@ -203,7 +205,7 @@ def mmbench(job: jobs.MMBenchJob) -> MMBenchResult:
 
 @_keywords(jobs.UploadJob)
 def upload(job: jobs.UploadJob) -> tuple[Published, ...]:
-    """Publish a folder, once it is proven to be what was converted; returns what each hub has then.
+    """Upload a folder after checking it against its source. Returns one item per hub.
 
     `progress` as for `convert`. Raises `ConvertError`.
     """
@@ -213,9 +215,9 @@ def upload(job: jobs.UploadJob) -> tuple[Published, ...]:
 
 @_keywords(jobs.ReleaseJob)
 def release(job: jobs.ReleaseJob) -> tuple[ReleaseItem, ...]:
-    """Convert a model to every layout, and publish each in a repository of its own; returns one item a layout.
+    """Convert a model to every layout and upload each to its own repository. Returns one item per layout.
 
-    What an earlier run finished is left as it is. `progress` as for `convert`. Raises `ConvertError`.
+    Layouts that an earlier run finished are kept. `progress` as for `convert`. Raises `ConvertError`.
     """
     with _telling(job.progress) as say:
         return job.run(say)
@@ -223,10 +225,10 @@ def release(job: jobs.ReleaseJob) -> tuple[ReleaseItem, ...]:
 
 @_keywords(jobs.SweepJob)
 def sweep(job: jobs.SweepJob) -> tuple[SweepItem, ...]:
-    """Convert every checkpoint that a pattern finds, each once; returns one item a checkpoint.
+    """Convert every checkpoint that matches a pattern, once. Returns one item per checkpoint.
 
-    One that cannot be converted says why in its item, and does not stop the others. `progress` as for `convert`.
-    Raises `ConvertError` where nothing is found, or nothing can be written.
+    If one cannot be converted, its item says why, and the others go on. `progress` as for `convert`.
+    Raises `ConvertError` if nothing matches, or nothing can be written.
     """
     with _telling(job.progress) as say:
         return job.run(say)

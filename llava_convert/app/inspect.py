@@ -41,10 +41,10 @@ class PartFound:
 
 @dataclass(frozen=True, repr=False)
 class Inspection:
-    """What `inspect` found. `targets` maps each layout to None, or to why it cannot be made as things are.
+    """The result of `inspect`. `targets` maps each layout to None, or to the reason why it cannot be made.
 
-    `kind` is what the thing is, `use` what it can be used for, `next` the command to type next. `layout` is None for
-    what is not a checkpoint that this tool converts.
+    `kind` is what it is, `use` what it can be used for, `next` the command to type next. `layout` is None if this tool
+    cannot convert it.
     """
 
     path: Path | str

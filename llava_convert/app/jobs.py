@@ -173,15 +173,15 @@ class VerifyJob(SourceOptions, PartOption):
             "Also run both models on the same pictures and prompts, and compare features, logits and answers.", CHECKS
         ),
     ] = False
-    layers: Annotated[bool, Flag("With --logits: show the difference after each layer.", CHECKS)] = False
+    layers: Annotated[bool, Flag("Show the difference after each layer, with --logits.", CHECKS)] = False
     device: Annotated[
         str | None,
-        Flag("With --logits: device. Default: a GPU, if there is one.", CHECKS, choices=(AUTO, "cpu", "cuda")),
+        Flag("Device to compute on, with --logits. Default: a GPU.", CHECKS, choices=(AUTO, "cpu", "cuda")),
     ] = None
     runtime: Annotated[
         str | None,
         Flag(
-            "With --logits: program that runs OUT. Default: this package, which compares the most.",
+            "Program that runs OUT, with --logits. Default: this package, which compares the most.",
             CHECKS,
             choices=(AUTO, "transformers", "official", "llama.cpp", "mlx"),
         ),

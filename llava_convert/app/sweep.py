@@ -39,7 +39,7 @@ CONVERTED, THERE, WAITING, REFUSED, PLANNED = "converted", "there already", "not
 
 @dataclass(frozen=True)
 class SweepItem:
-    """One checkpoint of a sweep: `state` is what became of it, `said` why; `copied` are files of the step before."""
+    """One checkpoint of a sweep: its `state`, with the reason in `said`; `copied` are files of an earlier step."""
 
     source: str
     out: str

@@ -22,19 +22,21 @@ _SHAPING = ("prompt_template", "chat_template", "stop", "image_processor", "pre"
 
 @dataclass(frozen=True, repr=False)
 class Verdict:
-    """What `verify SOURCE OUT` found; false where the models differ.
+    """The result of `verify SOURCE OUT`; false if the models differ.
 
-    Names are canonical ones; where OUT holds several files of one model, after the file's. `synthetic` are tensors that
-    SOURCE's layout never has: OUT's are not compared. `quantised` of the `equal` ones are blocks in OUT and were floats
-    in SOURCE: they equal its quantisation, recomputed. `rounded` are tensors of merged LoRA, of which some elements are
-    the exact merge but for what a merge in float32, as others do it, rounds otherwise: mostly by the last bit.
+    Names of tensors are canonical; if OUT holds several files of one model, the file's name comes first.
 
-    `added_rows` of a vocabulary are in OUT alone, by tensor; those that OUT's record tells of are compared with what it
-    says, `unrecorded_rows` are only looked at for NaN. `facts` differ: what configs, tokenizer, processor and metadata
-    say that decides how a model computes, is prompted or stops. `harmless` keys differ and decide nothing, each with
-    the reason. `not_compared` is what OUT or SOURCE cannot tell. `defects` are what readers of OUT choke on.
-    `logits` is what both models made of the same pictures and prompts, where that was asked for. `alike` are facts that
-    are equal, with both values, and `provenance` is where either side comes from: a report tells them.
+    `equal` counts equal tensors; `quantised` of them equal SOURCE's quantisation, recomputed. `rounded` are merged
+    tensors in which some elements differ only by the rounding of a merge in float32. `synthetic` are tensors that
+    SOURCE's layout never has; they are not compared.
+
+    `added_rows` are vocabulary rows that only OUT has, by tensor. They are compared with OUT's record;
+    `unrecorded_rows` are not in the record, and are only checked for NaN.
+
+    `facts` are settings of configs, tokenizer, processor and metadata that differ and change the answers. `harmless`
+    keys differ without effect, each with the reason. `not_compared` are settings that one side does not store.
+    `defects` are problems that programs would have with OUT. `logits` is the result of running both models, if asked.
+    `alike` are equal facts, with both values, and `provenance` says where each side comes from: reports show them.
     """
 
     source: str

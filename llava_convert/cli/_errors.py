@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from llava_convert.cli._output import Output
-from llava_convert.core.errors import ConvertError, Interrupted, TransferInterrupted, system_errors
+from llava_convert.core.errors import ConvertError, Interrupted, TransferInterrupted, UsageError, system_errors
 
 INTERRUPTED = 130
 OUR_BUG = 1
@@ -23,7 +23,10 @@ def run(action: Callable[[], None], output: Output) -> int:
     except ConvertError as problem:
         if output.verbose:
             _traceback()
-        output.error(problem.message, problem.hint, problem.exit_code)
+        hint = problem.hint
+        if hint is None and isinstance(problem, UsageError):
+            hint = f"`llava-convert {output.command} --help` lists arguments and options"
+        output.error(problem.message, hint, problem.exit_code)
         return problem.exit_code
     except TransferInterrupted as stop:
         output.error(str(stop), None, INTERRUPTED)

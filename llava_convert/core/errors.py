@@ -1,7 +1,8 @@
 """The package's errors, one class per exit code.
 
 `message` says what was found, where, and what was expected. `hint` is the next step: what fixes it, a command if there
-is one. An error that is raised without a hint has that of its class. Errors are raised anywhere and printed in one
+is one. An error that is raised without a hint has that of its class;
+of a UsageError the command line knows which help to name. Errors are raised anywhere and printed in one
 place (`cli/_errors.py`).
 """
 
@@ -61,7 +62,6 @@ class UsageError(ConvertError):
     """The command line asks for something that makes no sense (exit 2)."""
 
     exit_code = 2
-    usual_hint = "`llava-convert --help` lists commands, and `llava-convert COMMAND --help` their options"
 
 
 class InputError(ConvertError):

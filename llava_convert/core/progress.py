@@ -9,10 +9,10 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Reporter(Protocol):
-    """What a job reports to: notes, warnings, and progress in bytes.
+    """Receives the notes, warnings and progress of a job.
 
-    `start` is called as a stage begins, with its name and its total in bytes; what it returns is called with the bytes
-    of each step, from several threads.
+    `start` is called when a stage begins, with its name and its total in bytes. The function that it returns is called
+    with the bytes of each step, from several threads.
     """
 
     def note(self, text: str) -> None: ...

@@ -18,7 +18,7 @@ from llava_convert.storage.remote.files import Traffic
 
 @dataclass(frozen=True)
 class Published:
-    """A folder that is on a hub; `compared` file by file with the hub's own listing, where it has one."""
+    """A folder on a hub; `compared` is true if it was compared with the hub's own listing, file by file."""
 
     hub: str
     repo: str
@@ -37,7 +37,7 @@ class Published:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What a conversion did, or would do.
+    """The result of a conversion, or of its dry run.
 
     `documents` are the sizes of the files that tell of the output, by name; `next` is a command, or a line of Python.
     """

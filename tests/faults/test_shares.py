@@ -317,9 +317,9 @@ def test_a_source_that_changed_between_two_shares(corpus: Corpus, tmp_path: Path
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--files", "4/3"), "it is the number of a share"),
-        (("--files", "0/3"), "it is the number of a share"),
-        (("--files", "half"), "it is the number of a share"),
+        (("--files", "4/3"), "give a share and the number of shares"),
+        (("--files", "0/3"), "give a share and the number of shares"),
+        (("--files", "half"), "give a share and the number of shares"),
         (("--files", "1/3", "--finish"), "--finish does not apply to a share"),
         (("--files", "1/3", "--resume"), "--resume does not apply to a share"),
         (("--files", "1/3", "--push", "me/model"), "--push does not apply to a share"),

@@ -69,7 +69,9 @@ def test_errors_speak_of_keywords(tiny: Path, tmp_path: Path, keywords: dict[str
 
 def test_notes_speak_of_keywords(tiny: Path, tmp_path: Path) -> None:
     found = llava_convert.plan(tiny / "iter_2.pth", to="hf", out=tmp_path / "o")
-    assert any("llm_id gives it" in note for note in found.notes) and not any("--" in note for note in found.notes)
+    assert any("set the id with llm_id" in note for note in found.notes) and not any(
+        "--" in note for note in found.notes
+    )
 
 
 def test_short_reprs(tiny: Path, tmp_path: Path) -> None:

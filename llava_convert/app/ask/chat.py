@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model answered; `stopped` is false where the answer reached its limit of tokens."""
+    """The answer of a model; `stopped` is false if it reached the limit of tokens."""
 
     source: str
     layout: str

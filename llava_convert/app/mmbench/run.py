@@ -34,7 +34,7 @@ PROVENANCE = "provenance.json"
 
 @dataclass(frozen=True)
 class MMBenchResult:
-    """What a run found: `scores` by ability, Average first; none for a file without answers."""
+    """The result of a run: `scores` by ability, Average first; None for a file without answers."""
 
     source: str
     layout: str

@@ -73,7 +73,7 @@ class _OneOfSeveral(Options):
 
 @dataclass(frozen=True)
 class ReleaseItem:
-    """A layout with its folder and repository; `made` is absent where the source is in this layout already."""
+    """One layout of a release, with its folder and repository; `made` is None if the source has this layout already."""
 
     row: Row
     repo: str

@@ -195,7 +195,7 @@ def test_cuts_written_otherwise(tmp_path: Path) -> None:
 
 def test_an_unknown_cut_names_the_option(tmp_path: Path) -> None:
     tokenizer = written(tmp_path, {"type": "Whitespace"})
-    with pytest.raises(UnsupportedError, match="cuts text as none") as caught:
+    with pytest.raises(UnsupportedError, match="splits text as no") as caught:
         pre_tokenizer_of(tokenizer)
     assert "--pre" in str(caught.value.hint)
     assert pre_tokenizer_of(tokenizer, "qwen2") == "qwen2"

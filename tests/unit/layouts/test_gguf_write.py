@@ -126,7 +126,7 @@ def test_the_source_is_read_once(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"outtype": "q9_0"}, UsageError, "one of f32, f16"),
+        ({"outtype": "q9_0"}, UsageError, "the choices are f32, f16"),
         ({"mmproj_outtype": "nope"}, UsageError, "mmproj_outtype='nope'"),
         ({"dtype": "float16"}, UsageError, "outtype"),
         ({"part": "projector"}, UsageError, "visual-encoder"),
