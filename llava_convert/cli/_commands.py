@@ -39,38 +39,40 @@ COMMANDS = {
         name: Command("convert_command", "Convert", f"{info.help} Convert it to another layout.")
         for name, info in LAYOUTS.items()
     },
-    "convert": Command("convert_command", "Convert", "Convert any of these; the layout is detected."),
+    "convert": Command("convert_command", "Convert", "Convert any of these. The layout is detected."),
     "merge": Command("convert_command", "Convert", "Merge adapters into a model of any layout."),
     "sweep": Command(
         "sweep_command",
         "Convert",
-        "Convert every checkpoint that a pattern finds, each once, with or without waiting for more.",
+        "Convert every checkpoint that matches a pattern, once; --watch waits for new ones.",
     ),
     "inspect": Command(
-        "inspect_command", "Look and check", "Say what a checkpoint is, what it lacks and what it can become."
+        "inspect_command", "Look and check", "Show what a checkpoint is, what is missing and what it can become."
     ),
     "verify": Command(
-        "verify_command", "Look and check", "Compare OUT with SOURCE, tensor by tensor, whoever converted it."
+        "verify_command",
+        "Look and check",
+        "Compare OUT with SOURCE, tensor by tensor. Any converter may have made OUT.",
     ),
     "doctor": Command(
-        "doctor_command", "Look and check", "Say what a program would trip over in a folder, and repair it."
+        "doctor_command", "Look and check", "Find what would make a program fail on a folder, and fix it."
     ),
     "layouts": Command(
         "layouts_command",
         "Look and check",
         "List what this version knows: layouts, model families, types, prompt templates and recipes.",
     ),
-    "chat": Command("chat_command", "Ask", "Ask a model of any layout about pictures, from its own files."),
+    "chat": Command("chat_command", "Ask", "Ask a model of any layout about pictures."),
     "eval": Command("eval_command", "Ask", "Score a model of any layout."),
     "upload": Command(
         "upload_command",
         "Publish",
-        "Publish a folder on Hugging Face or ModelScope, once it is proven to be what was converted.",
+        "Upload a folder to Hugging Face or ModelScope, after checking it against its source.",
     ),
     "release": Command(
-        "release_command", "Publish", "Convert a model to every layout and publish each in a repository of its own."
+        "release_command", "Publish", "Convert a model to every layout and upload each to its own repository."
     ),
-    "train": Command("train_command", "Train", "Train a LLaVA; leaves checkpoints which convert."),
+    "train": Command("train_command", "Train", "Train a LLaVA. Its checkpoints can be converted."),
     "data": Command("data_command", "Train", "Check and fix training data."),
 }
 

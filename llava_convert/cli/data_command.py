@@ -14,10 +14,8 @@ from llava_convert.cli._output import Output
 
 def made(_name: str) -> typer.Typer:
     data = typer.Typer(no_args_is_help=True)
-    data.command("check", help="Are all files and pictures of a recipe there? Says how to get what is not.")(check)
-    data.command("fix-ocrvqa", help="Copy OCR-VQA's pictures to names that end in .jpg, as the data sets call them.")(
-        fix_ocrvqa
-    )
+    data.command("check", help="Find missing files and pictures of a recipe, and say where to get them.")(check)
+    data.command("fix-ocrvqa", help="Copy OCR-VQA's pictures to the .jpg names that the data sets use.")(fix_ocrvqa)
     return data
 
 

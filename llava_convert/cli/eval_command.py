@@ -23,7 +23,7 @@ class _TasksFirst(TyperGroup):
 
 def made(_name: str) -> typer.Typer:
     group = typer.Typer(no_args_is_help=True, cls=_TasksFirst)
-    group.command("tasks", help="Benchmarks of lmms-eval. The word itself may be left out: eval mme,pope SOURCE.")(
+    group.command("tasks", help="Run benchmarks of lmms-eval. The word may be left out: eval mme,pope SOURCE.")(
         command("eval tasks", EvalJob, _tasks)
     )
     group.command("mmbench", help="Run MMBench or CCBench from its TSV file, with xtuner's prompt and rule.")(
