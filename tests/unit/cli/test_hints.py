@@ -25,9 +25,10 @@ WHOLE: dict[str, Any] = {name: one.whole(name) for name, one in TABLE.items()}
 COMMANDS: dict[str, dict[str, Any]] = {name: getattr(c, "commands", {}) for name, c in WHOLE.items()}
 RUN = [c for name, first in WHOLE.items() for c in (COMMANDS[name].values() or [first])]
 OPTIONS = {option for command in (GROUP, *RUN) for param in command.params for option in param.opts} | {"--help"}
-# of git, llama-server, pip, the llava package, and its apply_delta
+# of git, llama-server, pip, the llava package and its apply_delta, and convert_refcoco.py of xtuner
 OTHERS = {"--depth", "--mmproj", "--no-deps", "--upgrade", "--conv-mode"}
 OTHERS |= {"--base-model-path", "--target-model-path", "--delta-path"}
+OTHERS |= {"--ann-path", "--image-path", "--save-path"}  # of convert_refcoco.py in xtuner
 
 
 def texts(path: Path) -> Iterator[str]:
