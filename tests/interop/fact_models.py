@@ -43,6 +43,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "granite": {"architectures": ["GraniteForCausalLM"], "embedding_multiplier": 3.0, "logits_scaling": 2.0,
                 "residual_multiplier": 0.5, "attention_multiplier": 0.2},
     "stablelm": {"architectures": ["StableLmForCausalLM"], "partial_rotary_factor": 0.5, "use_qkv_bias": True},
+    "olmo2": {"architectures": ["Olmo2ForCausalLM"]},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32, "use_sliding_window": False},
 }  # fmt: skip
 _TEXT = {

@@ -39,6 +39,8 @@ THROUGH = [
     ("gemma2", "hf"),
     ("granite", "xtuner"),
     ("granite", "gguf"),
+    ("olmo2", "xtuner"),
+    ("olmo2", "gguf"),
     ("stablelm", "xtuner"),
     ("stablelm", "gguf"),
 ]
@@ -144,7 +146,7 @@ def wanted_logits(converted: Converter, folder: Path, ids: list[int], *, gelu: b
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "granite", "stablelm"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "granite", "olmo2", "stablelm"])
 def test_in_llama_cpp(converted: Converter, llama_cpp: LlamaCpp, name: str) -> None:
     """The tensors of its own converter, and the logits of transformers; longer than a window."""
     folder = converted(name, "hf", dtype="bfloat16" if "gemma" in name else "float16")
@@ -153,7 +155,7 @@ def test_in_llama_cpp(converted: Converter, llama_cpp: LlamaCpp, name: str) -> N
         theirs = llama_cpp.convert(folder, outtype, pre=PRE.get(WIDES[name].tokenizer))
         assert differing(tensors(llm_file(ours, outtype)), tensors(theirs)) == {}, outtype
         one, other = metadata(llm_file(ours, outtype)), metadata(theirs)
-        more = MORE_KEYS[name]
+        more = MORE_KEYS.get(name, set())
         assert more == {*one} - {*other} - {*NAMES}, outtype
         other.pop(OF_GEMMAS_TOKENIZER, None)
         assert list(unequal({key: one[key] for key in one if key not in more}, other)) == [], outtype

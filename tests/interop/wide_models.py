@@ -51,6 +51,19 @@ model = dict(
 """
 
 
+LLAMAS = ("input_layernorm", "post_attention_layernorm")
+_FEEDFORWARD = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+_QK = ("self_attn.q_norm", "self_attn.k_norm")
+# The norms of a layer, of families that have others than Llama's two.
+NORMS: dict[str, tuple[str, ...]] = {
+    "gemma2": (*_FEEDFORWARD, *LLAMAS),
+    "gemma3_text": (*_FEEDFORWARD, *_QK, *LLAMAS),
+    "qwen3": (*_QK, *LLAMAS),
+    "olmo2": (*_QK, "post_attention_layernorm", "post_feedforward_layernorm"),
+}
+OVER_ALL_HEADS = ("olmo2",)  # whose norms of q and k are not of one head
+
+
 @dataclass(frozen=True)
 class Wide:
     """One LLM. `layers` decides which of them a mix gives more bits; `rows` are those of the embedding.
@@ -83,14 +96,17 @@ class Wide:
                 shapes[f"{at}.{name}.weight"] = (rows, columns)
                 if self._has_bias(name):
                     shapes[f"{at}.{name}.bias"] = (rows,)
-            if self.family.startswith("gemma"):
-                shapes |= {f"{at}.{x}_feedforward_layernorm.weight": (h,) for x in ("pre", "post")}
-            if self.family in ("qwen3", "gemma3_text"):
-                shapes |= {f"{at}.self_attn.{x}_norm.weight": (self.head_dim or h // self.heads,) for x in "qk"}
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                shapes |= {f"{at}.{norm}.{end}": (h,) for end in self._norm}
+            for norm in NORMS.get(self.family, LLAMAS):
+                shapes |= {f"{at}.{norm}.{end}": (self._norm_width(norm),) for end in self._norm}
         shapes |= {f"model.norm.{end}": (h,) for end in self._norm}
         return shapes if self.tied else shapes | {"lm_head.weight": (self.rows, h)}
+
+    def _norm_width(self, norm: str) -> int:
+        """Of q and k it is a head's, or that of all heads."""
+        heads = {"self_attn.q_norm": self.heads, "self_attn.k_norm": self.kv_heads}.get(norm)
+        if heads is None:
+            return self.hidden
+        return (self.head_dim or self.hidden // self.heads) * (heads if self.family in OVER_ALL_HEADS else 1)
 
     @property
     def _norm(self) -> tuple[str, ...]:
@@ -208,6 +224,7 @@ WIDES: dict[str, Wide] = {
             "logits_scaling": 8.0,
         },
     ),
+    "olmo2": Wide("olmo2", layers=3, rows=704, tokenizer="qwen2"),
     "stablelm": Wide(
         "stablelm",
         layers=3,
@@ -246,6 +263,7 @@ CLASSES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "granite": "GraniteForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
     "stablelm": "StableLmForCausalLM",
 }
 PUBLISHED = ("llama-3", "mistral")

@@ -19,10 +19,11 @@ _ACTIVATIONS = {"gemma2": ("gelu_pytorch_tanh",), "gemma3": ("gelu_pytorch_tanh"
 _USUAL_ACTIVATIONS = ("silu", "swish")
 # Layers from one that looks at everything to the next (load_swa_pattern), and that whose heads are scaled by the width.
 _PATTERNS = {"gemma2": (2, 46), "gemma3": (6, 62)}
-# models/gemma2.cpp reads no output.weight, models/stablelm.cpp does not take the embedding where there is none.
-_NO_HEAD, _OWN_HEAD = ("gemma2",), ("stablelm",)
+# models/gemma2.cpp reads no output.weight; stablelm.cpp and olmo2.cpp do not take the embedding where there is none.
+_NO_HEAD, _OWN_HEAD = ("gemma2",), ("stablelm", "olmo2")
 # Their attn_output reads as many features as the model has (create_tensor of LLM_TENSOR_ATTN_OUT).
-_COMMON_HEADS = ("qwen2", "phi3")
+_COMMON_HEADS = ("qwen2", "phi3", "olmo2")
+_NO_OUTPUT_BIAS = ("olmo2",)  # whose attn_output is read without one
 
 
 def refuse(architecture: str, told: Iterable[str], config: Config, family: Architecture) -> None:
@@ -48,6 +49,11 @@ def refuse(architecture: str, told: Iterable[str], config: Config, family: Archi
         raise UnsupportedError(
             f"a head of its own (tie_word_embeddings: false) cannot be written as GGUF: llama.cpp's {architecture} "
             "takes the embedding for it",
+            hint="hf and xtuner hold it",
+        )
+    if architecture in _NO_OUTPUT_BIAS and config.get("attention_bias"):
+        raise UnsupportedError(
+            f"attention_bias True cannot be written as GGUF: llama.cpp's {architecture} reads no bias of attn_output",
             hint="hf and xtuner hold it",
         )
     if architecture in _COMMON_HEADS and size * heads != config["hidden_size"]:
