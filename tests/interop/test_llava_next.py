@@ -216,6 +216,26 @@ def test_official_to_hf_and_back(sources: dict[str, Path], converted: Converter,
     assert llava_convert.verify(source, official) and llava_convert.verify(official, back)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_twenty_tokens(sources: dict[str, Path], converted: Converter, name: str) -> None:
+    """Greedy ones, of the original code's forward and of transformers', about a wide picture in several tiles."""
+    official = converted.onward(sources[name], "official", dtype="float32")
+    reference = Official(official, published_tower(sources[name]))
+    loaded = Loaded(converted.onward(official, "hf", dtype="float32"), KINDS[name])
+    mine, theirs = list(AFTER), list(AFTER)
+    for _ in range(20):
+        mine.append(next_token(reference.logits(picture("wide"), BEFORE, mine), mine))
+        theirs.append(next_token(loaded.logits("wide", BEFORE, theirs), theirs))
+    assert mine == theirs
+
+
+def next_token(logits: torch.Tensor, said: list[int]) -> int:
+    """The likeliest that was not said: models as small as these repeat themselves, and twenty tokens would be one."""
+    last = logits[-1, :TOKENS].clone()
+    last[said] = -torch.inf
+    return int(last.argmax())
+
+
 def test_facts_of_the_official_config(sources: dict[str, Path], converted: Converter) -> None:
     said = json.loads((converted.onward(sources["onevision"], "official", dtype="float32") / "config.json").read_text())
     assert said["image_aspect_ratio"] == "anyres_max_9" and said["mm_patch_merge_type"] == "spatial_unpad"
