@@ -95,7 +95,8 @@ def _pinned(*names: str) -> tuple[str, ...]:
 
 
 # What this package imports, for environments in which it runs beside a peer from the checkout.
-OWN = _pinned("safetensors", "peft", "gguf", "typer", "rich", "fsspec", "PyYAML", "pillow", "accelerate")
+_OWN = ("safetensors", "peft", "gguf", "typer", "rich", "fsspec", "PyYAML", "pillow", "accelerate")
+OWN = _pinned(*_OWN)
 
 RECIPES: dict[str, Recipe] = {
     "xtuner": Recipe(
@@ -249,6 +250,24 @@ RECIPES: dict[str, Recipe] = {
     "notebook": Recipe(
         (Install(("ipykernel==7.1.0", "nbclient==0.10.2", "ipywidgets==8.1.8", "numpy", *OWN)),),
         imports=("ipykernel", "nbclient", "ipywidgets", "typer"),
+    ),
+    # lmms-eval with what its evaluator and its llava_hf import; its own requirements are those of every model and task.
+    "lmms-eval": Recipe(
+        (
+            Install(
+                (
+                    *_pinned("transformers", "tokenizers", "huggingface_hub", "numpy", "pandas", "Jinja2", *OWN),
+                    *("datasets>=4.8.4", "evaluate", "loguru", "tenacity", "sacrebleu", "pytz", "dill", "pydantic"),
+                    *("pytablewriter", "sqlitedict", "jsonlines", "python-dotenv", "openpyxl", "requests"),
+                    "filelock<3.20",  # it reaches into filelock._api
+                )
+            ),
+            Install(("lmms-eval==0.7.3",), ("--no-deps",)),
+        ),
+        stand_ins=(
+            ("decord/__init__.py", "VideoReader = cpu = None  # llava_hf imports them, and pictures need neither\n"),
+        ),
+        imports=("lmms_eval.evaluator", "lmms_eval.models.simple.llava_hf", "typer"),
     ),
     # Files only: Llama-3's and Mistral's tokenizers, and a small language model as GGUF.
     "models": Recipe(
