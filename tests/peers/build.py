@@ -256,7 +256,7 @@ RECIPES: dict[str, Recipe] = {
         (
             Install(
                 (
-                    *_pinned("transformers", "tokenizers", "huggingface_hub", "numpy", "pandas", "Jinja2", *OWN),
+                    *_pinned("transformers", "tokenizers", "huggingface_hub", "numpy", "pandas", "Jinja2", *_OWN),
                     *("datasets>=4.8.4", "evaluate", "loguru", "tenacity", "sacrebleu", "pytz", "dill", "pydantic"),
                     *("pytablewriter", "sqlitedict", "jsonlines", "python-dotenv", "openpyxl", "requests"),
                     "filelock<3.20",  # it reaches into filelock._api
