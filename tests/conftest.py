@@ -12,6 +12,9 @@ import pytest
 # optional file makes transformers ask the hub, with retries.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# A process a core: with a thread a core in each of them, small models run several times slower.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Under nohup, or in a shell's background, these are ignored and every child inherits that: tests which send them to a
 # child would then test nothing.
