@@ -74,7 +74,8 @@ def test_one_command_after_the_other(tiny: Path, tmp_path: Path, peer: str, opti
     done = run("convert", f"work_dirs/{STAGE_2}", "--to", "gguf", "-o", "out", "--name", "pair", "--outtype", "f16")
     assert done.returncode == 0, done.stderr
     ask = runtimes.llama_cpp(tmp_path / "out/pair-f16.gguf", tmp_path / "out/pair-mmproj-f16.gguf")
-    assert ask(Image.open(tiny / "picture.png"), "What is it?")
+    (answer,) = ask([Image.open(tiny / "picture.png")], "What is it?")
+    assert answer
 
 
 def test_the_second_before_the_first(tmp_path: Path) -> None:

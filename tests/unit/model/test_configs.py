@@ -121,7 +121,7 @@ def test_no_model_type(kind: Any) -> None:
 def test_unknown_family_names_the_known_ones() -> None:
     with pytest.raises(UnsupportedError, match="'gpt2' is not a known language model family") as caught:
         named_config({"model_type": "gpt2"}, LLM, where="x")
-    assert caught.value.hint is not None and "llama, mistral, phi3, qwen2" in caught.value.hint
+    assert caught.value.hint is not None and "llama, mistral, olmo2, phi3, qwen2" in caught.value.hint
     with pytest.raises(UnsupportedError):
         family("vision_tower", {"model_type": "llama"})
     assert family(LLM, {"model_type": "mistral"}).part == LLM
