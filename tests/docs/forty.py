@@ -1,4 +1,4 @@
-"""Things that lie in real folders, each a tiny save; and docs/inspect-forty.md, what `inspect` says of them.
+"""Tiny examples of the files and folders that people have, and docs/inspect-forty.md with what `inspect` says of each.
 
 `python -m tests.docs.forty` writes the page.
 """
@@ -34,12 +34,12 @@ PAGE = ROOT / "docs" / "inspect-forty.md"
 HEAD = """\
 # What is this folder?
 
-`llava-convert inspect` says of anything what it is, what it can be used for and what to type next. A command that is
-given such a thing by mistake says the same. It goes by keys of configs, names of tensors and first bytes, hardly
-ever by the names of files. Words in capitals are yours to fill in.
+`llava-convert inspect` says what a file or a folder is, what it can be used for and what to type next. Other commands
+give the same answer as an error if their source is not a LLaVA. The answer depends on keys of configs, names of tensors
+and the first bytes of files, and hardly ever on file names. Replace the words in capitals with your own values.
 
-These are things that people have. `make docs` builds each, small, and prints what `inspect` says of it; a row of
-`mappings/kinds.toml` stands behind each that is no LLaVA.
+This page shows files and folders that people have. `make docs` builds a small example of each, and prints the output of
+`inspect`. Each kind that is not a LLaVA has a row in `mappings/kinds.toml`.
 """
 Thing = Callable[["Folder"], Path]
 THINGS: dict[str, Thing] = {}
