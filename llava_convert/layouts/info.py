@@ -36,7 +36,7 @@ _IN_OLLAMA = {"ollama": "ollama create <<ollama_sh>> -f <<modelfile_sh>> && olla
 
 # A language model or a vision tower alone is a folder that transformers reads, whichever layout it was made for.
 _LANGUAGE_MODEL = Card(
-    sentence="This is the language model of a LLaVA, on its own: it reads text and sees no pictures.",
+    sentence="This is the language model of a LLaVA, on its own: it reads text, and cannot see pictures.",
     library="transformers",
     quickstarts=("language_model", "language_model_vllm", "llm_adapter"),
     task="text-generation",
@@ -50,7 +50,7 @@ _VISION_TOWER = Card(
     task="image-feature-extraction",
 )
 _ADAPTER = Card(
-    sentence="This is a LoRA adapter of a LLaVA, for peft: it goes onto the model that it was trained on.",
+    sentence="This is a LoRA adapter of a LLaVA, for peft. Load it onto the model that it was trained on.",
     library="peft",
     quickstarts=("peft",),
 )
@@ -58,7 +58,7 @@ _PROJECTOR = "This is the projector of a LLaVA, on its own: the layers between v
 
 
 _PTH = Card(
-    sentence="This is a LLaVA as a training checkpoint of xtuner (mmengine's `.pth`): a start for another training.",
+    sentence="This is a LLaVA as a training checkpoint of xtuner (mmengine's `.pth`). A training can start from it.",
     library="xtuner",
     quickstarts=("xtuner_pth",),
 )
@@ -181,8 +181,8 @@ LAYOUTS = {
                     quickstarts=("xtuner",),
                 ),
                 projector=Card(
-                    sentence="This is the projector of a LLaVA in xtuner's layout: what a pretraining leaves, to be "
-                    "used with the language model and the vision tower that it was trained between.",
+                    sentence="This is the projector of a LLaVA in xtuner's layout, the result of a pretraining. "
+                    "Use it with the language model and the vision tower that it was trained with.",
                     library="xtuner",
                     quickstarts=("xtuner",),
                 ),
@@ -277,7 +277,7 @@ LAYOUTS = {
                 options=frozenset({"outtype", "mmproj_outtype", "mmproj_for", "pre", "max_shard_size"}) | _TALK,
                 whole=Card(
                     sentence="This is a LLaVA as GGUF, for llama.cpp and Ollama: a model that answers questions about "
-                    "pictures. It takes two files, a language model and an mmproj, which holds its eyes.",
+                    "pictures. It has two files: the language model, and an mmproj with vision tower and projector.",
                     library="gguf",
                     quickstarts=("llama_cpp", "ollama"),
                     next="llama-server -m <<llm_sh>> --mmproj <<mmproj_sh>>",

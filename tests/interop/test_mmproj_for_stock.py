@@ -35,7 +35,7 @@ def test_the_first_position_is_the_last(converted: Converter, tmp_path: Path, na
     rows = [np.frombuffer(one[POSITIONS].data, np.float32).reshape(17, -1) for one in (ours, theirs)]
     assert np.array_equal(rows[0], np.roll(rows[1], -1, axis=0))
     assert metadata(out / "gguf-mmproj-stock-f32.gguf")["llava.mmproj_for"] == (("STRING",), "stock")
-    assert "For the llama.cpp of today alone" in (out / "README.md").read_text()
+    assert "Only for today's llama.cpp" in (out / "README.md").read_text()
     assert json.loads((out / "conversion.json").read_text())["options"]["mmproj_for"] == "stock"
 
 

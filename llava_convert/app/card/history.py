@@ -17,10 +17,10 @@ from llava_convert.ops.lora import MergeLora
 from llava_convert.ops.quantize import Dequantize, Quantize
 
 _LEVELS = {
-    "quick": "After writing, the names, dtypes, shapes and places of all tensors, the index and the small files were "
-    "compared with what was planned (`--verify quick`).",
-    "full": "After writing, every byte was read back: what was copied was compared with the source, the rest was "
-    "computed a second time (`--verify full`).",
+    "quick": "After writing, the output was compared with the plan: names, dtypes, shapes and offsets of all tensors, "
+    "the index and the small files (`--verify quick`).",
+    "full": "After writing, every byte was read back. Copied tensors were compared with the source, and all others "
+    "were computed a second time (`--verify full`).",
     "off": "Nothing was checked after writing (`--verify off`).",
 }
 
@@ -31,11 +31,11 @@ def history(facts: Facts, origin: Origin, verified: str) -> list[str]:
         "## How it was made",
         _made(facts, origin),
         _parts(facts),
-        "`conversion.json` tells of each tensor where its bytes come from and what was done to them.",
+        "`conversion.json` lists each tensor, the source of its bytes and the operations on them.",
         "## What was checked",
         _LEVELS[verified],
         _checks(facts),
-        "To compare every tensor yourself, bit for bit, with the source that you have:",
+        "To compare every tensor with your copy of the source, bit for bit:",
         f"```shell\nllava-convert verify SOURCE {shlex.quote(facts.folder)}\n```",
         *_license(origin),
         *_remarks(facts),
@@ -44,7 +44,7 @@ def history(facts: Facts, origin: Origin, verified: str) -> list[str]:
 
 def _made(facts: Facts, origin: Origin) -> str:
     source = f" [{origin.source}](https://huggingface.co/{origin.source})," if origin.source else ""
-    said = f"llava-convert {__version__} made this of{source} {facts.source.description}."
+    said = f"llava-convert {__version__} made this from{source} {facts.source.description}."
     bases = [
         f"{PART_NAMES[part]} [{name}](https://huggingface.co/{name})"
         for part in (LLM, VISION)
@@ -66,27 +66,29 @@ def _parts(facts: Facts) -> str:
         dtypes = ", ".join(sorted({TORCH_NAMES.get(t.dtype, t.dtype) for t in tensors}))
         cells = (str(len(tensors)), dtypes, size(sum(t.nbytes for t in tensors)))
         rows.append((PART_NAMES[part], _weights(facts, part, tensors), *cells))
-    head = ("part", "its weights are", "tensors", "dtype", "size")
+    head = ("part", "weights from", "tensors", "dtype", "size")
     return table(head[:columns], (row[:columns] for row in rows))
 
 
 def _elsewhere(facts: Facts, part: str) -> str:
     name = facts.base_id(part)
-    return f"not here: those of the base model{f' `{name}`' if name else ''}" if facts.whole else "not here"
+    return (
+        f"not in this output, use the base model{f' `{name}`' if name else ''}" if facts.whole else "not in this output"
+    )
 
 
 def _weights(facts: Facts, part: str, tensors: Sequence[PlannedTensor]) -> str:
     name = facts.base_id(part)
     base = f"the base model{f' `{name}`' if name else ''}"
     if any(".lora_" in t.canonical for t in tensors):
-        return f"a LoRA adapter, trained, for {base}"
+        return f"a trained LoRA adapter for {base}"
     words = {
-        "checkpoint": "the converted checkpoint's",
-        "base": f"those of {base}",
-        "stage 1": "the stage-1 checkpoint's",
+        "checkpoint": "the converted checkpoint",
+        "base": base,
+        "stage 1": "the stage-1 checkpoint",
     }
     origins = sorted({t.origin for t in tensors if t.origin != "synthetic"})
-    said = " and ".join(words.get(o, o) for o in origins) or "made up"
+    said = " and ".join(words.get(o, o) for o in origins) or "generated"
     merged = sum(_merged(t) for t in tensors)
     return f"{said}, with a trained LoRA merged into {merged} tensors" if merged else said
 
@@ -98,7 +100,7 @@ def _merged(tensor: PlannedTensor) -> bool:
 def _kind(tensor: PlannedTensor) -> str:
     """What was done to a tensor: the one thing that changes its values most."""
     if tensor.origin == "synthetic":
-        return "made up, since LLaVA never reads them and no source has them"
+        return "generated, because no source has them; LLaVA never reads them"
     if any(isinstance(op, Quantize) for op in every(tensor.ops)):
         return "quantised"
     if _merged(tensor):
@@ -111,7 +113,7 @@ def _kind(tensor: PlannedTensor) -> str:
         if tensor.source.dtype in ("F16", "BF16") and tensor.dtype == "F32":
             return "widened to float32, exactly"
         return f"cast to {TORCH_NAMES.get(tensor.dtype, tensor.dtype)}, rounded to nearest"
-    return "values as they were, in another order or with rows added"
+    return "same values, in another order or with rows added"
 
 
 def _checks(facts: Facts) -> str:
@@ -146,16 +148,16 @@ def _remarks(facts: Facts) -> list[str]:
     added = facts.target.added_rows
     if added is not None and added["rows"]["to"] > added["rows"]["from"]:
         said.append(
-            f"Rows {added['rows']['from']} to {added['rows']['to'] - 1} of the vocabulary were added for "
-            "`<image>`, `<pad>` and padding: each is the mean of the old rows, and means nothing."
+            f"Rows {added['rows']['from']} to {added['rows']['to'] - 1} of the vocabulary were added for `<image>`, "
+            "`<pad>` and padding. Each new row is the mean of the old rows. These rows were not trained."
         )
     processor = facts.plan.files.get("preprocessor_config.json")
     crops = processor is not None and b'"CLIPImageProcessor"' in processor
     if facts.whole and crops and not facts.kind.pads_pictures:
         said.append(
-            "Training padded pictures to squares. The image processor here crops their middle, since that loads "
-            "in every transformers version; on pictures that are not square the model sees other pixels. "
-            "`--image-processor llava` pads."
+            "Training padded pictures to squares. The image processor of this output crops them to their centre, "
+            "because every transformers version can load such a processor. If a picture is not square, the model "
+            "sees other pixels than in training. A conversion with `--image-processor llava` pads."
         )
     notes = (*facts.model.checkpoint.notes, *facts.model.notes)
     # A warning with a slash in it may name a path of this machine.

@@ -89,11 +89,11 @@ def _licenses() -> Mapping[str, dict[str, str]]:
 
 def _license(facts: Facts, own: Mapping[str, Any], source: str | None) -> License | None:
     """The source's, else the language model's: its weights are the largest part, and the tower's are few."""
-    found = _stated(own, "the converted model's", source)
+    found = _stated(own, "the license of the converted model", source)
     if found is not None or (facts.alone is not None and facts.alone != LLM):
         return found
     base, name = facts.model.bases.get(LLM), facts.base_id(LLM)
-    whose = f"that of the language model {name}" if name else "that of the language model"
+    whose = f"the license of the language model {name}" if name else "the license of the language model"
     if base is not None:
         found = _stated(_front_matter(base.files), whose, name)
     return found or _stated(_licenses().get(name or "", {}), whose, name)

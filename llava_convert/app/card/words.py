@@ -91,15 +91,15 @@ class Words:
         if prompt is None:
             return self._unknown_prompt
         shown = prompt.about_picture if facts.whole else prompt.text("Why is the sky blue?")
-        said = ["## The prompt", "The format of a question"]
+        said = ["## The prompt", "This is the format of a question"]
         said[1] += f" (xtuner calls it `{prompt.name}`)" if prompt.name else ""
-        said[1] += f"; `{IMAGE_TOKEN}` stands where the picture goes:" if facts.whole else ":"
+        said[1] += f". `{IMAGE_TOKEN}` marks the place of the picture:" if facts.whole else ":"
         fence = "`" * max(3, _longest_run(shown) + 1)
         said.append(f"{fence}text\n{shown}\n{fence}")
         if prompt.bos and prompt.added:
-            said.append(f"The first token, `{prompt.bos}`, is put there by the tokenizer: type the rest only.")
+            said.append(f"The first token, `{prompt.bos}`, is added by the tokenizer: type only the rest.")
         elif self._facts.made.tokenizer is None:
-            said.append("The tokenizer's own first token, where it has one, goes in front.")
+            said.append("If the tokenizer has a first token (BOS), it goes in front.")
         if prompt.ends:
             ends = " or ".join(f"`{end}`" for end in prompt.ends)
             said.append(f"An answer ends with {ends}.")
@@ -111,9 +111,9 @@ class Words:
         if facts.has_chat_template:
             return f"## The prompt\n\nThe format is that of the chat template in {facts.kind.chat_template}."
         return (
-            "## The prompt\n\nThe format that this model was trained on is not known: neither its training config nor "
-            "its tokenizer tells it. Without it answers are poor. Where you know it, convert again with "
-            "`--prompt-template NAME`, and the output holds the chat template."
+            "## The prompt\n\nThe prompt format of this model is not known: neither its training config nor its "
+            "tokenizer has it. Without the right format, answers are poor. If you know the format, convert again with "
+            "`--prompt-template NAME`: the output then has a chat template."
         )
 
     @property
@@ -178,7 +178,7 @@ class Words:
             return ""
         prompt = self._facts.prompt
         token = f"`{prompt.bos}`" if prompt is not None and prompt.bos else "the first token"
-        return f"Without `--chat-template` the prompt would lack {token}, which vLLM does not add to a chat."
+        return f"`--chat-template` is needed: vLLM adds no first token to a chat, so the prompt would lack {token}."
 
     @property
     def vllm_fetch(self) -> str:
@@ -197,8 +197,8 @@ class Words:
         if taken is None:
             return ""
         return (
-            f"LMDeploy takes the prompt from the model's name, and for this one that would be its own `{taken}`, "
-            "whatever the model was trained on. `--chat-template hf` has it take the model's."
+            f"LMDeploy chooses the prompt format by the model's name. For this name it would use its own `{taken}`, "
+            "even if the model was trained on another. With `--chat-template hf` it uses the model's own chat template."
         )
 
     # The original code.
@@ -217,8 +217,8 @@ class Words:
     def llava_fork(self) -> str:
         """Where the code of this model is."""
         if self._facts.model.facts.get(CLASS_TOKEN) is False:
-            return f"This model's, `{self.llava_class}` with SigLIP, are in https://github.com/LLaVA-VL/LLaVA-NeXT."
-        return f"This model's, `{self.llava_class}`, is in forks of it."
+            return f"The class of this model (`{self.llava_class}`, with SigLIP) is in https://github.com/LLaVA-VL/LLaVA-NeXT."
+        return f"The class of this model (`{self.llava_class}`) is in forks of it."
 
     @property
     def llava_sizes_py(self) -> str:
@@ -236,7 +236,10 @@ class Words:
         if VISION in facts.parts:
             return ""
         name = facts.base_id(VISION)
-        return f"The vision tower was not trained and is not in this folder: it is loaded from {_named(name, VISION)}."
+        return (
+            "The vision tower was not trained, so it is not in this folder. "
+            f"The code loads it from {_named(name, VISION)}."
+        )
 
     # GGUF.
 
@@ -251,24 +254,25 @@ class Words:
             return ""
         if self._facts.options.mmproj_for == "stock":
             return (
-                "**For the llama.cpp of today alone.** llama.cpp (October 2026; ggml-org/llama.cpp#25814) puts the "
-                "tower's class token behind the patches, although the model was trained with it in front. In this "
-                "mmproj (`--mmproj-for stock`) the positions are where that runtime looks for them, so that every "
-                "patch has its own; the first patch is still lost, and the class token's features go to the language "
-                "model. Of 192 questions about pictures of tiny-shapes it answered 137 right with such a file and 127 "
-                "with the standard one. In a repaired runtime, which answered 189, every patch has its neighbour's "
-                "position with this file: use the standard mmproj there, which a conversion without that option "
-                "writes."
+                "**Only for today's llama.cpp.** llama.cpp (October 2026; ggml-org/llama.cpp#25814) puts the tower's "
+                "class token behind the patches, although the model was trained with it in front. This mmproj "
+                "(`--mmproj-for stock`) is made for that defect: its position embeddings are in another order, so "
+                "every patch gets its own position. Two errors stay: the first patch is lost, and the class token's "
+                "features go to the language model. With 192 questions about pictures of tiny-shapes, today's "
+                "llama.cpp answered 137 right with such a file and 127 with the standard mmproj. A repaired llama.cpp "
+                "answered 189 right with either. Use the standard mmproj there, because with this file every patch "
+                "gets its neighbour's position. A conversion without `--mmproj-for` writes the standard mmproj."
             )
         return (
             "**A known defect of the runtime.** llama.cpp (October 2026; ggml-org/llama.cpp#25814) puts the tower's "
-            "class token behind the patches, although the model was trained with it in front: every patch gets its "
-            "neighbour's position, the first is lost, and the class token's features go to the language model. "
-            "Answers about pictures are therefore worse than those of the same model in transformers, by how much "
-            "depends on the model. No content of a file can mend that for runtimes with and without the defect; these "
-            "files hold the layout that is right for a repaired one, and every layer of the tower. `--mmproj-for "
-            "stock` writes an mmproj for today's llama.cpp alone: of 192 questions about pictures of tiny-shapes it "
-            "answered 137 right with that one and 127 with the standard one, where a repaired llama.cpp answered 189."
+            "class token behind the patches, although the model was trained with it in front. Every patch gets its "
+            "neighbour's position, the first patch is lost, and the class token's features go to the language model. "
+            "Answers about pictures are therefore worse than those of the same model in transformers. How much worse "
+            "depends on the model. No file can be right both for a runtime with the defect and for one without it. "
+            "These files are right for a repaired llama.cpp, and hold every layer of the tower. `--mmproj-for stock` "
+            "writes an mmproj that is only for today's llama.cpp. With 192 questions about pictures of tiny-shapes, "
+            "today's llama.cpp answered 137 right with that mmproj and 127 with the standard one. A repaired "
+            "llama.cpp answered 189 right with either."
         )
 
     @property
@@ -278,7 +282,9 @@ class Words:
     @property
     def other_types(self) -> str:
         names = [shards[0].name for shards in self._facts.llm_shards[1:]]
-        return f"In its place, with the same options: {', '.join(f'`{name}`' for name in names)}." if names else ""
+        return (
+            f"The same options work with the other types: {', '.join(f'`{name}`' for name in names)}." if names else ""
+        )
 
     @property
     def modelfile_sh(self) -> str:
@@ -302,8 +308,8 @@ class Words:
         if parts == 1:
             return ""
         return (
-            f"Ollama wants the language model in one file, and it is in {parts} here: convert without "
-            "`--max-shard-size`, or join them with `llama-gguf-split --merge`."
+            f"Ollama needs the language model in one file, but it is in {parts} files here. Convert without "
+            "`--max-shard-size`, or join the files with `llama-gguf-split --merge`."
         )
 
     # xtuner.
@@ -331,7 +337,8 @@ class Words:
         ]
         if not elsewhere:
             return "The whole model is in this folder."
-        return f"What was not trained whole is not in this folder, and named by the command: {' and '.join(elsewhere)}."
+        named = " and ".join(elsewhere)
+        return f"Parts that were not fully trained are not in this folder. The command names them: {named}."
 
     @property
     def xtuner_layer(self) -> str:
@@ -339,9 +346,9 @@ class Words:
         if layer == -2:
             return ""
         return (
-            f"This model reads layer {layer} of its vision tower. `xtuner chat` (0.1.23) always reads layer -2: its "
-            "option `--visual-select-layer` takes the number for a text, and fails. Convert to another layout to use "
-            "the model."
+            f"This model reads layer {layer} of its vision tower. `xtuner chat` (0.1.23) always reads layer -2. Its "
+            "option `--visual-select-layer` does not help: it treats the number as text, and fails. To use the model, "
+            "convert it to another layout."
         )
 
     @property
@@ -405,7 +412,9 @@ class Words:
 
 def _named(base: str | None, part: str) -> str:
     return (
-        f"`{base}`" if base else f"that it was trained from (its hub id is not known, so it is `{_BASES[part]}` here)"
+        f"`{base}`"
+        if base
+        else f"`{_BASES[part]}` (a placeholder for the base model of the training; its hub id is not known)"
     )
 
 

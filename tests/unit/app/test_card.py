@@ -119,7 +119,7 @@ def test_a_hubs_model_in_another_layout_is_its_own_base(make: Make, tmp_path: Pa
     assert metadata(plain)["base_model"] == metadata(quantised)["base_model"] == ["org/a-llava"]
     assert "base_model_relation" not in metadata(plain)
     assert metadata(quantised)["base_model_relation"] == "quantized"
-    assert "of [org/a-llava](https://huggingface.co/org/a-llava), the layout of the original LLaVA code." in plain
+    assert "from [org/a-llava](https://huggingface.co/org/a-llava), the layout of the original LLaVA code." in plain
 
 
 @given(st.from_regex(r"[\w.-]{1,8}/[\w.-]{1,8}", fullmatch=True) | st.sampled_from(["on", "No", "null", "1e3", "1.0"]))
@@ -163,7 +163,7 @@ def test_license_of_the_base_models_card(make: Make, copied: Path) -> None:
     data = metadata(text)
     link = "https://huggingface.co/meta/tiny/blob/main/LICENSE"
     assert (data["license"], data["license_name"], data["license_link"]) == ("other", "tiny-1", link)
-    assert f"[other]({link}): that of the language model meta/tiny." in text
+    assert f"[other]({link}): the license of the language model meta/tiny." in text
     assert "license" not in metadata(make("hf", part="visual-encoder", visual_encoder=bases["visual_encoder"]))
 
 
@@ -192,7 +192,7 @@ def test_license_of_a_published_language_model(make: Make, base: str, license: s
     text = make("hf", llm_id=base, visual_encoder_id="openai/tiny")
     data = metadata(text)
     assert (data["license"], data.get("license_link")) == (license, link)
-    assert f": that of the language model {base}." in text
+    assert f": the license of the language model {base}." in text
 
 
 @pytest.mark.slow
@@ -203,7 +203,7 @@ def test_what_the_sources_own_card_says_goes_on(make: Make, tmp_path: Path) -> N
     text = make("hf", source)
     data = metadata(text)
     assert (data["license"], data["datasets"], data["language"]) == ("apache-2.0", ["org/pictures"], ["en", "zh"])
-    assert "`apache-2.0`: the converted model's." in text
+    assert "`apache-2.0`: the license of the converted model." in text
 
 
 @pytest.mark.parametrize(
@@ -302,9 +302,9 @@ def test_templates_that_lmdeploy_takes_from_the_name(path: str, name: str | None
 
 def test_the_trap_is_told_only_to_names_that_fall_into_it(make: Make) -> None:
     plain, trapped = make("hf"), make("hf", name="llava-llama-3-8b-v1_1")
-    assert "\nlmdeploy serve api_server my-llava\n" in plain and "LMDeploy takes the prompt" not in plain
+    assert "\nlmdeploy serve api_server my-llava\n" in plain and "LMDeploy chooses the prompt" not in plain
     assert "\nlmdeploy serve api_server llava-llama-3-8b-v1_1 --chat-template hf\n" in trapped
-    assert "that would be its own `llava-v1`" in trapped
+    assert "it would use its own `llava-v1`" in trapped
     assert "lmdeploy serve api_server llava-v1.5 --chat-template hf\n" in make("official", name="llava-v1.5")
 
 
@@ -386,9 +386,9 @@ def test_what_it_says_of_hf(make: Make) -> None:
     assert 'from_pretrained(\n    "my-llava", torch_dtype="auto", device_map="auto"\n)' in text
     assert "Rows 512 to 575 of the vocabulary were added" in text
     assert "`--image-processor llava` pads" in text
-    assert f"llava-convert {__version__} made this of a training checkpoint of xtuner (`.pth`)." in text
-    assert "| language model | the converted checkpoint's | 21 | float16 | 295.6\u00a0kB |" in text
-    tower = "those of the base model `openai/tiny`, with a trained LoRA merged into 18 tensors"
+    assert f"llava-convert {__version__} made this from a training checkpoint of xtuner (`.pth`)." in text
+    assert "| language model | the converted checkpoint | 21 | float16 | 295.6\u00a0kB |" in text
+    tower = "the base model `openai/tiny`, with a trained LoRA merged into 18 tensors"
     assert f"| vision tower | {tower} | 55 | float16 | 90.3\u00a0kB |" in text
     assert "(`--verify quick`)" in text and "| all, in 1 file | 80 |" in text
     assert "| LoRA merged in float64, rounded once | 18 |" in text
@@ -415,22 +415,22 @@ def test_kinds_of_tensors_are_counted(make: Make, tmp_path: Path) -> None:
     source = (tmp_path / "my-llava").rename(tmp_path / "source")
     text = make("hf", source)
     assert "| copied bit for bit | 78 |" in text
-    assert "| values as they were, in another order or with rows added | 2 |" in text
+    assert "| same values, in another order or with rows added | 2 |" in text
     assert "| widened to float32, exactly | " in make("hf", source, dtype="float32")
     assert "| quantised | 16 |" in make("gguf", source, outtype="q8_0")
 
 
 def test_what_xtuner_leaves_elsewhere(make: Make, tmp_path: Path) -> None:
     text = make("xtuner", **IDS)
-    assert "named by the command: the vision tower `openai/tiny`." in text
-    assert "| vision tower | a LoRA adapter, trained, for the base model `openai/tiny` | 36 |" in text
+    assert "The command names them: the vision tower `openai/tiny`." in text
+    assert "| vision tower | a trained LoRA adapter for the base model `openai/tiny` | 36 |" in text
     tower = "--visual-encoder openai/tiny \\\n  --prompt-template llama3_chat --image picture.jpg\n"
     assert block(tmp_path / "my-llava", "xtuner", "shell") == f"xtuner chat my-llava --llava my-llava \\\n  {tower}"
     pretrained = make("xtuner", part="projector", **IDS)
     assert "the projector of a LLaVA in xtuner's layout" in pretrained
     assert "the language model `meta/tiny` and the vision tower `openai/tiny`." in pretrained
     assert block(tmp_path / "my-llava", "xtuner", "shell") == f"xtuner chat meta/tiny --llava my-llava \\\n  {tower}"
-    assert "it is `BASE_VISION_TOWER` here" in make("xtuner")
+    assert "`BASE_VISION_TOWER` (a placeholder" in make("xtuner")
 
 
 def test_a_layer_that_xtuner_chat_cannot_be_told(make: Make, tiny: Path, tmp_path: Path) -> None:
