@@ -15,17 +15,16 @@ PAGE = DOCS / "json.md"
 HEAD = f"""\
 # Output for programs
 
-With `--json` a command prints one object on stdout and nothing else there; notes, warnings and errors are on stderr as
-ever. The same thing has the same key in every command: `source` and its `layout`, `out` and `to`, `files` with `name`
-and `bytes`, `notes`, `warnings`. Python's results give the same by `as_json()`, without the three keys that each object
-begins with.
+With `--json` a command prints one object on stdout, and nothing else. Notes, warnings and errors go to stderr, as
+without `--json`. All commands use the same keys: `source` and its `layout`, `out` and `to`, `files` with `name` and
+`bytes`, `notes`, `warnings`. In Python, `as_json()` of a result gives the same object, without the first three keys.
 
-Each object is described by a JSON Schema, in a file that its section names. The number under `schema` is {SCHEMA} for
-all of them. It goes up when a key goes or means something else; new keys may come without that. This page is made of
-the same description by `make docs`.
+Each object has a JSON Schema. The section of the object links to the file. The number under `schema` is {SCHEMA} for
+all of them. It goes up when a key is removed or changes its meaning. New keys may be added without a new number.
+`make docs` writes this page from the same description.
 
-An error is an object, too, with the exit code of the command: also a usage error, an interruption (130) and a bug (1).
-`verify` of models that differ prints what it found, and ends with 7.
+An error is an object, too, with the exit code of the command. This includes usage errors, interruptions (130) and bugs
+(1). If `verify` finds a difference, it prints the usual object, and the exit code is 7.
 
 ```console
 $ llava-convert convert SOURCE --to hf --dry-run --json | jq '.files[] | select(.tensors) | .name'
@@ -54,7 +53,7 @@ def _page() -> Iterator[str]:
 def _table(title: str, about: Mapping[str, Any]) -> Iterator[str]:
     yield f"## {title}\n"
     yield f"{about['description']}\n"
-    yield "| key | type | what |\n|---|---|---|"
+    yield "| key | type | meaning |\n|---|---|---|"
     yield from _rows(about, "")
     yield ""
 
