@@ -30,7 +30,7 @@ def output_dtype(model: Model, options: TargetOptions) -> str:
         return "F16"
     if dtype not in FLOATS:
         raise UnsupportedError(
-            f"the source is mostly {dtype}, and an output has one float dtype throughout",
+            f"most of the source is {dtype}, but an output needs one float dtype for all tensors",
             hint="give it by --dtype, if the source's tensors can be cast",
         )
     return dtype

@@ -76,8 +76,8 @@ def training_config(values: Mapping[str, Any], *, filename: str) -> TrainingConf
     model_type = model.dotted("type")
     if model_type is not None and model_type.rpartition(".")[2] == "SupervisedFinetune":
         raise UnsupportedError(
-            f"{filename}: it is of a language model alone ({model_type}): no projector, no pictures",
-            hint="`xtuner convert pth_to_hf` makes a folder of it, which is a base for a LLaVA (--llm)",
+            f"{filename}: this config trains a language model alone ({model_type}), without a projector",
+            hint="`xtuner convert pth_to_hf` converts it to a folder, which can be the base of a LLaVA (--llm)",
         )
     if model_type is None or model_type.rpartition(".")[2] != "LLaVAModel":
         raise UnsupportedError(

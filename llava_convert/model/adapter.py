@@ -211,9 +211,9 @@ def _trained_rows(settings: LoraSettings | None, path: str, values: StoredTensor
         indices = next(ends, ())
     if len(indices) != (values.shape[0] if values.shape else 0):
         raise InputError(
-            f"{where}: {path} has {values.shape[0] if values.shape else 0} trained rows, and trainable_token_indices "
-            f"of adapter_config.json names {len(indices)}",
-            hint="get adapter_config.json and adapter_model of one save",
+            f"{where}: {path} has {values.shape[0] if values.shape else 0} trained rows, but trainable_token_indices "
+            f"of adapter_config.json lists {len(indices)}",
+            hint="get adapter_config.json and adapter_model from the same save",
         )
     return SetRows(indices, values)
 

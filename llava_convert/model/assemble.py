@@ -88,7 +88,7 @@ def assemble(
     if PROJECTOR in wanted and checkpoint.parts[PROJECTOR].state == "absent":
         raise InputError(
             f"{checkpoint.path}: there is no projector (the layers between vision tower and language model)",
-            hint="give what has it by --projector (mm_projector.bin, a model), or the LLaVA trained from by --base",
+            hint="give a file or a model that has it by --projector, or the LLaVA that it was trained from by --base",
         )
     if VISION in found_configs:
         checkpoint, found_configs[VISION] = checkpoint.with_tower(found_configs[VISION])
@@ -317,8 +317,8 @@ def _merge_one(part: str, recipes: dict[str, Recipe], adapter: Adapter, alpha: f
     unmatched = [module for module in adapter.modules if f"{module}.weight" not in recipes]
     if unmatched:
         raise InputError(
-            f"the LoRA of the {PART_NAMES[part]} adapts {len(unmatched)} modules that the model does not have, of "
-            f"{len(adapter.modules)}: {grouped(unmatched)}",
+            f"the LoRA of the {PART_NAMES[part]} adapts {len(adapter.modules)} modules, but the model does not have "
+            f"{len(unmatched)} of them: {grouped(unmatched)}",
             hint="give the model that it was trained on by --base",
         )
     for name, rows in adapter.tokens.items():
@@ -329,7 +329,7 @@ def _merge_one(part: str, recipes: dict[str, Recipe], adapter: Adapter, alpha: f
         ):
             raise InputError(
                 f"the adapter has new values {list(rows.values.shape)} for rows up to {max(rows.rows)} of {name}, "
-                f"which is {list(recipes[name].shape) if name in recipes else 'missing'}",
+                f"but that is {list(recipes[name].shape) if name in recipes else 'missing'}",
                 hint="give the model that it was trained on by --base",
             )
         recipes[name] = recipes[name].then(rows)

@@ -95,7 +95,7 @@ class Base:
             if meaning is None:
                 unknown[disk] = name
             elif meaning.canonical in found:
-                raise InputError(f"{self.folder}: two tensors mean {meaning.canonical}")
+                raise InputError(f"{self.folder}: two tensors stand for {meaning.canonical}")
             else:
                 found[meaning.canonical] = tensor
         if unknown:

@@ -137,7 +137,7 @@ def _refuse_second_merge(checkpoint: Checkpoint, part: str, base: Base) -> None:
     """A base that was itself made by merging this very adapter is told by its conversion.json."""
     if merged_already(base.files, checkpoint.files):
         raise UnsupportedError(
-            f"the base {PART_NAMES[part]} {base.folder} has the LoRA of {checkpoint.path.name} merged in already",
+            f"the LoRA of {checkpoint.path.name} is already merged into the base {PART_NAMES[part]} {base.folder}",
             hint=f"give the base model that it was trained on by --{PART_WORDS[part]}",
         )
 
@@ -162,7 +162,7 @@ def check_joints(recipes: Mapping[str, Recipe], configs: Mapping[str, dict[str, 
         if config is not None and config["hidden_size"] != size:
             raise InputError(
                 f"the projector {what} {size} features but the {PART_NAMES[part]} has {config['hidden_size']}: "
-                "they are not of one model",
+                "they belong to different models",
                 hint=f"give the base model it was trained with by --{PART_WORDS[part]}",
             )
 
@@ -173,7 +173,7 @@ def check_layer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     if -(blocks + 1) <= layer <= blocks:
         return
     raise InputError(
-        f"{checkpoint.path}: {key_of(LAYER, checkpoint.layout)} is {layer}, and the vision tower has {blocks} blocks: "
+        f"{checkpoint.path}: {key_of(LAYER, checkpoint.layout)} is {layer}, but the vision tower has {blocks} blocks: "
         f"its layers are 0 to {blocks}, or -1 to -{blocks + 1} from the end",
         hint="get the config that the model was trained with, or its vision tower by --visual-encoder",
     )
@@ -186,7 +186,7 @@ def check_projector(checkpoint: Checkpoint) -> None:
         said = checkpoint.settings.said.get(name, found)
         if said != found:
             raise InputError(
-                f"{checkpoint.path}: {key_of(name, checkpoint.layout)} is {spelled(said)} ({facts()[name].what}), and "
+                f"{checkpoint.path}: {key_of(name, checkpoint.layout)} is {spelled(said)} ({facts()[name].what}), but "
                 f"the projector's tensors say {spelled(found)}",
-                hint="get config and weights of one model",
+                hint="get the config and the weights of the same model",
             )

@@ -52,8 +52,8 @@ def _put(config: dict[str, Any], key: str, value: Any) -> None:
         config[key] = value
     elif config[key] != value:
         raise UnsupportedError(
-            f"config.json: {key} is {config[key]!r}, and {value!r} in rope_parameters: transformers 4.x reads the "
-            "first, 5.x the second",
+            f"config.json: {key} is {config[key]!r}, but {value!r} in rope_parameters: transformers 4.x reads the "
+            "first value, and 5.x reads the second",
             hint="put the value that the model was trained with into both",
         )
 

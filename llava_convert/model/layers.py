@@ -81,7 +81,7 @@ def refuse_second_merge(top: Checkpoint, base: Checkpoint) -> None:
     below = {*base.files, *(file for layer in base.layers for file in layer.files)}
     if merged_already(base.beside, top.files) or below & set(top.files):
         raise UnsupportedError(
-            f"the base {base.path} has the adapter of {top.path} merged in already",
+            f"the adapter of {top.path} is already merged into the base {base.path}",
             hint="give the model that it was trained on as the base",
         )
 
@@ -95,8 +95,8 @@ def _refuse_without_part(top: Checkpoint, base: Checkpoint) -> None:
     without = [f"{count} of the {name}" for name, count in counts.items() if count and name != alone]
     if without:
         raise UnsupportedError(
-            f"of {sum(counts.values())} modules that {top.path.name} holds, {listed(without)} are not in the base "
-            f"{base.path.name}, which is a {alone} alone",
+            f"{top.path.name} adapts {sum(counts.values())} modules, but {listed(without)} are not in the base "
+            f"{base.path.name}, which is only a {alone}",
             hint="give the LLaVA that it was trained on as the base",
         )
 

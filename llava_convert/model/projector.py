@@ -18,7 +18,7 @@ def projector_config(weights: Mapping[str, StoredTensor]) -> dict[str, Any]:
     if first is None or len(first.shape) != 2:
         raise InputError(
             "the checkpoint holds no projector (projector.0.weight)",
-            hint="give what has it by --projector (mm_projector.bin, a model), or the LLaVA trained from by --base",
+            hint="give a file or a model that has it by --projector, or the LLaVA that it was trained from by --base",
         )
     indices = [name.split(".")[1] for name in weights if name.count(".") == 2 and name.endswith(".weight")]
     last = max((int(i) for i in indices if i.isdecimal() and len(i) < 4), default=0)

@@ -79,7 +79,7 @@ class Recipe:
         assert isinstance(join, Join)
         local = [on_rows(op, part) for part in join.parts]
         if None in local:
-            raise UnsupportedError(f"{op.name} of tensors that were joined is not done")
+            raise UnsupportedError(f"{op.name} is not supported for joined tensors")
         return joined_recipe([m.then(one) for m, one in zip(self.members, local, strict=True) if one], join.groups)
 
     def part(self, part: Part) -> Recipe:
@@ -93,7 +93,7 @@ class Recipe:
             join = self.ops[-1]
             assert isinstance(join, Join)
             if part not in join.parts:
-                raise UnsupportedError("tensors that were joined are not parted otherwise than they were")
+                raise UnsupportedError("joined tensors can only be split in the same way as they were joined")
             return self.members[join.parts.index(part)]
         stored = part.stored(self.tensor)
         local = [on_rows(op, part) for op in self.ops]

@@ -118,8 +118,8 @@ def _config(config: Config, own: Architecture, other: Architecture, how: Relatio
         value = config.get(rule["key"])
         if not _means_nothing(value, rule, config):
             raise UnsupportedError(
-                f"a {own.name} whose config says {rule['key']} {_short(value)} cannot be written as {other.name}: "
-                f"{other.kind} computes otherwise",
+                f"a {own.name} with {rule['key']} {_short(value)} in its config cannot be written as {other.name}: "
+                f"{other.kind} computes something else",
                 hint="leave --as out: the language model then stays what it is",
             )
     ruled = {rule["key"] for rule in how.keys}

@@ -40,10 +40,10 @@ def settle_rows(recipes: dict[str, Recipe], config: dict[str, Any], asked: str |
     does = "leaves them out" if rows > known else f"adds their rows, {_FILL}"
     raise InputError(
         "the config and the tensors of the language model disagree: "
-        f"{table.embedding} has {rows} rows, and the config says a vocabulary of {known} "
+        f"{table.embedding} has {rows} rows, but the config has vocab_size {known} "
         f"(config {[known, *found.shape[1:]]}, {found.origin} {list(found.shape)}): {apart} tokens {more}",
-        hint=f"--vocab {ROWS} goes by the weights, --vocab {TOKENS} by the config ({does}); or give a base by --llm "
-        "whose config and tokenizer know them",
+        hint=f"--vocab {ROWS} follows the weights, --vocab {TOKENS} follows the config ({does}); or give a base "
+        "by --llm with the right config and tokenizer",
     )
 
 

@@ -355,7 +355,7 @@ def test_fault_64_the_same_lora_twice_into_one_base(tmp_path: Path) -> None:
     once = tmp_path / "once"
     accepted("pth", source, "--to", "hf", "--part", "visual-encoder", "-o", once)
     args = ("pth", source, "--to", "hf", "-o", tmp_path / "out", "--visual-encoder", once)
-    refused(tmp_path, 4, "merged in already", "iter_2.pth", args=args, mend="--visual-encoder")
+    refused(tmp_path, 4, "already merged into the base", "iter_2.pth", args=args, mend="--visual-encoder")
     # Another checkpoint's adapter on top is a way to train on: that is not refused.
     state, cfg = trained()
     other = write_pth(tmp_path / "tiny" / "iter_4.pth", {k: v * 0.5 for k, v in state.items()}, cfg)

@@ -193,7 +193,11 @@ def test_a_run_is_followed(models: Models, hf: Tensors, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "kind", "said"),
     [
-        ({"model.language_model.layers.9.self_attn.q_proj": Q}, InputError, "adapts 1 modules that the model does not"),
+        (
+            {"model.language_model.layers.9.self_attn.q_proj": Q},
+            InputError,
+            "adapts 1 modules, but the model does not have 1",
+        ),
         ({"transformer.h.0.attn.c_attn": Q}, UnsupportedError, "2 of 2 tensors belong to no module of a LLaVA"),
     ],
 )
@@ -217,7 +221,7 @@ def test_a_base_that_has_it_already(models: Models, hf: Tensors, tmp_path: Path)
     source = write_adapter(tmp_path / "adapter", models["hf"], lora(hf, {Q: Q}))
     llava_convert.convert(source, to="hf", out=tmp_path / "out")
     for base in (tmp_path / "out", source):
-        with pytest.raises(UnsupportedError, match="merged in already"):
+        with pytest.raises(UnsupportedError, match="is already merged into the base"):
             llava_convert.convert(source, to="official", out=tmp_path / "twice", base=str(base))
 
 

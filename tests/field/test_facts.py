@@ -118,7 +118,7 @@ def test_image_newline_goes_where_it_is_read_and_is_dropped_by_name_where_nothin
 @pytest.mark.parametrize("to", ["official", "gguf", "xtuner"])
 def test_a_layer_that_the_tower_does_not_have(models: Models, tmp_path: Path, layer: int, to: str) -> None:
     source = edit(models.copy("hf", tmp_path / "source"), vision_feature_layer=layer)
-    with pytest.raises(InputError, match=rf"vision_feature_layer is {layer}, and the vision tower has 3 blocks"):
+    with pytest.raises(InputError, match=rf"vision_feature_layer is {layer}, but the vision tower has 3 blocks"):
         llava_convert.convert(source, to=to, out=tmp_path / "out")
 
 
@@ -139,7 +139,7 @@ def test_a_tower_that_the_flag_says_is_not_there(models: Models, tmp_path: Path)
 def test_the_class_of_the_language_model_counts_and_a_contradiction_is_refused(models: Models, tmp_path: Path) -> None:
     source = edit(models.copy("official", tmp_path / "source"), architectures=["LlavaQwenForCausalLM"])
     with pytest.raises(
-        UnsupportedError, match="model_type is llava_llama, and architectures names LlavaQwenForCausalLM"
+        UnsupportedError, match="model_type is llava_llama, but architectures names LlavaQwenForCausalLM"
     ):
         llava_convert.inspect(source)
     edit(source, model_type="llava")

@@ -230,7 +230,7 @@ def size(models: Models) -> int:
 def test_rows_that_were_added_in_training_code(models: Models, tmp_path: Path) -> None:
     source, known = grown(models, tmp_path / "source", 3), size(models)
     given: dict[str, Any] = {"visual_encoder": models.tower}
-    with pytest.raises(InputError, match=f"has {known + 3} rows, and the config says a vocabulary of {known}") as found:
+    with pytest.raises(InputError, match=f"has {known + 3} rows, but the config has vocab_size {known}") as found:
         llava_convert.convert(source, to="xtuner", out=tmp_path / "out", **given)
     assert "rows" in str(found.value.hint) and "tokens" in str(found.value.hint) and "llm" in str(found.value.hint)
     held = load_file(source / "model.safetensors")["model.embed_tokens.weight"]

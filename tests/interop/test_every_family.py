@@ -155,7 +155,7 @@ def test_a_head_tied_or_not_in_llama_cpp(
     """Its architectures differ in whether they take the embedding for a head, and whether they read one at all."""
     source = with_head(tmp_path / "source", converted, family, tied)
     if (family, tied) == ("gemma2", False):
-        with pytest.raises(UnsupportedError, match="takes the embedding for it"):
+        with pytest.raises(UnsupportedError, match="uses the embedding as the head"):
             asked(converted, llama_cpp, source)
         return
     assert asked(converted, llama_cpp, source) == written(source, TEXT, [], None)
@@ -177,7 +177,7 @@ def test_a_tied_head_where_the_runtime_wants_one(converted: Converter, tmp_path:
 
 def test_a_head_that_the_runtime_does_not_read(converted: Converter, tmp_path: Path) -> None:
     source = with_head(tmp_path / "source", converted, "gemma2", False)
-    with pytest.raises(UnsupportedError, match="a head of its own") as refused:
+    with pytest.raises(UnsupportedError, match="a separate output head") as refused:
         llava_convert.convert(source, to="gguf", out=tmp_path / "gguf", part="llm")
     assert refused.value.exit_code == 4 and "xtuner" in str(refused.value.hint)
 

@@ -68,7 +68,7 @@ def test_official_has_no_class_for_it(converted: Converter, tmp_path: Path, fami
 
 def test_pictures_before_gemma_2_in_llama_cpp(converted: Converter, tmp_path: Path) -> None:
     source = write(tmp_path / "source", converted("tiny", "hf"), Made(TIED, text=TIED, family="gemma2"))
-    with pytest.raises(UnsupportedError, match="multiplies the features of a picture") as refused:
+    with pytest.raises(UnsupportedError, match="scales the features of a picture") as refused:
         llava_convert.convert(source, to="gguf", out=tmp_path / "g")
     assert "--part llm" in str(refused.value.hint) or "part" in str(refused.value.hint)
     llava_convert.convert(source, to="gguf", out=tmp_path / "g", part="llm", outtype="f32")

@@ -172,7 +172,7 @@ def _beside(llm: Path, mmprojs: list[Path]) -> Path | None:
     if len(alike) == 1:
         return alike[0]
     raise UnsupportedError(
-        f"{printable(llm)}: which mmproj goes with it is not clear: {listed([p.name for p in alike or mmprojs])}",
+        f"{printable(llm)}: it is not clear which mmproj belongs to it: {listed([p.name for p in alike or mmprojs])}",
         hint="name it by --mmproj",
     )
 

@@ -35,7 +35,7 @@ def refuse(architecture: str, told: Iterable[str], config: Config, family: Archi
     known = _ACTIVATIONS.get(architecture, _USUAL_ACTIVATIONS)
     if activation not in known:
         raise UnsupportedError(
-            f"the activation {activation!r} cannot be written as GGUF: llama.cpp computes {known[0]} alone"
+            f"the activation {activation!r} cannot be written as GGUF: llama.cpp computes only {known[0]}"
         )
     share = rotated_share(config)
     if share != 1 and "partial_rotary_factor" not in told:
@@ -47,19 +47,19 @@ def refuse(architecture: str, told: Iterable[str], config: Config, family: Archi
         _refuse_gemma(architecture, config, size, heads)
     if architecture in _NO_HEAD and config.get("tie_word_embeddings") is False:
         raise UnsupportedError(
-            f"a head of its own (tie_word_embeddings: false) cannot be written as GGUF: llama.cpp's {architecture} "
-            "takes the embedding for it",
-            hint="hf and xtuner hold it",
+            f"a separate output head (tie_word_embeddings: false) cannot be written as GGUF: llama.cpp's "
+            f"{architecture} uses the embedding as the head",
+            hint="convert to hf or xtuner, which can hold it",
         )
     if architecture in _NO_OUTPUT_BIAS and config.get("attention_bias"):
         raise UnsupportedError(
             f"attention_bias True cannot be written as GGUF: llama.cpp's {architecture} reads no bias of attn_output",
-            hint="hf and xtuner hold it",
+            hint="convert to hf or xtuner, which can hold it",
         )
     if architecture in _COMMON_HEADS and size * heads != config["hidden_size"]:
         raise UnsupportedError(
-            f"{heads} heads of {size} on {config['hidden_size']} features cannot be written as GGUF: llama.cpp's "
-            f"{architecture} wants heads of hidden_size / num_attention_heads"
+            f"{heads} heads of size {size} with hidden_size {config['hidden_size']} cannot be written as GGUF: "
+            f"llama.cpp's {architecture} needs heads of size hidden_size / num_attention_heads"
         )
 
 
@@ -71,14 +71,14 @@ def _refuse_gemma(architecture: str, config: Config, size: int, heads: int) -> N
     pattern = config.get("sliding_window_pattern", every)
     if (config.get("layer_types") or usual) != usual or pattern != every:
         raise UnsupportedError(
-            f"layer_types cannot be written as GGUF: of llama.cpp's {architecture} every {every}th layer looks at the "
-            "whole text, and the others through the window"
+            f"layer_types cannot be written as GGUF: in llama.cpp's {architecture} every {every}th layer has full "
+            "attention, and the others have sliding-window attention"
         )
     scale = _gemma_scale(config, size, heads, wide)
     if config.get("query_pre_attn_scalar", scale) != scale:
         raise UnsupportedError(
             f"query_pre_attn_scalar {config['query_pre_attn_scalar']} cannot be written as GGUF: llama.cpp's "
-            f"{architecture} of {layers} layers takes {scale}"
+            f"{architecture} with {layers} layers always uses {scale}"
         )
     unread = (
         "use_bidirectional_attention",
@@ -111,8 +111,8 @@ def refuse_pictures(architecture: str) -> None:
     """Raise UnsupportedError for a language model that the runtime gives other features of a picture than it gets."""
     if architecture == "gemma2":
         raise UnsupportedError(
-            "a LLaVA with Gemma-2 cannot be written as GGUF: llama.cpp multiplies the features of a picture as it does "
-            "those of words (models/gemma2.cpp), which transformers 5.x does not",
+            "a LLaVA with Gemma-2 cannot be written as GGUF: llama.cpp scales the features of a picture like "
+            "word embeddings (models/gemma2.cpp), and transformers 5.x does not",
             hint="--part llm writes the language model alone",
         )
 

@@ -34,7 +34,7 @@ def require_llava(metadata: Metadata, where: Path) -> None:
     kind = value(metadata, "clip.projector_type", value(metadata, "clip.vision.projector_type", "mlp"))
     if kind not in PROJECTORS:
         raise UnsupportedError(
-            f"{printable(where)}: its projector is of type {printable(kind)}; LLaVA's is mlp",
+            f"{printable(where)}: the projector has type {printable(kind)}, but LLaVA's has type mlp",
             hint="this tool converts LLaVAs: a CLIP or SigLIP tower and an MLP",
         )
     if value(metadata, "clip.has_vision_encoder", True) is not True:
@@ -85,9 +85,7 @@ def feature_layer(metadata: Metadata, config: Mapping[str, Any], where: Path) ->
     if said is not None:
         layers = list(said) if isinstance(said, list | tuple) else [said]
         if len(layers) != 1:
-            raise UnsupportedError(
-                f"{printable(where)}: {FEATURE_LAYER} is {layers}: only one layer can be carried over"
-            )
+            raise UnsupportedError(f"{printable(where)}: {FEATURE_LAYER} is {layers}: only one layer can be converted")
         layer = int(layers[0])
         if not 0 <= layer <= blocks:
             raise InputError(f"{printable(where)}: {FEATURE_LAYER} is {layer}, and the tower has {blocks} blocks")

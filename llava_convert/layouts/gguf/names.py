@@ -291,7 +291,7 @@ def _plain(key: Key, typed: Typed) -> Any:
     value = typed.value
     if isinstance(value, list | tuple):  # one for each layer, in newer files
         if len(set(value)) != 1:
-            raise UnsupportedError(f"{key.key} differs from layer to layer, which no family here has")
+            raise UnsupportedError(f"{key.key} differs between layers, and no supported family has that")
         value = value[0]
     if key.type == "bool" and isinstance(value, bool):
         return value

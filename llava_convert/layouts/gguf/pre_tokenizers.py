@@ -76,8 +76,8 @@ def pre_tokenizer_of(tokenizer: Tokenizer, asked: str | None = None) -> str:
         for row in sorted(alike, key=lambda row: row.ignore_merges != merging):
             return row.name
     raise UnsupportedError(
-        f"{tokenizer.where}: its pre-tokenizer splits text as no pre-tokenizer known for GGUF does",
-        hint=f"if you know which it is, name it by --pre: {', '.join(known)}",
+        f"{tokenizer.where}: its pre-tokenizer splits text differently from every pre-tokenizer known for GGUF",
+        hint=f"if you know its name in llama.cpp, give it by --pre: {', '.join(known)}",
     )
 
 

@@ -250,7 +250,9 @@ def _named(
             if (reason := table.omits(one.name)) is not None:
                 raise UnsupportedError(f"{printable(path)}: it holds {printable(disk)}: {reason}")
             if one.name in weights:
-                raise InputError(f"{printable(path)}: two tensors mean {one.name}, {printable(disk)} is one of them")
+                raise InputError(
+                    f"{printable(path)}: two tensors stand for {one.name}, and {printable(disk)} is one of them"
+                )
             tensor = stored if one.take is None else one.take.stored(stored)
             assert tensor is not None  # a GGUF's tensors lie row by row
             weights[one.name] = tensor

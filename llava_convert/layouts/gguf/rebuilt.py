@@ -201,8 +201,8 @@ def _byte_level(found: _Vocabulary) -> dict[str, Any]:
         first, _, second = merge.partition(" ")
         if not (first in vocab and second in vocab and first + second in vocab):
             raise InputError(
-                f"the GGUF's tokenizer.ggml.merges has {printable(merge[:80])}: a part of it, or what it makes, "
-                "is not in the vocabulary",
+                f"the GGUF's tokenizer.ggml.merges has {printable(merge[:80])}: one of the two tokens, or the merged "
+                "token, is not in the vocabulary",
                 hint="take the tokenizer of the original model by --llm",
             )
     return _json(

@@ -69,8 +69,8 @@ def scaling_keys(architecture: str, config: Config) -> dict[str, Typed]:
     known = {"llama": "llama3, linear, yarn", PHI3: "longrope"}.get(architecture, "linear, yarn")
     raise UnsupportedError(
         f"rope scaling {kind!r} cannot be written as GGUF: llama.cpp's {architecture} does not compute it",
-        hint=f"known: {known}; without rope_scaling in its config.json the model answers up to the length it was "
-        "trained for",
+        hint=f"known: {known}; without rope_scaling in its config.json the model can be written, for texts up to the "
+        "length that it was trained for",
     )
 
 
@@ -86,7 +86,7 @@ def _yarn_keys(prefix: str, config: Config) -> dict[str, Typed]:
         if scaling.get(name) is not None and scaling[name] != built_in:
             raise UnsupportedError(
                 f"rope scaling yarn with {name} {scaling[name]} ({meaning}) cannot be written as GGUF: llama.cpp "
-                f"always takes {str(built_in).lower()}"
+                f"always uses {str(built_in).lower()}"
             )
     original = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings")
     found = {f"{prefix}.original_context_length": Typed("u32", original)}
@@ -108,7 +108,7 @@ def _factor(config: Config) -> float:
         stated = config["max_position_embeddings"] / original
     if not isinstance(stated, int | float) or not stated > 0:
         raise InputError(
-            f"config.json: rope scaling {kind_of(scaling)!r} has no factor that is a number, but {stated!r}"
+            f"config.json: the factor of rope scaling {kind_of(scaling)!r} should be a number above 0, found {stated!r}"
         )
     return float(stated)
 
@@ -235,8 +235,8 @@ def _recognised(factors: NDArray[np.float32], config: Config, head: int) -> dict
                 "rope_type": "llama3",
             }
     raise UnsupportedError(
-        "the factors in rope_freqs.weight fit no known rope scaling",
-        hint="name the original language model by --llm, whose config says it",
+        "the factors in rope_freqs.weight do not fit any known rope scaling",
+        hint="give the original language model by --llm: its config has the rope scaling",
     )
 
 

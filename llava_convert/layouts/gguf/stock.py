@@ -31,8 +31,8 @@ def rolled(tower: list[Renamed], config: Mapping[str, Any]) -> list[Renamed]:
     """The tower's tensors, the first position last. Raises UsageError (exit 2) for a tower without a class token."""
     if not family(VISION, config).class_token:
         raise UsageError(
-            f"--mmproj-for stock does not apply: a {config['model_type']} has no class token, so that llama.cpp "
-            "computes it right",
+            f"--mmproj-for stock does not apply: a {config['model_type']} has no class token, so llama.cpp "
+            "already computes it correctly",
             hint="leave it out",
         )
     return [_moved(one) if one.name == _DISK else one for one in tower]

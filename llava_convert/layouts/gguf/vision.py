@@ -33,8 +33,8 @@ def refuse(config: Mapping[str, Any]) -> None:
     """Raise UnsupportedError for a tower that clip.cpp takes for one of an older writer's."""
     if config["hidden_size"] == config["intermediate_size"]:
         raise UnsupportedError(
-            f"a tower whose mlp is as wide as itself ({config['hidden_size']}) cannot be written as GGUF: llama.cpp "
-            "then takes ffn_up and ffn_down for exchanged"
+            f"a tower with intermediate_size equal to hidden_size ({config['hidden_size']}) cannot be written as GGUF: "
+            "llama.cpp then treats ffn_up and ffn_down as swapped"
         )
 
 

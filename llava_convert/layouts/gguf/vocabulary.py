@@ -69,7 +69,7 @@ def tokenizer_metadata(
     if tokenizer.size > rows:
         raise InputError(
             f"{tokenizer.where}: the tokenizer has {tokenizer.size} tokens, but the embedding only {rows} rows",
-            hint="--vocab tokens adds a row for each that lacks one (the mean of the others)",
+            hint="--vocab tokens adds a row for each token without one (the mean of the other rows)",
         )
     tokens = _Tokens.empty(rows)
     if tokenizer.byte_level or not (tokenizer.fast or _has_pieces(tokenizer)):
@@ -220,7 +220,9 @@ def _special_ids(
     strange = [i for i in stop_ids if i != ids.get("eos") and i < len(tokens.texts) and tokens.texts[i] not in ENDS]
     if len(strange) > 2:
         texts = ", ".join(tokens.texts[i] for i in strange)
-        raise UnsupportedError(f"the model stops at {texts}: GGUF has room for an EOS, an EOT and an EOM token")
+        raise UnsupportedError(
+            f"too many stop tokens besides the EOS: {texts}; GGUF has room for two, an EOT and an EOM token"
+        )
     ids |= dict(zip(("eot", "eom"), strange, strict=False))
     order = ("bos", "eos", "eot", "eom", "unknown", "padding")
     return {f"tokenizer.ggml.{key}_token_id": Typed("u32", ids[key]) for key in order if key in ids}

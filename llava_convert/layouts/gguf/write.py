@@ -52,7 +52,7 @@ _SAMPLING = {
 def needs(checkpoint: Checkpoint, part: str) -> Needs:
     if part == PROJECTOR:
         raise UsageError(
-            "--part projector: a GGUF projector lies in the mmproj together with the vision tower",
+            "--part projector does not apply to GGUF: the mmproj holds the projector together with the vision tower",
             hint="--part visual-encoder writes the mmproj alone",
         )
     if part == LLM:

@@ -92,7 +92,7 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
     parts = {name: Part(sorted_.weights[name], None, None, configs[name], found.beside) for name in PARTS}
     layer = config.get("vision_feature_layer")
     if isinstance(layer, list):
-        raise UnsupportedError(f"{path}: vision_feature_layer {layer!r}: only one layer can be carried over")
+        raise UnsupportedError(f"{path}: vision_feature_layer {layer!r}: only one layer can be converted")
     record = read_record(found.beside)
     recorded = Settings.recorded(record).facts
     cut = config.pop("image_aspect_ratio", None) if raw.get("model_type") in forks() else None

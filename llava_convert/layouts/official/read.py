@@ -217,8 +217,9 @@ def _text_type(config: Mapping[str, Any], path: Path) -> str:
     """
     if "text_config" in config:
         raise UnsupportedError(
-            f"{path}: the config is that of a transformers LLaVA, and the tensors have official LLaVA's names",
-            hint="give the config.json of official LLaVA; over a whole model of any layout they go by --base MODEL",
+            f"{path}: the config is that of a transformers LLaVA, but the tensors have the names of official LLaVA",
+            hint="give the config.json of official LLaVA, or "
+            "put these tensors on a whole model of any layout by --base MODEL",
         )
     kind, classes = str(config.get("model_type")), config.get("architectures")
     named = str(classes[0]) if isinstance(classes, list) and classes else ""
@@ -229,16 +230,16 @@ def _text_type(config: Mapping[str, Any], path: Path) -> str:
     by_class = {table.model_types[0] for table in known if class_of(table.official) == named}
     if by_kind and by_class and not by_kind & by_class:
         raise UnsupportedError(
-            f"{path / CONFIG}: model_type is {printable(kind)}, and architectures names {printable(named)}: they are "
-            "of different families",
-            hint="get the config that the model was trained with, or put the right one of the two into it",
+            f"{path / CONFIG}: model_type is {printable(kind)}, but architectures names {printable(named)}: they "
+            "belong to different families",
+            hint="get the config that the model was trained with, or correct the wrong one of the two",
         )
     found = by_class or by_kind or (set() if named.startswith("Llava") else generic)
     if not found:
         what = f" ({printable(named)})" if named else ""
         raise UnsupportedError(
             f"official LLaVA with model_type {printable(kind)!r}{what} is not known",
-            hint='--table FILE.toml says of which family it is: `architecture = "llama"` and '
+            hint='name its family in a table, and give that by --table FILE.toml: `architecture = "llama"` and '
             f'`forks = ["{printable(kind)}"]`',
         )
     return min(found)
@@ -252,8 +253,8 @@ def _check_family(text: Mapping[str, Any], config: Mapping[str, Any], part: Part
             [f"{key} {printable(config[key])}" for key in ("model_type", "architectures") if config.get(key)]
         )
         raise UnsupportedError(
-            f"{path}: its config says {text['model_type']} ({named}), and its tensors are those of {listed(fitting)}",
-            hint="get config and weights of one model",
+            f"{path}: its config says {text['model_type']} ({named}), but its tensors are those of {listed(fitting)}",
+            hint="get the config and the weights of the same model",
         )
 
 

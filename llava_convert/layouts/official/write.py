@@ -132,10 +132,10 @@ def _refuse_other_features(model: Model) -> None:
     if (settings.select_layer, settings.select_strategy) == (layer, "full"):
         return
     raise UnsupportedError(
-        f"the vision tower is a {kind} of which layer {settings.select_layer} was trained on "
-        f"({settings.select_strategy!r} features); what reads official folders with such a tower, LLaVA-NeXT's code, "
-        "always takes every feature of the last layer but one",
-        hint="convert to hf or xtuner, which can say it",
+        f"the model was trained on layer {settings.select_layer} of its {kind} tower ({settings.select_strategy!r} "
+        "features), but LLaVA-NeXT's code, which reads official folders with such a tower, always uses all features "
+        f"of layer {layer}",
+        hint="convert to hf or xtuner, which can hold this setting",
     )
 
 

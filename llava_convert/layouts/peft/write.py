@@ -93,8 +93,8 @@ def _refuse_rows(adapter: Adapter) -> None:
     touched = {split_tail(name)[0] for name in adapter.tensors} & ends
     if touched:
         raise UnsupportedError(
-            f"the adapter trains {', '.join(sorted(touched))}, and a transformers LLaVA has rows for <image> and <pad> "
-            "there, which the adapter lacks",
+            f"the adapter trains {', '.join(sorted(touched))}, but lacks the rows for <image> and <pad> that a "
+            "transformers LLaVA has there",
             hint="convert to hf, which merges it",
         )
 
@@ -130,7 +130,7 @@ def _config(model: Model, adapters: dict[str, Adapter], options: TargetOptions) 
     doras = {module.magnitude is not None for adapter in held.values() for module in adapter.modules.values()}
     if len(rules) > 1 or len(doras) > 1:
         raise UnsupportedError(
-            "one part is under rsLoRA or DoRA and another is not, which one PEFT adapter cannot say",
+            "one part uses rsLoRA or DoRA and another does not: one PEFT adapter cannot hold both",
             hint=f"--part {PART_WORDS[LLM]} and --part {PART_WORDS[VISION]} make an adapter of each",
         )
     rslora = rules.pop()

@@ -93,7 +93,7 @@ def open(found: Found, options: OpenOptions) -> Checkpoint:
     if read.tensors and not any(table.read(name) is not None for name in read.tensors):
         raise UnsupportedError(
             f"{path}: none of its {len(read.tensors)} tensors has a name of xtuner's ({printable(min(read.tensors))})",
-            hint="of another trainer's model, --config-from FOLDER names the folder with its config.json and tokenizer",
+            hint="if another trainer saved it, give its config.json and tokenizer by --config-from FOLDER",
         )
     sorted_ = sort_tensors(read.tensors, table, path)
     training, warnings = _training(read.meta, path, options)

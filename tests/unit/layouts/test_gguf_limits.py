@@ -23,18 +23,18 @@ LONGROPE = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 @pytest.mark.parametrize(
     ("kind", "settings", "said"),
     [
-        ("llama", {"hidden_act": "gelu"}, "computes silu alone"),
+        ("llama", {"hidden_act": "gelu"}, "computes only silu"),
         ("llama", {"partial_rotary_factor": 0.5}, "rotates whole heads"),
-        ("qwen2", {"head_dim": 32}, "4 heads of 32 on 64 features"),
-        ("olmo2", {"head_dim": 32}, "4 heads of 32 on 64 features"),
+        ("qwen2", {"head_dim": 32}, "4 heads of size 32 with hidden_size 64"),
+        ("olmo2", {"head_dim": 32}, "4 heads of size 32 with hidden_size 64"),
         ("olmo2", {"attention_bias": True}, "reads no bias of attn_output"),
         ("olmo2", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "olmo2 does not compute it"),
         ("qwen2", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "qwen2 does not compute it"),
         ("llama", {"rope_scaling": {"type": "longrope", **LONGROPE}}, "'longrope'"),
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
-        ("llama", {"rope_scaling": {**YARN, "beta_fast": 16}}, "beta_fast 16 .* always takes 32"),
+        ("llama", {"rope_scaling": {**YARN, "beta_fast": 16}}, "beta_fast 16 .* always uses 32"),
         ("mistral", {"rope_scaling": {**YARN, "beta_slow": 2}}, "beta_slow 2"),
-        ("qwen2", {"rope_scaling": {**YARN, "truncate": False}}, "truncate False .* always takes true"),
+        ("qwen2", {"rope_scaling": {**YARN, "truncate": False}}, "truncate False .* always uses true"),
     ],
 )
 def test_what_llama_cpp_computes_otherwise(kind: str, settings: dict[str, Any], said: str) -> None:
@@ -47,7 +47,7 @@ def test_scalings_without_their_numbers() -> None:
     lengths = {"original_max_position_embeddings": 512, "max_position_embeddings": 2048}
     told = config("llama", rope_scaling={"type": "yarn", **lengths})
     assert metadata_of(table_for_family("llama"), told)["llama.rope.scaling.factor"].value == 4.0
-    with pytest.raises(InputError, match="no factor that is a number, but None"):
+    with pytest.raises(InputError, match="should be a number above 0, found None"):
         metadata_of(table_for_family("qwen2"), config("qwen2", rope_scaling={"type": "linear"}))
     for factors, found in (([1.0] * 7, "7 of them"), (None, "None"), ([1.0] * 7 + ["x"], "8 of them")):
         scaling = {"type": "longrope", "short_factor": factors, "long_factor": [1.0] * 8}

@@ -78,7 +78,7 @@ def test_in_a_folder(model: Path, template: Path, tmp_path: Path, to: str) -> No
 
 
 def test_more_than_a_gguf_can_say(gguf: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="GGUF has room for an EOS, an EOT and an EOM token"):
+    with pytest.raises(UnsupportedError, match="GGUF has room for two, an EOT and an EOM token"):
         llava_convert.convert(gguf, to="gguf", out=tmp_path / "out", stop="450,451,452,453")
 
 

@@ -184,7 +184,7 @@ def test_a_tensor_that_is_there_twice(tmp_path: Path, tiny: Path) -> None:
     weights = load_file(tiny / "vit" / "model.safetensors")
     again = {"post_layernorm.bias": weights["vision_model.post_layernorm.bias"]}
     save_file(weights | again, tmp_path / "vit" / "model.safetensors")
-    with pytest.raises(InputError, match=r"two tensors mean vision_tower\.vision_model\.post_layernorm\.bias"):
+    with pytest.raises(InputError, match=r"two tensors stand for vision_tower\.vision_model\.post_layernorm\.bias"):
         _ = find_base(VISION, str(tmp_path / "vit"), Path("x"), Session(), explicit=True).tensors
 
 

@@ -109,7 +109,7 @@ def test_parts_of_a_join_are_its_members(tmp_path: Path) -> None:
     join = whole.ops[-1]
     assert isinstance(join, Join)
     assert [whole.part(part) for part in join.parts] == members
-    with pytest.raises(UnsupportedError, match="not parted otherwise"):
+    with pytest.raises(UnsupportedError, match="can only be split in the same way"):
         whole.part(Part(1, 0, 20, 40))
 
 
