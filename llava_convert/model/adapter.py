@@ -276,7 +276,7 @@ def _safe_regex(key: str) -> re.Pattern[str]:
     """peft's own form of a pattern key. A key that could take for ever to match is refused."""
     quantifiers = len(re.findall(r"[*+{?]", key))
     if len(key) > 200 or quantifiers > 2 or re.search(r"\)[*+{?]", key):
-        raise UnsupportedError(f"rank_pattern or alpha_pattern key {key[:60]!r} is too intricate to be matched safely")
+        raise UnsupportedError(f"rank_pattern or alpha_pattern key {key[:60]!r} is too complex to be matched safely")
     try:
         return re.compile(rf"(.*\.)?({key})")
     except re.error as problem:

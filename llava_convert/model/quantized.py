@@ -68,7 +68,7 @@ def refuse_packed(checkpoint: Checkpoint, parts: Iterable[str]) -> None:
             why += ", and the scales (absmax) that would unpack them are missing"
         hint = "give the full-precision model that it was made of"
         if can_dequantize(checkpoint):
-            hint = f"--dequantize makes floats of them, which keep the error of the quantisation; better {hint}"
+            hint = f"--dequantize turns them into floats, which keep the quantisation error; better {hint}"
         raise UnsupportedError(f"{checkpoint.path} is quantised ({how}): {why}", hint=hint)
 
 
@@ -93,7 +93,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
         }
         weights = {one: tensor for one, tensor in part.weights.items() if one not in gone}
         parts[name] = replace(part, weights=weights, ops={**part.ops, **ops})
-    note = f"floats are made of FP8 weights ({how}): they keep the error of the quantisation"
+    note = f"FP8 weights ({how}) are turned into floats, which keep the quantisation error"
     found = replace(checkpoint, parts=parts, quantization=None, notes=(*checkpoint.notes, note))
     return replace(found, dropped=(*checkpoint.dropped, *dropped))
 

@@ -143,7 +143,7 @@ def _of_one_dtype(members: Sequence[Recipe]) -> Sequence[Recipe]:
     if dtypes & QUANTS.keys():
         raise UnsupportedError(
             f"cannot join weights of different types: {', '.join(sorted(dtypes))}",
-            hint="--dequantize makes floats of them, which keep the error of the quantisation",
+            hint="--dequantize turns them into floats, which keep the quantisation error",
         )
     widest = "F64" if "F64" in dtypes else "F32"
     return [member if member.dtype == widest else member.then(Cast(widest)) for member in members]

@@ -85,7 +85,7 @@ def reshaped(model: Model, other: Architecture) -> Model:
         ways = [name for name, table in architectures().items() if table.embedding and relation(own, table)]
         raise UnsupportedError(
             f"a {own.name} cannot be written as {other.name}: no table says how",
-            hint=f"a {own.name} can be written as {', '.join(ways)}" if ways else "leave --as out: it stays what it is",
+            hint=f"a {own.name} can be written as {', '.join(ways)}" if ways else "leave --as out to keep the family",
         )
     config = _config(before, own, other, found)
     owner_config = before if found.owner is own else config
@@ -120,7 +120,7 @@ def _config(config: Config, own: Architecture, other: Architecture, how: Relatio
             raise UnsupportedError(
                 f"a {own.name} with {rule['key']} {_short(value)} in its config cannot be written as {other.name}: "
                 f"{other.kind} computes something else",
-                hint="leave --as out: the language model then stays what it is",
+                hint="leave --as out to keep the family of the language model",
             )
     ruled = {rule["key"] for rule in how.keys}
     made = {how.renamed.get(key, key): value for key, value in config.items() if key not in ruled}

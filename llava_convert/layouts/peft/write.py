@@ -65,7 +65,7 @@ def _adapters(checkpoint: Checkpoint, asked: str) -> dict[str, Adapter]:
     if not any(adapter.modules for adapter in found.values()):
         words = PART_WORDS[asked] if asked != ALL else "model"
         raise UnsupportedError(
-            f"{checkpoint.path} holds no adapter of the {words}, and a PEFT folder holds nothing else",
+            f"{checkpoint.path} holds no adapter of the {words}, and a PEFT folder can hold nothing else",
             hint="give a checkpoint that was trained by LoRA; hf, official and xtuner hold whole parts",
         )
     return found
@@ -81,7 +81,7 @@ def _adapter(checkpoint: Checkpoint, part: str) -> Adapter | None:
     merged += f", or write one adapter alone by --part {alone[0]}" if alone else ""
     if len(own.adapters) > 1 or own.state == "full":
         what = f"has {len(own.adapters)} adapters" if len(own.adapters) > 1 else "was trained whole"
-        raise UnsupportedError(f"the {PART_NAMES[part]} {what}, which one PEFT adapter does not hold", hint=merged)
+        raise UnsupportedError(f"the {PART_NAMES[part]} {what}, and one PEFT adapter cannot hold that", hint=merged)
     if own.adapter is not None and not checkpoint.bare:
         _refuse_rows(own.adapter)
     return own.adapter

@@ -145,11 +145,11 @@ def facts() -> Mapping[str, Fact]:
     for entry in fact_tables()["llava"]["fact"]:
         fact = _fact(entry)
         if fact.name in found or fact.kind not in KINDS:
-            raise TableError(f"llava.toml: {fact.name} stands twice, or its kind {fact.kind!r} is none")
+            raise TableError(f"llava.toml: {fact.name} is listed twice, or its kind {fact.kind!r} is unknown")
         found[fact.name] = fact
     for fact in found.values():
         if fact.when is not None and fact.when[0] not in found:
-            raise TableError(f"llava.toml: {fact.name} depends on {fact.when[0]}, which is no fact")
+            raise TableError(f"llava.toml: {fact.name} depends on {fact.when[0]}, which is not a fact")
     return found
 
 
@@ -194,7 +194,7 @@ def key_table(name: str) -> KeyTable:
     table = KeyTable(name, kinds, harmless, tuple(raw.get("files", ())), raw.get("layout"))
     twice = [key for key in kinds if table.reason(key) is not None]
     if twice:
-        raise TableError(f"{name}.toml: {twice[0]} decides, and does not")
+        raise TableError(f"{name}.toml: {twice[0]} is listed both as deciding something and as harmless")
     return table
 
 

@@ -239,7 +239,7 @@ def _add(tables: dict[str, Architecture], added: AddedTable) -> None:
             raise TableError(f"{added.path.name}: there is a family {known.name}; give it another name")
         table = parse_architecture(added.text, added.path)
     elif known is None:
-        raise TableError(f"{added.path.name}: no family is called {raw['architecture']}: {', '.join(tables)} are")
+        raise TableError(f"{added.path.name}: no family is called {raw['architecture']}; known: {', '.join(tables)}")
     else:
         table = replace(known, forks=(*known.forks, *raw["forks"]))
     for other in tables.values():

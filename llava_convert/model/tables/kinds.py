@@ -165,7 +165,7 @@ def parse_kinds(text: str, path: Path) -> tuple[Kind, ...]:
         if not all(texts.values()) or not words <= _WORDS or ("inner" in words) > ("inner" in when):
             raise TableError(f"{path.name} line {line}: {name} lacks a text, or names what is not known")
         if name in {one.name for one in found}:
-            raise TableError(f"{path.name} line {line}: {name} stands twice")
+            raise TableError(f"{path.name} line {line}: {name} is listed twice")
         found.append(Kind(name, texts["is"], texts["use"], texts["next"], when, line, entry.get("weights", False)))
     return tuple(found)
 

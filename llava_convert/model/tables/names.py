@@ -164,7 +164,7 @@ def make_layout_table(
             line = next((n for n, content in enumerate(lines, 1) if f'"{pair[DISK]}"' in content), 0)
             unknown = {pair["op"]} - {"rope"} if "op" in pair else set()
             if unknown:
-                raise TableError(f"{path.name}: no op {sorted(unknown)}")
+                raise TableError(f"{path.name}: unknown op {sorted(unknown)}")
             roles = every if entry.get("dialect", raw["writes"]) == raw["writes"] else held
             for disk_text, canonical_text in _expanded(pair[DISK], pair[CANONICAL], roles):
                 disk, canonical = Pattern.parse(disk_text), Pattern.parse(canonical_text)
@@ -177,7 +177,7 @@ def make_layout_table(
                 rows.append(Row(disk, canonical, dialect, line, place, fused, **more))
     drops = tuple(Drop(Pattern.parse(entry["disk"]), entry["reason"]) for entry in raw.get("drop", ()))
     if raw["writes"] not in {row.dialect for row in rows}:
-        raise TableError(f"{path.name}: no row is of the dialect {raw['writes']!r} that it writes")
+        raise TableError(f"{path.name}: `writes` names the dialect {raw['writes']!r}, but no row has it")
     _refuse_overlaps(path.name, [row.disk for row in rows if row.one_of(DISK)] + [drop.disk for drop in drops])
     for dialect in {row.dialect for row in rows}:
         named = [row.canonical for row in rows if row.dialect == dialect and row.one_of(CANONICAL)]
@@ -192,7 +192,7 @@ def _pairs(entry: Mapping[str, Any], path: Path) -> Iterable[tuple[dict[str, Any
         return
     whole = DISK if DISK in entry else CANONICAL
     if len({DISK, CANONICAL} & entry.keys()) != 1 or "join" not in entry or len(entry["parts"]) < 2:
-        raise TableError(f"{path.name}: a row with parts has one name, two parts or more, and says how they `join`")
+        raise TableError(f"{path.name}: a row with parts needs one name, at least two parts, and `join`")
     shares = tuple(part.get("share", ROWS) for part in entry["parts"])
     for index, part in enumerate(entry["parts"]):
         yield {whole: entry[whole], **part}, Fused(whole, index, entry["join"], shares)
@@ -259,7 +259,7 @@ def _layout_table(
             where = ", ".join(str(one.path) for one in added)
             raise InputError(f"{where}: {problem}", hint="fix the table; ours are in mappings/layouts") from None
     if any(row.fused or row.heads for row in table.rows):
-        raise TableError(f"{path.name}: parts and heads are for the tables of a family, whose sizes are known")
+        raise TableError(f"{path.name}: parts and heads are allowed only in the table of a family")
     return table
 
 

@@ -58,7 +58,7 @@ def methods() -> tuple[Method, ...]:
         found.append(Method(row["name"], **lists))
     named = [name for method in found for name in method.methods]
     if len(named) != len(set(named)):
-        raise TableError("quantization.toml: a quant_method stands twice")
+        raise TableError("quantization.toml: a quant_method is listed twice")
     return tuple(found)
 
 

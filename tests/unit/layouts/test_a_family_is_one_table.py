@@ -328,8 +328,8 @@ def test_it_is_listed(family: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        (', join = "kv_heads", parts', ", parts", "how they `join`"),
-        ('op = "rope"', 'op = "turn"', "no op"),
+        (', join = "kv_heads", parts', ", parts", "at least two parts, and `join`"),
+        ('op = "rope"', 'op = "turn"', "unknown op"),
         ('embedding = "core.words.weight"', 'embedding = "core.nothing.weight"', "no tensor is the embedding"),
         ('disk = "blk.{layer}.attn_k.{param}"', 'disk = "blk.{layer}.attn_q.{param}"', "can match the same name"),
         ('disk = "blk.{layer}.attn_k.{param}"', 'disk = "blk.{i}.attn_k.{param}"', "different placeholders"),

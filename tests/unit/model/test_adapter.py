@@ -220,7 +220,7 @@ def test_two_keys_for_one_module_are_disputed() -> None:
 @pytest.mark.parametrize("where", ["rank_pattern", "alpha_pattern"])
 def test_keys_that_could_match_for_ever_are_refused(key: str, where: str) -> None:
     patterns: dict[str, Any] = {where: {key: 2}}
-    with pytest.raises(UnsupportedError, match="too intricate") as caught:
+    with pytest.raises(UnsupportedError, match="too complex") as caught:
         settings_for(LoraSettings(**patterns), f"{PART}.layers.0.{'a' * 40}")
     assert len(str(caught.value)) < 200
 
