@@ -13,16 +13,16 @@ from tests.conftest import CHECKOUT
 
 FORMS = [
     ("fsdp2", 2),
-    ("fsdp2", 3),
-    ("accelerate_fsdp2", 3),
-    ("accelerate_fsdp1", 3),
+    pytest.param("fsdp2", 3, marks=pytest.mark.sweep),
+    pytest.param("accelerate_fsdp2", 3, marks=pytest.mark.sweep),
+    pytest.param("accelerate_fsdp1", 3, marks=pytest.mark.sweep),
     ("fsdp1", 2),
     ("fsdp1_full", 2),
-    ("two_ways", 3),
-    ("a_grid", 2),
-    ("ranks", 3),
+    pytest.param("two_ways", 3, marks=pytest.mark.sweep),
+    pytest.param("a_grid", 2, marks=pytest.mark.sweep),
+    pytest.param("ranks", 3, marks=pytest.mark.sweep),
     ("hf_dcp", 2),
-    ("safetensors_writer", 3),
+    pytest.param("safetensors_writer", 3, marks=pytest.mark.sweep),
 ]
 
 
