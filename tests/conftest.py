@@ -62,7 +62,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     deselected = terminalreporter.stats.get("deselected", ())
     if sweeps := [item for item in deselected if item.get_closest_marker("sweep")]:
         terminalreporter.write_line(
-            f"left out: {len(sweeps)} tests that fail every system call, kill at hundreds of moments or start many processes; a sample ran; "
+            f"left out: {len(sweeps)} tests of every system call, hundreds of kills and many processes: a sample ran; "
             "`make faults` runs them (an hour)"
         )
     left = [item for item in deselected if item.get_closest_marker("peers")]
