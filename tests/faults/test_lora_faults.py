@@ -99,7 +99,7 @@ def test_fault_58_no_target_matches(source: Path, tmp_path: Path) -> None:
 
 def test_fault_58_some_targets_do_not_match(source: Path, tmp_path: Path) -> None:
     edit_adapter(source, lambda s: {k.replace("layers.1.mlp.fc1", "layers.7.mlp.fc1"): v for k, v in s.items()})
-    refused(tmp_path, 3, "1 modules", f"vision_tower.{OTHER.replace('.1.', '.7.')}", args=to_hf(source))
+    refused(tmp_path, 3, "does not have 1 of them", f"vision_tower.{OTHER.replace('.1.', '.7.')}", args=to_hf(source))
 
 
 @pytest.mark.parametrize("tail", [A, B])

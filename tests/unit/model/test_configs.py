@@ -33,7 +33,7 @@ def test_two_spellings_that_differ() -> None:
     nested = {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}
     found = old_flavour({"rope_scaling": None, "rope_theta": 1e4, "rope_parameters": nested})
     assert found["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
-    with pytest.raises(UnsupportedError, match=r"rope_theta is 500000\.0, and 10000\.0 in rope_parameters"):
+    with pytest.raises(UnsupportedError, match=r"rope_theta is 500000\.0, but 10000\.0 in rope_parameters"):
         old_flavour({"rope_theta": 5e5, "rope_parameters": nested})
 
 
