@@ -55,6 +55,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(CHECKOUT / "tests").parts[0] in _SLOW:
             item.add_marker("slow")
+    # A training of minutes comes first: at the end one process would be left alone with it.
+    items.sort(key=lambda item: item.path.name != "test_tiny_shapes.py")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
