@@ -925,6 +925,21 @@ def test_a_finished_file_is_proven(sha256: bool, change: str, tmp_path: Path) ->
     assert lines == ["resuming: 0 finished files kept, 0 bytes"]
 
 
+def test_no_output_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel says of a file proves it, whatever its size."""
+
+    def refuse(*args: object, **named: object) -> None:
+        raise AssertionError("a finished file was read")
+
+    monkeypatch.setattr(finished, "read_into", refuse)
+    with stage(tmp_path / "out") as staged:
+        with staged.new_file("1.safetensors", 3 << 20) as fd:
+            write_all(fd, 0, bytes(3 << 20))
+        staged.settle()
+        assert (staged.path / staging.RECORD).read_bytes().count(b"\n") == 2  # the plan's and the file's
+        staged.commit()
+
+
 def test_large_files_are_vouched_for_too(tmp_path: Path) -> None:
     """They are hashed in a thread: each has its line once the next one is finished."""
     size = 3 << 20

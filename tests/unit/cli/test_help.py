@@ -31,7 +31,8 @@ COMMANDS: Mapping[str, Any] = {
     )
 }
 OPTIONS = sorted({o for c in COMMANDS.values() for p in c.params for o in p.opts if o.startswith("--")})
-HEAVY = ("torch", "transformers", "numpy", "peft", "huggingface_hub", "safetensors", "gguf")
+JOBS = "llava_convert.app.jobs"  # what the commands can be told, which --help of all does not say
+HEAVY = ("torch", "transformers", "numpy", "peft", "huggingface_hub", "safetensors", "gguf", JOBS)
 
 
 def run(*arguments: str | Path) -> Any:
@@ -230,7 +231,8 @@ def test_json_of_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
-    assert modules(tmp_path, "pth", "--help") == set()
+    assert modules(tmp_path, "pth", "--help") == {JOBS}
+    assert modules(tmp_path, "--help") == set()
 
 
 @pytest.mark.slow
@@ -245,6 +247,11 @@ def test_nothing_imports_torch(tiny: Path, tmp_path: Path) -> None:
         ["pth", tiny / "iter_2.pth", "--to", "xtuner", "-o", tmp_path / "xtuner"],
     ):
         assert not modules(tmp_path, *command) & {"torch", "transformers", "peft"}, command
+
+
+def test_what_computes_nothing_imports_no_numpy(tiny: Path, tmp_path: Path) -> None:
+    """It costs 0.1 s."""
+    assert modules(tmp_path, "inspect", tiny) == {JOBS}
 
 
 # --- completion
