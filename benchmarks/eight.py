@@ -109,8 +109,8 @@ def write_steps(share: Path, step: float) -> None:
 
 
 FORMS = {
-    "pth": Form("pth", 2, 1, 1.5, make_pth),
-    "zero2": Form("zero2", 4, RANKS, 2.0, make_zero2),
+    "pth": Form("pth", 2, 1, 1.1, make_pth),
+    "zero2": Form("zero2", 4, RANKS, 1.1, make_zero2),
 }
 
 
@@ -180,7 +180,7 @@ def runs(form: Form, wanted: Shape, targets: list[str], disk: Disk, *, verify: b
             if keep:
                 (work / "out").rename(folder / f"out-{to}")
             discard(work)
-            yield Row(f"{form.name}-{to}", round(read / GB, 2), (ours,), "cp", (theirs,), form.budget, notes)
+            yield Row(f"{form.name}-{to}", round(read / GB, 2), (ours,), "cp", (theirs,), form.budget, notes=notes)
     finally:
         discard(work)
         if not keep:

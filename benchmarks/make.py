@@ -83,6 +83,12 @@ class Values:
         """A tensor with memory of its own, as a trained one has."""
         return torch.cat([torch.empty(0, dtype=self.tile.dtype), *self.pieces(prod(shape))]).view(shape)
 
+    def named(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """As `tensor`, but ones for a norm's weight: with values around zero, a model is taken for a delta."""
+        if len(shape) == 1 and name.endswith(".weight"):
+            return torch.ones(shape, dtype=self.tile.dtype)
+        return self.tensor(shape)
+
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2), encoding="utf-8")
@@ -110,7 +116,7 @@ def write_safetensors(path: Path, shapes: Shapes, dtype: str, values: Values | N
             file.truncate(len(header) + size)
             return
         for name in sorted(shapes):
-            file.write(values.tensor(shapes[name]).view(-1).view(torch.uint8).numpy().data)
+            file.write(values.named(name, shapes[name]).view(-1).view(torch.uint8).numpy().data)
 
 
 def write_shards(folder: Path, shapes: Shapes, dtype: str, limit: int, values: Values | None) -> None:
@@ -276,7 +282,7 @@ def make_pth(folder: Path, nbytes: int, dtype: str, shaped: Shaped = shape_for, 
     config = make_bases(folder, shape, llm_weights=llm_weights)
     values, wide = Values(dtype), Values("F32")
     state = OrderedDict((name, wide.tensor(s)) for name, s in shape.adapters().items())
-    state |= {f"llm.{name}": values.tensor(s) for name, s in shape.llm().items()}
+    state |= {f"llm.{name}": values.named(name, s) for name, s in shape.llm().items()}
     torch.save({"meta": meta(config), "state_dict": state}, folder / "iter_1.pth")
 
 

@@ -20,9 +20,18 @@ def figures(row: Row) -> list[float]:
     return [mine.seconds / other.seconds for mine, other in zip(row.ours, row.theirs, strict=True)]
 
 
+def _above(row: Row) -> list[float]:
+    """By how many seconds each run took more than its budget."""
+    budget = row.budget or 0.0
+    if not row.theirs:
+        return [r.seconds - budget for r in row.ours]
+    pairs = zip(row.ours, row.theirs, strict=True)
+    return [mine.seconds - budget * other.seconds - row.grace for mine, other in pairs]
+
+
 def verdict(row: Row) -> str:
     over = []
-    if row.budget is not None and median(figures(row)) > row.budget:
+    if row.budget is not None and median(_above(row)) > 0:
         over.append("time")
     if max(r.anonymous for r in row.ours) > ANONYMOUS:
         over.append("memory")
@@ -105,7 +114,7 @@ def show(rows: list[Row], console: Console) -> None:
             f"{median(r.system for r in row.ours):.2f}",
             f"{median(r.seconds for r in row.theirs):.2f}" if row.theirs else "",
             f"{median(found):.2f} ({min(found):.2f}–{max(found):.2f}){unit}",
-            f"{row.budget:g}" if row.budget is not None else "",
+            f"{row.budget:g}{f' + {row.grace:g} s' if row.grace else ''}" if row.budget is not None else "",
             f"{max(r.anonymous for r in row.ours) / MB:.0f}",
             f"{max(r.resident for r in row.ours) / MB:.0f}",
             verdict(row),

@@ -9,10 +9,13 @@ from dataclasses import fields, is_dataclass, replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, get_type_hints
 
-from llava_convert.app import jobs
 from llava_convert.app.ask.chat import Reply
 from llava_convert.app.doctor.run import Diagnosis
 from llava_convert.app.inspect import Inspection
+from llava_convert.app.jobs import ask as ask_jobs
+from llava_convert.app.jobs import convert as convert_jobs
+from llava_convert.app.jobs import look as look_jobs
+from llava_convert.app.jobs import publish as publish_jobs
 from llava_convert.app.mmbench.run import MMBenchResult
 from llava_convert.app.publish.release import ReleaseItem
 from llava_convert.app.sweep import SweepItem
@@ -28,8 +31,9 @@ R = TypeVar("R")
 
 _JOBS = [
     one
-    for one in vars(jobs).values()
-    if isinstance(one, type) and issubclass(one, Flagged) and one.__module__ == jobs.__name__
+    for module in (convert_jobs, look_jobs, ask_jobs, publish_jobs)
+    for one in vars(module).values()
+    if isinstance(one, type) and issubclass(one, Flagged) and one.__module__ == module.__name__
 ]
 # Messages name options by their flags, since most are read in a terminal. Here they become keywords, all in one place.
 _in_keywords = in_keywords(option for job in _JOBS for option in options_of(job).values())
@@ -124,8 +128,8 @@ def _reworded(value: Any) -> Any:
     return _told(value)
 
 
-@_keywords(jobs.ConvertJob)
-def convert(job: jobs.ConvertJob) -> Report:
+@_keywords(convert_jobs.ConvertJob)
+def convert(job: convert_jobs.ConvertJob) -> Report:
     """Convert a checkpoint to another layout; with `push`, upload it afterwards.
 
     `progress` is True for a line that shows stage, percent, rate and time left, a Reporter, or a function that is
@@ -136,8 +140,8 @@ def convert(job: jobs.ConvertJob) -> Report:
         return job.run(say)
 
 
-@_keywords(jobs.MergeJob)
-def merge(job: jobs.MergeJob) -> Report:
+@_keywords(convert_jobs.MergeJob)
+def merge(job: convert_jobs.MergeJob) -> Report:
     """Merge adapters into a model of any layout. The same as `convert` with `adapter`.
 
     `progress` as for `convert`. Raises `ConvertError`.
@@ -146,8 +150,8 @@ def merge(job: jobs.MergeJob) -> Report:
         return job.run(say)
 
 
-@_keywords(jobs.PlanJob)
-def plan(job: jobs.PlanJob) -> Report:
+@_keywords(convert_jobs.PlanJob)
+def plan(job: convert_jobs.PlanJob) -> Report:
     """Return the report of `convert` with the same keywords, without doing it. Reads only headers.
 
     `files` are the files that would be written, with their sizes; `bytes_written` is their sum. Raises what `convert`
@@ -156,14 +160,14 @@ def plan(job: jobs.PlanJob) -> Report:
     return job.run(_InKeywords(reporter(None)))
 
 
-@_keywords(jobs.InspectJob)
-def inspect(job: jobs.InspectJob) -> Inspection:
+@_keywords(look_jobs.InspectJob)
+def inspect(job: look_jobs.InspectJob) -> Inspection:
     """Say what a checkpoint is, what is missing and what it can become. Reads only headers; raises `ConvertError`."""
     return job.run(_InKeywords(reporter(None)))
 
 
-@_keywords(jobs.VerifyJob)
-def verify(job: jobs.VerifyJob) -> Verdict:
+@_keywords(look_jobs.VerifyJob)
+def verify(job: look_jobs.VerifyJob) -> Verdict:
     """Compare OUT with SOURCE, tensor by tensor. Any converter may have made OUT.
 
     The verdict is true if they are the same. With `check`, a difference raises `MismatchError`.
@@ -174,8 +178,8 @@ def verify(job: jobs.VerifyJob) -> Verdict:
         return job.run(say)
 
 
-@_keywords(jobs.ChatJob)
-def chat(job: jobs.ChatJob) -> Reply:
+@_keywords(ask_jobs.ChatJob)
+def chat(job: ask_jobs.ChatJob) -> Reply:
     """Ask a model of any layout one question, with or without pictures. The answer is greedy.
 
     Raises `ConvertError`.
@@ -183,8 +187,8 @@ def chat(job: jobs.ChatJob) -> Reply:
     return job.run(_InKeywords(reporter(None)))
 
 
-@_keywords(jobs.DoctorJob)
-def doctor(job: jobs.DoctorJob) -> Diagnosis:
+@_keywords(look_jobs.DoctorJob)
+def doctor(job: look_jobs.DoctorJob) -> Diagnosis:
     """Find what would make a program fail on a folder; with `fix` the small files are repaired in place.
 
     The result is true if no problem is left. Raises `ConvertError`.
@@ -192,8 +196,8 @@ def doctor(job: jobs.DoctorJob) -> Diagnosis:
     return job.run(_InKeywords(reporter(None)))
 
 
-@_keywords(jobs.MMBenchJob)
-def mmbench(job: jobs.MMBenchJob) -> MMBenchResult:
+@_keywords(ask_jobs.MMBenchJob)
+def mmbench(job: ask_jobs.MMBenchJob) -> MMBenchResult:
     """Score a model of any layout on a TSV file of MMBench or CCBench, by xtuner's prompt and rule.
 
     Answers, scores and the file to submit are written to `work_dir`.
@@ -203,8 +207,8 @@ def mmbench(job: jobs.MMBenchJob) -> MMBenchResult:
         return job.run(say)
 
 
-@_keywords(jobs.UploadJob)
-def upload(job: jobs.UploadJob) -> tuple[Published, ...]:
+@_keywords(publish_jobs.UploadJob)
+def upload(job: publish_jobs.UploadJob) -> tuple[Published, ...]:
     """Upload a folder after checking it against its source. Returns one item per hub.
 
     `progress` as for `convert`. Raises `ConvertError`.
@@ -213,8 +217,8 @@ def upload(job: jobs.UploadJob) -> tuple[Published, ...]:
         return job.run(say)
 
 
-@_keywords(jobs.ReleaseJob)
-def release(job: jobs.ReleaseJob) -> tuple[ReleaseItem, ...]:
+@_keywords(publish_jobs.ReleaseJob)
+def release(job: publish_jobs.ReleaseJob) -> tuple[ReleaseItem, ...]:
     """Convert a model to every layout and upload each to its own repository. Returns one item per layout.
 
     Layouts that an earlier run finished are kept. `progress` as for `convert`. Raises `ConvertError`.
@@ -223,8 +227,8 @@ def release(job: jobs.ReleaseJob) -> tuple[ReleaseItem, ...]:
         return job.run(say)
 
 
-@_keywords(jobs.SweepJob)
-def sweep(job: jobs.SweepJob) -> tuple[SweepItem, ...]:
+@_keywords(convert_jobs.SweepJob)
+def sweep(job: convert_jobs.SweepJob) -> tuple[SweepItem, ...]:
     """Convert every checkpoint that matches a pattern, once. Returns one item per checkpoint.
 
     If one cannot be converted, its item says why, and the others go on. `progress` as for `convert`.

@@ -13,7 +13,7 @@ from typing import Any
 
 from llava_convert.assets.processor import preprocessor_config
 from llava_convert.assets.tokenizer.compare import compare_tokenizers
-from llava_convert.assets.tokenizer.files import has_tokenizer, open_tokenizer
+from llava_convert.assets.tokenizer.files import Tokenizer, has_tokenizer, open_tokenizer
 from llava_convert.layouts.registry import layout
 from llava_convert.model.adapter import Adapter
 from llava_convert.model.checkpoint import LLM, PART_NAMES, PROJECTOR, VISION, Checkpoint
@@ -190,21 +190,22 @@ def _compare_pictures(found: Judgement, mine: dict[str, Any], beside: Sidecars, 
 
 def _compare_files(found: Judgement, model: Model, files: Mapping[str, bytes], theirs: Checkpoint) -> None:
     """The small files of OUT beside those that a conversion would write."""
+    made, beside = _top(files, theirs), theirs.beside
     for name, data in sorted(files.items()):
         tables = tables_of(theirs.layout, name) if name.endswith(".json") else []
         folder, _, last = name.rpartition("/")
-        beside = folder_sidecars(theirs.root / folder) if folder else theirs.beside
+        around = folder_sidecars(theirs.root / folder) if folder else beside
         if last == "preprocessor_config.json":
-            _compare_pictures(found, json.loads(data), beside, model.configs[VISION])
+            _compare_pictures(found, json.loads(data), around, model.configs[VISION])
         elif tables and last != "tokenizer_config.json":  # which is compared with the tokenizer
-            _compare_file(found, name, json.loads(data), last, beside, tables, files)
-    made, beside = _top(files, theirs), theirs.beside
+            _compare_file(found, name, json.loads(data), last, around, tables, made)
     if not has_tokenizer(made):
         return
     if has_tokenizer(beside):
         exact = theirs.record is not None
         template = exact or not _silent(theirs)
-        compare_tokenizers(found, open_tokenizer(made), open_tokenizer(beside), exact=exact, template=template)
+        mine = open_tokenizer(made)
+        compare_tokenizers(found, mine, open_tokenizer(beside, mine), exact=exact, template=template)
     else:
         found.differ("tokenizer", "there is one", None)
 
@@ -216,7 +217,7 @@ def _compare_file(
     last: str,
     beside: Sidecars,
     tables: list[KeyTable],
-    files: Mapping[str, bytes],
+    made: Sidecars,
 ) -> None:
     if not beside.has(last):
         for key, value in mine.items():
@@ -230,7 +231,9 @@ def _compare_file(
             {key: value for key, value in side.items() if any(table.knows(key) for table in tables)}
             for side in (mine, other)
         )
-        mine, other = _with_texts(mine, _texts(files, beside)), _with_texts(other, _own_texts(beside))
+        ours = open_tokenizer(made) if has_tokenizer(made) else None
+        theirs = open_tokenizer(beside, ours) if has_tokenizer(beside) else None
+        mine, other = _with_texts(mine, ours), _with_texts(other, theirs)
         for key in (
             "pad_token_id",
             "vocab_size",
@@ -239,9 +242,9 @@ def _compare_file(
     found.compare_keys("" if own else f"{name}: ", [*tables, key_table("common")], mine, other)
 
 
-def _with_texts(config: Mapping[str, Any], texts: Mapping[int, str]) -> dict[str, Any]:
+def _with_texts(config: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Ids of tokens as the texts that they stand for: another converter may give a token another id."""
-    found = dict(config)
+    found, texts = dict(config), {} if tokenizer is None else tokenizer.texts
     if "image_token_id" in found:
         found.setdefault("image_token_index", found.pop("image_token_id"))
     for key in ("image_token_index", "pad_token_id"):
@@ -253,11 +256,3 @@ def _with_texts(config: Mapping[str, Any], texts: Mapping[int, str]) -> dict[str
 def _top(files: Mapping[str, bytes], theirs: Checkpoint) -> Sidecars:
     top = {name: data for name, data in files.items() if "/" not in name}
     return made_sidecars(theirs.root, lambda: top)
-
-
-def _texts(files: Mapping[str, bytes], beside: Sidecars) -> dict[int, str]:
-    return _own_texts(made_sidecars(beside.where, lambda: dict(files)))
-
-
-def _own_texts(files: Sidecars) -> dict[int, str]:
-    return {i: text for text, i in open_tokenizer(files).vocabulary.items()} if has_tokenizer(files) else {}

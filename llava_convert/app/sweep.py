@@ -30,7 +30,7 @@ from llava_convert.storage.remote.files import WEIGHTS
 from llava_convert.storage.remote.reach import url_of
 
 if TYPE_CHECKING:
-    from llava_convert.app.jobs import SweepJob
+    from llava_convert.app.jobs.convert import SweepJob
 
 LEDGER = ".llava-convert-sweep.json"
 NAME = "{name}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 
-from llava_convert.app.jobs import ChatJob
+from llava_convert.app.jobs.ask import ChatJob
 from llava_convert.cli._options import Command, command
 from llava_convert.cli._output import Output
 from llava_convert.core.errors import ConvertError, UsageError

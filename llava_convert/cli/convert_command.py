@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llava_convert.app.jobs import ConvertJob, MergeJob
+from llava_convert.app.jobs.convert import ConvertJob, MergeJob
 from llava_convert.cli._options import Command, command
 from llava_convert.cli._output import Output
 from llava_convert.core.flags import options_of

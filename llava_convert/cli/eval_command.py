@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from llava_convert.app.jobs import CompareJob, EvalJob, MMBenchJob
+from llava_convert.app.jobs.ask import CompareJob, EvalJob, MMBenchJob
 from llava_convert.cli._options import command
 from llava_convert.cli._output import Output
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llava_convert.app.jobs import ReleaseJob
+from llava_convert.app.jobs.publish import ReleaseJob
 from llava_convert.cli._options import Command, command
 from llava_convert.cli._output import Output
 from llava_convert.core.text import human_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llava_convert.app.jobs import SweepJob
+from llava_convert.app.jobs.convert import SweepJob
 from llava_convert.cli._options import Command, command
 from llava_convert.cli._output import Output
 

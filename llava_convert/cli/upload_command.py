@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llava_convert.app.jobs import UploadJob
+from llava_convert.app.jobs.publish import UploadJob
 from llava_convert.cli._options import Command, command
 from llava_convert.cli._output import Output
 

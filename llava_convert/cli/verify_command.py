@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llava_convert.app.jobs import VerifyJob
+from llava_convert.app.jobs.look import VerifyJob
 from llava_convert.cli._options import Command, command
 from llava_convert.cli._output import Output
 

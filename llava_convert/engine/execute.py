@@ -44,8 +44,7 @@ def execute(
     """
     outcome = Outcome()
     batches = [[shard for shard in batch if names is None or shard.name in names] for batch in plan.batches]
-    alone = one_thread() if any(tensor.ops for tensor in plan.tensors) else nullcontext()  # no ops: no NumPy
-    with alone, ThreadPoolExecutor(threads or thread_count(plan.tensors)) as workers:
+    with ThreadPoolExecutor(threads or thread_count(plan.tensors)) as workers:
         for batch in batches:
             for shard in (shard for shard in batch if stage.finished(shard.name)):
                 outcome.take(shard.name, stage.found.get(shard.name, {}))
@@ -77,8 +76,7 @@ def in_memory(plan: Plan, pool: FilePool, *, threads: int = 0, progress: Progres
     Raises what `execute` raises of sources and casts.
     """
     outcome, sink = Outcome(), MemorySink({t.name: bytearray(t.nbytes) for t in plan.tensors}, progress)
-    alone = one_thread() if any(tensor.ops for tensor in plan.tensors) else nullcontext()  # no ops: no NumPy
-    with alone, ThreadPoolExecutor(threads or thread_count(plan.tensors)) as workers:
+    with ThreadPoolExecutor(threads or thread_count(plan.tensors)) as workers:
         run_all(workers, tasks_of(plan.tensors, whole=True), pool, sink, outcome)
     outcome.refuse_overflow()
     return sink.tensors
@@ -112,11 +110,12 @@ def run_all(
         # One thread copies: two writing to one file spin on its lock, which takes the other core from the writeback.
         running += [workers.submit(copy_all)] if copies else []
         running += [workers.submit(run_task, task, pool, sink, outcome, stopped=stopped) for task in remote]
-        running += [
-            workers.submit(run_task, task, pool, sink, outcome, digest=digest, stopped=stopped) for task in work
-        ]
-        for future in wait(running, return_when=FIRST_EXCEPTION).done:
-            future.result()
+        with one_thread() if work else nullcontext():  # which imports NumPy, while the copies run
+            running += [
+                workers.submit(run_task, task, pool, sink, outcome, digest=digest, stopped=stopped) for task in work
+            ]
+            for future in wait(running, return_when=FIRST_EXCEPTION).done:
+                future.result()
     except BaseException:
         stopped.set()
         pool.stop()

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 CHUNK = 64 * 1024
 # Of float64, what merges make: with fewer the two threads wait for that lock (0.4 G elements a second, 0.75 so).
 CHUNK64 = 256 * 1024
+# From one type of 16 bits to another, for the same reason: two threads, G elements a second: 1.4 with 64 Ki, 2.5 with
+# 128 Ki, 2.9 with 256 Ki.
+CHUNK16 = 256 * 1024
 
 _MAGNITUDE = 0x7FFFFFFF
 _EXPONENT = 0x7F800000
@@ -39,6 +42,10 @@ _ANCHOR = (13 << 23) + 0x0800
 # The smallest float32 magnitudes that round to infinity.
 _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
 _TOO_LARGE = {"F16": 0x477FF000, "BF16": 0x7F7F8000}
+# From the first to the second type of 16 bits: the least magnitude that is normal in both, and how many from there on
+# are finite in both.
+_NORMAL_IN_BOTH = {("BF16", "F16"): (0x3880, 0x0F00), ("F16", "BF16"): (0x0400, 0x7800)}
+_FEW = 8  # one value in so many is looked up beside the others; with more, all are
 _F16_PLACES = 0x8FFFE000 - (1 << 32)
 _F16_BIAS = 2.0**112
 _EXACT = {("F16", "F32"), ("BF16", "F32"), ("F16", "F64"), ("BF16", "F64"), ("F32", "F64")}
@@ -49,6 +56,11 @@ _scratch = threading.local()
 def _u32(number: int) -> np.uint32:
     """A number as the ufuncs take it: they would make it of Python's at every call, 4 % of a cast."""
     return np.uint32(number)
+
+
+@cache
+def _u16(number: int) -> np.uint16:
+    return np.uint16(number)
 
 
 def widen(values: Array, dtype: str) -> NDArray[np.float32]:
@@ -84,7 +96,7 @@ def cast(values: Array, dtype: str, to: str, loss: CastLoss | None = None) -> Ar
     if dtype == to:
         return values
     flat, out = values.reshape(-1), np.empty(values.size, NUMPY_TYPES[to])
-    size = CHUNK64 if dtype == "F64" else CHUNK
+    size = CHUNK64 if dtype == "F64" else CHUNK16 if (dtype, to) in _NORMAL_IN_BOTH else CHUNK
     for start in range(0, flat.size, size):
         part = slice(start, start + size)
         lost = _cast(flat[part], dtype, to, out[part])
@@ -94,8 +106,8 @@ def cast(values: Array, dtype: str, to: str, loss: CastLoss | None = None) -> Ar
 
 
 def _cast(values: Array, dtype: str, to: str, out: Array) -> CastLoss:
-    if dtype in _TOO_LARGE and to in _TOO_LARGE:
-        flushed = _by_table(values.view(np.uint16), dtype, to, out.view(np.uint16))
+    if (dtype, to) in _NORMAL_IN_BOTH:
+        flushed = _between_16(values.view(np.uint16), dtype, to, out.view(np.uint16))
         if flushed is not None:
             return CastLoss(flushed=flushed)
     elif dtype == "F64":
@@ -195,17 +207,43 @@ def _round_ties_once(values: NDArray[np.float64], wide: NDArray[np.float32], out
         out[middle] = _bf16_with_nan(_odd(values[middle]))
 
 
-def _by_table(bits: Bits16, dtype: str, to: str, out: Bits16) -> int | None:
-    """As `_to_f16`, from one type of 16 bits to another: each of the 65,536 values is looked up.
+def _between_16(bits: Bits16, dtype: str, to: str, out: Bits16) -> int | None:
+    """As `_to_f16`, from one type of 16 bits to another.
 
-    2.3 times as fast as rounding, and one call, so that threads do not wait for the interpreter's lock.
+    What is normal in both takes its new place by integers of 16 bits, at 2.9 G elements a second with two threads; the
+    rest (zeros, subnormals, what is not finite) is looked up, at 1.9 where that is everything.
     """
-    np.take(_table(dtype, to), bits, out=out, mode="wrap")  # "raise" would go by a copy of `out`
-    magnitude = out & _HALF16
+    least, finite = _NORMAL_IN_BOTH[dtype, to]
+    moved = _scratch_of("moved", np.dtype(np.uint16), bits.size)
+    np.bitwise_and(bits, _u16(_HALF16), out=moved)
+    np.subtract(moved, _u16(least), out=moved)
+    rest = np.flatnonzero(moved >= _u16(finite))
+    if rest.size > bits.size // _FEW:
+        np.take(_table(dtype, to), bits, out=out, mode="wrap")  # "raise" would go by a copy of `out`
+        return _flushed_16(bits, out, to)
+    if to == "F16":  # three bits more of fraction
+        np.left_shift(moved, _u16(3), out=moved)
+        np.add(moved, _u16(0x0400), out=moved)
+    else:  # three bits less: add half a unit, less one where the kept last bit is even
+        np.right_shift(moved, _u16(3), out=out)
+        np.bitwise_and(out, _u16(_ONE), out=out)
+        np.add(moved, out, out=moved)
+        np.add(moved, _u16(3), out=moved)
+        np.right_shift(moved, _u16(3), out=moved)
+        np.add(moved, _u16(0x3880), out=moved)
+    np.bitwise_and(bits, _u16(_SIGN16), out=out)
+    np.bitwise_or(out, moved, out=out)
+    few = bits[rest]
+    looked_up = out[rest] = _table(dtype, to)[few]
+    return _flushed_16(few, looked_up, to)
+
+
+def _flushed_16(bits: Bits16, out: Bits16, to: str) -> int | None:
+    magnitude = out & _u16(_HALF16)
     if magnitude.max(initial=0) >= _INFINITY[to]:
         return None
     nonzero = int(np.count_nonzero(magnitude))
-    return 0 if nonzero == bits.size else int(np.count_nonzero(bits & _HALF16)) - nonzero
+    return 0 if nonzero == bits.size else int(np.count_nonzero(bits & _u16(_HALF16))) - nonzero
 
 
 @cache

@@ -83,10 +83,13 @@ def parse_json(data: bytes, where: str, *, unique_keys: bool = False) -> Any:
 def _deeper(value: Any, limit: int) -> bool:
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(limit):
+        inside = [node.values() if isinstance(node, dict) else node for node in level]
+        # By a set of types first: a vocabulary holds numbers alone.
         level = [
             child
-            for node in level
-            for child in (node.values() if isinstance(node, dict) else node)
+            for children in inside
+            if not {dict, list}.isdisjoint(map(type, children))
+            for child in children
             if isinstance(child, dict | list)
         ]
         if not level:

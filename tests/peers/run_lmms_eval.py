@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 
-from llava_convert.app.jobs import EvalJob
+from llava_convert.app.jobs.ask import EvalJob
 from llava_convert.core.progress import Silence
 
 

@@ -14,17 +14,10 @@ from typing import Any
 import pytest
 
 import llava_convert
-from llava_convert.app.jobs import (
-    ChatJob,
-    ConvertJob,
-    DoctorJob,
-    InspectJob,
-    MMBenchJob,
-    ReleaseJob,
-    SweepJob,
-    UploadJob,
-    VerifyJob,
-)
+from llava_convert.app.jobs.ask import ChatJob, MMBenchJob
+from llava_convert.app.jobs.convert import ConvertJob, SweepJob
+from llava_convert.app.jobs.look import DoctorJob, InspectJob, VerifyJob
+from llava_convert.app.jobs.publish import ReleaseJob, UploadJob
 from llava_convert.cli._commands import COMMANDS
 from llava_convert.core.errors import ConvertError, InputError, OutputError, UnsupportedError, UsageError
 from llava_convert.core.flags import in_keywords, options_of

@@ -16,7 +16,9 @@ import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
-IGNORED = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", ".hypothesis", "dist", "demo-out")
+IGNORED = shutil.ignore_patterns(
+    ".git", ".venv*", "__pycache__", ".*_cache", ".hypothesis", "dist", "demo-out", "site", ".bench"
+)
 
 pytestmark = pytest.mark.slow
 

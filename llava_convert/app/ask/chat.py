@@ -16,7 +16,7 @@ from llava_convert.core.progress import Reporter
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from llava_convert.app.jobs import ChatJob
+    from llava_convert.app.jobs.ask import ChatJob
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from llava_convert.core.progress import Reporter, counted
 from llava_convert.core.text import utf8
 
 if TYPE_CHECKING:
-    from llava_convert.app.jobs import EvalJob
+    from llava_convert.app.jobs.ask import EvalJob
 
 CSV, RESULTS, CARD = "results.csv", "results.json", "README.md"
 _BEGIN, _END = "<!-- evaluation -->", "<!-- end of evaluation -->"

@@ -23,7 +23,7 @@ from llava_convert.model.options import ALL
 from llava_convert.storage.output.staging import exchange
 
 if TYPE_CHECKING:
-    from llava_convert.app.jobs import DoctorJob
+    from llava_convert.app.jobs.look import DoctorJob
 
 BACKUP = ".before-doctor"
 

@@ -19,7 +19,7 @@ from llava_convert.core.errors import InputError
 from llava_convert.storage.json_files import read_object
 
 if TYPE_CHECKING:
-    from llava_convert.app.jobs import CompareJob
+    from llava_convert.app.jobs.ask import CompareJob
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from llava_convert.core.text import to_json
 from llava_convert.storage.fingerprints import identity
 
 if TYPE_CHECKING:
-    from llava_convert.app.jobs import MMBenchJob
+    from llava_convert.app.jobs.ask import MMBenchJob
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # openpyxl's ILLEGAL_CHARACTERS_RE
 XLSX, SCORES, ARGS = "mmbench_result.xlsx", "mmbench_result.json", "args.json"

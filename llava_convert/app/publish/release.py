@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from llava_convert.app import convert as engine
 from llava_convert.app.documents import Documents
-from llava_convert.app.jobs import ReleaseJob
+from llava_convert.app.jobs.publish import ReleaseJob
 from llava_convert.app.options import Options
 from llava_convert.app.planning import Prepared, is_already, prepare
 from llava_convert.app.publish.contents import names, proven

@@ -27,7 +27,10 @@ def _is_id(value: Any) -> bool:
 
 
 def _is_vocabulary(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_id, value.values()))
+    if not isinstance(value, dict):
+        return False
+    ids = value.values()
+    return not value or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < MOST_ID)
 
 
 def _is_pieces(value: Any) -> bool:

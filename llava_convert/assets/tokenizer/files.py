@@ -33,10 +33,14 @@ _LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer")
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """The tokenizer files of one place; each is parsed when it is first asked for."""
+    """The tokenizer files of one place; each is parsed when it is first asked for.
+
+    Where tokenizer.json is the same as that of `like`, which has parsed it, it is not parsed again.
+    """
 
     sidecars: Sidecars
     files: tuple[str, ...]
+    like: Tokenizer | None = None
 
     @property
     def where(self) -> Path:
@@ -73,7 +77,10 @@ class Tokenizer:
     @cached_property
     def fast(self) -> dict[str, Any]:
         """tokenizer.json, {} where there is none."""
-        return self.read_json("tokenizer.json")
+        name, like = "tokenizer.json", self.like
+        if like is not None and name in like.files and name in self.files and like.read(name) == self.read(name):
+            return like.fast
+        return self.read_json(name)
 
     @cached_property
     def added(self) -> dict[int, dict[str, Any]]:
@@ -101,7 +108,12 @@ class Tokenizer:
             found = self.read_json("vocab.json")
         return found | {str(entry["content"]): i for i, entry in self.added.items()}
 
-    @property
+    @cached_property
+    def texts(self) -> dict[int, str]:
+        """The token of every id."""
+        return {i: text for text, i in self.vocabulary.items()}
+
+    @cached_property
     def size(self) -> int:
         """Highest id plus one: the rows that an embedding must have."""
         return max(self.vocabulary.values(), default=-1) + 1
@@ -168,8 +180,11 @@ def has_tokenizer(files: Sidecars) -> bool:
     return any(files.has(name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
-def open_tokenizer(files: Sidecars) -> Tokenizer:
-    """The tokenizer among the files. Raises InputError where there is no vocabulary."""
+def open_tokenizer(files: Sidecars, like: Tokenizer | None = None) -> Tokenizer:
+    """The tokenizer among the files, which may be the same as `like`.
+
+    Raises InputError where there is no vocabulary.
+    """
     names = tuple(name for name in FILES if files.has(name))
     if not has_tokenizer(files):
         raise InputError(
@@ -177,7 +192,7 @@ def open_tokenizer(files: Sidecars) -> Tokenizer:
             hint="name the base model with --llm, whose tokenizer is taken",
         )
     # One object for one place: `inspect` plans for every target, and a Llama-3 tokenizer has 9 MB.
-    return files.once(Tokenizer, lambda: Tokenizer(files, names))
+    return files.once(Tokenizer, lambda: Tokenizer(files, names, like))
 
 
 def content_of(value: Any) -> str | None:

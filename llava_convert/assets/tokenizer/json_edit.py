@@ -19,24 +19,34 @@ def edit_added_tokens(
         {k: e[k] for k in order if k in e} for e in new
     ]
     wanted = parsed | {"added_tokens": entries}
-    # Where the text is not laid out as expected, something cannot be found (ValueError) or the outcome differs.
-    with suppress(ValueError):
-        made = _replaced(raw.decode(), len(old), entries)
-        if json.loads(made) == wanted:
-            return made.encode()
-    return json.dumps(wanted, indent=2, ensure_ascii=False).encode()
-
-
-def _replaced(text: str, count: int, entries: list[dict[str, Any]]) -> str:
-    """The text with the first `added_tokens`, of `count` entries, written anew in the indentation of the whole."""
-    start = end = text.index("[", text.index('"added_tokens"'))
-    for _ in range(count):
-        end = json.JSONDecoder().raw_decode(text, text.index("{", end))[1]
+    text = raw.decode()
+    found = _found(text, parsed)
+    if found is None:
+        return json.dumps(wanted, indent=2, ensure_ascii=False).encode()
     if re.match(r"\{\s*\n", text):
         body = json.dumps(entries, indent=2, ensure_ascii=False).replace("\n", "\n  ")
     else:
         body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
-    return text[:start] + body + text[text.index("]", end) + 1 :]
+    return (text[: found.start] + body + text[found.stop :]).encode()
+
+
+def _found(text: str, parsed: dict[str, Any]) -> slice | None:
+    """Where the value of the key `added_tokens` is in the text that was parsed; None where that is not certain.
+
+    Certain it is where the key is named once, what stands before it is the beginning of the object, and what follows
+    it is the value. So the rest, a vocabulary of megabytes, is not parsed again.
+    """
+    keys = list(re.finditer(r'"added_tokens"\s*:\s*', text))
+    if len(keys) != 1:
+        return None
+    (key,) = keys
+    before = text[: key.start()].rstrip().removesuffix(",")
+    with suppress(ValueError):
+        first = json.loads(before + "}")
+        value, end = json.JSONDecoder().raw_decode(text, key.end())
+        if all(parsed.get(name) == first[name] for name in first) and value == parsed.get("added_tokens"):
+            return slice(key.end(), end)
+    return None
 
 
 def has_type(node: Any, name: str) -> bool:

@@ -87,8 +87,9 @@ def tokenizer_metadata(
 
 
 def _byte_level(tokenizer: Tokenizer, tokens: _Tokens, pre: str | None) -> dict[str, Typed]:
-    for text, i in tokenizer.vocabulary.items():
-        tokens.put(i, text, NORMAL)
+    texts, types = tokens.texts, tokens.types
+    for text, i in tokenizer.vocabulary.items():  # 128,000 of them: no call for each
+        texts[i], types[i] = text, NORMAL
     _add_added(tokenizer, tokens)
     return {
         "tokenizer.ggml.model": Typed("str", "gpt2"),
@@ -107,7 +108,7 @@ def _merges(tokenizer: Tokenizer) -> list[str]:
         merges = [line for line in lines if line.strip() and not line.startswith("#version")]
     if not isinstance(merges, list) or not merges:
         raise InputError(f"{tokenizer.where}: the tokenizer has no merges", hint="get tokenizer.json again")
-    return [m if isinstance(m, str) else _pair(m) for m in merges]
+    return merges if set(map(type, merges)) == {str} else [m if isinstance(m, str) else _pair(m) for m in merges]
 
 
 def _pair(parts: Sequence[str]) -> str:

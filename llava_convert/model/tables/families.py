@@ -90,7 +90,10 @@ class Architecture:
         while rows:
             placeholder = next((p for p in self.repeat if f"{{{p}}}" in rows[0]["name"]), None)
             if placeholder is None:
-                self._add(found, rows.pop(0), rows_name=None, config=config, number=0)
+                row = rows.pop(0)
+                if _is_there(row, config):
+                    name = f"{self.part}.{row['name']}"
+                    found[name] = self._expected(name, row, config)
                 continue
             # Rows of one repeated block stand together: emit them layer by layer, as modules do.
             block = []
@@ -101,22 +104,21 @@ class Architecture:
             count = self.symbol(rule["count"], config)
             if count > MOST_LAYERS:
                 raise InputError(f"config: {rule['count']} is {count}, more than any model has ({MOST_LAYERS})")
-            for i in range(count):
-                for row in block:
-                    self._add(found, row, rows_name=placeholder, config=config, number=start + i * step)
+            # The same in every block, so said once.
+            there = [
+                (f"{self.part}.{row['name']}".split(f"{{{placeholder}}}"), self._expected("", row, config))
+                for row in (block if count else ())
+                if _is_there(row, config)
+            ]
+            for number in range(start, start + count * step, step):
+                for around, expected in there:
+                    found[str(number).join(around)] = expected
         return found
 
-    def _add(
-        self, found: dict[str, Expected], row: Mapping[str, Any], *, rows_name: str | None, config: Config, number: int
-    ) -> None:
-        when = row.get("when")
-        if when is not None and bool(config.get(when.removeprefix("not "))) == when.startswith("not "):
-            return
-        name = row["name"] if rows_name is None else row["name"].replace(f"{{{rows_name}}}", str(number))
+    def _expected(self, canonical: str, row: Mapping[str, Any], config: Config) -> Expected:
         shape = tuple(self._dimension(d, config) for d in row["shape"])
-        canonical = f"{self.part}.{name}"
         tied = bool(self.head) and canonical == self.head and bool(config.get("tie_word_embeddings"))
-        found[canonical] = Expected(shape, self.embedding if tied else None, row["line"])
+        return Expected(shape, self.embedding if tied else None, row["line"])
 
     def _dimension(self, formula: str | int, config: Config) -> int:
         if isinstance(formula, int):
@@ -146,6 +148,12 @@ class Architecture:
     def dropped(self, canonical: str) -> str | None:
         """Why a tensor of this name is left behind (old buffers), or None when it is not."""
         return next((reason for pattern, reason in self.drops if pattern.match(canonical) is not None), None)
+
+
+def _is_there(row: Mapping[str, Any], config: Config) -> bool:
+    """Whether a model of that config has the row's tensors."""
+    when = row.get("when")
+    return when is None or bool(config.get(when.removeprefix("not "))) != when.startswith("not ")
 
 
 def _formula(formula: str, config: Config) -> int | None:

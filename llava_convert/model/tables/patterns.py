@@ -44,6 +44,12 @@ class Pattern:
             return None
         return _match(self.segments, name.split("."))
 
+    @property
+    def module(self) -> str:
+        """The last segment but one, which every name that it matches has; "" where that is not literal."""
+        module, last = ("", *self.segments)[-2:]
+        return "" if module.startswith("{") or last.endswith("*}") else module
+
     def fill(self, bindings: Bindings) -> str:
         return ".".join(bindings[s] if s.startswith("{") else s for s in self.segments)
 

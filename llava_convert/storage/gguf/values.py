@@ -58,8 +58,16 @@ def _number_of(kind: str) -> int:
 
 
 def _encode(kind: str, values: Sequence[Any]) -> bytes:
-    if kind == "str":
-        return b"".join(map(encode_string, values))
+    if kind == "str":  # 400,000 tokens and merges in a vocabulary of Llama-3: no Python for each
+        try:
+            texts = list(map(str.encode, values))
+        except UnicodeEncodeError:
+            return b"".join(map(encode_string, values))
+        sizes = list(map(len, texts))
+        packed = {size: _U64.pack(size) for size in set(sizes)}
+        parts = [b""] * (2 * len(texts))
+        parts[::2], parts[1::2] = map(packed.__getitem__, sizes), texts
+        return b"".join(parts)
     try:
         return struct.pack(f"<{len(values)}{_FORMATS[kind]}", *values)
     except (struct.error, OverflowError) as problem:

@@ -30,7 +30,7 @@ from llava_convert.app.card.quickstarts import CONDITIONS
 from llava_convert.app.card.tables import size, table
 from llava_convert.app.card.traps import lmdeploy_template
 from llava_convert.app.card.words import Words
-from llava_convert.app.jobs import ReleaseJob
+from llava_convert.app.jobs.publish import ReleaseJob
 from llava_convert.app.options import Options
 from llava_convert.app.planning import prepare
 from llava_convert.app.publish.release import plan as plan_release

@@ -258,7 +258,7 @@ def test_what_computes_nothing_imports_no_numpy(tiny: Path, tmp_path: Path) -> N
 
 
 def test_what_is_offered_is_what_there_is() -> None:
-    from llava_convert.app.jobs import ConvertJob
+    from llava_convert.app.jobs.convert import ConvertJob
     from llava_convert.core.flags import options_of
     from llava_convert.layouts.gguf.mixes import OUTTYPES
     from llava_convert.model.checkpoint import PART_WORDS

@@ -21,7 +21,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if FOLDER not in path.pa
 # Strings that are spelled as a layout's name and mean something else.
 OTHER_THINGS = {
     # A runtime of `verify --logits`, of that name as well.
-    "app/jobs.py": {"official"},
+    "app/jobs/look.py": {"official"},
     "app/logits/by_llava.py": {"official"},
     "app/logits/runtimes.py": {"official"},
     "core/hub_names.py": {"hf"},  # the scheme of the Hugging Face Hub's addresses

@@ -82,6 +82,18 @@ def test_every_half(dtype: str, to: str) -> None:
     check(small, dtype, to)
 
 
+@pytest.mark.parametrize("dtype,to", [("F16", "BF16"), ("BF16", "F16")])
+def test_each_half_that_is_seldom_among_those_that_are_normal_in_both(dtype: str, to: str) -> None:
+    every = half_patterns(dtype)
+    normal = np.abs(as_torch(every, dtype).float().numpy())
+    normal = np.isfinite(normal) & (normal >= 2.0**-14) & (normal < 65536)
+    often, seldom = every[normal], every[~normal]
+    for some in np.array_split(seldom, -(-seldom.size // (often.size // 16))):
+        mixed = np.concatenate([often, some])
+        np.random.default_rng(some.size).shuffle(mixed)
+        check(mixed, dtype, to)
+
+
 def finite_values(dtype: str) -> NDArray[np.float64]:
     """Every magnitude of a 16-bit type from 0 to its largest, and what would follow that; of float32 some thousands."""
     significand, _, width = FORMATS[dtype]
