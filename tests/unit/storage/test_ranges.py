@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 
 from llava_convert.core.errors import InputError
 from llava_convert.storage import ranges
+from tests.reflink import xfs
 
 SIZE = 700_001  # not a multiple of anything
 DATA = bytes(os.urandom(SIZE))
@@ -247,19 +247,7 @@ def test_pool_refuses_what_is_no_file_and_does_not_hang(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="FICLONERANGE is Linux's")
 def test_blocks_are_shared_on_a_reflink_file_system(tmp_path: Path) -> None:
-    if shutil.which("mkfs.xfs") is None:
-        pytest.skip("mkfs.xfs is not installed")
-    if os.geteuid() != 0:
-        pytest.skip("mounting an image needs root")
-    image, mount = tmp_path / "image", tmp_path / "mount"
-    mount.mkdir()
-    with image.open("wb") as file:
-        file.truncate(512 << 20)
-    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", str(image)], check=True, capture_output=True)
-    mounted = subprocess.run(["mount", "-o", "loop", str(image), str(mount)], capture_output=True, text=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"the image cannot be mounted here: {mounted.stderr.strip()}")
-    try:
+    with xfs(tmp_path, 512 << 20) as mount:
         size = 64 << 20
         data = os.urandom(1 << 20) * 64
         (mount / "source").write_bytes(data)
@@ -276,5 +264,3 @@ def test_blocks_are_shared_on_a_reflink_file_system(tmp_path: Path) -> None:
         assert (mount / "target").read_bytes() == bytes(4196) + data[100:]
         assert free - shutil.disk_usage(mount).free < size // 8
         assert not any(method == "clone" for method, *_ in refused)
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)
