@@ -189,6 +189,8 @@ class FilePool:
             part = memoryview(data)[offset - start : offset - start + len(view)]
             view[: len(part)] = part
             view, offset = view[len(part) :], offset + len(part)
+            if offset == start + len(data):  # used up: what follows comes next, and not of this piece
+                windows.pop(id(remote), None)
 
     def _windows(self) -> dict[int, tuple[int, bytes]]:
         found: dict[int, tuple[int, bytes]] | None = getattr(self._ahead, "windows", None)

@@ -15,6 +15,8 @@ import pytest
 from safetensors.torch import load_file
 
 import llava_convert
+from benchmarks.make import make_official
+from benchmarks.measure import CLI, run
 from tests.faults.corpus import shell, tree
 from tests.hubs.loopback import Answer, Loopback, Request, Status, folder_files
 from tests.remotes.conftest import HURRIED, weights_in
@@ -73,6 +75,17 @@ def test_one_shard_is_on_the_disk_at_a_time(s3: Store, layouts: dict[str, Path],
     shards = {n: len(d) for n, d in s3.objects("out").items() if n.endswith(".safetensors")}
     assert len(shards) >= 3 and 0 < int(ran.stdout) <= max(shards.values()) + 3 * 4096
     assert list(temporary.iterdir()) == []
+
+
+def test_a_large_file_is_sent_in_little_memory(s3: Store, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    make_official(tmp_path / "in", 300_000_000, "F16")
+    s3.put(tmp_path / "in", "in")
+    words = ["convert", "s3://models/in", "--to", "hf", "-o", "s3://models/out", "--max-shard-size", "1GB"]
+    ran = run([*CLI, *words, "--visual-encoder", tmp_path / "in" / "tower"], extra=s3.env, cwd=tmp_path)
+    sizes = {o["Key"]: o["Size"] for o in s3.client.list_objects_v2(Bucket="models", Prefix="out/")["Contents"]}
+    assert sizes["out/model.safetensors"] > 250_000_000, "one file, far larger than what is sent at a time"
+    assert ran.anonymous < 300_000_000
 
 
 def test_a_file_in_a_bucket_and_what_lies_beside_it(s3: Store, layouts: dict[str, Path], tmp_path: Path) -> None:

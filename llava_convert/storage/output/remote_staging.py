@@ -33,7 +33,7 @@ from llava_convert.storage.output.shared import share_token
 from llava_convert.storage.output.staging import Twin
 from llava_convert.storage.remote.files import Remote
 from llava_convert.storage.remote.session import Session
-from llava_convert.storage.remote.urls import asking, file_system
+from llava_convert.storage.remote.urls import asking, file_system, in_parts
 
 _LAST = ("config.json", ".index.json")  # in this order, after everything else
 
@@ -319,7 +319,7 @@ class RemoteStaging:
         def send() -> None:
             with asking(where):
                 self._fs.makedirs(os.path.dirname(self._at(name)), exist_ok=True)  # noqa: PTH120  # no path of here
-                self._fs.put_file(str(local), self._at(name))
+                self._fs.put_file(str(local), self._at(name), **in_parts(self._fs, local.stat().st_size))
 
         patiently(where, send, tries=FIRST_TRIES)  # the clients of stores repeat by themselves, too
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, suppress
+from inspect import signature
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +22,9 @@ from llava_convert.storage.remote.files import WEIGHTS, Remote
 _PORTAL = "check the address, and the network, where a proxy or a login page may answer instead"
 _INSTEAD = "download it, and name the local file"
 _WEB = ("http", "https")
+PART = 8 << 20
+MOST_PARTS = 10_000  # S3's limit for one object
+AT_ONCE = 4
 _EXTRAS = {"s3": "s3", "s3a": "s3", "https": "https", "http": "https"}
 
 
@@ -158,6 +162,16 @@ def _on_the_web(fs: Any, url: str) -> tuple[str, dict[str, dict[str, Any]]]:
     if PurePosixPath(name).suffix.lower() in (*WEIGHTS, ".json"):
         return name, {name: dict(fs.info(url), name=url)}
     return "", {full[len(url) :].lstrip("/"): dict(fs.info(full), name=full) for full in fs.find(url)}
+
+
+def in_parts(fs: Any, size: int) -> dict[str, int]:
+    """How a file of `size` bytes is sent: what a file system of fsspec's takes of part size and parts at a time.
+
+    s3fs by itself reads ten parts of 50 MB into memory, and a file below 100 MB whole.
+    """
+    wanted = {"chunksize": max(PART, -(-size // MOST_PARTS)), "max_concurrency": AT_ONCE}
+    taken = signature(fs._put_file if isinstance(fs, AsyncFileSystem) else fs.put_file).parameters
+    return {name: value for name, value in wanted.items() if name in taken}
 
 
 def _is_page(name: str, one: dict[str, Any]) -> bool:
