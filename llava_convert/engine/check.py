@@ -11,6 +11,7 @@ from llava_convert.core.text import printable
 from llava_convert.engine.compare import compare
 from llava_convert.engine.plan import Plan
 from llava_convert.engine.shards import Shard
+from llava_convert.storage.files import read_file
 from llava_convert.storage.json_files import read_json
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.safetensors import read_header
@@ -22,7 +23,8 @@ def check_quick(plan: Plan, folder: Path) -> dict[str, dict[str, StoredTensor]]:
     written = check_headers(plan.shards, folder)
     for name, data in {**plan.files, **plan.indexes}.items():
         path = folder / name
-        if not path.is_file() or path.read_bytes() != data:
+        whole = path.is_file() and path.stat().st_size == len(data)
+        if not whole or read_file(path, len(data)) != data:
             raise MismatchError(f"{name} was not written whole")
     for name in plan.indexes:
         _check_index(name, folder, written)
