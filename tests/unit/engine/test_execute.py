@@ -71,14 +71,14 @@ def made_by(tensors: Sequence[PlannedTensor], *, whole: bool = True) -> dict[tup
     return sink.found
 
 
-@pytest.mark.parametrize("rows", [1, 15, 16, 17, 31, 32, 33, 1000])
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 63, 64, 65, 1000])
 def test_blocks_are_of_one_size_but_for_the_last(tmp_path: Path, rows: int) -> None:
     values = np.arange(rows * 4096, dtype=np.float32).reshape(rows, 4096)
     source = stored(tmp_path, "w", values)
     with FilePool() as pool:
         found = [block.copy() for block in blocks(pool, source, 0, rows)]
     assert (np.concatenate(found) == values).all()
-    assert [len(block) for block in found] == [16] * (rows // 16) + [rows % 16] * (rows % 16 > 0)
+    assert [len(block) for block in found] == [32] * (rows // 32) + [rows % 32] * (rows % 32 > 0), "512 KiB"
 
 
 def test_blocks_start_where_they_do_without_threads(tmp_path: Path) -> None:
