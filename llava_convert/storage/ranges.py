@@ -189,8 +189,8 @@ class FilePool:
             part = memoryview(data)[offset - start : offset - start + len(view)]
             view[: len(part)] = part
             view, offset = view[len(part) :], offset + len(part)
-            if offset == start + len(data):  # used up: what follows comes next, and not of this piece
-                windows.pop(id(remote), None)
+            if offset == start + len(data) and windows.get(id(remote), (0, b""))[1] is data:
+                del windows[id(remote)]  # used up: what follows comes next, and not of this piece
 
     def _windows(self) -> dict[int, tuple[int, bytes]]:
         found: dict[int, tuple[int, bytes]] | None = getattr(self._ahead, "windows", None)

@@ -93,7 +93,8 @@ class Architecture:
                 row = rows.pop(0)
                 if _is_there(row, config):
                     name = f"{self.part}.{row['name']}"
-                    found[name] = self._expected(name, row, config)
+                    tied = name == self.head and bool(config.get("tie_word_embeddings"))
+                    found[name] = self._expected(row, config, tied=tied)
                 continue
             # Rows of one repeated block stand together: emit them layer by layer, as modules do.
             block = []
@@ -106,7 +107,7 @@ class Architecture:
                 raise InputError(f"config: {rule['count']} is {count}, more than any model has ({MOST_LAYERS})")
             # The same in every block, so said once.
             there = [
-                (f"{self.part}.{row['name']}".split(f"{{{placeholder}}}"), self._expected("", row, config))
+                (f"{self.part}.{row['name']}".split(f"{{{placeholder}}}"), self._expected(row, config))
                 for row in (block if count else ())
                 if _is_there(row, config)
             ]
@@ -115,9 +116,8 @@ class Architecture:
                     found[str(number).join(around)] = expected
         return found
 
-    def _expected(self, canonical: str, row: Mapping[str, Any], config: Config) -> Expected:
+    def _expected(self, row: Mapping[str, Any], config: Config, *, tied: bool = False) -> Expected:
         shape = tuple(self._dimension(d, config) for d in row["shape"])
-        tied = bool(self.head) and canonical == self.head and bool(config.get("tie_word_embeddings"))
         return Expected(shape, self.embedding if tied else None, row["line"])
 
     def _dimension(self, formula: str | int, config: Config) -> int:
