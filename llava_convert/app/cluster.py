@@ -10,7 +10,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
@@ -22,6 +22,7 @@ from llava_convert.app.session import job_session
 from llava_convert.core.errors import ConvertError, HubError, Interrupted, UsageError
 from llava_convert.core.flags import options_of
 from llava_convert.core.progress import Reporter, Silence
+from llava_convert.core.values import dataclass
 from llava_convert.engine.report import Report
 from llava_convert.storage.output.staging import Twin
 from llava_convert.storage.remote.reach import url_of

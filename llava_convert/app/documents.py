@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from llava_convert.app.card import CARD
+from llava_convert.core.values import dataclass
 from llava_convert.engine.plan import Plan
 from llava_convert.engine.record import completed, dump
 from llava_convert.model.record import RECORD

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from llava_convert.app.session import job_session
 from llava_convert.app.source import open_source
 from llava_convert.core.errors import ConvertError
 from llava_convert.core.tensors import TORCH_NAMES
+from llava_convert.core.values import dataclass
 from llava_convert.engine.record import dropped_texts
 from llava_convert.layouts.defaults import refuse_quantised
 from llava_convert.layouts.info import LAYOUTS, TARGETS

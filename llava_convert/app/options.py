@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from llava_convert.core.errors import InputError, UsageError
 from llava_convert.core.flags import AUTO, CHECKS, OUTPUT, PUBLISH, RUN, SOURCE, Flag, Flagged, as_names
 from llava_convert.core.text import printable
+from llava_convert.core.values import dataclass
 from llava_convert.layouts.info import LAYOUTS, TARGETS, layout_named
 from llava_convert.model.options import (
     DROP,

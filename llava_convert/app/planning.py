@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from llava_convert.core.flags import as_path, options_of
 from llava_convert.core.hub_names import is_id
 from llava_convert.core.tensors import QUANTS
 from llava_convert.core.text import utf8
+from llava_convert.core.values import dataclass
 from llava_convert.engine.plan import Plan, make_plan
 from llava_convert.engine.record import dropped_texts
 from llava_convert.layouts.info import LAYOUTS, TARGETS

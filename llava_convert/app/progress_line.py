@@ -8,11 +8,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 from llava_convert.core.progress import Silence
 from llava_convert.core.text import human_bytes
+from llava_convert.core.values import dataclass
 
 if TYPE_CHECKING:
     from rich.console import Console

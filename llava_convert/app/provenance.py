@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from llava_convert._version import __version__
 from llava_convert.core.flags import Flagged, Option, as_names, options_of
+from llava_convert.core.values import dataclass
 from llava_convert.model.checkpoint import PART_NAMES, Checkpoint
 from llava_convert.model.record import RECORD
 from llava_convert.storage.fingerprints import identity

@@ -12,7 +12,7 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from llava_convert.app.options import Options
 from llava_convert.app.session import job_session
 from llava_convert.core.errors import ConvertError, HubError, InputError, Interrupted, OutputError, UsageError
 from llava_convert.core.progress import Reporter, stage
+from llava_convert.core.values import dataclass
 from llava_convert.model.record import RECORD
 from llava_convert.storage.fingerprints import Digest, State, state_of
 from llava_convert.storage.json_files import json_bytes

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from llava_convert.app.logits.compare import Logits
 from llava_convert.app.provenance import Provenance
 from llava_convert.core.errors import MismatchError
+from llava_convert.core.values import dataclass
 from llava_convert.engine.compare import Difference
 from llava_convert.layouts.info import LAYOUTS
 from llava_convert.model.facts import spelled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from llava_convert.app.verdict import Verdict
 from llava_convert.core.arrays import FLOATS
 from llava_convert.core.progress import Reporter, Silence, stage
 from llava_convert.core.tensors import QUANTS, StoredTensor
+from llava_convert.core.values import dataclass
 from llava_convert.engine.compare import Difference, compare, merged_in_float32, nonfinite_after
 from llava_convert.engine.shards import PlannedTensor
 from llava_convert.layouts.registry import layout, recognise

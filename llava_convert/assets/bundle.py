@@ -6,7 +6,6 @@ Half of all "garbage output" comes from these files, so each is made here once, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +16,7 @@ from llava_convert.assets.tokenizer.llava_tokens import AddedToken, plain_files,
 from llava_convert.core.errors import InputError, UsageError
 from llava_convert.core.hub_names import is_id, last_name, published_id
 from llava_convert.core.text import printable, to_json
+from llava_convert.core.values import dataclass
 from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, VISION
 from llava_convert.model.configs import without_stale
 from llava_convert.model.options import TargetOptions

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from string import Formatter
 from typing import Any
@@ -23,6 +22,7 @@ from llava_convert.assets.tokenizer.llava_tokens import IMAGE_TOKEN
 from llava_convert.core.errors import UnsupportedError, UsageError
 from llava_convert.core.resources import data_dir
 from llava_convert.core.text import did_you_mean
+from llava_convert.core.values import dataclass
 
 # xtuner gives these no BOS (xtuner/dataset/utils.py, get_bos_eos_token_ids).
 _WITHOUT_BOS = ("QWenTokenizer", "Qwen2Tokenizer")

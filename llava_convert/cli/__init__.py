@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from llava_convert.cli._commands import COMMANDS, Unread
 from llava_convert.cli._output import Output
+from llava_convert.cli._typed import as_typed
 
 # The base of click's usage errors, by whichever copy of click typer has: it exports one of them.
 _UsageProblem: Any = typer.BadParameter.__base__
@@ -83,7 +84,7 @@ def main() -> None:
     # A command lives for seconds and makes a million objects (a tokenizer's merges) but hardly a cycle: to look for
     # them took a fifth of a small conversion.
     gc.disable()
-    app(prog_name="llava-convert")
+    as_typed(typer.main.get_command(app))(prog_name="llava-convert")
 
 
 def _forgiving_streams() -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import typer
 from typer.core import TyperCommand
 
+from llava_convert.cli._typed import as_typed
 from llava_convert.layouts.info import LAYOUTS
 
 
@@ -28,10 +29,10 @@ class Command(NamedTuple):
         app = typer.Typer(add_completion=False)  # the program has that, not each command
         if isinstance(made, typer.Typer):
             app.add_typer(made, name=name, help=self.help)
-            found: Any = typer.main.get_command(app)
-            return found.commands[name]
+            group: Any = typer.main.get_command(app)
+            return as_typed(group.commands[name])
         app.command(name, help=self.help)(made)
-        return typer.main.get_command(app)
+        return as_typed(typer.main.get_command(app))
 
 
 COMMANDS = {

@@ -7,12 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from llava_convert.app.progress_line import Shown
 from llava_convert.core.errors import OutputError
 from llava_convert.core.text import human_bytes
+from llava_convert.core.values import dataclass
 
 if TYPE_CHECKING:
     from llava_convert.engine.report import Published

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from llava_convert.core.errors import not_a_choice
+from llava_convert.core.values import dataclass
 
 AUTO = "auto"  # the word for what None says: the default
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import PurePosixPath
+
+from llava_convert.core.values import dataclass
 
 # A revision is a branch, a tag or a commit; of those with a slash only the Hub's own references are told from a path.
 _ADDRESS = re.compile(

@@ -6,12 +6,13 @@ Dtypes are named as safetensors names them ("F32", "BF16", ...), in every module
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, islice
 from math import prod
 from pathlib import Path
 
 from llava_convert.core.errors import InputError
+from llava_convert.core.values import dataclass
 
 # Size of one element in bits; the names are safetensors 0.8's (F4 packs two in a byte).
 DTYPE_BITS: dict[str, int] = {

@@ -6,12 +6,13 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, Any
 
 from llava_convert.core.arrays import FLOATS, Array, as_array, raw
 from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import QUANTS, StoredTensor
+from llava_convert.core.values import dataclass
 from llava_convert.engine.execute import run_all, thread_count
 from llava_convert.engine.run import Outcome
 from llava_convert.engine.shards import PlannedTensor

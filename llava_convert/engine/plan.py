@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import Any
 
 from llava_convert.core.tensors import Stripe, stripes_of
 from llava_convert.core.text import to_json
+from llava_convert.core.values import dataclass
 from llava_convert.engine.shards import PlannedTensor, Shard, shards_of
 from llava_convert.model.target import Target
 from llava_convert.storage.remote.mounts import address_of

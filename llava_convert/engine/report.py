@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from llava_convert.core.values import dataclass
 from llava_convert.engine.plan import Plan
 from llava_convert.model.checkpoint import Dropped
 from llava_convert.model.recipe import Model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, field
 from typing import Any
 
 from llava_convert.core.arrays import Array, raw
@@ -12,6 +12,7 @@ from llava_convert.core.errors import MismatchError
 from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.core.text import printable
+from llava_convert.core.values import dataclass
 from llava_convert.engine.shards import PlannedTensor
 from llava_convert.engine.sinks import Sink
 from llava_convert.engine.tasks import Assembly, Copy, Task, Work

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from math import prod
 from typing import Any
 
 from llava_convert.core.tensors import StoredTensor, nbytes_of
+from llava_convert.core.values import dataclass
 from llava_convert.model.target import FileSet, Output, _groups, part_names, shape_of
 from llava_convert.ops.base import Op
 from llava_convert.ops.join import Join, Part, row_bytes

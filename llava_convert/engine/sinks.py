@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Protocol
 
 from llava_convert.core.arrays import Array, raw
+from llava_convert.core.values import dataclass
 from llava_convert.engine.shards import PlannedTensor
 from llava_convert.engine.tasks import Copy
 from llava_convert.storage.ranges import PIECE, FilePool, read_back, start_writeback, write_all

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from math import lcm
 from pathlib import Path
 
 from llava_convert.core.tensors import Striped
+from llava_convert.core.values import dataclass
 from llava_convert.engine.shards import PlannedTensor
 from llava_convert.ops.base import Op
 from llava_convert.ops.quantize import Quantize

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llava_convert.assets.bundle import Artefacts
 from llava_convert.core.errors import UnsupportedError
 from llava_convert.core.tensors import StoredTensor
+from llava_convert.core.values import dataclass
 from llava_convert.layouts.base import Found
 from llava_convert.layouts.naming import Sorted, sort_tensors
 from llava_convert.model.adapter import Adapter, parse_adapter, settings_from_json, split_tail

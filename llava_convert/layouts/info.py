@@ -7,10 +7,11 @@ names none. To add a layout, add a `LayoutInfo` to LAYOUTS: what has no default 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from llava_convert.core.errors import UsageError
 from llava_convert.core.text import did_you_mean
+from llava_convert.core.values import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)

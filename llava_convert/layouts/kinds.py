@@ -7,13 +7,13 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import ConvertError, InputError, UnsupportedError
 from llava_convert.core.text import listed, printable
+from llava_convert.core.values import dataclass
 from llava_convert.layouts.base import Found
 from llava_convert.model.tables.kinds import FILE, FOLDER, Kind, kinds
 from llava_convert.storage.files import open_regular, read_fully

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from llava_convert.core.arrays import FP8
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import FROM_TORCH_NAMES, StoredTensor
+from llava_convert.core.values import dataclass
 from llava_convert.model.adapter import Adapter, parse_adapter, split_tail, with_tail
 from llava_convert.model.checkpoint import IMAGE_NEWLINE, LLM, PARTS, VISION, Dropped, Extra, Part
 from llava_convert.model.recipe import Model, Recipe

@@ -9,13 +9,14 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path, PureWindowsPath
 from typing import cast
 
 from llava_convert.core.errors import ConvertError, InputError, UnsupportedError
 from llava_convert.core.text import printable
+from llava_convert.core.values import dataclass
 from llava_convert.layouts import kinds
 from llava_convert.layouts.adapter_folder import is_adapter
 from llava_convert.layouts.base import Found, Layout, OpenOptions

@@ -7,10 +7,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 from llava_convert.core.text import listed
+from llava_convert.core.values import dataclass
 from llava_convert.layouts.base import Found
 from llava_convert.storage.sidecars import folder_sidecars
 

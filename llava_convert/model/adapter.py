@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import StoredTensor
+from llava_convert.core.values import dataclass
 from llava_convert.model.tables.names import grouped, layout_table
 from llava_convert.model.training import LoraSettings
 from llava_convert.ops.lora import MergeLora

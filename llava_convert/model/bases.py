@@ -7,7 +7,6 @@ then under the source's parents, since training configs name them relative to wh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from llava_convert.core.errors import HubError, InputError, UnsupportedError
 from llava_convert.core.hub_names import is_id, parse, published_id
 from llava_convert.core.tensors import StoredTensor
+from llava_convert.core.values import dataclass
 from llava_convert.model.checkpoint import LLM, PART_NAMES, PART_WORDS, Dropped, Part
 from llava_convert.model.configs import named_config, old_flavour
 from llava_convert.model.tables.names import layout_table, lookup_errors

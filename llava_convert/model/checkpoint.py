@@ -7,12 +7,13 @@ transformers 4.x, after the part's prefix (`language_model.`, `vision_tower.`, `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError
 from llava_convert.core.tensors import StoredTensor
+from llava_convert.core.values import dataclass
 from llava_convert.model.adapter import Adapter
 from llava_convert.model.configs import has_head, without_last_block
 from llava_convert.model.facts import ASPECT, LAYER, PINPOINTS, STRATEGY

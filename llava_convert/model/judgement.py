@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from llava_convert.core.values import dataclass
 from llava_convert.model.tables.facts import KeyTable
 
 _ABSENT: tuple[Any, ...] = (None, False, "", [], {}, ())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated
 
 from llava_convert.core.flags import AUTO, OUTPUT, Flag, Flagged
+from llava_convert.core.values import dataclass
 
 ALL = "all"
 DROP = "drop"  # what becomes of tensors that no table has

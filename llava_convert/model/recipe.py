@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from llava_convert.core.errors import UnsupportedError
 from llava_convert.core.tensors import QUANTS, StoredTensor
+from llava_convert.core.values import dataclass
 from llava_convert.model.bases import Base
 from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION, Checkpoint, Dropped
 from llava_convert.model.configs import family

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.text import printable
+from llava_convert.core.values import dataclass
 from llava_convert.model.recipe import Recipe, joined_recipe
 from llava_convert.model.tables.names import DISK, ROWS, Fused, LayoutTable, Row
 from llava_convert.ops.base import Op

@@ -7,10 +7,11 @@ of the one may say that the other's class does not read. Names that no row has a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from llava_convert.core.errors import UnsupportedError, not_a_choice
+from llava_convert.core.values import dataclass
 from llava_convert.model.checkpoint import LLM
 from llava_convert.model.configs import family
 from llava_convert.model.recipe import Model, Recipe

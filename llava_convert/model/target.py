@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from decimal import Decimal
 from math import prod
 from typing import Any
 
 from llava_convert.core.errors import UsageError
 from llava_convert.core.tensors import nbytes_of
+from llava_convert.core.values import dataclass
 from llava_convert.model.recipe import Recipe
 from llava_convert.ops import steps
 from llava_convert.ops.base import Op

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 from llava_convert.core.errors import UnsupportedError
+from llava_convert.core.values import dataclass
 
 Setting = Literal["llm", "visual_encoder", "pretrained_pth", "prompt_template"]
 

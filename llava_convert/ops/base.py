@@ -8,11 +8,11 @@ ops may read them too.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from llava_convert.core.arrays import Array
 from llava_convert.core.tensors import StoredTensor
+from llava_convert.core.values import dataclass
 
 Blocks = Iterator[Array]
 Read = Callable[[StoredTensor], Array]

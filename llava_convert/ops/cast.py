@@ -7,7 +7,6 @@ NumPy has no bfloat16, so a BF16 array is its bits as uint16 here. torch is not 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from llava_convert.core.arrays import FLOATS, NUMPY_TYPES, Array
 from llava_convert.core.errors import UnsupportedError
 from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import StoredTensor
+from llava_convert.core.values import dataclass
 from llava_convert.ops.base import Blocks, CastLoss, Context, Op
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from llava_convert.core.arrays import FP8, Array
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import StoredTensor
+from llava_convert.core.values import dataclass
 from llava_convert.ops.base import Blocks, Context, Op
 from llava_convert.ops.cast import widen
 

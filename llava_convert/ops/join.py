@@ -8,13 +8,14 @@ Both are the same: so many groups of rows, in each of which every member has a s
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 from llava_convert.core.errors import UnsupportedError
 from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import StoredTensor, Stripe, cut, gathered, nbytes_of
+from llava_convert.core.values import dataclass
 from llava_convert.ops.base import Blocks, Context, Op
 from llava_convert.ops.cast import Cast
 from llava_convert.ops.lora import MergeLora

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llava_convert.core.arrays import FLOATS, Array
 from llava_convert.core.errors import UnsupportedError
 from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import StoredTensor
+from llava_convert.core.values import dataclass
 from llava_convert.ops.base import Blocks, Context, Op
 from llava_convert.ops.cast import widen
 

@@ -5,7 +5,6 @@ A block of rows of a quantised tensor is a 2-D array of bytes: (rows, bytes of a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -13,6 +12,7 @@ from llava_convert.core.arrays import Array
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import QUANTS, StoredTensor, nbytes_of
+from llava_convert.core.values import dataclass
 from llava_convert.ops import kernels
 from llava_convert.ops.base import Blocks, Context, Op
 from llava_convert.ops.cast import CHUNK, count_nonfinite, widen

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -11,6 +10,7 @@ from llava_convert.core.arrays import FLOATS
 from llava_convert.core.errors import UnsupportedError
 from llava_convert.core.later import numpy as np
 from llava_convert.core.tensors import QUANTS, StoredTensor
+from llava_convert.core.values import dataclass
 from llava_convert.ops.base import Blocks, Context, Op
 from llava_convert.ops.cast import cast as cast_values
 from llava_convert.ops.cast import widen

@@ -8,12 +8,13 @@ import os
 import stat
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import field
 from io import RawIOBase
 from pathlib import Path
 
 from llava_convert.core.errors import InputError, unreadable
 from llava_convert.core.text import printable
+from llava_convert.core.values import dataclass
 from llava_convert.storage.files import open_regular, read_fully, require_regular, size_of
 from llava_convert.storage.remote.mounts import mounted, remote_of
 from llava_convert.storage.safetensors import MAX_HEADER_BYTES, SUFFIX

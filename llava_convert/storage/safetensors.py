@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +18,7 @@ from typing import Any
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import DTYPE_BITS, Extent, StoredTensor, require_few
 from llava_convert.core.text import printable
+from llava_convert.core.values import dataclass
 from llava_convert.storage.files import open_regular, read_fully, reject_stand_in, size_of
 from llava_convert.storage.json_files import parse_json
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

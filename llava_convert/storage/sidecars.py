@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llava_convert.core.errors import InputError, unreadable
+from llava_convert.core.values import dataclass
 from llava_convert.storage.files import read_file, require_inside
 from llava_convert.storage.fingerprints import State, states_in
 from llava_convert.storage.json_files import MAX_JSON_BYTES, json_bytes, parse_json

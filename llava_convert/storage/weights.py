@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError, unreadable
 from llava_convert.core.tensors import StoredTensor, require_few
 from llava_convert.core.text import listed, printable
+from llava_convert.core.values import dataclass
 from llava_convert.storage.distributed import read_distributed, recognise
 from llava_convert.storage.files import relative_name, require_inside, require_regular
 from llava_convert.storage.headers import Headers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from llava_convert.app.ask.load import loaded
@@ -12,6 +12,7 @@ from llava_convert.app.ask.pictures import open_picture
 from llava_convert.app.ask.prompts import IMAGE, Message
 from llava_convert.app.ask.runtimes import Answer, Runtime, Stream
 from llava_convert.core.progress import Reporter
+from llava_convert.core.values import dataclass
 
 if TYPE_CHECKING:
     from PIL.Image import Image

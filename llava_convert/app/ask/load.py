@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from llava_convert.app.source import open_whole
 from llava_convert.assets.bundle import Artefacts
 from llava_convert.core.errors import InputError, UsageError
 from llava_convert.core.progress import Reporter
+from llava_convert.core.values import dataclass
 from llava_convert.layouts.info import LAYOUTS
 from llava_convert.model.assemble import assemble, without_added
 from llava_convert.model.checkpoint import LLM, PARTS, VISION, Checkpoint

@@ -6,7 +6,6 @@ import base64
 import binascii
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llava_convert.assets.processor import squared
 from llava_convert.core.errors import HubError, InputError, UnsupportedError, UsageError
 from llava_convert.core.text import printable
+from llava_convert.core.values import dataclass
 
 if TYPE_CHECKING:
     from PIL.Image import Image

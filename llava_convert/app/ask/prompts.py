@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llava_convert.assets.bundle import Artefacts
 from llava_convert.assets.prompts import prompt_template
 from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.values import dataclass
 
 IMAGE = "<image>"
 

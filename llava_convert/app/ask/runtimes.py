@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from llava_convert.app.ask.prompts import Message
+from llava_convert.core.values import dataclass
 
 if TYPE_CHECKING:
     from PIL.Image import Image

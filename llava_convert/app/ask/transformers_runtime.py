@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llava_convert.app.ask.pictures import Eyes
@@ -19,6 +18,7 @@ from llava_convert.core.errors import UnsupportedError, UsageError
 from llava_convert.core.progress import Reporter
 from llava_convert.core.quiet import quiet_bitsandbytes
 from llava_convert.core.tensors import FROM_TORCH_NAMES
+from llava_convert.core.values import dataclass
 from llava_convert.engine.execute import in_memory
 from llava_convert.engine.plan import make_plan
 from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION

@@ -9,13 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_convert.app.ask.prompts import IMAGE
 from llava_convert.app.ask.runtimes import Runtime
 from llava_convert.core.errors import InputError, UnsupportedError, UsageError
+from llava_convert.core.values import dataclass
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from llava_convert.app.provenance import Made, command_of, provenance_of
 from llava_convert.core.errors import InputError, OutputError
 from llava_convert.core.progress import Reporter, counted
 from llava_convert.core.text import utf8
+from llava_convert.core.values import dataclass
 
 if TYPE_CHECKING:
     from llava_convert.app.jobs.ask import EvalJob

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from llava_convert.core.values import dataclass
 
 # Headings of LLaVA-Llama-3-8B's table, each with lmms-eval's tasks and metrics (0.7.3) that it is made of.
 COLUMNS: Mapping[str, tuple[tuple[str, str], ...]] = {

@@ -6,13 +6,13 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from llava_convert.app.card.prompt import Prompt, prompt_of
 from llava_convert.assets.bundle import Artefacts
 from llava_convert.core.hub_names import is_id
+from llava_convert.core.values import dataclass
 from llava_convert.engine.plan import Plan
 from llava_convert.engine.shards import Shard
 from llava_convert.layouts.info import LAYOUTS, TARGETS, Card, LayoutInfo, TargetInfo

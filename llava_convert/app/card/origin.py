@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +13,7 @@ from llava_convert.app.card.facts import Facts
 from llava_convert.core.errors import ConvertError
 from llava_convert.core.hub_names import is_id
 from llava_convert.core.resources import data_dir
+from llava_convert.core.values import dataclass
 from llava_convert.model.checkpoint import LLM
 from llava_convert.storage.remote.mounts import mounted
 from llava_convert.storage.remote.origin import published

@@ -6,13 +6,12 @@ mappings/prompt_templates.toml when training, or an earlier conversion, or the u
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from llava_convert.assets.bundle import Artefacts
 from llava_convert.assets.prompts import PromptTemplate, chat_template, prompt_template, prompt_templates
 from llava_convert.assets.tokenizer.files import Tokenizer
 from llava_convert.assets.tokenizer.llava_tokens import IMAGE_TOKEN
 from llava_convert.core.errors import ConvertError
+from llava_convert.core.values import dataclass
 
 QUESTION = "What is in this picture?"
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from llava_convert.assets.tokenizer.files import CONFIG, PROCESSOR_TEMPLATE, TEMPLATE, Tokenizer, open_tokenizer
 from llava_convert.core.errors import InputError
 from llava_convert.core.text import to_json
+from llava_convert.core.values import dataclass
 from llava_convert.model.checkpoint import Checkpoint
 from llava_convert.storage.sidecars import Sidecars
 

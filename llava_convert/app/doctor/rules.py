@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from llava_convert.app.adapters import beside as adapter_beside
@@ -17,6 +16,7 @@ from llava_convert.assets.tokenizer.files import SPECIAL_MAP, TEMPLATE
 from llava_convert.assets.tokenizer.llava_tokens import IMAGE_TOKEN
 from llava_convert.core.tensors import TORCH_NAMES
 from llava_convert.core.text import to_json
+from llava_convert.core.values import dataclass
 from llava_convert.model.checkpoint import LLM, VISION
 from llava_convert.model.configs import old_flavour
 from llava_convert.model.tables.facts import CONFIG

@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from llava_convert.app.doctor.folder import Folder
 from llava_convert.app.doctor.rules import CONSUMERS, NEWEST, OLDEST, RULES, TRANSFORMERS, VLLM, Rule
 from llava_convert.core.errors import InputError, MismatchError, OutputError, UsageError, not_a_choice
 from llava_convert.core.progress import Reporter
+from llava_convert.core.values import dataclass
 from llava_convert.layouts.base import OpenOptions
 from llava_convert.layouts.info import layout_named
 from llava_convert.layouts.registry import recognise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY
 from typing import TYPE_CHECKING, Annotated
 
 from llava_convert.app.jobs import SOURCE
@@ -11,6 +11,7 @@ from llava_convert.app.options import AskOptions, PathLike
 from llava_convert.core.errors import UsageError
 from llava_convert.core.flags import CHECKS, RUN, Flag, Flagged, as_names
 from llava_convert.core.progress import OnBytes, Reporter
+from llava_convert.core.values import dataclass
 
 if TYPE_CHECKING:
     from llava_convert.app.ask.chat import Reply

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +12,7 @@ from llava_convert.app.options import Options, PathLike
 from llava_convert.core.errors import UsageError
 from llava_convert.core.flags import CHECKS, RUN, Flag
 from llava_convert.core.progress import OnBytes, Reporter
+from llava_convert.core.values import dataclass
 from llava_convert.layouts.info import MERGED, TARGETS
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +11,7 @@ from llava_convert.app.options import PathLike, SourceOptions
 from llava_convert.core.errors import UsageError
 from llava_convert.core.flags import AUTO, CHECKS, RUN, Flag, Flagged
 from llava_convert.core.progress import OnBytes, Reporter, stage
+from llava_convert.core.values import dataclass
 from llava_convert.model.options import ALL, PartOption
 
 if TYPE_CHECKING:

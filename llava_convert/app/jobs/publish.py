@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +11,7 @@ from llava_convert.app.jobs import SOURCE
 from llava_convert.app.options import BranchOptions, HubOptions, NamedBases, PathLike, SourceOptions
 from llava_convert.core.flags import CHECKS, OUTPUT, PUBLISH, Flag, as_names
 from llava_convert.core.progress import OnBytes, Reporter
+from llava_convert.core.values import dataclass
 from llava_convert.model.options import FULL, OFF, TypesOption
 
 if TYPE_CHECKING:

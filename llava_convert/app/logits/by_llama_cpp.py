@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from llava_convert.app.ask.llama_cpp_runtime import LlamaCppRuntime
@@ -15,6 +14,7 @@ from llava_convert.app.ask.load import llama_cpp
 from llava_convert.app.ask.runtimes import LLAMA_CPP, Answer
 from llava_convert.app.logits.probes import Probe
 from llava_convert.app.logits.shown import ANSWER, Shown
+from llava_convert.core.values import dataclass
 from llava_convert.model.checkpoint import Checkpoint
 
 _MOST = 4096  # tokens whose probabilities are asked for, at each of the answer's positions

@@ -5,7 +5,6 @@ pictures (llava/mm_utils.py). Its template is chosen by the user's `--conv-mode`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from llava_convert.app.logits.loading import folder_of, missing, quiet, reasoned
 from llava_convert.app.logits.probes import Probe
 from llava_convert.app.logits.shown import FEATURES, PICTURE, PIXELS, PROJECTOR, Shown, greedy, layers
 from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.values import dataclass
 from llava_convert.model.checkpoint import Checkpoint
 
 OFFICIAL = "official"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from llava_convert.app.ask.runtimes import Answer
@@ -19,6 +18,7 @@ from llava_convert.app.logits.shown import (
     greedy,
     layers,
 )
+from llava_convert.core.values import dataclass
 from llava_convert.model.checkpoint import Checkpoint
 
 MLX = "mlx"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from llava_convert.app.ask.transformers_runtime import TransformersRuntime
 from llava_convert.app.logits.probes import Probe
 from llava_convert.app.logits.shown import ANSWER, FEATURES, OURS, PIXELS, PROJECTOR, Shown, joined, layers
+from llava_convert.core.values import dataclass
 
 
 @dataclass(frozen=True)

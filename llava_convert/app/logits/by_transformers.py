@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from llava_convert.app.ask.runtimes import TRANSFORMERS, Answer
 from llava_convert.app.logits.loading import folder_of, quiet, reasoned
 from llava_convert.app.logits.probes import Probe
 from llava_convert.app.logits.shown import ANSWER, FEATURES, PICTURE, PIXELS, PROJECTOR, Shown, layers
+from llava_convert.core.values import dataclass
 from llava_convert.model.checkpoint import Checkpoint
 
 

@@ -6,12 +6,13 @@ The sites lie in the order of the computation, so that the first one beyond the 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from llava_convert.app.logits.loading import reasoned
 from llava_convert.app.logits.probes import PROBES, Probe
 from llava_convert.app.logits.shown import FEATURES, OURS, PIXELS, PROJECTOR, Shown, Shows
+from llava_convert.core.values import dataclass
 
 if TYPE_CHECKING:
     from llava_convert.app.logits.by_parts import ByParts

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llava_convert.app.ask.prompts import IMAGE, Message
+from llava_convert.core.values import dataclass
 
 if TYPE_CHECKING:
     from PIL.Image import Image

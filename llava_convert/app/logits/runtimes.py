@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -11,6 +10,7 @@ from llava_convert.app.ask.runtimes import LLAMA_CPP, TRANSFORMERS
 from llava_convert.app.logits.shown import Shows
 from llava_convert.core.errors import UsageError
 from llava_convert.core.text import listed
+from llava_convert.core.values import dataclass
 from llava_convert.layouts.info import LAYOUTS
 from llava_convert.model.checkpoint import Checkpoint
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Protocol
 
 from llava_convert.app.ask.runtimes import Answer
 from llava_convert.app.logits.probes import Probe
+from llava_convert.core.values import dataclass
 
 ANSWER = 24  # tokens
 OURS = "this package"

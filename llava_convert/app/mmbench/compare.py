@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from llava_convert.app.pages.mmbench_page import compare_page
 from llava_convert.app.pages.provenance_part import provenance_part
 from llava_convert.app.provenance import COMPUTING, Made, command_of
 from llava_convert.core.errors import InputError
+from llava_convert.core.values import dataclass
 from llava_convert.storage.json_files import read_object
 
 if TYPE_CHECKING:

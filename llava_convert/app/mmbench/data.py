@@ -8,7 +8,7 @@ import io
 import re
 import string
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from llava_convert.app.ask.pictures import from_base64
 from llava_convert.app.ask.prompts import IMAGE
 from llava_convert.core.errors import InputError, UsageError
 from llava_convert.core.text import printable
+from llava_convert.core.values import dataclass
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from llava_convert.app.provenance import Made, command_of, provenance_of
 from llava_convert.core.errors import OutputError, UsageError
 from llava_convert.core.progress import Reporter, Silence, counted
 from llava_convert.core.text import to_json
+from llava_convert.core.values import dataclass
 from llava_convert.storage.fingerprints import identity
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ from llava_convert.app.source import open_source
 from llava_convert.app.stage_one import stage_one
 from llava_convert.core.errors import ConvertError, HubError, MismatchError, OutputError, UsageError
 from llava_convert.core.progress import Reporter, Silence
+from llava_convert.core.values import dataclass
 from llava_convert.engine.record import completed
 from llava_convert.engine.report import Published
 from llava_convert.layouts.info import LAYOUTS, TARGETS, writing

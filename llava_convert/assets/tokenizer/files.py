@@ -7,7 +7,6 @@ alike.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from llava_convert.assets.tokenizer.checks import require_shape
 from llava_convert.assets.tokenizer.json_edit import has_type, starts_with
 from llava_convert.core.errors import InputError
 from llava_convert.core.text import to_json
+from llava_convert.core.values import dataclass
 from llava_convert.storage.json_files import parse_json
 from llava_convert.storage.sentencepiece import read_pieces
 from llava_convert.storage.sidecars import Sidecars

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from llava_convert.assets.tokenizer.files import (
 from llava_convert.assets.tokenizer.json_edit import edit_added_tokens
 from llava_convert.core.errors import InputError
 from llava_convert.core.text import to_json
+from llava_convert.core.values import dataclass
 
 IMAGE_TOKEN, VIDEO_TOKEN, PAD_TOKEN = "<image>", "<video>", "<pad>"
 PROCESSORS = ("LlavaProcessor", "LlavaNextProcessor", "LlavaOnevisionProcessor")  # which the layout's models have

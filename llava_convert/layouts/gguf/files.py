@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
 from llava_convert.core.text import listed, printable
+from llava_convert.core.values import dataclass
 from llava_convert.layouts.gguf.ollama import files_of, is_blob, is_manifest, projector_of
 from llava_convert.storage.files import require_inside
 from llava_convert.storage.headers import Headers

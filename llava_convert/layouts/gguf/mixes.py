@@ -7,11 +7,11 @@ without experts and without an importance matrix; the numbers are `llama_ftype` 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from llava_convert.core.errors import not_a_choice
 from llava_convert.core.tensors import QUANTS
+from llava_convert.core.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

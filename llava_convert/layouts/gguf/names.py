@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.later import numpy as np
 from llava_convert.core.resources import data_dir
 from llava_convert.core.tensors import StoredTensor
+from llava_convert.core.values import dataclass
 from llava_convert.layouts.gguf import limits, rope, vision
 from llava_convert.model.checkpoint import LLM, PROJECTOR, VISION
 from llava_convert.model.recipe import Recipe

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from llava_convert.assets.tokenizer.files import Tokenizer
 from llava_convert.core.errors import UnsupportedError, not_a_choice
 from llava_convert.core.resources import data_dir
+from llava_convert.core.values import dataclass
 
 # Cases that the cuts of known models differ in: letters after signs, runs of digits, apostrophes, spaces and line ends
 # of every kind, combining marks, scripts without spaces.

@@ -7,13 +7,14 @@ metadata. Quantised weights keep their bytes, unless they may be dequantised.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import QUANTS, StoredTensor
 from llava_convert.core.text import printable
+from llava_convert.core.values import dataclass
 from llava_convert.layouts.base import Found, OpenOptions
 from llava_convert.layouts.gguf import defects, mmproj, stock
 from llava_convert.layouts.gguf.files import (

@@ -7,7 +7,6 @@ read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +14,7 @@ from llava_convert.assets.tokenizer.llava_tokens import IMAGE_TOKEN
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.later import numpy as np
 from llava_convert.core.text import printable, to_json
+from llava_convert.core.values import dataclass
 from llava_convert.layouts.gguf.pre_tokenizers import pre_tokenizers
 from llava_convert.layouts.gguf.token_flags import takes_space
 from llava_convert.layouts.gguf.vocabulary import (

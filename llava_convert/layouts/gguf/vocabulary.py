@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from llava_convert.assets.tokenizer.files import Tokenizer
 from llava_convert.assets.tokenizer.json_edit import has_type
 from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.values import dataclass
 from llava_convert.layouts.gguf.pre_tokenizers import pre_tokenizer_of
 from llava_convert.storage.gguf.file import Typed
 from llava_convert.storage.sentencepiece import is_tiktoken, read_model

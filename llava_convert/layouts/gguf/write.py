@@ -7,13 +7,13 @@ checked here before a byte is written.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
 
 from llava_convert.assets.bundle import Artefacts
 from llava_convert.assets.tokenizer.files import Tokenizer, open_tokenizer
 from llava_convert.core.errors import UnsupportedError, UsageError
 from llava_convert.core.tensors import QUANTS
+from llava_convert.core.values import dataclass
 from llava_convert.layouts.base import Needs
 from llava_convert.layouts.defaults import refuse_quantised
 from llava_convert.layouts.gguf import limits, mixes, rope, stock

@@ -7,13 +7,13 @@ the base models that the training config names. The config travels in `meta.cfg`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.core.text import printable
+from llava_convert.core.values import dataclass
 from llava_convert.layouts.base import Found, OpenOptions
 from llava_convert.layouts.naming import sort_tensors
 from llava_convert.layouts.training_config import load_training_config, parse_training_config

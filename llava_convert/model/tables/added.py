@@ -11,11 +11,11 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError
+from llava_convert.core.values import dataclass
 from llava_convert.storage.files import read_file
 
 _MOST_BYTES = 4 << 20

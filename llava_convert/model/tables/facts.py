@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
 from llava_convert.core.resources import data_dir
+from llava_convert.core.values import dataclass
 from llava_convert.model.tables import pinpoints
 from llava_convert.model.tables.patterns import TableError
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.resources import data_dir
+from llava_convert.core.values import dataclass
 from llava_convert.model.tables.added import ARCHITECTURE, AddedTable, added_tables
 from llava_convert.model.tables.patterns import Pattern, TableError
 

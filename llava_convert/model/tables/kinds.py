@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 from llava_convert.core.resources import data_dir
+from llava_convert.core.values import dataclass
 from llava_convert.model.tables.families import known_architecture
 from llava_convert.model.tables.patterns import TableError
 

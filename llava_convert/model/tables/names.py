@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, cached_property
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 from llava_convert.core.errors import InputError
 from llava_convert.core.resources import data_dir
 from llava_convert.core.text import printable
+from llava_convert.core.values import dataclass
 from llava_convert.model.tables.added import ARCHITECTURE, LAYOUT, AddedTable, added_tables
 from llava_convert.model.tables.families import Architecture, architectures
 from llava_convert.model.tables.patterns import Pattern, TableError

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+from llava_convert.core.values import dataclass
 
 Bindings = dict[str, str]
 _SEGMENT = re.compile(r"[^{}*]+|\{\w+\*?\}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
 from llava_convert.core.resources import data_dir
 from llava_convert.core.text import printable
+from llava_convert.core.values import dataclass
 from llava_convert.model.tables.patterns import TableError
 
 # Keys of config.json that hold what was done: transformers' own, an older one of compressed-tensors, MLX's.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
 from llava_convert.core.resources import data_dir
+from llava_convert.core.values import dataclass
 from llava_convert.model.tables.families import architectures
 from llava_convert.model.tables.patterns import Pattern, TableError
 

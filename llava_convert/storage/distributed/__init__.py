@@ -8,10 +8,10 @@ files.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from llava_convert.core.tensors import StoredTensor
+from llava_convert.core.values import dataclass
 from llava_convert.storage.distributed import classic, ranks, safetensors_shards
 from llava_convert.storage.headers import Headers
 from llava_convert.storage.zero.folder import LATEST

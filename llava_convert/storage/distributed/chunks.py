@@ -6,7 +6,7 @@ Nothing is read: the extents of the whole follow its rows through the boxes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import DTYPE_BITS, Extent, StoredTensor, Stripe, gathered
 from llava_convert.core.text import printable
+from llava_convert.core.values import dataclass
 
 # A 70B model split by columns on eight ranks has 7,000, however many rows it has; each takes about 300 bytes of memory.
 MAX_PIECES = 500_000

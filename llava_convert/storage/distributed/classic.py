@@ -7,7 +7,7 @@ metadata.py, filesystem.py `_write_item`). The pickle names eleven classes of to
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
 from llava_convert.core.tensors import MAX_TENSORS, Extent, StoredTensor
 from llava_convert.core.text import printable
+from llava_convert.core.values import dataclass
 from llava_convert.storage.distributed.chunks import Budget, Chunk, put_together
 from llava_convert.storage.files import (
     open_regular,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.core.text import listed, printable
+from llava_convert.core.values import dataclass
 from llava_convert.storage.distributed.chunks import Budget, Chunk, put_together
 from llava_convert.storage.files import require_inside
 from llava_convert.storage.headers import Headers

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.ggml_types import GIVEN_UP, NUMBERS, TYPES, whole_blocks
 from llava_convert.core.tensors import MAX_TENSORS, QUANTS, Extent, StoredTensor, nbytes_of, require_few
 from llava_convert.core.text import listed, printable
+from llava_convert.core.values import dataclass
 from llava_convert.storage.files import open_regular, read_fully, reject_stand_in, require_inside, size_of
 from llava_convert.storage.gguf.values import Cursor, Typed, encode_string, encode_value
 from llava_convert.storage.safetensors import Header, check_name

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
+from llava_convert.core.values import dataclass
 
 # gguf.h, enum gguf_type: the number of a kind is its place here.
 KINDS = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "[]", "u64", "i64", "f64")

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
 from llava_convert.core.errors import UsageError
 from llava_convert.core.hub_names import Address
+from llava_convert.core.values import dataclass
 from llava_convert.storage.fingerprints import Digest
 from llava_convert.storage.remote.files import Remote
 

@@ -13,11 +13,11 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from llava_convert.core.errors import HubError, unreadable
 from llava_convert.core.retry import TransientError, retry_after
+from llava_convert.core.values import dataclass
 from llava_convert.storage.hubs.answers import bounded
 from llava_convert.storage.hubs.log import Log, overheard
 from llava_convert.storage.hubs.secrets import scrubbed

@@ -6,7 +6,9 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from llava_convert.core.values import dataclass
 
 _LOGGERS = ("huggingface_hub", "modelscope_hub", "modelscope", "fsspec", "s3fs", "botocore", "aiobotocore", "aiohttp")
 

@@ -21,12 +21,12 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from llava_convert.core.errors import InputError, Interrupted, OutputError
+from llava_convert.core.values import dataclass
 from llava_convert.storage.fingerprints import Digest, digests
 from llava_convert.storage.output.finished import RECORD, FinishedFiles, OtherPlanError, of_another_plan, refuse_missing
 from llava_convert.storage.output.locks import Lock

@@ -6,10 +6,10 @@ No global is imported or called, whatever its name: safety does not rest on thes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from llava_convert.core.text import printable
+from llava_convert.core.values import dataclass
 
 # The module wherever it stands in a dotted name: `torch.serialization.os`, `collections.abc.sys`, `asyncio.subprocess`.
 _FORBIDDEN_PARTS = frozenset({

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsafeError
 from llava_convert.core.text import printable
+from llava_convert.core.values import dataclass
 from llava_convert.storage.pickle import containers
 from llava_convert.storage.pickle import globals as names
 from llava_convert.storage.pickle.globals import Elided, Inert

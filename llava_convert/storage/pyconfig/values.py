@@ -11,10 +11,10 @@ import operator
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsafeError
+from llava_convert.core.values import dataclass
 
 # Real configs have 4 to 12 KB and under 3,000 tokens; parsing costs up to 1 KB of memory a token.
 MAX_TEXT = 1_000_000

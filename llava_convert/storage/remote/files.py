@@ -7,12 +7,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import field
 from io import SEEK_CUR, SEEK_END, RawIOBase
 from typing import TYPE_CHECKING
 
 from llava_convert.core.errors import HubError, InputError
 from llava_convert.core.retry import TransientError, patiently
+from llava_convert.core.values import dataclass
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

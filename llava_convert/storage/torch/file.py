@@ -7,13 +7,13 @@ Neither torch nor the classes that a file names are imported; no weight is read.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError, unreadable
 from llava_convert.core.tensors import StoredTensor, require_few
 from llava_convert.core.text import printable
+from llava_convert.core.values import dataclass
 from llava_convert.storage.files import open_regular, size_of
 from llava_convert.storage.pickle.machine import Inert
 from llava_convert.storage.torch.legacy import read_legacy

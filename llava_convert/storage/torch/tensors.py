@@ -6,7 +6,6 @@ Written after torch/_utils.py (the `_rebuild_*` functions) and torch/storage.py 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from llava_convert.core.errors import UnsafeError
 from llava_convert.core.tensors import DTYPE_BITS, Extent, StoredTensor
 from llava_convert.core.text import printable
+from llava_convert.core.values import dataclass
 from llava_convert.storage.pickle.limits import MAX_NAME, Hostile
 from llava_convert.storage.pickle.machine import Builder, Inert, Malformed
 

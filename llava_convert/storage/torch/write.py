@@ -13,13 +13,13 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from typing import Any
 
 from llava_convert.core.errors import UnsupportedError
 from llava_convert.core.tensors import nbytes_of
+from llava_convert.core.values import dataclass
 
 Info = tuple[str, str, tuple[int, ...]]
 """A tensor's name, dtype and shape."""

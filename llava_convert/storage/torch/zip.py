@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
 from io import RawIOBase
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
 from llava_convert.core.text import printable
+from llava_convert.core.values import dataclass
 from llava_convert.storage.files import will_read
 from llava_convert.storage.pickle import machine
 from llava_convert.storage.torch.tensors import BUILDERS, Storage, is_quiet, storage_at, storage_id

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 from llava_convert.core.errors import InputError, UnsafeError, UnsupportedError
 from llava_convert.core.tensors import DTYPE_BITS, TORCH_NAMES, Extent, StoredTensor
 from llava_convert.core.text import listed, printable
+from llava_convert.core.values import dataclass
 from llava_convert.storage.torch.file import OddTensor
 from llava_convert.storage.zero.folder import check_one_save, recognise, state_files, state_folder
 from llava_convert.storage.zero.states import (

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import TORCH_NAMES, StoredTensor
 from llava_convert.core.text import printable
+from llava_convert.core.values import dataclass
 from llava_convert.storage.files import open_regular, read_fully
 from llava_convert.storage.pickle.machine import Inert
 from llava_convert.storage.torch.file import OddTensor, TorchFile, read_torch
