@@ -9,7 +9,7 @@ from typing import Any
 from llava_convert.app.adapters import ignored_note
 from llava_convert.app.next_step import to_try, typed
 from llava_convert.app.options import Options, SourceOptions
-from llava_convert.app.planning import assembled, prepare
+from llava_convert.app.planning import assembled, lowered
 from llava_convert.app.session import job_session
 from llava_convert.app.source import open_source
 from llava_convert.core.errors import ConvertError
@@ -211,7 +211,7 @@ def _problem(source: str | Path, opened: tuple[Checkpoint, str], options: Option
     try:
         beside = files is None or (files.in_folder and mounted(files.where) is None)
         if beside or TARGETS[options.to].adapters_alone:  # which writes none of them
-            prepare(source, options, session, opened)
+            lowered(source, options, session, opened)
         else:
             refuse_quantised(assembled(source, options, session, opened).model.recipes)
     except ConvertError as problem:

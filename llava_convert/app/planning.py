@@ -56,9 +56,8 @@ def prepare(
     source: str | Path, options: Options, session: Session, opened: tuple[Checkpoint, str] | None = None
 ) -> Prepared:
     """Open the source and plan the conversion; writes nothing, reads headers only."""
-    found = assembled(source, options, session, opened)
+    found, target = lowered(source, options, session, opened)
     checkpoint, model = found.checkpoint, found.model
-    target = layout(options.to).lower(model, found.target)
     tags = {"from": checkpoint.layout, "to": options.to, "digest": options.digest}
     plan = make_plan(target, tags=tags | _kernels(target))
     out = _out(checkpoint, options, session)
@@ -79,6 +78,14 @@ def prepare(
         ),
         warnings=(*checkpoint.warnings, *model.warnings, *lost_warnings(model, options.to), *target.warnings),
     )
+
+
+def lowered(
+    source: str | Path, options: Options, session: Session, opened: tuple[Checkpoint, str] | None = None
+) -> tuple[Assembled, Target]:
+    """As `prepare`, up to what the target is; no file is laid out. All that is refused has been by then."""
+    found = assembled(source, options, session, opened)
+    return found, layout(options.to).lower(found.model, found.target)
 
 
 @dataclass(frozen=True)

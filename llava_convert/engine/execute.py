@@ -47,10 +47,11 @@ def execute(
     batches = [[shard for shard in batch if names is None or shard.name in names] for batch in plan.batches]
     computed = {shard.name for shard in plan.shards if not all(t.is_copy for t in shard.tensors)}
     with ThreadPoolExecutor(threads or thread_count(plan.tensors)) as workers:
-        if computed:
-            workers.submit(import_module, "numpy")
         # What is copied goes first: NumPy takes 0.1 s to import, and nobody waits for it then.
+        numpy = workers.submit(import_module, "numpy") if computed else None
         for batch in sorted(batches, key=lambda batch: any(shard.name in computed for shard in batch)):
+            if numpy is not None and any(shard.name in computed for shard in batch):
+                numpy.result()  # two threads that import parts of it at once get halves of it
             for shard in (shard for shard in batch if stage.finished(shard.name)):
                 outcome.take(shard.name, stage.found.get(shard.name, {}))
                 progress(sum(t.nbytes for t in shard.tensors))

@@ -17,7 +17,7 @@ from typing import Any
 from llava_convert.core.errors import InputError, UnsupportedError
 from llava_convert.core.tensors import StoredTensor
 from llava_convert.core.values import dataclass
-from llava_convert.model.tables.names import grouped, layout_table
+from llava_convert.model.tables.names import DISK, grouped, layout_table
 from llava_convert.model.training import LoraSettings
 from llava_convert.ops.lora import MergeLora
 from llava_convert.ops.rows import SetRows
@@ -120,9 +120,8 @@ def split_tail(name: str) -> tuple[str, str]:
             at = segments.index(marker)
             rest = segments[at + 2 :] if marker == _SAVED and segments[at + 1] == "default" else segments[at + 1 :]
             return ".".join(segments[:at] + rest), f".{marker}"
-    table = layout_table("peft")
-    for pattern in [row.disk for row in table.rows]:
-        found = pattern.match(name)
+    for row in layout_table("peft").candidates(name, DISK):
+        found = row.disk.match(name)
         if found is not None:
             (module,) = found.values()
             tail = name.removeprefix(module)

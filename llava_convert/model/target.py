@@ -16,6 +16,7 @@ from llava_convert.model.recipe import Recipe
 from llava_convert.ops import steps
 from llava_convert.ops.base import Op
 from llava_convert.storage.gguf.values import Typed
+from llava_convert.storage.torch.write import require_storage
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -79,7 +80,8 @@ class FileSet:
     `limit` is the most bytes of tensors in a shard, None for one file, or KEEP: shards then follow the source's.
     `container` is "safetensors", "torch" for one file whose reader calls torch.load, or "gguf": its tensors keep
     the order given, `metadata` goes into the (first) file, and KEEP means one file, as llama.cpp's tools write. A file
-    of torch holds the tensors alone, or has them under `key` beside what is in `around`.
+    of torch holds the tensors alone, or has them under `key` beside what is in `around`. Raises UnsupportedError for a
+    dtype which such a file cannot hold.
     """
 
     outputs: tuple[Output, ...]
@@ -90,6 +92,11 @@ class FileSet:
     metadata: Mapping[str, Typed] = field(default_factory=dict)
     around: Mapping[str, Any] | None = None
     key: str = ""
+
+    def __post_init__(self) -> None:
+        if self.container == "torch":
+            for output in self.outputs:
+                require_storage(output.name, output.dtype)
 
 
 def part_names(files: FileSet, count: int | None = None) -> list[str]:

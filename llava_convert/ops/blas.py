@@ -40,6 +40,7 @@ def one_thread() -> Iterator[None]:
 @cache
 def _threads() -> tuple[Callable[[], int], Callable[[int], object]]:
     """How OpenBLAS tells its number of threads and is told it; for another BLAS, functions that do nothing."""
+    import numpy  # noqa: F401  all of it first: threads that import parts of it at once get halves of it
     from numpy.linalg import _umath_linalg
 
     library = ctypes.CDLL(_umath_linalg.__file__)  # finds what is linked into it too

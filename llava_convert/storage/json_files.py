@@ -20,10 +20,6 @@ MAX_JSON_VALUES = 5_000_000
 # What is read is gone by with functions that call themselves. A tokenizer.json has 12 levels.
 MAX_JSON_DEPTH = 64
 
-# What a number beyond any float has, digits read as 0: Python makes an infinity of it, which is no JSON when it is
-# written again. Translating and finding takes a tenth of what a regular expression does.
-_HUGE = (b"e000", b"e+000", b"0" * 300)
-_SHAPES = bytes.maketrans(b"123456789E", b"000000000e")
 _STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity|NaN', re.DOTALL)
 
 
@@ -54,14 +50,13 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def parse_json(data: bytes, where: str, *, unique_keys: bool = False) -> Any:
     """The value that `data` is the JSON of; errors as for `read_json`, and they begin with `where`."""
-    if data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_JSON_VALUES:
+    if len(data) > MAX_JSON_VALUES and data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_JSON_VALUES:
         raise InputError(f"{where}: more than {MAX_JSON_VALUES:,} values, more than any file of its kind")
     text = _decoded(data, where)
     try:
         found = json.loads(
             text,
             parse_constant=_constant,
-            parse_float=_finite if _may_be_huge(data) else None,
             object_pairs_hook=_unique if unique_keys else None,
         )
     except json.JSONDecodeError as error:
@@ -73,28 +68,28 @@ def parse_json(data: bytes, where: str, *, unique_keys: bool = False) -> Any:
         raise InputError(f"{where}: not JSON: {error} at {_place(text, position)}") from None
     except _TwiceError as error:
         raise InputError(f"{where}: the key {printable(error)} is there twice") from None
-    except ValueError as error:  # a huge number; an integer of thousands of digits (sys.set_int_max_str_digits)
+    except ValueError as error:  # an integer of thousands of digits (sys.set_int_max_str_digits)
         raise InputError(f"{where}: not JSON that a model needs: {error}") from None
-    if _deeper(found, MAX_JSON_DEPTH):
-        raise InputError(f"{where}: not JSON that a model needs: nested too deep")
+    if (excess := _excess(found)) is not None:
+        raise InputError(f"{where}: not JSON that a model needs: {excess}")
     return found
 
 
-def _deeper(value: Any, limit: int) -> bool:
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(limit):
+def _excess(value: Any) -> str | None:
+    """What is too much in a value: its depth, or a number of which Python makes an infinity, which is no JSON."""
+    level: list[Any] = [[value]]
+    for _ in range(MAX_JSON_DEPTH + 1):
         inside = [node.values() if isinstance(node, dict) else node for node in level]
-        # By a set of types first: a vocabulary holds numbers alone.
-        level = [
-            child
-            for children in inside
-            if not {dict, list}.isdisjoint(map(type, children))
-            for child in children
-            if isinstance(child, dict | list)
-        ]
+        level = []
+        for children in inside:
+            kinds = set(map(type, children))  # first, since a vocabulary holds one kind of value
+            if float in kinds and any(isinstance(child, float) and math.isinf(child) for child in children):
+                return "a number beyond any float"
+            if not kinds.isdisjoint((dict, list)):
+                level += [child for child in children if isinstance(child, dict | list)]
         if not level:
-            return False
-    return True
+            return None
+    return "nested too deep"
 
 
 class _ConstantError(Exception):
@@ -103,18 +98,6 @@ class _ConstantError(Exception):
 
 class _TwiceError(Exception):
     """A key for the second time, of which Python would keep the last."""
-
-
-def _may_be_huge(data: bytes) -> bool:
-    shapes = data.translate(_SHAPES)
-    return any(shape in shapes for shape in _HUGE)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"the number {printable(text)} is beyond any float")
-    return value
 
 
 def _constant(name: str) -> None:

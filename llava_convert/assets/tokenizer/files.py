@@ -207,7 +207,7 @@ def tokenizer_object(data: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(found).__name__}")
     # Half a surrogate pair can be written in JSON (\\ud800) and not in the files that are made of it.
-    if b"\\ud" in data.lower() and not _is_text(json.dumps(found, ensure_ascii=False)):
+    if (b"\\ud" in data or b"\\uD" in data) and not _is_text(json.dumps(found, ensure_ascii=False)):
         raise InputError(f"{path}: holds an escape (\\ud...) that is not a character", hint="get the file again")
     require_shape(path.name, found, path)
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from llava_convert.assets.tokenizer.files import Tokenizer
 from llava_convert.assets.tokenizer.json_edit import has_type
@@ -46,6 +46,17 @@ class _Tokens:
     def empty(cls, rows: int) -> _Tokens:
         return cls([f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows, [_UNUSED_SCORE] * rows)
 
+    @classmethod
+    def of(cls, vocabulary: Mapping[str, int], rows: int) -> _Tokens:
+        """As `put` for each token, which of 128,000 takes long."""
+        texts: list[str | None] = [None] * rows
+        for text, i in vocabulary.items():
+            texts[i] = text
+        types = [NORMAL] * rows
+        for i in [i for i, text in enumerate(texts) if text is None]:
+            texts[i], types[i] = f"[PAD{i}]", UNUSED
+        return cls(cast(list[str], texts), types, [0.0] * rows)
+
     def put(self, i: int, text: str, kind: int, score: float = 0.0) -> None:
         self.texts[i], self.types[i], self.scores[i] = text, kind, score
 
@@ -71,10 +82,11 @@ def tokenizer_metadata(
             f"{tokenizer.where}: the tokenizer has {tokenizer.size} tokens, but the embedding only {rows} rows",
             hint="--vocab tokens adds a row for each token without one (the mean of the other rows)",
         )
-    tokens = _Tokens.empty(rows)
     if tokenizer.byte_level or not (tokenizer.fast or _has_pieces(tokenizer)):
+        tokens = _Tokens.of(tokenizer.vocabulary, rows)
         found = _byte_level(tokenizer, tokens, pre)
     else:
+        tokens = _Tokens.empty(rows)
         found = _pieces(tokenizer, tokens)
     found |= _special_ids(tokenizer, tokens, stop_ids, config or {})
     found["tokenizer.ggml.add_bos_token"] = Typed("bool", tokenizer.adds_bos)
@@ -87,9 +99,6 @@ def tokenizer_metadata(
 
 
 def _byte_level(tokenizer: Tokenizer, tokens: _Tokens, pre: str | None) -> dict[str, Typed]:
-    texts, types = tokens.texts, tokens.types
-    for text, i in tokenizer.vocabulary.items():  # 128,000 of them: no call for each
-        texts[i], types[i] = text, NORMAL
     _add_added(tokenizer, tokens)
     return {
         "tokenizer.ggml.model": Typed("str", "gpt2"),

@@ -310,7 +310,8 @@ def _file_type(kind: _Type) -> dict[str, Typed]:
 
 def _modelfile(model: Model, made: Artefacts, llm: list[str], mmprojs: list[str]) -> bytes:
     tokenizer = made.required_tokenizer()
-    texts = tokenizer.texts
+    stops = set(_stop_ids(made))
+    texts = {i: text for text, i in tokenizer.vocabulary.items() if i in stops}
     context = model.configs[LLM].get("max_position_embeddings")
     return modelfile(
         llm,

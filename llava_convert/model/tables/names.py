@@ -102,7 +102,7 @@ class LayoutTable:
     rows: tuple[Row, ...]
     drops: tuple[Drop, ...] = ()
 
-    def _candidates(self, name: str, side: str) -> tuple[Row, ...]:
+    def candidates(self, name: str, side: str) -> tuple[Row, ...]:
         """The rows that could take a name, in their order: so a table's hundreds are not tried for each name."""
         rows = self._by_module[side]
         return rows.get(("", *name.split("."))[-2], rows[""])
@@ -121,7 +121,7 @@ class LayoutTable:
 
     def read(self, disk: str) -> Named | None:
         """The canonical name of `disk`, or None when no row knows it."""
-        for row in self._candidates(disk, DISK):
+        for row in self.candidates(disk, DISK):
             bindings = row.disk.match(disk)
             if bindings is not None:
                 return Named(row.canonical.fill(bindings), row.dialect)
@@ -129,7 +129,7 @@ class LayoutTable:
 
     def named(self, name: str, side: str) -> list[tuple[str, Row]]:
         """What a name on one side is called on the other, by each row that takes it: several where it is in parts."""
-        found = ((row.pattern(side).match(name), row) for row in self._candidates(name, side))
+        found = ((row.pattern(side).match(name), row) for row in self.candidates(name, side))
         other = CANONICAL if side == DISK else DISK
         return [(row.pattern(other).fill(bindings), row) for bindings, row in found if bindings is not None]
 
@@ -143,7 +143,7 @@ class LayoutTable:
         In the first of `dialects` that has one; without these in the one that our own output uses.
         """
         for dialect in dialects or (self.writes,):
-            for row in self._candidates(canonical, CANONICAL):
+            for row in self.candidates(canonical, CANONICAL):
                 if row.dialect == dialect and (bindings := row.canonical.match(canonical)) is not None:
                     return row.disk.fill(bindings), row.place
         return None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from llava_convert.core.values import dataclass
 
 Bindings = dict[str, str]
 _SEGMENT = re.compile(r"[^{}*]+|\{\w+\*?\}")
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 class TableError(Exception):
@@ -57,6 +59,11 @@ class Pattern:
     def overlaps(self, other: Pattern) -> bool:
         """Whether some name matches both."""
         return _overlap(self.segments, other.segments)
+
+
+def of_one_layer(names: Iterable[str]) -> set[str]:
+    """Names as if a model had one layer: a tenth of them, where only their kinds count."""
+    return {_NUMBER.sub(".0", name) for name in names}
 
 
 def _match(segments: tuple[str, ...], parts: list[str]) -> Bindings | None:

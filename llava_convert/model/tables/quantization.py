@@ -11,7 +11,7 @@ from typing import Any
 from llava_convert.core.resources import data_dir
 from llava_convert.core.text import printable
 from llava_convert.core.values import dataclass
-from llava_convert.model.tables.patterns import TableError
+from llava_convert.model.tables.patterns import TableError, of_one_layer
 
 # Keys of config.json that hold what was done: transformers' own, an older one of compressed-tensors, MLX's.
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
@@ -85,7 +85,7 @@ def quantization(
         told = next((beside[name] for name in method.files if name in beside), None)
         if told is not None:
             return Quantization(method, _bits(method, told), told)
-    every = tuple(names)
+    every = of_one_layer(names)
     for method in methods():
         if any(fnmatchcase(name, pattern) for pattern in method.tensors for name in every):
             return Quantization(method, _bits(method, {}), {})

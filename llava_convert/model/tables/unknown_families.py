@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -12,9 +11,7 @@ from pathlib import Path
 from llava_convert.core.resources import data_dir
 from llava_convert.core.values import dataclass
 from llava_convert.model.tables.families import architectures
-from llava_convert.model.tables.patterns import Pattern, TableError
-
-_NUMBER = re.compile(r"\.\d+(?=\.)")
+from llava_convert.model.tables.patterns import Pattern, TableError, of_one_layer
 
 
 @dataclass(frozen=True)
@@ -50,12 +47,15 @@ def by_tensors(part: str, names: Iterable[str]) -> str | None:
 
     `names` are canonical, or as they are on disk where no layout's table gives them a meaning.
     """
-    tables = [table for table in architectures().values() if table.part == part]
-    known = [Pattern.parse(f"{part}.{row['name']}") for table in tables for row in table.rows]
-    once = {_NUMBER.sub(".0", name) for name in names}  # of many layers one
-    there = sorted(name for name in once if not any(pattern.match(name) for pattern in known))
+    there = sorted(of_one_layer(names))
     rows = (row for row in unknown_families() if row.part == part)
-    return next((row.what for row in rows if any(_fits(row.tensors, name) for name in there)), None)
+    return next((r.what for r in rows if any(_fits(r.tensors, one) and not _known(part, one) for one in there)), None)
+
+
+def _known(part: str, name: str) -> bool:
+    """Whether a family that has a table has a tensor of this name."""
+    tables = [table for table in architectures().values() if table.part == part]
+    return any(Pattern.parse(f"{part}.{row['name']}").match(name) for table in tables for row in table.rows)
 
 
 def by_id(part: str, name: str) -> str | None:

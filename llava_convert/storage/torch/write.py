@@ -42,6 +42,12 @@ _STORAGES = {
 }
 
 
+def require_storage(name: str, dtype: str) -> None:
+    """Raises UnsupportedError for a dtype which files of torch cannot hold."""
+    if dtype not in _STORAGES:
+        raise UnsupportedError(f"{name} is {dtype}, which torch's own files have no storage of")
+
+
 @dataclass(frozen=True)
 class Archive:
     """A file that is known but for its tensors: `pieces` by their places, and where each tensor's bytes belong.
@@ -150,8 +156,7 @@ def _pickle(infos: Sequence[Info], around: Mapping[str, Any] | None, key: str) -
 
 def _entry(number: int, name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
     """A name, a call of `_rebuild_tensor_v2`, and the opcode that sets it."""
-    if dtype not in _STORAGES:
-        raise UnsupportedError(f"{name} is {dtype}, which torch's own files have no storage of")
+    require_storage(name, dtype)
     storage = _call_args(
         _text("storage"), _global("torch", _STORAGES[dtype]), _text(str(number)), _text("cpu"), _int(prod(shape))
     )
