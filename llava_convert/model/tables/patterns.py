@@ -58,6 +58,8 @@ class Pattern:
 
     def overlaps(self, other: Pattern) -> bool:
         """Whether some name matches both."""
+        if not (self.tail.endswith(other.tail) or other.tail.endswith(self.tail)):
+            return False
         return _overlap(self.segments, other.segments)
 
 
