@@ -7,6 +7,7 @@ shared staging: each worker writes whole files and notes them, so that a file th
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import secrets
 from collections.abc import Iterator, Mapping
@@ -114,6 +115,7 @@ def _write_there(job: Anywhere, ready: Prepared, scheduler: str | int, say: Repo
 def _write(source: str, options: Options, names: list[str]) -> None:
     """The task: some files of the output."""
     write_files(source, options, names)
+    gc.collect()  # a plan lies in cycles, and a worker makes one for each task
 
 
 def _result(future: Any, name: str) -> None:

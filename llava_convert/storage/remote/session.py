@@ -15,6 +15,7 @@ from llava_convert.core.errors import ConvertError, HubError, UnsafeError, os_re
 from llava_convert.core.text import escaped, printable
 from llava_convert.storage.files import relative_name
 from llava_convert.storage.remote.files import Remote, Traffic
+from llava_convert.storage.remote.memory import give_back
 from llava_convert.storage.remote.mounts import Mount
 
 MOST_FILES = 100_000  # a dataset may have as many; a model has some dozens
@@ -50,6 +51,7 @@ class Session:
         """
         if len(remote.files) > MOST_FILES:
             raise UnsafeError(f"{remote.address}: {len(remote.files):,} files, more than any model has")
+        give_back()
         mount = Mount(remote, remote.address.rstrip("/").rpartition("/")[2].partition("@")[0])
         self._mounts.append(mount)
         self.call(mount.root, remote.address)
