@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from llava_convert.storage.files import open_regular, read_fully, size_of
 from llava_convert.storage.ranges import FilePool
 from llava_convert.storage.remote import files as remote
 from llava_convert.storage.remote.files import Remote, RemoteFile, RemoteStream
+from llava_convert.storage.remote.memory import give_back
 from llava_convert.storage.remote.mounts import mounted, remote_of
 from llava_convert.storage.remote.reach import reach, url_of
 from llava_convert.storage.remote.session import Session
@@ -349,3 +351,16 @@ def test_a_local_source_is_a_local_source(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     assert reach("org/name", Session()) == Path("org/name")
     assert reach(f"file://{tmp_path}/org", Session()) == tmp_path / "org"
+
+
+def test_a_command_looks_for_cycles_once_it_has_a_network() -> None:
+    """Each request leaves one, and a command has the search off."""
+    give_back.cache_clear()
+    gc.disable()
+    try:
+        with Session() as session:
+            assert not gc.isenabled()
+            session.mount(Remote("hf://org/m", {}, Server().read, lambda name: "1"))
+            assert gc.isenabled()
+    finally:
+        gc.enable()
