@@ -45,12 +45,15 @@ def execute(
     """
     outcome = Outcome()
     batches = [[shard for shard in batch if names is None or shard.name in names] for batch in plan.batches]
-    computed = {shard.name for shard in plan.shards if not all(t.is_copy for t in shard.tensors)}
+
+    def computes(batch: Sequence[Shard]) -> bool:
+        return any(not t.is_copy for shard in batch if not stage.finished(shard.name) for t in shard.tensors)
+
     with ThreadPoolExecutor(threads or thread_count(plan.tensors)) as workers:
         # What is copied goes first: NumPy takes 0.1 s to import, and nobody waits for it then.
-        numpy = workers.submit(import_module, "numpy") if computed else None
-        for batch in sorted(batches, key=lambda batch: any(shard.name in computed for shard in batch)):
-            if numpy is not None and any(shard.name in computed for shard in batch):
+        numpy = workers.submit(import_module, "numpy") if any(map(computes, batches)) else None
+        for batch in sorted(batches, key=computes):
+            if numpy is not None and computes(batch):
                 numpy.result()  # two threads that import parts of it at once get halves of it
             for shard in (shard for shard in batch if stage.finished(shard.name)):
                 outcome.take(shard.name, stage.found.get(shard.name, {}))

@@ -350,6 +350,21 @@ def run(plan: Plan, out: Path, *, resume: bool = False) -> list[str]:
     return said
 
 
+def test_what_is_copied_is_written_first(tmp_path: Path) -> None:
+    """While it is, NumPy is imported for the rest."""
+    tensors = [stored(tmp_path, name, np.full((8, 8), i, np.float32)) for i, name in enumerate("abc")]
+    outputs = [
+        Output(t.name, t.name, Recipe(t), dtype) for t, dtype in zip(tensors, ("F16", "F32", "F32"), strict=True)
+    ]
+    plan = make_plan(Target("x", tuple(FileSet((one,), stem=one.name) for one in outputs), {}))
+    order: list[str] = []
+    stage = Staging(tmp_path / "out", plan.hash, force=False, resume=False, needed_bytes=0, say=order.append)
+    with stage, FilePool() as pool:
+        execute.execute(plan, stage, pool, progress=lambda done: None, on_file=order.append)
+        stage.commit()
+    assert order == ["b.safetensors", "c.safetensors", "a.safetensors"]
+
+
 def test_files_of_several_types_are_written_in_one_pass(tmp_path: Path, reads: dict[str, int]) -> None:
     generator = np.random.default_rng(0)
     sources = {name: generator.standard_normal((300, 256)).astype(np.float32) for name in ("a", "b", "c")}
