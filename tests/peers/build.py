@@ -168,7 +168,7 @@ RECIPES: dict[str, Recipe] = {
         (
             Install(
                 (
-                    *("transformers==4.57.6", "peft==0.18.1", "accelerate==1.11.0", "trl==0.24.0", "datasets==4.8.4"),
+                    *("transformers==4.57.6", "peft==0.18.1", "accelerate==1.11.0", "trl==0.24.0", "datasets==4.0.0"),
                     *("numpy<2.4", "pillow", "sentencepiece", "protobuf", "tiktoken", "pandas", "scipy", "einops"),
                     *("omegaconf", "pydantic", "pyyaml", "av<=16.0.0", "torchdata<=0.11.0", "fire", "tyro<0.9.0"),
                     *("modelscope", "addict", "attrdict", "json-repair", "binpacking", "dacite", "simplejson"),
