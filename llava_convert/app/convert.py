@@ -42,7 +42,7 @@ from llava_convert.ops.base import CastLoss
 from llava_convert.storage.fingerprints import Snapshot, State
 from llava_convert.storage.output.places import free_bytes
 from llava_convert.storage.output.staging import Staging, Twin
-from llava_convert.storage.ranges import FilePool
+from llava_convert.storage.ranges import FilePool, worth_keeping
 from llava_convert.storage.remote.mounts import address_of, remote_of
 from llava_convert.storage.remote.reach import url_of
 from llava_convert.storage.remote.session import Session
@@ -132,6 +132,7 @@ def write(
             names=planned.share,
             threads=options.threads,
             digest=options.digest,
+            keep=_read_again(ready, options) or worth_keeping(sum(shard.size for shard in left)),
             progress=say.start("converting", sum(t.nbytes for shard in _written(planned) for t in shard.tensors)),
             on_file=names_files(say),
         )
@@ -170,6 +171,11 @@ def write(
 def _written(planned: Report) -> list[Shard]:
     """The shards that this run writes."""
     return [shard for shard in planned.plan.shards if planned.share is None or shard.name in planned.share]
+
+
+def _read_again(ready: Prepared, options: Options) -> bool:
+    """Whether this job itself reads what it writes: to compare it with its source, or to send it to a store."""
+    return options.level == FULL or url_of(ready.out) is not None
 
 
 def _verify(

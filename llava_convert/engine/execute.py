@@ -34,12 +34,14 @@ def execute(
     names: Collection[str] | None = None,
     threads: int = 0,
     digest: bool = False,
+    keep: bool = True,
     progress: Progress,
     on_file: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
     """Write the shards of the plan that are called `names` into the stage; without `names` all, and then its files.
 
-    `on_file` is called with the name of each file, before the first byte of it.
+    `on_file` is called with the name of each file, before the first byte of it. Without `keep` files leave the memory
+    as they are written.
     Raises InputError when a source changes or ends early, OutputError when the disk refuses, MismatchError when a
     cast overflows. The caller commits.
     """
@@ -67,7 +69,8 @@ def execute(
                     for at, piece in ((0, shard.header), *shard.pieces):
                         write_all(files[shard.name], at, memoryview(piece))
                 tasks = tasks_of([t for shard in left for t in shard.tensors], whole=digest)
-                sink = FileSink(pool, files, progress)
+                # Checks are of the bytes as they were written, read back from the memory.
+                sink = FileSink(pool, files, progress, keep or any(shard.checks for shard in left))
                 run_all(workers, tasks, pool, sink, outcome, digest=digest)
                 outcome.refuse_overflow()  # before the files count as finished, which a resumed run would keep
                 for shard in left:

@@ -33,20 +33,22 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FileSink:
-    """Writes into open files, by the shard's name; several threads may."""
+    """Writes into open files, by the shard's name; several threads may. `keep` is as for `write_all`."""
 
     pool: FilePool
     files: Mapping[str, int]
     progress: Progress
+    keep: bool = True
     writing: threading.Lock = field(default_factory=threading.Lock)
 
     def copy(self, task: Copy) -> None:
-        self.pool.copy_to(task.path, task.offset, self.files[task.shard], task.at, task.length, progress=self.progress)
+        to = self.files[task.shard]
+        self.pool.copy_to(task.path, task.offset, to, task.at, task.length, progress=self.progress, keep=self.keep)
 
     def put(self, tensor: PlannedTensor, start: int, data: Array) -> None:
         at, fd = tensor.offset + start, self.files[tensor.shard]
         with self.writing:  # two threads that write into one file spin on its lock, at the cost of a core
-            write_all(fd, at, raw(data))
+            write_all(fd, at, raw(data), keep=self.keep)
         # Blocks are too small to start writeback one by one; started whenever a piece is full, it takes the fsync
         # at the end from 0.11 s to 0.03 s for 350 MB.
         full = (at + data.nbytes) // PIECE * PIECE

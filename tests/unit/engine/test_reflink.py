@@ -12,7 +12,7 @@ import pytest
 import llava_convert
 from benchmarks.make import Values, write_official, write_tokenizer, write_tower_config
 from benchmarks.shapes import Shape
-from tests.reflink import xfs
+from tests.reflink import MAKE, sharing
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,8 +38,9 @@ def taken(mount: Path) -> int:
     return shutil.disk_usage(mount).used
 
 
-def test_a_rename_writes_as_little_of_a_large_model_as_of_a_small_one(tmp_path: Path) -> None:
-    with xfs(tmp_path, 4 << 30) as mount:
+@pytest.mark.parametrize("kind", MAKE)
+def test_a_rename_writes_as_little_of_a_large_model_as_of_a_small_one(kind: str, tmp_path: Path) -> None:
+    with sharing(kind, tmp_path, 4 << 30) as mount:
         sizes, own = [], []
         for layers in (1, 12):
             source, hf, back = (mount / f"{what}-{layers}" for what in ("source", "hf", "back"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from llava_convert.core.errors import InputError
 from llava_convert.storage import ranges
-from tests.reflink import xfs
+from tests.reflink import MAKE, sharing
 
 SIZE = 700_001  # not a multiple of anything
 DATA = bytes(os.urandom(SIZE))
@@ -199,6 +200,74 @@ def test_write_all_writes_large_buffers_whole(tmp_path: Path) -> None:
     assert (tmp_path / "target").read_bytes() == bytes(13) + data
 
 
+class FlaggedWrites:
+    """`os.pwritev` as it is, or without the flag as before Linux 6.14; and what was written with it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, refuse: int | None = None) -> None:
+        self.places: list[tuple[int, int]] = []
+        self._call, self._refuse = os.pwritev, refuse
+        monkeypatch.setattr(os, "pwritev", self)
+
+    def __call__(self, fd: int, buffers: list[memoryview], offset: int, flags: int) -> int:
+        if self._refuse is not None:
+            raise OSError(self._refuse, os.strerror(self._refuse))
+        self.places.append((offset, len(buffers[0])))
+        return self._call(fd, buffers, offset, flags)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RWF_DONTCACHE is Linux's")
+@pytest.mark.parametrize("refuse", [None, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+@pytest.mark.parametrize("start", [0, 13, 4095])
+def test_what_is_not_kept_is_written_whole(
+    start: int, refuse: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any offset, several blocks that meet within pages, with the system's help and without."""
+    flagged = FlaggedWrites(monkeypatch, refuse)
+    data = os.urandom(ranges.PIECE + 3 * ranges.BLOCK + 11)
+    fd = os.open(tmp_path / "target", os.O_RDWR | os.O_CREAT)
+    for at in range(0, len(data), 300_007):
+        ranges.write_all(fd, start + at, data[at : at + 300_007], keep=False)
+    ranges.write_all(fd, start + len(data), b"end", keep=False)
+    os.close(fd)
+    assert (tmp_path / "target").read_bytes() == bytes(start) + data + b"end"
+    # A page that only a part of was written must not go: the system would read it again for the rest.
+    assert all(at % ranges.BLOCK == length % ranges.BLOCK == 0 for at, length in flagged.places)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RWF_DONTCACHE is Linux's")
+def test_a_full_disk_is_told_where_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FlaggedWrites(monkeypatch, errno.ENOSPC)
+    fd = os.open(tmp_path / "target", os.O_RDWR | os.O_CREAT)
+    with pytest.raises(OSError, match="No space left"):
+        ranges.write_all(fd, 0, bytes(ranges.BLOCK), keep=False)
+    os.close(fd)
+
+
+def pages_in_memory(file: Path) -> int:
+    """How many bytes of a file the page cache holds, as `fincore` of util-linux says."""
+    told = subprocess.run(["fincore", "-n", "-b", "-o", "RES", str(file)], check=True, capture_output=True, text=True)
+    return int(told.stdout)
+
+
+@pytest.mark.skipif(shutil.which("fincore") is None, reason="fincore is of util-linux")
+def test_what_is_not_kept_leaves_the_memory(tmp_path: Path) -> None:
+    size, left = 64 << 20, {}
+    for keep in (True, False):
+        target = tmp_path / f"target{keep}"
+        fd = os.open(target, os.O_RDWR | os.O_CREAT)
+        try:
+            os.pwritev(fd, [bytes(ranges.BLOCK)], 0, 0x80)
+        except OSError:
+            pytest.skip("this file system, or a kernel before 6.14, keeps every page")
+        for at in range(13, size, ranges.BUFFER):
+            ranges.write_all(fd, at, bytes(ranges.BUFFER), keep=keep)
+        os.fsync(fd)
+        os.close(fd)
+        left[keep] = pages_in_memory(target)
+    assert left[True] > size
+    assert left[False] < size // 8  # a page where two writes meet stays, and what was on its way to the disk
+
+
 def test_threads_share_descriptors(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for positional in (False, True):
         block(monkeypatch, clone=True, kernel=positional, positional=positional)
@@ -246,8 +315,9 @@ def test_pool_refuses_what_is_no_file_and_does_not_hang(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="FICLONERANGE is Linux's")
-def test_blocks_are_shared_on_a_reflink_file_system(tmp_path: Path) -> None:
-    with xfs(tmp_path, 512 << 20) as mount:
+@pytest.mark.parametrize("kind", MAKE)
+def test_blocks_are_shared_on_a_reflink_file_system(kind: str, tmp_path: Path) -> None:
+    with sharing(kind, tmp_path, 512 << 20) as mount:
         size = 64 << 20
         data = os.urandom(1 << 20) * 64
         (mount / "source").write_bytes(data)
