@@ -48,8 +48,12 @@ def missing() -> str:
 
 
 def make_hf(folder: Path, size: float) -> None:
-    """`model`: the `hf` layout in bfloat16, one file, about `size` GB of language model with Llama-3's vocabulary."""
-    shape = llama3_shape_for(int(size * GB))
+    """`model`: as `write_hf` makes it, with about `size` GB of language model."""
+    write_hf(folder, llama3_shape_for(int(size * GB)))
+
+
+def write_hf(folder: Path, shape: Shape) -> None:
+    """`model`: the `hf` layout in bfloat16, one file, with Llama-3's vocabulary. It takes twice the room meanwhile."""
     official = folder / "official"
     official.mkdir()
     write_official(official, shape, "BF16", 10**15, Values("BF16"))
