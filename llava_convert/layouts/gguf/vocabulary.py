@@ -117,7 +117,12 @@ def _merges(tokenizer: Tokenizer) -> list[str]:
         merges = [line for line in lines if line.strip() and not line.startswith("#version")]
     if not isinstance(merges, list) or not merges:
         raise InputError(f"{tokenizer.where}: the tokenizer has no merges", hint="get tokenizer.json again")
-    return merges if set(map(type, merges)) == {str} else [m if isinstance(m, str) else _pair(m) for m in merges]
+    kinds = set(map(type, merges))
+    if kinds == {list}:  # as in every file of today; no other space in all of them than those put between the parts
+        pairs = list(map(" ".join, merges))
+        if "".join(pairs).count(" ") == sum(map(len, merges)) - len(merges):
+            return pairs
+    return merges if kinds == {str} else [m if isinstance(m, str) else _pair(m) for m in merges]
 
 
 def _pair(parts: Sequence[str]) -> str:
