@@ -127,17 +127,16 @@ def compare(job: Job, size: float, repeats: int, cache: Path) -> Row:
         discard(work / "out")
     discard(work)
     yardstick = "llama.cpp" if job.through is None else f"llama.cpp by {job.through}"
-    notes, what = _notes(size, ours, others), f"hf to gguf {job.outtype}"
+    notes, what = _notes(ours, others), f"hf to gguf {job.outtype}"
     return Row(job.name, size, tuple(ours), yardstick, tuple(others), job.budget, notes, what)
 
 
-def _notes(size: float, ours: list[Run], others: list[Run]) -> tuple[str, ...]:
+def _notes(ours: list[Run], others: list[Run]) -> tuple[str, ...]:
     memory = max(r.resident for r in ours) / max(r.resident for r in others)
-    allowed = 1 / 10 if size >= 4 else 1 / 4
     spent, spent_by_them = (min(r.user + r.system for r in runs) for runs in (ours, others))
     disk, disk_of_theirs = (max(r.temporary for r in runs) / GB for runs in (ours, others))
     return (
-        f"peak RSS {memory:.2f} of theirs" + ("" if memory <= allowed else f", over {allowed:.2f}"),
+        f"peak RSS {memory:.2f} of theirs",
         f"processor {spent:.1f} s, theirs {spent_by_them:.1f} s",
         f"temporary disk {disk:.2f} GB, theirs {disk_of_theirs:.2f} GB",
     )
