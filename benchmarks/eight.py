@@ -229,6 +229,10 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave sources and outputs for a look")
     parser.add_argument("--cache", type=Path, default=ROOT / ".bench", help="where the folder 8b is made")
     chosen = parser.parse_args()
+    wanted = sum(to in FORMS[name].targets for name in chosen.forms for to in chosen.to)
+    if not wanted:
+        goes = "; ".join(f"{name} goes to {', '.join(FORMS[name].targets)}" for name in chosen.forms)
+        parser.error(f"nothing to run: {goes}")
     console = Console(width=None if Console().is_terminal else 160)
     rows: list[Row] = []
     shape = chosen_shape(chosen.scale, chosen.layers)
@@ -242,7 +246,7 @@ def main() -> None:
                 console.print(str(problem), markup=False)
     if rows:
         show(rows, console)
-    sys.exit(len(rows) < sum(to in FORMS[name].targets for name in chosen.forms for to in chosen.to))
+    sys.exit(len(rows) < wanted)
 
 
 if __name__ == "__main__":

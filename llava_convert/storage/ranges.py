@@ -74,7 +74,7 @@ def write_all(fd: int, offset: int, buffer: ReadableBuffer, *, keep: bool = True
     """Write the whole of `buffer` at `offset`. Raises OSError.
 
     Without `keep` its pages leave the memory once they are on the disk, where the system can do that: a file that is
-    large beside the memory would push out what others use, and each page of it cost the kernel a new one.
+    large beside the memory would push out what others use, and each of its pages costs the kernel a new one.
     """
     view = _bytes_of(buffer)
     done = 0

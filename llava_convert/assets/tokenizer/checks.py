@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,20 @@ def _is_pieces(value: Any) -> bool:
 
 
 def _is_model(value: Any) -> bool:
-    vocab = value.get("vocab", {}) if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not _are_merges(value.get("merges")):
+        return False
+    vocab = value.get("vocab", {})
     return _is_vocabulary(vocab) or _is_pieces(vocab)
+
+
+def _are_merges(value: Any) -> bool:
+    """Of a BPE model: "a b" each, or since tokenizers 0.20 ["a", "b"]."""
+    if value is None:
+        return True
+    if not isinstance(value, list) or not set(map(type, value)) <= {str, list}:
+        return False
+    pairs = [merge for merge in value if type(merge) is list]
+    return set(map(len, pairs)) <= {2} and set(map(type, chain.from_iterable(pairs))) <= {str}
 
 
 def _is_token(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from llava_convert.assets.processor import preprocessor_config, processor_config
 from llava_convert.assets.prompts import hf_templates
+from llava_convert.assets.tokenizer.checks import require_shape
 from llava_convert.assets.tokenizer.files import Tokenizer, open_tokenizer
 from llava_convert.assets.tokenizer.llava_tokens import (
     AddedToken,
@@ -406,3 +408,26 @@ def test_no_tokenizer_and_broken_json_are_input_errors(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("[1]")
     with pytest.raises(InputError, match="expected a JSON object, found list"):
         _ = tokenizer_in(tmp_path).size
+
+
+@pytest.mark.parametrize(
+    ("merges", "sound"),
+    [
+        (["a b", "ab c"], True),
+        ([["a", "b"], ["a b", "c"]], True),
+        (["a b", ["a", "b"]], True),
+        ([], True),
+        (None, True),
+        ([["a", 1]], False),
+        ([["a", "b", "c"]], False),
+        ([[]], False),
+        (["a b", None], False),
+        ("a b", False),
+    ],
+)
+def test_merges_are_pairs_of_tokens(merges: object, sound: bool) -> None:
+    """A number in a pair ended a conversion to GGUF as a bug of the program's."""
+    path = Path("tokenizer.json")
+    expected = nullcontext() if sound else pytest.raises(InputError, match="model is not what a tokenizer has there")
+    with expected:
+        require_shape("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": merges}}, path)
