@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "fixtures" / "tiny"
 TRAINING = ("torch", "transformers", "peft")  # and not for converting
-KERNELS = "xllamacpp"  # K-quants are in the manifest
+KERNELS, COMPILER = "xllamacpp", "llvmlite"  # K-quants are in the manifest
 COMMANDS = ("pth", "xtuner", "official", "hf", "gguf", "convert", "inspect", "verify", "layouts", "upload", "release")
 
 
@@ -31,7 +31,8 @@ def dependencies() -> dict[str, str]:
     """The lowest version of each, by name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     found = {}
-    for dependency in project["dependencies"]:
+    compiler = [one for one in project["optional-dependencies"]["llamacpp"] if one.startswith(COMPILER)]
+    for dependency in [*project["dependencies"], *compiler]:
         match = re.fullmatch(r"([\w.-]+)>=([\d.]+)", dependency)
         if match is None:
             raise SystemExit(f"pyproject.toml: {dependency!r} has no lower bound that this understands")

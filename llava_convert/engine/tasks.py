@@ -15,7 +15,7 @@ from llava_convert.storage.streams import cuts, rows_of, rows_per_block
 
 # One task's share: large enough that its overhead is nothing, small enough to keep every thread busy to the end.
 SHARE = 64 * 1024 * 1024
-# Of a source that is quantised, which takes up to 50 ns a weight: half a second for each type.
+# Of a source that is quantised: up to 50 ns a weight where that is not vectorised, half a second for each type.
 QUANTISED_SHARE = 16 * 1024 * 1024
 
 

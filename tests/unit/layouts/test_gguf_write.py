@@ -143,7 +143,7 @@ def test_refused(tiny: Path, tmp_path: Path, options: dict[str, Any], error: typ
 
 def test_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """NumPy makes five types; the K-quants name the extra that brings ggml's kernels."""
-    monkeypatch.setattr(kernels, "_kernel", lambda dtype: None)
+    monkeypatch.setattr(kernels, "_ggml", lambda dtype: None)
     kernels.require("Q8_0")
     with pytest.raises(UsageError, match="Q6_K") as caught:
         kernels.require("Q6_K")

@@ -33,7 +33,7 @@ def hide(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hide]:
     """Put another file, or nothing, in place of xllamacpp's library until the test is over."""
 
     def forget() -> None:
-        for cached in (kernels._library, kernels._kernel):
+        for cached in (kernels._library, kernels._fastest):
             cached.cache_clear()
 
     def put(place: Path | None) -> None:
