@@ -128,8 +128,9 @@ def make_plan(target: Target, *, tags: Mapping[str, Any] | None = None) -> Plan:
     """Settle shards, headers, offsets and indexes of a target. Reads nothing."""
     shards: list[Shard] = []
     indexes: dict[str, bytes] = {}
+    encoded: dict[int, bytes] = {}  # vocabularies of GGUF: one for the files of all types
     for files in target.sets:
-        made, index = shards_of(files)
+        made, index = shards_of(files, encoded)
         shards += made
         indexes |= {name: to_json(content) for name, content in index.items()}
     return Plan(target.layout, tuple(shards), dict(target.files), indexes, tags or {})

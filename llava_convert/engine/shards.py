@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, replace
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -94,8 +95,8 @@ class Shard:
     checks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-def shards_of(files: FileSet) -> tuple[list[Shard], dict[str, Any]]:
-    """The shards of a file set, and its index by name where it has one."""
+def shards_of(files: FileSet, encoded: dict[int, bytes]) -> tuple[list[Shard], dict[str, Any]]:
+    """The shards of a file set, and its index by name where it has one. `encoded`: see `encode_gguf`."""
     prefix = f"{files.folder}/" if files.folder else ""
     if files.container == "torch":
         return [_torch_shard(part_names(files, 1)[0], files)], {}
@@ -103,7 +104,7 @@ def shards_of(files: FileSet) -> tuple[list[Shard], dict[str, Any]]:
     shards = []
     for number, (name, group) in enumerate(zip(part_names(files, len(groups)), groups, strict=True), 1):
         if files.container == "gguf":
-            shards.append(_gguf_shard(name, group, files, number - 1, len(groups)))
+            shards.append(_gguf_shard(name, group, files, number - 1, len(groups), encoded))
         else:
             shards.append(_safetensors_shard(name, group))
     if len(shards) < 2 or files.container == "gguf":
@@ -123,7 +124,9 @@ def _torch_shard(name: str, files: FileSet) -> Shard:
     return Shard(name, header, made.size, tensors, "torch", tuple(pieces), made.checks)
 
 
-def _gguf_shard(name: str, group: Sequence[Output], files: FileSet, number: int, count: int) -> Shard:
+def _gguf_shard(
+    name: str, group: Sequence[Output], files: FileSet, number: int, count: int, encoded: dict[int, bytes]
+) -> Shard:
     """A GGUF file, or part `number` of `count`: the first holds the metadata, and each says which it is.
 
     Keys and their types are those of llama.cpp's gguf-split and gguf-py 0.19 (`GGUFWriter.add_shard_kv_data`).
@@ -133,10 +136,11 @@ def _gguf_shard(name: str, group: Sequence[Output], files: FileSet, number: int,
         metadata["split.no"] = Typed("u16", number)
         metadata["split.count"] = Typed("u16", count)
         metadata["split.tensors.count"] = Typed("i32", len(files.outputs))
-    header = encode_gguf(metadata, [(o.name, o.dtype, shape_of(o)) for o in group])
-    by_name = {o.name: o for o in group}
-    tensors = _place(name, [by_name[n] for n in header.order], header.offsets)
-    return Shard(name, header.data, header.size, tensors, "gguf")
+    header = encode_gguf(metadata, [(o.name, o.dtype, shape_of(o)) for o in group], encoded=encoded)
+    first, *rest = header.pieces
+    places = accumulate(map(len, header.pieces))
+    pieces = tuple(zip(places, rest, strict=False))
+    return Shard(name, first, header.size, _place(name, group, header.offsets), "gguf", pieces)
 
 
 def _safetensors_shard(name: str, group: Sequence[Output]) -> Shard:

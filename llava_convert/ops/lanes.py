@@ -115,15 +115,16 @@ class Code:
 
     def across(self, argument: int, count: int) -> list[Value]:
         """LANES blocks of `count` numbers, a block to a lane."""
-        found = []
-        start = self._place(argument, LANES * count)
-        for at in range(count):
+        start, builder = self._place(argument, LANES * count), self.builder
+        with builder.goto_entry_block():
+            turned = builder.alloca(ir.ArrayType(_FLOATS, count))
+        with _loop(self.function, builder, _I64(count)) as at:
             value = ir.Constant(_FLOATS, ir.Undefined)
             for lane in range(LANES):
-                one = self.builder.load(self.builder.gep(start, [_I64(lane * count + at)]))
-                value = self.builder.insert_element(value, one, _I32(lane))
-            found.append(Value(self, value))
-        return found
+                one = builder.load(builder.gep(start, [builder.add(at, _I64(lane * count))]))
+                value = builder.insert_element(value, one, _I32(lane))
+            builder.store(value, builder.gep(turned, [_I64(0), at]))
+        return [Value(self, builder.load(builder.gep(turned, [_I64(0), _I64(at)]))) for at in range(count)]
 
     def along(self, argument: int, count: int) -> list[Value]:
         """A block of `count` numbers, LANES of them to a value."""

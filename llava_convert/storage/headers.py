@@ -23,6 +23,7 @@ class Headers:
 
     def __init__(self) -> None:
         self._read: dict[tuple[Path, str], Any] = {}
+        self._vocabularies: list[Any] = []  # of GGUF files
 
     def start(self, path: Path) -> bytes:
         """The first bytes of a file, START of them where it has as many."""
@@ -45,7 +46,7 @@ class Headers:
         """The whole model of which `path` is a part, or the first of several."""
         from llava_convert.storage.gguf.file import open_gguf
 
-        return self._once(path, "gguf", open_gguf)
+        return self._once(path, "gguf", lambda path: open_gguf(path, self._vocabularies))
 
     def _once(self, path: Path, kind: str, read: Callable[[Path], T]) -> T:
         if (path, kind) not in self._read:

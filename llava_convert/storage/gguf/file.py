@@ -19,8 +19,8 @@ from llava_convert.core.tensors import MAX_TENSORS, QUANTS, Extent, StoredTensor
 from llava_convert.core.text import listed, printable
 from llava_convert.core.values import dataclass
 from llava_convert.storage.files import open_regular, read_fully, reject_stand_in, require_inside, size_of
-from llava_convert.storage.gguf.values import Cursor, Typed, encode_string, encode_value
-from llava_convert.storage.safetensors import Header, check_name
+from llava_convert.storage.gguf.values import MANY, Cursor, Strings, Typed, encode_string, encode_value
+from llava_convert.storage.safetensors import check_name
 
 __all__ = ["NUMBERS", "Gguf", "GgufFile", "Typed", "encode_gguf", "open_gguf", "read_gguf"]
 
@@ -62,8 +62,10 @@ class Gguf:
     shard_of: dict[str, str]
 
 
-def read_gguf(path: Path) -> GgufFile:
+def read_gguf(path: Path, known: list[Strings] | None = None) -> GgufFile:
     """The header of the GGUF file `path`, every count and offset checked; no weight is read.
+
+    Vocabularies that are in `known` are not read again, others are put there.
 
     Raises InputError for a file that is missing, truncated, corrupt or no GGUF; UnsupportedError for other versions,
     byte orders and types than those of today (fault rows 81-83, 86).
@@ -76,7 +78,7 @@ def read_gguf(path: Path) -> GgufFile:
             stream.seek(offset)
             return read_fully(stream, count, path)
 
-        cursor = Cursor(read, size, where)
+        cursor = Cursor(read, size, where, known)
         _check_start(path, read(0, 512), size)
         cursor.take(len(MAGIC), "the head")
         version = cursor.number("u32", "the head")
@@ -103,12 +105,12 @@ def read_gguf(path: Path) -> GgufFile:
     return GgufFile(path, size, version, alignment, metadata, tensors, data_start)
 
 
-def open_gguf(path: Path) -> Gguf:
+def open_gguf(path: Path, known: list[Strings] | None = None) -> Gguf:
     """A file, or every part of a split one, of which `path` is any (`NAME-00001-of-00003.gguf`).
 
     Raises InputError for parts that are missing or not of one model; what `read_gguf` raises.
     """
-    first = read_gguf(path)
+    first = read_gguf(path, known)
     count = _count(first.metadata, "split.count")
     if count < 2:
         return _joined([first])
@@ -158,22 +160,49 @@ def _joined(parts: Sequence[GgufFile]) -> Gguf:
     return Gguf(tuple(p.path for p in parts), parts[0].metadata, tensors, shard_of)
 
 
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """All that comes before the data, in pieces, and where in the file each tensor's bytes then belong."""
+
+    pieces: tuple[bytes, ...]
+    offsets: dict[str, int]
+    size: int  # of the whole file
+
+    @property
+    def data(self) -> bytes:
+        return b"".join(self.pieces)
+
+
 def encode_gguf(
-    metadata: Mapping[str, Typed], tensors: Sequence[tuple[str, str, tuple[int, ...]]], *, alignment: int = ALIGNMENT
-) -> Header:
-    """All that comes before the data, for `tensors` of (name, dtype, row-major shape) in the order given.
+    metadata: Mapping[str, Typed],
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+    *,
+    alignment: int = ALIGNMENT,
+    encoded: dict[int, bytes] | None = None,
+) -> GgufHeader:
+    """The header for `tensors` of (name, dtype, row-major shape) in the order given.
 
     Each tensor starts, and the file ends, at a multiple of `alignment`; what lies between is zeros. The bytes are those
-    which gguf-py's writer makes. Raises ValueError for what the format cannot say, since it is the caller's.
+    which gguf-py's writer makes. `encoded` holds vocabularies for several files with the same values, by `id`; each is
+    a piece of its own. Raises ValueError for what the format cannot say, since it is the caller's.
     """
+    encoded = {} if encoded is None else encoded
     if alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"alignment {alignment} is not a power of two")
     told = Typed("u32", alignment)
     if metadata.get(_ALIGNMENT_KEY, Typed("u32", ALIGNMENT)) != told:
         metadata = {**metadata, _ALIGNMENT_KEY: told}
-    pieces = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
+    pieces: list[bytes] = []
+    small = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for key, typed in metadata.items():
-        pieces += [encode_string(key), encode_value(typed)]
+        small.append(encode_string(key))
+        if isinstance(typed.value, list | tuple) and len(typed.value) >= MANY:
+            if id(typed) not in encoded:
+                encoded[id(typed)] = encode_value(typed)
+            pieces += [b"".join(small), encoded[id(typed)]]
+            small = []
+        else:
+            small.append(encode_value(typed))
     offsets: dict[str, int] = {}
     at = 0
     for name, dtype, shape in tensors:
@@ -182,12 +211,13 @@ def encode_gguf(
         if dtype not in NUMBERS or len(shape) > MAX_DIMENSIONS or not whole_blocks(dtype, shape):
             raise ValueError(f"tensor {name!r}: {dtype} of shape {shape} is not for GGUF")
         offsets[name] = at
-        pieces += [encode_string(name), struct.pack("<I", len(shape)), struct.pack(f"<{len(shape)}Q", *shape[::-1])]
-        pieces.append(struct.pack("<IQ", NUMBERS[dtype], at))
+        small += [encode_string(name), struct.pack("<I", len(shape)), struct.pack(f"<{len(shape)}Q", *shape[::-1])]
+        small.append(struct.pack("<IQ", NUMBERS[dtype], at))
         at += _padded(nbytes_of(dtype, prod(shape)), alignment)
-    data = b"".join(pieces)
-    data += bytes(_padded(len(data), alignment) - len(data))
-    return Header(data, list(offsets), {n: len(data) + start for n, start in offsets.items()}, len(data) + at)
+    length = sum(map(len, pieces)) + sum(map(len, small))
+    start = _padded(length, alignment)
+    pieces.append(b"".join(small) + bytes(start - length))
+    return GgufHeader(tuple(pieces), {name: start + place for name, place in offsets.items()}, start + at)
 
 
 def _padded(size: int, alignment: int) -> int:

@@ -18,7 +18,8 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from llava_convert.core.errors import InputError
 from llava_convert.core.ggml_types import TYPES
 from llava_convert.core.tensors import DTYPE_BITS, QUANTS, nbytes_of
-from llava_convert.storage.gguf.file import Header, Typed, encode_gguf, open_gguf, read_gguf
+from llava_convert.storage.gguf.file import GgufHeader, Typed, encode_gguf, open_gguf, read_gguf
+from llava_convert.storage.gguf.values import Strings
 from tests.fuzz.seeds import gguf_part
 
 Tensors = Sequence[tuple[str, str, tuple[int, ...]]]
@@ -50,7 +51,7 @@ def weights(dtype: str, shape: tuple[int, ...], seed: int) -> bytes:
     return np.random.default_rng(seed).bytes(nbytes_of(dtype, prod(shape)))
 
 
-def as_file(header: Header, tensors: Tensors) -> bytes:
+def as_file(header: GgufHeader, tensors: Tensors) -> bytes:
     """The file which `header` announces: its data where it says, zeros between."""
     made = bytearray(header.data) + bytes(header.size - len(header.data))
     for seed, (name, dtype, shape) in enumerate(tensors):
@@ -116,7 +117,7 @@ def test_written_as_gguf_py_writes(tmp_path: Path, alignment: int, tensors: Tens
     header = encode_gguf(METADATA, tensors, alignment=alignment)
     assert as_file(header, tensors) == theirs
     assert header.size == len(theirs)
-    assert header.order == [name for name, _, _ in tensors]
+    assert list(header.offsets) == [name for name, _, _ in tensors]
 
 
 def test_alignment_is_told_where_the_caller_tells_it(tmp_path: Path) -> None:
@@ -240,6 +241,51 @@ def test_strings_across_the_edges_of_the_buffer(tmp_path: Path) -> None:
     found = read_gguf(path)
     assert found.metadata == metadata
     assert encode_gguf(metadata, SHAPES).data == data[: found.data_start]
+
+
+def test_vocabularies_of_several_files_are_read_once(tmp_path: Path) -> None:
+    """Where their bytes are the same, wherever they lie: not where one character differs, or the length."""
+    words = tuple(f"{number:06d}" * (number % 23) for number in range(40_000))
+    other = (*words[:-1], "another")
+    kept = {"shift": Typed("str", "é" * 999), "again": Typed("[str]", words), "after": Typed("u8", 7)}
+    variants: list[dict[str, Typed]] = [
+        {"a": Typed("[str]", words)},
+        kept,
+        {"a": Typed("[str]", other), "b": Typed("[str]", words)},
+        {"a": Typed("[str]", words[:-1])},
+        {"a": Typed("[str]", ("x" * 7, *words[1:]))},
+    ]
+    known: list[Strings] = []
+    for number, metadata in enumerate(variants):
+        path = tmp_path / f"{number}.gguf"
+        by_gguf_py(path, {"general.architecture": Typed("str", "x"), **metadata}, SHAPES)
+        found = read_gguf(path, known)
+        assert {name: found.metadata[name] for name in metadata} == metadata
+        assert found.tensors == read_gguf(path).tensors
+    assert [one.values for one in known] == [words, other, words[:-1], ("x" * 7, *words[1:])]
+    again = read_gguf(tmp_path / "1.gguf", known).metadata["again"].value
+    assert again is known[0].values
+
+    path = tmp_path / "0.gguf"
+    path.write_bytes(path.read_bytes()[:330_000])
+    with pytest.raises(InputError, match="truncated"):
+        read_gguf(path, known)
+
+
+def test_files_with_one_vocabulary_share_its_bytes(tmp_path: Path) -> None:
+    words, few = Typed("[str]", [f"{number}" for number in range(5000)]), Typed("[str]", ["a", "b"])
+    encoded: dict[int, bytes] = {}
+    first = encode_gguf({"a": words, "b": few, "c": Typed("u8", 1)}, SHAPES, encoded=encoded)
+    second = encode_gguf({"name": Typed("str", "x"), "a": words, "b": few}, SHAPES[:1], encoded=encoded)
+    assert first.pieces[1] is second.pieces[1]
+    for header, metadata, shapes in (
+        (first, {"a": words, "b": few, "c": Typed("u8", 1)}, SHAPES),
+        (second, {"name": Typed("str", "x"), "a": words, "b": few}, SHAPES[:1]),
+    ):
+        assert header.data == encode_gguf(metadata, shapes).data
+        path = tmp_path / "x.gguf"
+        path.write_bytes(as_file(header, shapes))
+        assert read_gguf(path).metadata["a"].value == tuple(words.value)
 
 
 def test_version_2_is_read_alike(tmp_path: Path) -> None:
