@@ -254,6 +254,13 @@ def test_what_computes_nothing_imports_no_numpy(tiny: Path, tmp_path: Path) -> N
     assert modules(tmp_path, "inspect", tiny) == {JOBS}
 
 
+def test_options_that_nobody_gave_import_no_pydantic(tiny: Path, tmp_path: Path) -> None:
+    """Numbers among them, which a conversion has: it costs 0.05 s."""
+    command = ["pth", tiny / "iter_2.pth", "--to", "official", "-o", tmp_path / "out"]
+    assert "pydantic" not in modules(tmp_path, *command)
+    assert "pydantic" in modules(tmp_path, *command, "--force", "--threads", "1")  # typer reads what was typed
+
+
 @pytest.mark.parametrize("arguments", [["inspect", "fixtures/tiny"], ["inspect", "nowhere"], ["--help"]])
 def test_python_does_not_look_for_cycles_as_a_command_ends(arguments: list[str]) -> None:
     """Among the objects of a large vocabulary it takes 0.17 s."""
