@@ -55,10 +55,12 @@ def main() -> None:
         console.print(gguf_jobs.missing())
     else:
         steps += wanted
-    for name, step in steps:
-        console.print(f"{name} …")
-        rows += step()
-    show(rows, console)
+    try:
+        for name, step in steps:
+            console.print(f"{name} …")
+            rows += step()
+    finally:  # also where a step fails, an hour of others being done
+        show(rows, console)
     if chosen.markdown is not None:
         chosen.markdown.write_text(markdown(rows), encoding="utf-8")
     if chosen.json is not None:
