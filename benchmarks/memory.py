@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.jobs import GB, Row, convert
@@ -13,6 +14,7 @@ from benchmarks.measure import discard, quiesce
 from benchmarks.shapes import deep_shape_for
 from benchmarks.shares import FORMS, make_shares
 
+REPEATS = 3
 GROWTH = 1.1
 """How much more memory the largest model may take than the smallest."""
 JOBS = {
@@ -31,7 +33,10 @@ def planned(names: Sequence[str], sizes: Sequence[float], cache: Path) -> list[t
 
 
 def grown(name: str, sizes: Sequence[float], cache: Path) -> list[Row]:
-    """One run at each size. Peak memory of the largest is compared with that of the smallest."""
+    """Three runs at each size. The median of the peaks of the largest is compared with that of the smallest.
+
+    A single peak says little: what the allocator keeps differs by up to 15 MB from run to run.
+    """
     make, more = JOBS[name]
     rows: list[Row] = []
     # To save a model in safetensors takes its size twice, which is no matter of ours.
@@ -41,14 +46,19 @@ def grown(name: str, sizes: Sequence[float], cache: Path) -> list[Row]:
         source, options = _source(make, folder)
         out = cache / "work"
         discard(out)
-        quiesce()
-        run = convert(source, "hf", out, options)
-        discard(out)
+        runs = []
+        for _ in range(REPEATS):
+            quiesce()
+            runs.append(convert(source, "hf", out, options))
+            discard(out)
         discard(folder)
-        least = rows[0].ours[0] if rows else run
-        factors = {"anonymous": run.anonymous / least.anonymous, "resident": run.resident / least.resident}
+        least = rows[0].ours if rows else runs
+        factors = {
+            "anonymous": median(r.anonymous for r in runs) / median(r.anonymous for r in least),
+            "resident": median(r.resident for r in runs) / median(r.resident for r in least),
+        }
         over = (f"{what} memory is {by:.2f} of the smallest's" for what, by in factors.items() if by > GROWTH)
-        rows.append(Row(name, size, (run,), notes=tuple(f"{note}, over {GROWTH}" for note in over)))
+        rows.append(Row(name, size, tuple(runs), notes=tuple(f"{note}, over {GROWTH}" for note in over)))
     return rows
 
 

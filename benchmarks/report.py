@@ -83,7 +83,7 @@ def growth(rows: list[Row]) -> list[str]:
     """How peak anonymous memory grows from the smallest model to the largest, a job."""
     said = []
     for job in dict.fromkeys(row.job for row in rows):
-        peaks = {row.size: max(r.anonymous for r in row.ours) / MB for row in rows if row.job == job}
+        peaks = {row.size: median(r.anonymous for r in row.ours) / MB for row in rows if row.job == job}
         if len(peaks) > 1:
             said.append(f"{job}: anonymous memory " + ", ".join(f"{p:.0f} MB at {s:g} GB" for s, p in peaks.items()))
     return said
