@@ -125,14 +125,14 @@ def _fastest(dtype: str) -> Make | None:
 
 
 def _lanes(dtype: str, ggml: Make) -> Make | None:
-    """`vectorised`, where its code may run."""
+    """`vectorised`, where LLVM loads and its code may run."""
     if not vectorises(dtype):
         return None
-    from llava_convert.ops import vectorised
-
     try:
+        from llava_convert.ops import vectorised
+
         return vectorised.maker(dtype, ggml)
-    except OSError:
+    except (ImportError, OSError):  # llvmlite raises either for a library that does not load here
         return None
 
 

@@ -219,3 +219,16 @@ kernels.quantize("Q4_K", rows)
 assert "llvmlite" in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_an_llvm_that_does_not_load_is_done_without() -> None:
+    script = """
+import sys
+import numpy as np
+from llava_convert.ops import kernels
+sys.modules["llvmlite.binding"] = None
+assert kernels.vectorises("Q4_K")
+assert kernels.quantize("Q4_K", np.ones((1, 256), np.float32)).shape == (1, 144)
+assert kernels._fastest("Q4_K").__module__ == kernels.__name__
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
