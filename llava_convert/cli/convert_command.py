@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from llava_convert.app.jobs.convert import ConvertJob, MergeJob
 from llava_convert.cli._options import Command, command
 from llava_convert.cli._output import Output
+from llava_convert.core import heap
 from llava_convert.core.flags import options_of
 from llava_convert.core.text import human_bytes
 from llava_convert.layouts.info import LAYOUTS, TARGETS, reading
@@ -25,6 +26,7 @@ def made(name: str) -> Command:
 
 
 def _convert(job: ConvertJob, output: Output) -> None:
+    heap.share()
     found = job.run(output)
     output.stop()
     output.fetched(found.fetched)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from llava_convert.app.jobs.convert import SweepJob
 from llava_convert.cli._options import Command, command
 from llava_convert.cli._output import Output
+from llava_convert.core import heap
 
 
 def made(name: str) -> Command:
@@ -14,6 +15,7 @@ def made(name: str) -> Command:
 def _sweep(job: SweepJob, output: Output) -> None:
     from llava_convert.app.sweep import refuse
 
+    heap.share()
     items = job.run(output)
     output.stop()
     width = max(len(item.source) for item in items)
