@@ -21,10 +21,10 @@ from llava_convert.ops import searches as by
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from llava_convert.ops.kernels import Make
+
     Floats = NDArray[np.float32]
     Bytes = NDArray[Any]  # of uint8
-
-Make = Callable[["Floats", "Bytes"], None]
 
 
 class _Scales(NamedTuple):

@@ -52,7 +52,7 @@ def by_lanes(dtype: str, rows: np.ndarray) -> tuple[np.ndarray, int]:
     return out, left
 
 
-def _maker(dtype: str, ggml: vectorised.Make) -> vectorised.Make:
+def _maker(dtype: str, ggml: kernels.Make) -> kernels.Make:
     """Compiled once for all tests; only what it hands over differs."""
     if dtype not in _made:
         _made[dtype] = vectorised.maker(dtype, lambda rows, out: _over[dtype](rows, out))
@@ -60,8 +60,8 @@ def _maker(dtype: str, ggml: vectorised.Make) -> vectorised.Make:
     return _made[dtype]
 
 
-_made: dict[str, vectorised.Make] = {}
-_over: dict[str, vectorised.Make] = {}
+_made: dict[str, kernels.Make] = {}
+_over: dict[str, kernels.Make] = {}
 
 
 def drawn(kind: str, seed: int, shape: tuple[int, int] = (16, 2048)) -> np.ndarray:
