@@ -195,15 +195,15 @@ def _verify(
         return
     shards = _written(planned)
     if planned.share is None:
-        written = check_quick(ready.plan, staged.path)
+        check_quick(ready.plan, staged.path)
         _check_facts(ready, staged.path)
     else:
-        written = check_headers(shards, staged.path)
+        check_headers(shards, staged.path)
     if options.level != FULL:
         return
     left = [shard for shard in shards if staged.found.get(shard.name, {}).get("verified") != FULL]
     done = say.start("verifying", sum(tensor.nbytes for shard in left for tensor in shard.tensors))
-    for key, count in check_full(left, written, pool, progress=done, on_file=names_files(say)).items():
+    for key, count in check_full(left, staged.path, pool, progress=done, on_file=names_files(say)).items():
         outcome.losses.setdefault(key, CastLoss(nonfinite=count))
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
 
 from llava_convert.app.card import CARD
 from llava_convert.core.values import dataclass
 from llava_convert.engine.plan import Plan
-from llava_convert.engine.record import completed, dump
+from llava_convert.engine.record import Record
 from llava_convert.model.record import RECORD
 
 # These stand for digests that only the run finds out, and are as long.
@@ -25,7 +24,7 @@ class Documents:
 
     plan: Plan
     card: bytes
-    record: Mapping[str, Any]
+    record: Record
     digests: bool
     vouches: bool
 
@@ -42,10 +41,8 @@ class Documents:
         self, digests: Mapping[tuple[str, str], str], files: Mapping[str, Mapping[str, str | int]]
     ) -> dict[str, bytes]:
         """The files by name, with the digests that the run found of tensors and of files, where it had to find any."""
-        record = completed(
-            self.record,
-            self.plan,
+        record = self.record.dump(
             digests=digests if self.digests else None,
             files=files if self.vouches else None,
         )
-        return {RECORD: dump(record), CARD: self.card}
+        return {RECORD: record, CARD: self.card}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from llava_convert.core.errors import MismatchError
@@ -18,8 +18,8 @@ from llava_convert.storage.safetensors import read_header
 from llava_convert.storage.torch.file import read_torch, state_dict
 
 
-def check_quick(plan: Plan, folder: Path) -> dict[str, dict[str, StoredTensor]]:
-    """Reopen a written output by its headers; returns each shard's tensors. Raises MismatchError (exit 7)."""
+def check_quick(plan: Plan, folder: Path) -> None:
+    """Reopen a written output by its headers. Raises MismatchError (exit 7)."""
     written = check_headers(plan.shards, folder)
     for name, data in {**plan.files, **plan.indexes}.items():
         path = folder / name
@@ -28,7 +28,6 @@ def check_quick(plan: Plan, folder: Path) -> dict[str, dict[str, StoredTensor]]:
             raise MismatchError(f"{name} was not written whole")
     for name in plan.indexes:
         _check_index(name, folder, written)
-    return written
 
 
 def check_headers(shards: Iterable[Shard], folder: Path) -> dict[str, dict[str, StoredTensor]]:
@@ -78,7 +77,7 @@ def _check_index(name: str, folder: Path, written: dict[str, dict[str, StoredTen
 
 def check_full(
     shards: Iterable[Shard],
-    written: Mapping[str, Mapping[str, StoredTensor]],
+    folder: Path,
     pool: FilePool,
     *,
     progress: Callable[[int], None],
@@ -91,7 +90,7 @@ def check_full(
     nonfinite: dict[tuple[str, str], int] = {}
     for shard in shards:
         on_file(shard.name)
-        found = compare(shard.tensors, written[shard.name], pool, progress=progress)
+        found = compare(shard.tensors, _check_shard(shard, folder / shard.name), pool, progress=progress)
         nonfinite |= {(shard.name, name): count for name, count in found.nonfinite.items()}
         if found.differences:
             name, gap = next(iter(found.differences.items()))

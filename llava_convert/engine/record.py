@@ -1,19 +1,20 @@
 """conversion.json: what made an output, from what, tensor by tensor; and what the way back can undo.
 
 No timestamp and no local path: the same input gives the same bytes on every machine. It is made before the first byte
-of an output; what only the run finds out, digests of tensors and files, is filled in at the end (`completed`).
+of an output; what only the run finds out, digests of tensors and files, is filled in at the end (`Record.dump`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_convert._version import __version__
 from llava_convert.core.tensors import StoredTensor, stripes_of
 from llava_convert.core.text import utf8
+from llava_convert.core.values import dataclass
 from llava_convert.engine.plan import Plan
 from llava_convert.engine.shards import PlannedTensor, Shard
 from llava_convert.model.checkpoint import PART_WORDS, VISION, Checkpoint, Dropped
@@ -58,6 +59,35 @@ def stored_of(tensor: PlannedTensor) -> Iterable[StoredTensor]:
         yield from op.inputs()
 
 
+@dataclass(frozen=True)
+class Record:
+    """conversion.json but for its digests. What it says of each tensor is made of the plan whenever it is asked for.
+
+    `head` is all the rest; `names` has the role and the name of each file that is read.
+    """
+
+    head: Mapping[str, Any]
+    plan: Plan
+    names: Mapping[Path, tuple[str, str]]
+
+    def dump(
+        self, *, digests: Mapping[tuple[str, str], str] | None = None, files: Mapping[str, Any] | None = None
+    ) -> bytes:
+        """The file, with digests of tensors by shard and name, and size and sha256 of the files that were checked.
+
+        Raises KeyError where a tensor has no digest.
+        """
+        head = dict(self.head)
+        if files is not None:
+            head["verified"] = {**head["verified"], "files": dict(files)}
+        return dump(head, self._entries(digests))
+
+    def _entries(self, digests: Mapping[tuple[str, str], str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, tensor in _tensors(self.plan):
+            entry = _entry(tensor, self.names)
+            yield name, entry if digests is None else {**entry, "xxh3_128": digests[tensor.shard, tensor.name]}
+
+
 def record(
     plan: Plan,
     target: Target,
@@ -65,29 +95,14 @@ def record(
     *,
     options: Mapping[str, Any],
     verified: str,
-) -> dict[str, Any]:
-    """The content of conversion.json but for its digests; `verified` is the level of the check.
+) -> Record:
+    """What conversion.json will say; `verified` is the level of the check.
 
     Raises InputError for a source that cannot be read.
     """
     places = sources_of(model, plan)
     names = {path: (role, _relative(path, root)) for role, root, files in places for path in files}
-    tensors: dict[str, Any] = {}
-    for name, t in _tensors(plan):
-        pieces = t.pieces
-        entry: dict[str, Any] = {"dtype": t.dtype, "shape": list(t.shape)}
-        if len(pieces) == 1:
-            entry |= _where(t.source, names)
-        else:
-            entry["source"] = [_where(one.source, names) | _done(one.ops, names) for one in pieces]
-        if t.origin == "synthetic":
-            entry["origin"] = t.origin
-        if len(pieces) == 1:
-            entry |= _done(t.ops, names)
-        else:
-            entry["joined"] = {key: value for key, value in t.ops[-1].describe().items() if key in ("groups", "rows")}
-        tensors[name] = entry
-    found: dict[str, Any] = {
+    head: dict[str, Any] = {
         "tool": {
             "name": "llava-convert",
             "version": __version__,
@@ -109,38 +124,33 @@ def record(
         ],
         "dropped": [{"name": d.name, "reason": d.reason} for d in (*model.checkpoint.dropped, *model.dropped)],
         "notes": [*model.checkpoint.notes, *model.notes],
-        "tensors": tensors,
+        "settings": model.checkpoint.settings.record(),
     }
-    found["settings"] = model.checkpoint.settings.record()
     if VISION in model.configs:
         # The official layout has no place for it, and the way back needs it.
         config = without_stale(model.configs[VISION])
         config.pop("_name_or_path", None)  # can be a path of this machine
-        found["vision_config"] = config
+        head["vision_config"] = config
     if target.added_rows is not None:
-        found["added"] = dict(target.added_rows)
-    return found
+        head["added"] = dict(target.added_rows)
+    return Record(head, plan, names)
 
 
-def completed(
-    made: Mapping[str, Any],
-    plan: Plan,
-    *,
-    digests: Mapping[tuple[str, str], str] | None = None,
-    files: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """A record with digests of tensors, by shard and name, and with size and sha256 of the files that were checked.
-
-    Raises KeyError where a tensor has no digest.
-    """
-    found = dict(made)
-    if digests is not None:
-        found["tensors"] = {
-            name: {**made["tensors"][name], "xxh3_128": digests[t.shard, t.name]} for name, t in _tensors(plan)
-        }
-    if files is not None:
-        found["verified"] = {**made["verified"], "files": dict(files)}
-    return found
+def _entry(t: PlannedTensor, names: Mapping[Path, tuple[str, str]]) -> dict[str, Any]:
+    """What is said of one tensor: its dtype and shape, where its bytes were, and what was done to them."""
+    pieces = t.pieces
+    entry: dict[str, Any] = {"dtype": t.dtype, "shape": list(t.shape)}
+    if len(pieces) == 1:
+        entry |= _where(t.source, names)
+    else:
+        entry["source"] = [_where(one.source, names) | _done(one.ops, names) for one in pieces]
+    if t.origin == "synthetic":
+        entry["origin"] = t.origin
+    if len(pieces) == 1:
+        entry |= _done(t.ops, names)
+    else:
+        entry["joined"] = {key: value for key, value in t.ops[-1].describe().items() if key in ("groups", "rows")}
+    return entry
 
 
 def _tensors(plan: Plan) -> Iterable[tuple[str, PlannedTensor]]:
@@ -187,11 +197,10 @@ def _where(stored: StoredTensor, names: Mapping[Path, tuple[str, str]]) -> dict[
     return {"spans": spans, "stored": stored.dtype}
 
 
-def dump(value: Mapping[str, Any]) -> bytes:
+def dump(head: Mapping[str, Any], tensors: Iterable[tuple[str, Mapping[str, Any]]]) -> bytes:
     """conversion.json's bytes: one line a tensor, since there are hundreds."""
-    head = {k: v for k, v in value.items() if k != "tensors"}
     text = json.dumps(head, indent=2, ensure_ascii=False)[:-2]
-    lines = (f"    {json.dumps(k)}: {json.dumps(v, separators=(', ', ': '))}" for k, v in value["tensors"].items())
+    lines = (f"    {json.dumps(name)}: {json.dumps(entry, separators=(', ', ': '))}" for name, entry in tensors)
     return utf8(text + ',\n  "tensors": {\n' + ",\n".join(lines) + "\n  }\n}\n")
 
 

@@ -27,7 +27,6 @@ from llava_convert.app.stage_one import stage_one
 from llava_convert.core.errors import ConvertError, HubError, MismatchError, OutputError, UsageError
 from llava_convert.core.progress import Reporter, Silence
 from llava_convert.core.values import dataclass
-from llava_convert.engine.record import completed
 from llava_convert.engine.report import Published
 from llava_convert.layouts.info import LAYOUTS, TARGETS, writing
 from llava_convert.model.checkpoint import Checkpoint
@@ -216,8 +215,7 @@ def _is_there(ready: Prepared, made: Documents) -> bool:
     if found is None or not isinstance(verified, dict) or verified.get("level") != FULL:
         return False
     # The record names plan, options and the identity of every source, and nothing that two runs could differ in.
-    wanted = completed(made.record, ready.plan, files=verified.get("files"))
-    return bool(found == json.loads(json.dumps(wanted)))
+    return bool(found == json.loads(made.record.dump(files=verified.get("files"))))
 
 
 def run_release(release: ReleaseJob, say: Reporter | None = None) -> list[ReleaseItem]:

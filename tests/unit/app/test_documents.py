@@ -69,7 +69,7 @@ PARTS_OF_THEM = [
     "llava_convert.app.card.history",
     "llava_convert.engine.record.identity",
     "llava_convert.engine.record.published",
-    "llava_convert.app.documents.dump",
+    "llava_convert.engine.record.dump",
 ]
 
 

@@ -105,9 +105,9 @@ def test_the_record_holds_the_tower(folders: dict[str, Path]) -> None:
 
 
 def test_dump_is_one_line_a_tensor() -> None:
-    value = {"tool": {"name": "é"}, "tensors": {"a": {"shape": [1]}, "b": {"shape": [2]}}}
-    text = dump(value).decode()
-    assert json.loads(text) == value
+    head, tensors = {"tool": {"name": "é"}}, {"a": {"shape": [1]}, "b": {"shape": [2]}}
+    text = dump(head, tensors.items()).decode()
+    assert json.loads(text) == {**head, "tensors": tensors}
     assert '    "a": {"shape": [1]},\n    "b": {"shape": [2]}\n' in text and "é" in text
 
 
