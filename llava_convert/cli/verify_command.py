@@ -5,6 +5,7 @@ from __future__ import annotations
 from llava_convert.app.jobs.look import VerifyJob
 from llava_convert.cli._options import Command, command
 from llava_convert.cli._output import Output
+from llava_convert.core import heap
 
 
 def made(name: str) -> Command:
@@ -12,6 +13,7 @@ def made(name: str) -> Command:
 
 
 def _verify(job: VerifyJob, output: Output) -> None:
+    heap.share()
     verdict = job.run(output)
     output.stop()
     output.result(verdict.as_json())
