@@ -32,23 +32,24 @@ class Headers:
             with open_regular(path) as stream:
                 return read_fully(stream, START, path)
 
-        return self._once(path, "start", read)
+        return self.once(path, "start", read)
 
     def safetensors(self, path: Path) -> SafetensorsFile:
-        return self._once(path, "safetensors", read_header)
+        return self.once(path, "safetensors", read_header)
 
     def torch(self, path: Path) -> TorchFile:
         from llava_convert.storage.torch.file import read_torch  # most sources have no torch file
 
-        return self._once(path, "torch", read_torch)
+        return self.once(path, "torch", read_torch)
 
     def gguf(self, path: Path) -> Gguf:
         """The whole model of which `path` is a part, or the first of several."""
         from llava_convert.storage.gguf.file import open_gguf
 
-        return self._once(path, "gguf", lambda path: open_gguf(path, self._vocabularies))
+        return self.once(path, "gguf", lambda path: open_gguf(path, self._vocabularies))
 
-    def _once(self, path: Path, kind: str, read: Callable[[Path], T]) -> T:
+    def once(self, path: Path, kind: str, read: Callable[[Path], T]) -> T:
+        """What `read` found at `path` when it was first asked for it."""
         if (path, kind) not in self._read:
             self._read[path, kind] = read(path)
         found: T = self._read[path, kind]

@@ -54,6 +54,10 @@ def read_distributed(folder: Path, names: Iterable[str], headers: Headers) -> Di
     folder.
     """
     every = frozenset(names)
+    return headers.once(folder, "shares", lambda folder: _read(folder, every, headers))
+
+
+def _read(folder: Path, every: frozenset[str], headers: Headers) -> Distributed:
     if classic.METADATA in every:
         return _classic(folder)
     if ACCELERATE_FOLDER in every:

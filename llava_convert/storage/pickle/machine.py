@@ -116,7 +116,8 @@ class _Machine:
         self.persistent, self.builders, self.quiet = persistent, builders, quiet
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: list[Any] = []  # as picklers number it, from 0 upwards: a dict takes ten times as much
+        self.ahead: dict[int, Any] = {}  # and by numbers that are not yet its turn
         self.globals: dict[tuple[str, str], Inert] = {}
         self.stubs: set[str] = set()
         self.getattr = Inert(names.GETATTR)
@@ -162,18 +163,38 @@ class _Machine:
         self.push(self.stack[-1])
 
     def get(self, size_bytes: int) -> None:
-        self.push(self.memo[self.operands.number(size_bytes)])
+        self.push(self.recall(self.operands.number(size_bytes)))
 
     def get_line(self) -> None:
-        self.push(self.memo[int(self.operands.line())])
+        self.push(self.recall(int(self.operands.line())))
 
     def put(self, index: int) -> None:
-        if not 0 <= index <= len(self.memo) + MEMO_GAP:
+        if not 0 <= index <= self.memo_size + MEMO_GAP:
             self.costs.memo_leap()
-        self.memo[index] = self.stack[-1]
+        self.remember(index, self.stack[-1])
 
     def memoize(self) -> None:
-        self.memo[len(self.memo)] = self.stack[-1]
+        self.remember(self.memo_size, self.stack[-1])
+
+    @property
+    def memo_size(self) -> int:
+        return len(self.memo) + len(self.ahead)
+
+    def remember(self, index: int, value: Any) -> None:
+        memo, ahead = self.memo, self.ahead
+        if index != len(memo):
+            if 0 <= index < len(memo):
+                memo[index] = value
+            else:
+                ahead[index] = value
+            return
+        memo.append(value)
+        ahead.pop(index, None)
+        while ahead and len(memo) in ahead:
+            memo.append(ahead.pop(len(memo)))
+
+    def recall(self, index: int) -> Any:
+        return self.memo[index] if 0 <= index < len(self.memo) else self.ahead[index]
 
     # -- opcodes: containers ---------------------------------------------------------------------------------------
 

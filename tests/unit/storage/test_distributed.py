@@ -279,3 +279,12 @@ def test_files_of_two_runs(tmp_path: Path) -> None:
     torch.save({"alone": ALONE}, tmp_path / "model_world_size_2_rank_0.pt")
     with pytest.raises(InputError, match="files of runs of 1, 2 ranks"):
         read(tmp_path)
+
+
+def test_what_a_look_has_read_is_not_read_again(tmp_path: Path) -> None:
+    """A checkpoint of a thousand tensors has as many headers, and over a network each is a request."""
+    folder, headers = three(tmp_path / "c"), Headers()
+    names = [path.name for path in folder.iterdir()]
+    found = read_distributed(folder, names, headers)
+    (folder / ".metadata").unlink()
+    assert read_distributed(folder, names, headers) is found
