@@ -146,7 +146,7 @@ def _to_f16(values: NDArray[np.float32], out: Bits16) -> int | None:
     np.bitwise_and(bits, _u32(_MAGNITUDE), out=magnitude)
     if magnitude.max(initial=0) >= _TOO_LARGE["F16"]:
         return None
-    np.maximum(magnitude, _least_exponents(bits.size), out=anchor)
+    np.maximum(magnitude, _least_exponents()[: bits.size], out=anchor)
     np.bitwise_and(anchor, _u32(_EXPONENT), out=anchor)
     # 0x0800, in units, turns the exponent's bias of 126 into float16's: -(126 << 10) modulo 2^16.
     np.add(anchor, _u32(_ANCHOR), out=anchor)
@@ -263,13 +263,10 @@ def _two_scratch(size: int) -> tuple[Bits32, Bits32]:
     return _scratch_of("one", dtype, size), _scratch_of("other", dtype, size)
 
 
-def _least_exponents(size: int) -> Bits32:
+@cache
+def _least_exponents() -> Bits32:
     """As an array: NumPy's `maximum` with a number goes element by element, and takes four times as long."""
-    held: Bits32 | None = getattr(_scratch, "least", None)
-    if held is None or held.size < size:
-        held = np.full(max(size, CHUNK), _LEAST_EXPONENT, np.uint32)
-        _scratch.least = held
-    return held[:size]
+    return np.full(CHUNK, _LEAST_EXPONENT, np.uint32)
 
 
 def _scratch_of(name: str, dtype: np.dtype[Any], size: int) -> Array:

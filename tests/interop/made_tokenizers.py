@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +56,7 @@ class Added:
 
 
 @dataclass(frozen=True)
-class Made:
+class Made(ABC):
     """A tokenizer to be written. `first`: the added tokens have the first ids, as SmolLM2's, else the last.
 
     `begin` and `stops` go into the model's configs, by text; `template` is xtuner's name of the prompt.
@@ -77,8 +78,9 @@ class Made:
         _write_json(folder / "special_tokens_map.json", special)
         return None if self.begin is None else ids[self.begin], [ids[each] for each in self.stops]
 
+    @abstractmethod
     def files(self, folder: Path) -> dict[str, int]:
-        raise NotImplementedError
+        """Write the vocabulary; returns the id of each added token by its text."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from llava_convert.storage import streams
 from llava_convert.storage.output.staging import Staging
 from llava_convert.storage.ranges import PIECE, FilePool
 from llava_convert.storage.safetensors import read_header
-from llava_convert.storage.streams import blocks, cuts, rows_per_block
+from llava_convert.storage.streams import BLOCK, blocks, cuts, rows_per_block
 from tests.exact import merged, round_to
 
 
@@ -307,7 +307,7 @@ def test_a_value_that_no_block_holds_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tails", [[Cast("F32")], [Cast("F32"), Quantize("Q6_K"), Quantize("Q8_0")]], ids=len)
 def test_few_blocks_are_held_at_a_time(tmp_path: Path, tails: list[Op]) -> None:
-    """Of 54 blocks of 1 MiB, as float32, no more than a handful are there together."""
+    """Of 54 blocks (two MiB each as float32), no more than a handful are there together."""
     source = replace(stored(tmp_path, "w", np.zeros((7000, 1024), np.float32)), dtype="F16", shape=(14000, 1024))
     tensors = [planned(source, tail, shard=str(i)) for i, tail in enumerate(tails)]
     (task,) = tasks_of(tensors, whole=True)
@@ -326,7 +326,7 @@ def test_few_blocks_are_held_at_a_time(tmp_path: Path, tails: list[Op]) -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 16 << 20
+    assert peak < 8 * 2 * BLOCK
 
 
 # --- a batch of files

@@ -20,7 +20,10 @@ TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F6
 
 def float32_patterns() -> NDArray[np.float32]:
     """Every upper half (sign, exponent, seven bits) with lower halves at and beside each place where rounding turns."""
-    low = {0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x0FFF, 0x1000, 0x1001, 0x1FFF, 0x2000, 0x3000, 0x5000, 0x7000, 0xA5A5}
+    odd = range(0x1000, 0x10000, 0x2000)  # the middles of float16; of bfloat16 it is 0x8000
+    low = {0, 0x1FFF, 0x2000, 0x8000, 0xA5A5, 0xFFFF, *odd} | {
+        at + by for at in (0, 0x8000, *odd) for by in (-1, 1) if at + by >= 0
+    }
     high = np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)
     return np.concatenate([high | np.uint32(bits) for bits in sorted(low)]).view(np.float32)
 
@@ -68,7 +71,7 @@ def test_finite_float32_in_chunks_without_large_values(to: str) -> None:
     """The fast way alone: the patterns above meet a large value in nearly every chunk."""
     values = float32_patterns()
     values = values[np.abs(values) < 65519]
-    assert values.size > 4 * CHUNK
+    assert values.size > 8 * CHUNK
     check(values, "F32", to)
 
 
